@@ -1,0 +1,34 @@
+# `make quickstart` and `make test` set up their own environment in .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help quickstart test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(READY)  ## the default test suite, offline
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(READY)  ## the slow tests too
+	$(BIN)/pytest
+
+lint: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(READY)  ## speed and memory as ratios against baselines timed in the same process
+	$(BIN)/python tests/bench.py
+
+clean:  ## remove the environment and the fitted heads
+	rm -rf $(VENV)
+	git clean -fdxq checkpoints

@@ -1,0 +1,33 @@
+"""Named errors: what was got, what was expected, the next command. Knows nothing of the package."""
+
+
+class LSpadeError(Exception):
+    """A user's mistake or a broken input; the command line prints it in one or two lines."""
+
+
+class RecipeError(LSpadeError):
+    """A recipe that cannot be used: missing file, unknown key, value out of range."""
+
+
+class UnsupportedModelError(LSpadeError):
+    """A model that cannot be driven block by block, or cannot be loaded."""
+
+
+class TaskError(LSpadeError):
+    """A task or data set that cannot be turned into prompts with one-token answers."""
+
+
+class CacheError(LSpadeError):
+    """A cache that is missing, damaged, or was built for something else."""
+
+
+class ArtifactError(LSpadeError):
+    """A heads folder that is missing, damaged, or belongs to another model."""
+
+
+class PolicyError(LSpadeError):
+    """An exit policy that is malformed or belongs to other heads."""
+
+
+class NumericsError(LSpadeError):
+    """NaN or Inf where finite numbers are needed."""

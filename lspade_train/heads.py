@@ -1,0 +1,238 @@
+"""`LSpadeHeads`: one residual affine map per layer, in front of the model's frozen unembedding.
+
+Knows nothing of training, tasks or policies.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lspade_train.adapters import ModelAdapter, Unembedding
+from lspade_train.errors import ArtifactError
+from lspade_train.recipe import Form
+from lspade_train.storage import file_digest, read_json, read_tensors, write_json, write_tensors
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "heads.safetensors", "config.json"
+
+
+class LSpadeHeads(nn.Module):
+    """Stacked linear heads: `h + A_l h + b_l`, then the frozen final norm and unembedding.
+
+    The maps are residual and start at zero, so that an untrained head is the logit lens bit for
+    bit and weight decay pulls towards it.
+
+    Args:
+        layers: the layers that have a head, ascending.
+        hidden_size: d.
+        form: `full` (A is d x d), `low_rank` (A = U V, rank r) or `bias` (no A).
+        rank: r of `low_rank`.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], hidden_size: int, *, form: Form = "full", rank: int = 64
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.hidden_size = hidden_size
+        self.form: Form = form
+        self.rank = rank
+        self.metadata: dict[str, Any] = {}  # base model and provenance, as read from config.json
+        self._unembed: Unembedding | None = None
+        count, d = len(self.layers), hidden_size
+        self.bias = nn.Parameter(torch.zeros(count, d))
+        # Matrices are (in, out): a row vector is multiplied from the left.
+        if form == "full":
+            self.weight = nn.Parameter(torch.zeros(count, d, d))
+        elif form == "low_rank":
+            # One factor random, the other zero: the product starts at zero and has a gradient.
+            self.down = nn.Parameter(torch.randn(count, d, rank) / math.sqrt(d))
+            self.up = nn.Parameter(torch.zeros(count, rank, d))
+
+    def forward(self, hidden: Float[Tensor, "rows layers d"]) -> Float[Tensor, "rows layers d"]:
+        """Translate the hidden states of all layers at once, in the heads' own precision."""
+        states = hidden.to(self.bias.dtype)
+        stacked = states.transpose(0, 1)  # (layers, rows, d): one batched product
+        return states + self._delta(stacked, slice(None)).transpose(0, 1)
+
+    def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
+        """Map h^layer to where the frozen norm and head can read it.
+
+        Raises:
+            ArtifactError: no head for that layer.
+        """
+        index = self.index(layer)
+        states = hidden.to(self.bias.dtype)
+        flat = states.reshape(1, -1, self.hidden_size)
+        return states + self._delta(flat, slice(index, index + 1)).reshape(states.shape)
+
+    def logits(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch vocab"]:
+        """L-SPADE's logits at `layer`, in the model's dtype.
+
+        Args:
+            hidden: h_a^layer, raw output of that block.
+            layer: one of `layers`.
+
+        Raises:
+            ArtifactError: no head for that layer, or `bind` was not called.
+        """
+        if self._unembed is None:
+            raise ArtifactError(
+                "These heads have no model yet: call heads.bind(model) once, "
+                "with the model they were trained for."
+            )
+        return self._unembed(self.translate(hidden, layer).to(hidden.dtype))
+
+    def index(self, layer: int) -> int:
+        """Place of `layer` in the stacked maps.
+
+        Raises:
+            ArtifactError: no head for that layer.
+        """
+        if layer not in self.layers:
+            raise ArtifactError(
+                f"No head for layer {layer}; these heads have {list(self.layers)}. "
+                "Ask for one of them, or fit with that layer in model.layers."
+            )
+        return self.layers.index(layer)
+
+    def bind(self, model: PreTrainedModel | ModelAdapter) -> Self:
+        """Take the final norm and unembedding of `model`.
+
+        Raises:
+            ArtifactError: the heads were trained for another model.
+        """
+        adapter = ModelAdapter.of(model)
+        base = self.metadata.get("base_model", {})
+        check_same_model(base, adapter)
+        if self.hidden_size != adapter.hidden_size:
+            raise ArtifactError(
+                f"These heads are for d={self.hidden_size}, the model has "
+                f"d={adapter.hidden_size}. Load the model they were trained for."
+            )
+        self._unembed = adapter.unembed
+        return self.to(adapter.unembed.weight.device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `heads.safetensors` and `config.json`; each is complete or absent.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        write_tensors(folder / WEIGHTS, self.state_dict(), error=ArtifactError)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "layers": list(self.layers),
+            "hidden_size": self.hidden_size,
+            "form": self.form,
+            "rank": self.rank if self.form == "low_rank" else None,
+            "weights_sha256": file_digest(folder / WEIGHTS),
+            **{k: v for k, v in self.metadata.items() if k in {"base_model", "training"}},
+        }
+        write_json(folder / CONFIG, config, ArtifactError)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:
+        """Load a heads folder, or a repository of the Hub.
+
+        Args:
+            path: folder such as `checkpoints/arc`, or `org/name`.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            ArtifactError: nothing there, damaged, or of an unknown format.
+        """
+        folder = local_folder(path, revision)
+        config = read_json(folder / CONFIG, ArtifactError)
+        if config.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder / CONFIG} has format_version {config.get('format_version')!r}; this "
+                f"lspade-train reads {FORMAT_VERSION}. Install the version that wrote it."
+            )
+        tensors = read_tensors(folder / WEIGHTS, ArtifactError)
+        if file_digest(folder / WEIGHTS) != config.get("weights_sha256"):
+            raise ArtifactError(
+                f"{folder / WEIGHTS} does not have the checksum in {CONFIG}: it is damaged or was "
+                "changed. Fit or download it again."
+            )
+        try:
+            heads = cls(
+                config["layers"],
+                config["hidden_size"],
+                form=config["form"],
+                rank=config["rank"] or 0,
+            )
+            heads.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as cause:
+            raise ArtifactError(
+                f"{folder / CONFIG} does not describe {WEIGHTS} "
+                f"({(str(cause).splitlines() or ['?'])[0]}). Fit or download it again."
+            ) from cause
+        heads.metadata = config
+        return heads.requires_grad_(False).eval()
+
+    def _delta(self, stacked: Tensor, which: slice) -> Tensor:
+        """The learned part, (layers, rows, d) -> (layers, rows, d)."""
+        bias = self.bias[which, None]
+        if self.form == "full":
+            return torch.baddbmm(bias, stacked, self.weight[which])
+        if self.form == "low_rank":
+            return torch.baddbmm(bias, stacked @ self.down[which], self.up[which])
+        return bias.expand(-1, stacked.shape[1], -1)
+
+
+def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
+    """Refuse a model other than the one in `base` (a config's `base_model`).
+
+    The unembedding decides: heads are read through it, whatever the precision.
+
+    Raises:
+        ArtifactError: another configuration or unembedding.
+    """
+    for field, what in (("model_config", "configuration"), ("unembedding", "unembedding")):
+        expected = base.get(field)
+        got = adapter.identity[field]
+        same_precision = base.get("dtype") == adapter.identity["dtype"]
+        if expected is None or (field == "unembedding" and not same_precision):
+            continue
+        if expected != got:
+            raise ArtifactError(
+                f"These heads were trained for {base.get('model_id')} "
+                f"(revision {base.get('revision')}); the given model has another {what}.\n"
+                "Load that model, or fit heads for this one with lspade-train fit."
+            )
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """A local heads folder as it is; anything else is downloaded from the Hub.
+
+    Raises:
+        ArtifactError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "README.md", "figures/*"]
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except HFValidationError as cause:
+        raise ArtifactError(
+            f"{path} is neither a folder nor a Hub repository (org/name). "
+            "Fit heads first: lspade-train fit --config RECIPE.yaml"
+        ) from cause
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
+        raise ArtifactError(
+            f"{path} is no folder here, and the Hub gave none "
+            f"({(str(cause).splitlines() or ['?'])[0]}). "
+            "Check the name, the revision and your login (hf auth login)."
+        ) from cause

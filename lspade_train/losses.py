@@ -1,0 +1,149 @@
+"""The distillation loss: cross-entropy against a frozen target, chunked, with its own gradient.
+
+The product with the unembedding dominates everything else, and the logits of all rows and layers
+must never exist at once. So the loss and its gradient are computed together, chunk by chunk: only
+the hidden state needs a gradient, `(p_student - p_target) W`. Knows nothing of layers or training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lspade_train.adapters import Unembedding
+
+CHUNK_BYTES = 24 * 1024 * 1024
+"""Size of one chunk of logits: large enough to amortise reading W, small enough to stay in cache."""
+
+ABSENT = -1.0e4
+"""Logit of a token that a top-k target does not hold: its probability is exactly zero."""
+
+TargetLogits = Callable[[slice], Tensor]
+"""Rows of the target's logits, (chunk, vocab), made when they are needed."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What one pass over the vocabulary gives, per row.
+
+    Attributes:
+        loss: cross-entropy against the target, nats; differentiable.
+        kl: KL(target || student) in nats: the loss less the target's entropy.
+        agrees: whether both have the same most probable token.
+        watched: the student's logits of the watched tokens.
+    """
+
+    loss: Float[Tensor, " rows"]
+    kl: Float[Tensor, " rows"]
+    agrees: Bool[Tensor, " rows"]
+    watched: Float[Tensor, "rows watched"]
+
+
+def distillation(
+    student: Float[Tensor, "rows d"],
+    target: TargetLogits,
+    unembed: Unembedding,
+    *,
+    watch: Int[Tensor, "rows watched"] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Distilled:
+    """Cross-entropy of the student's distribution against the target's.
+
+    Args:
+        student: translated hidden states, before the final norm.
+        target: gives the target's logits for a slice of the rows.
+        unembed: the frozen norm and head of the student's side.
+        watch: tokens whose student logits are returned, such as the task's choices.
+        chunk_bytes: upper bound of one chunk of fp32 logits.
+
+    Returns:
+        Per-row loss and statistics; memory does not grow with rows x vocab.
+    """
+    normed = unembed.norm(student).to(unembed.weight.dtype)
+    tokens = watch if watch is not None else torch.empty(len(student), 0, dtype=torch.long)
+    rows = max(chunk_bytes // (4 * unembed.weight.shape[0]), 1)
+    loss, kl, agrees, watched = _ChunkedCrossEntropy.apply(
+        normed, target, unembed, tokens.to(student.device), rows
+    )
+    return Distilled(loss, kl, agrees, watched)
+
+
+def hidden_target(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> TargetLogits:
+    """A target in factored form: the hidden state before the final norm."""
+    return lambda rows: unembed(hidden[rows].to(unembed.weight.dtype))
+
+
+def logits_target(logits: Float[Tensor, "rows vocab"]) -> TargetLogits:
+    """A target whose logits were stored."""
+    return lambda rows: logits[rows]
+
+
+def topk_target(
+    values: Float[Tensor, "rows k"], tokens: Int[Tensor, "rows k"], vocab_size: int
+) -> TargetLogits:
+    """A target of which the k best logits were stored; it is renormalised over those."""
+
+    def dense(rows: slice) -> Tensor:
+        kept = values[rows].float()
+        absent = kept.new_full((len(kept), vocab_size), ABSENT)
+        return absent.scatter_(-1, tokens[rows].long(), kept)
+
+    return dense
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forward computes the gradient too, so that no logits are kept or computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        normed: Tensor,
+        target: TargetLogits,
+        unembed: Unembedding,
+        watch: Tensor,
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = len(normed)
+        wide = torch.promote_types(normed.dtype, torch.float32)
+        loss = normed.new_empty(rows, dtype=wide)
+        kl = torch.empty_like(loss)
+        agrees = torch.empty(rows, dtype=torch.bool, device=normed.device)
+        watched = normed.new_empty(rows, watch.shape[1], dtype=wide)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(normed) if wants_gradient else None
+
+        for start in range(0, rows, chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = unembed.finish(unembed.head(normed[part])).to(wide)
+            goal = target(part).to(wide)
+            watched[part] = logits.gather(-1, watch[part])
+            agrees[part] = logits.argmax(-1) == goal.argmax(-1)
+            log_z = logits.logsumexp(-1)
+            goal_z = goal.logsumexp(-1)
+            p_goal = (goal - goal_z[:, None]).exp_()
+            loss[part] = log_z - torch.linalg.vecdot(p_goal, logits)
+            kl[part] = loss[part] - (goal_z - torch.linalg.vecdot(p_goal, goal))
+            if gradient is not None:
+                del goal
+                capped = _softcap_slope(logits, unembed.softcap)
+                residual = logits.sub_(log_z[:, None]).exp_().sub_(p_goal)
+                if capped is not None:
+                    residual.mul_(capped)
+                gradient[part] = (residual.to(normed.dtype) @ unembed.weight).mul_(unembed.scale)
+
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(kl, agrees, watched)
+        return loss, kl, agrees, watched
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
+
+
+def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """d(capped)/d(raw) from the capped logits: 1 - (logits / softcap)^2."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2

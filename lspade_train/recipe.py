@@ -1,0 +1,150 @@
+"""The typed recipe every command reads. Knows nothing of torch, Lightning or how keys are parsed."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["disk", "memory", "online"]
+TargetKind = Literal["hidden", "logits", "topk"]
+PositionIds = Literal["original", "compact"]
+Form = Literal["full", "low_rank", "bias"]
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """How a data row becomes the text that the model reads.
+
+    Args:
+        template: Python format string over the task's fields, such as `{question}` and `{choices}`;
+            null takes the task's own (`lspade_train/tasks/` shows them).
+        labels: answer strings in the order of the choices, such as `[A, B, C, D]`; null takes the
+            task's own. Each must be one token in the prompt's context.
+        shots: solved examples put in front of every prompt, drawn from the training split.
+        chat: wrap the prompt in a chat template, for instruction-tuned models.
+        chat_template: Jinja chat template, only with `chat`; null takes the tokenizer's own. For
+            models whose tokenizers have none, such as Vicuna.
+        system: system message, only with `chat`.
+        answer_prefix: text between the prompt and its answer; null tries a space, then nothing
+            (nothing first where the prompt ends in white space), and takes the first that makes
+            every label one token.
+    """
+
+    template: str | None = None
+    labels: list[str] | None = None
+    shots: int = 0
+    chat: bool = False
+    chat_template: str | None = None
+    system: str | None = None
+    answer_prefix: str | None = None
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Where the `text` task takes its positions from.
+
+    Args:
+        column: column (JSONL key) that holds the text.
+        length: tokens per sequence, BOS counted; a text is cut into consecutive pieces of it.
+        first_position: earliest position used, 0-based, BOS counted.
+        positions_per_sequence: positions drawn per sequence; null takes every one.
+    """
+
+    column: str = "text"
+    length: int = 160
+    first_position: int = 8
+    positions_per_sequence: int | None = 16
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The frozen model, the task, and what is cached of them.
+
+    Args:
+        model_id: Hub id or folder of a decoder-only causal language model.
+        revision: the model's commit; null resolves the Hub's current one once and records it.
+        task: arc_easy, arc_challenge, boolq, headqa, jsonl or text.
+        dataset: Hub id, a folder laid out like one, or a JSONL file (or folder of
+            `train.jsonl`, `validation.jsonl`, `test.jsonl`); null takes the task's Hub id.
+        dataset_revision: the data set's commit on the Hub; null resolves the current one.
+        subset: the data set's configuration, such as `es` for headqa; null takes the task's own.
+        prompt: template, labels, shots and chat format.
+        text: settings of the `text` task.
+        limit: rows used per split; null uses all.
+        overlong: what a prompt over the model's context does: stop with an error, or skip the row.
+        cache_dir: folder of the cache; null derives one from the recipe under the user's cache.
+        positions: position ids of SPADE's two tokens: the prompt's own, or 0 and 1.
+        targets: what is stored of SPADE's answer: hidden state (exact, small), logits or top-k.
+        topk: tokens kept with `targets: topk`.
+        mode: disk (cache once), memory (cache in RAM) or online (recompute every epoch).
+        batch_size: rows per training step.
+        tokens_per_batch: prompt tokens per extraction batch.
+        shard_mb: size of one cache shard in MB.
+        dtype: precision the frozen model runs and is cached in; auto takes the checkpoint's.
+        device: where the frozen model runs; auto takes a GPU when there is one.
+        device_map: accelerate's map for models too large for one device, such as `auto`.
+        trust_remote_code: run code from the model's repository. Leave off unless you read it.
+    """
+
+    model_id: str
+    task: str
+    revision: str | None = None
+    dataset: str | None = None
+    dataset_revision: str | None = None
+    subset: str | None = None
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    limit: int | None = None
+    overlong: Literal["error", "skip"] = "error"
+    cache_dir: str | None = None
+    positions: PositionIds = "original"
+    targets: TargetKind = "hidden"
+    topk: int = 64
+    mode: Mode = "disk"
+    batch_size: int = 64
+    tokens_per_batch: int = 8192
+    shard_mb: int = 256
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """The heads and how they are trained. Every value is our default, not the paper's.
+
+    Args:
+        layers: `all` (1..L-1) or a list of layers, 0..L-1.
+        form: full (d x d per layer), low_rank, or bias.
+        rank: rank of `form: low_rank`.
+        target: distil SPADE's distribution (`spade`) or the model's own (`final`, a tuned lens).
+        lr: peak learning rate of AdamW.
+        weight_decay: decay of the residual maps towards zero, that is of the heads to identity.
+        warmup: fraction of all steps with a rising learning rate; a cosine to zero follows.
+    """
+
+    layers: Literal["all"] | list[int] = "all"
+    form: Form = "full"
+    rank: int = 64
+    target: Literal["spade", "final"] = "spade"
+    lr: float = 1.0e-3
+    weight_decay: float = 1.0e-2
+    warmup: float = 0.05
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One YAML file: everything a command needs.
+
+    Args:
+        name: heads land in `checkpoints/<name>/`.
+        seed_everything: seed of the shuffling and of everything else that is random.
+        data: the frozen model, the task and the cache.
+        model: the heads.
+        trainer: Lightning's Trainer arguments.
+    """
+
+    name: str
+    data: DataConfig
+    seed_everything: int = 0
+    model: HeadConfig = field(default_factory=HeadConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)

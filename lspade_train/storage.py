@@ -1,0 +1,179 @@
+"""Files that are complete or absent: atomic writes, digests, checked JSON and safetensors.
+
+Knows nothing of models, heads or caches.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lspade_train.errors import LSpadeError
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it into place.
+
+    On any failure the temporary file is removed and `path` is as it was.
+
+    Raises:
+        error: the disk is full, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as cause:
+        raise error(_write_failure(path, cause)) from cause
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; what lands here is an ordinary one.
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except (OSError, SafetensorError) as cause:
+        raise error(_write_failure(path, cause)) from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, error: type[LSpadeError] = LSpadeError) -> None:
+    """Write `text` as UTF-8, atomically.
+
+    Raises:
+        error: the file cannot be written.
+    """
+    with atomic_path(path, error) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, error: type[LSpadeError] = LSpadeError) -> None:
+    """Write `value` as indented JSON, atomically. NaN and Inf are refused: JSON has neither.
+
+    Raises:
+        error: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
+
+
+def read_json(path: Path, error: type[LSpadeError]) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        error: the file is missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise error(f"{path} is {path.stat().st_size} bytes; such a file is under 64 MB.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise error(f"{path} does not exist.") from cause
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid JSON ({_first_line(cause)}).") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    error: type[LSpadeError] = LSpadeError,
+) -> None:
+    """Write a safetensors file, atomically.
+
+    Raises:
+        error: the file cannot be written.
+    """
+    with atomic_path(path, error) as temporary:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path, error: type[LSpadeError]) -> dict[str, Tensor]:
+    """Map a safetensors file into memory; pages are read when they are touched.
+
+    Raises:
+        error: the file is missing or its header does not describe its bytes.
+    """
+    try:
+        # Not `with`: the tensors keep the mapping alive.
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as cause:
+        raise error(f"{path} does not exist.") from cause
+    except (OSError, SafetensorError, ValueError) as cause:
+        raise error(
+            f"{path} is not a complete safetensors file ({_first_line(cause)})."
+        ) from cause
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of `value` as canonical JSON, as hex: equal for equal content."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_digest(*tensors: Tensor | None) -> str:
+    """SHA-256 over shapes, dtypes and bytes, as hex."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
+        digest.update(flat.view(torch.uint8).numpy() if flat.ndim else flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_failure(path: Path, cause: Exception) -> str:
+    text = _first_line(cause)
+    full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in text
+    if full:
+        return (
+            f"The disk under {path.parent} is full; {path.name} was not written.\n"
+            "Free some space, or choose another folder, and run the command again."
+        )
+    return f"{path} cannot be written ({text}). Choose a folder that you can write to."
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,52 @@
+"""What every test shares: no network, seeded randomness, and the developers' data where present."""
+
+import os
+from pathlib import Path
+
+# Before any Hugging Face import: a test never asks the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import pytest_socket
+import torch
+
+# Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_runtest_setup():
+    """Refuse every connection but loopback."""
+    pytest_socket.socket_allow_hosts(["127.0.0.1", "localhost", "::1"], allow_unix_socket=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what uses the developers' data, and say why it is skipped where that is absent."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker("shared")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the clone that holds a real model and the real benchmarks."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (developers' models and data), which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """A real pretrained Llama: 260K parameters, 5 blocks, TinyStories."""
+    return shared / "models/stories260K/hf"

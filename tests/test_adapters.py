@@ -1,0 +1,160 @@
+"""The adapter against the models' own forward, for every family."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.errors import UnsupportedModelError
+
+
+def padded_batch(side: str, lengths=(7, 3, 5)):
+    """Mixed prompt lengths with BOS, padded on `side`."""
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        tokens = torch.randint(3, VOCAB, (length,), generator=generator)
+        tokens[0] = 1
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place], mask[row, place] = tokens, 1
+    return ids, mask
+
+
+def positions_of(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def run_all(adapter, plan):
+    hidden = plan.hidden
+    for block in range(adapter.num_layers):
+        hidden = adapter.run_block(plan, block, hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaying_the_plan_gives_the_models_logits_bit_for_bit(family, side):
+    model = tiny(family)
+    ids, mask = padded_batch(side)
+    with torch.no_grad():
+        expected = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        ).logits
+        adapter = ModelAdapter(model)
+        logits = adapter.model_unembed(run_all(adapter, adapter.plan(ids, mask)))
+    assert torch.equal(logits[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_unembedding_gives_the_models_logits(family):
+    adapter = ModelAdapter(tiny(family))
+    hidden = torch.randn(2, 3, adapter.hidden_size)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.unembed(hidden), adapter.model_unembed(hidden))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_dropped_halfway_leave_the_others_as_they_were(family):
+    adapter = ModelAdapter(tiny(family))
+    ids, mask = padded_batch("left", lengths=(5, 5, 3, 4, 2))  # as many rows as tokens
+    with torch.no_grad():
+        plan = adapter.plan(ids, mask)
+        everything = run_all(adapter, plan)
+        keep = torch.tensor([0, 3])
+        hidden = adapter.run_block(plan, 0, plan.hidden)[keep]
+        fewer = plan.select(keep)
+        for block in range(1, LAYERS):
+            hidden = adapter.run_block(fewer, block, hidden)
+    # Matrix products of other heights round differently in the last bit.
+    real = mask[keep].bool()
+    torch.testing.assert_close(hidden[real], everything[keep][real], rtol=1e-5, atol=1e-5)
+
+
+def test_the_blocks_are_restored_after_recording():
+    model = tiny("llama")
+    before = [dict(block.__dict__) for block in model.model.layers]
+    adapter = ModelAdapter(model)
+    adapter.plan(*padded_batch("right"))
+    assert [dict(block.__dict__) for block in model.model.layers] == before
+
+
+def test_a_forward_hook_of_accelerate_survives_recording():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    accelerate.dispatch_model(
+        model, {"": "cpu"}, main_device="cpu", force_hooks=True
+    )
+    hooked = [block.__dict__.get("forward") for block in model.model.layers]
+    ids, mask = padded_batch("right")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        adapter = ModelAdapter(model)
+        got = adapter.unembed(run_all(adapter, adapter.plan(ids, mask)))
+    assert [block.__dict__.get("forward") for block in model.model.layers] == hooked
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_half_precision_models_pass_the_check(family, dtype):
+    assert ModelAdapter(tiny(family).to(dtype)).dtype == dtype
+
+
+def test_a_bidirectional_model_is_refused():
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModelError, match="decoder-only"):
+        ModelAdapter(model)
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import AutoModelForSeq2SeqLM
+
+    config = AutoConfig.for_model(
+        "t5", vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    )
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        ModelAdapter(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def test_a_model_with_nan_weights_is_refused():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="NaN"):
+        ModelAdapter(model)
+
+
+def test_a_model_whose_head_is_not_what_it_seems_is_refused():
+    model = tiny("llama")
+    forward = model.forward
+
+    def doubled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = doubled
+    with pytest.raises(UnsupportedModelError, match="norm and head do not give its logits"):
+        ModelAdapter(model)
+
+
+def test_a_missing_folder_is_a_named_error(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"check data\.model_id"):
+        ModelAdapter.from_pretrained(str(tmp_path / "nothing"))
+
+
+def test_one_changed_weight_changes_the_identity():
+    model = tiny("llama")
+    before = ModelAdapter(model).identity
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight.mul_(1.01)
+    after = ModelAdapter(model).identity
+    assert before["model_weights"] != after["model_weights"]
+    assert before["unembedding"] == after["unembedding"]

@@ -1,0 +1,134 @@
+"""SPADE against a naive oracle that runs the model's own forward on two tokens."""
+
+import pytest
+import torch
+from test_adapters import padded_batch, positions_of
+from tiny_models import FAMILIES, LAYERS, tiny
+
+from lspade_train import ModelAdapter, spade_logits
+from lspade_train.errors import RecipeError
+
+
+def blocks_of(model):
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
+def hidden_states(model, ids):
+    """h^0..h^L of one unpadded prompt, by plain forward hooks."""
+    kept = []
+    blocks = blocks_of(model)
+    first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
+    hooks = [
+        blocks[0].register_forward_pre_hook(
+            lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+    ]
+    hooks += [b.register_forward_hook(lambda _, __, out: kept.append(first(out))) for b in blocks]
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def naive_spade(model, prompt, layer, *, positions="original", zero_start=False):
+    """Two-token forward of the model itself, with `[h_s^l, h_a^l]` put in after block l."""
+    hidden = hidden_states(model, prompt[None])[layer]
+    pair = hidden[:, [0, -1]].clone()
+    if zero_start:
+        pair[:, 0] = 0
+    blocks = blocks_of(model)
+    if layer == 0:
+        hook = blocks[0].register_forward_pre_hook(
+            lambda _, args, kwargs: ((pair, *args[1:]), kwargs), with_kwargs=True
+        )
+    else:
+        hook = blocks[layer - 1].register_forward_hook(
+            lambda _, __, out: (pair, *out[1:]) if isinstance(out, tuple) else pair
+        )
+    last = len(prompt) - 1 if positions == "original" else 1
+    logits = model(
+        input_ids=prompt[None, [0, -1]],
+        attention_mask=torch.ones(1, 2, dtype=torch.long),
+        position_ids=torch.tensor([[0, last]]),
+        use_cache=False,
+    ).logits
+    hook.remove()
+    return logits[0, -1]
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_layer_of_every_prompt_equals_the_naive_two_token_forward(family, side, positions):
+    model = tiny(family)
+    ids, mask = padded_batch(side)
+    got = spade_logits(model, ids, mask, layers=range(LAYERS + 1), positions=positions)
+    for row in range(len(ids)):
+        prompt = ids[row][mask[row].bool()]
+        for layer in range(LAYERS):
+            expected = naive_spade(model, prompt, layer, positions=positions)
+            torch.testing.assert_close(got[row, layer], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_at_layer_l_it_is_the_model(family, side):
+    model = tiny(family)
+    ids, mask = padded_batch(side)
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+    ).logits
+    last = [int(row.nonzero().max()) for row in mask]
+    expected = logits[torch.arange(len(ids)), last]
+    got = spade_logits(model, ids, mask, layers=[LAYERS])[:, 0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_start_token_is_attended(family):
+    model = tiny(family)
+    ids, mask = padded_batch("right")
+    prompt = ids[0][mask[0].bool()]
+    with_start = spade_logits(model, prompt[None], layers=[1])[0, 0]
+    without = naive_spade(model, prompt, 1, zero_start=True)
+    assert (with_start - without).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_prompts_without_a_common_first_token_each_keep_their_own():
+    model = tiny("llama")
+    ids = torch.tensor([[5, 6, 7], [8, 6, 7], [5, 9, 7]])
+    together = spade_logits(model, ids)
+    alone = torch.cat([spade_logits(model, row[None]) for row in ids])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_come_back_in_the_order_asked_for():
+    model = tiny("llama")
+    ids, mask = padded_batch("left")
+    every = spade_logits(model, ids, mask, layers=[0, 1, 2, 3, 4])
+    torch.testing.assert_close(spade_logits(model, ids, mask, layers=[3, 0, 3]), every[:, [3, 0, 3]])
+    assert spade_logits(model, ids, mask).shape[1] == LAYERS
+
+
+@pytest.mark.parametrize("layers", [[-1], [LAYERS + 1], []])
+def test_a_layer_out_of_range_is_a_named_error(layers):
+    with pytest.raises(RecipeError, match=r"layers go from 0 to 4"):
+        spade_logits(tiny("llama"), torch.tensor([[1, 5]]), layers=layers)
+
+
+@torch.no_grad()
+def test_on_a_real_model_spade_beats_the_logit_lens(stories):
+    adapter = ModelAdapter.from_pretrained(str(stories))
+    ids = adapter.model.generate(
+        torch.full((16, 1), 1), max_new_tokens=60, do_sample=True, temperature=1.0, pad_token_id=0
+    )
+    full = adapter.model(ids).logits[:, -1].argmax(-1)
+    spade = spade_logits(adapter, ids)[:, 3].argmax(-1)
+    assert (spade == full).float().mean() > 0.3
