@@ -311,9 +311,7 @@ class ModelAdapter:
         return self._record(input_ids, mask, positions, None)
 
     @torch.no_grad()
-    def plan_step(
-        self, start_ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]
-    ) -> Plan:
+    def plan_step(self, start_ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Plan:
         """Plan one single-token row per start token: the row sees that token and itself.
 
         Args:
@@ -457,7 +455,9 @@ def _blocks(decoder: nn.Module, model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _unembedding(model: PreTrainedModel, decoder: nn.Module) -> Unembedding:
-    norm = next((m for m in (getattr(decoder, n, None) for n in FINAL_NORMS) if m is not None), None)
+    norm = next(
+        (m for m in (getattr(decoder, n, None) for n in FINAL_NORMS) if m is not None), None
+    )
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(

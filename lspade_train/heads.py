@@ -72,7 +72,9 @@ class LSpadeHeads(nn.Module):
         flat = states.reshape(1, -1, self.hidden_size)
         return states + self._delta(flat, slice(index, index + 1)).reshape(states.shape)
 
-    def logits(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch vocab"]:
+    def logits(
+        self, hidden: Float[Tensor, "*batch d"], layer: int
+    ) -> Float[Tensor, "*batch vocab"]:
         """L-SPADE's logits at `layer`, in the model's dtype.
 
         Args:

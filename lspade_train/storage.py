@@ -120,9 +120,7 @@ def read_tensors(path: Path, error: type[LSpadeError]) -> dict[str, Tensor]:
     except FileNotFoundError as cause:
         raise error(f"{path} does not exist.") from cause
     except (OSError, SafetensorError, ValueError) as cause:
-        raise error(
-            f"{path} is not a complete safetensors file ({_first_line(cause)})."
-        ) from cause
+        raise error(f"{path} is not a complete safetensors file ({_first_line(cause)}).") from cause
 
 
 def file_digest(path: Path) -> str:

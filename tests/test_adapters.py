@@ -84,9 +84,7 @@ def test_the_blocks_are_restored_after_recording():
 def test_a_forward_hook_of_accelerate_survives_recording():
     accelerate = pytest.importorskip("accelerate")
     model = tiny("llama")
-    accelerate.dispatch_model(
-        model, {"": "cpu"}, main_device="cpu", force_hooks=True
-    )
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     hooked = [block.__dict__.get("forward") for block in model.model.layers]
     ids, mask = padded_batch("right")
     with torch.no_grad():

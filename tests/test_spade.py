@@ -113,7 +113,9 @@ def test_layers_come_back_in_the_order_asked_for():
     model = tiny("llama")
     ids, mask = padded_batch("left")
     every = spade_logits(model, ids, mask, layers=[0, 1, 2, 3, 4])
-    torch.testing.assert_close(spade_logits(model, ids, mask, layers=[3, 0, 3]), every[:, [3, 0, 3]])
+    torch.testing.assert_close(
+        spade_logits(model, ids, mask, layers=[3, 0, 3]), every[:, [3, 0, 3]]
+    )
     assert spade_logits(model, ids, mask).shape[1] == LAYERS
 
 

@@ -1,0 +1,163 @@
+"""Heads: identity at the start, exact on disk, refused where they do not belong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import WIDTH, tiny
+
+from lspade_train import LSpadeHeads, ModelAdapter
+from lspade_train.errors import ArtifactError
+
+FORMS = ["full", "low_rank", "bias"]
+
+
+def trained(form="full", layers=(1, 2, 3)):
+    """Heads with every parameter away from its start."""
+    heads = LSpadeHeads(layers, WIDTH, form=form, rank=4)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return heads
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untrained_heads_are_the_logit_lens_bit_for_bit(form, dtype):
+    adapter = ModelAdapter(tiny("llama").to(dtype))
+    heads = LSpadeHeads([1, 3], WIDTH, form=form, rank=4).bind(adapter)
+    hidden = torch.randn(5, WIDTH).to(dtype)
+    with torch.no_grad():
+        for layer in (1, 3):
+            assert torch.equal(heads.logits(hidden, layer), adapter.unembed(hidden))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_layers_at_once_equal_one_layer_at_a_time(form):
+    heads = trained(form)
+    hidden = torch.randn(6, 3, WIDTH)
+    together = heads(hidden)
+    for place, layer in enumerate(heads.layers):
+        torch.testing.assert_close(together[:, place], heads.translate(hidden[:, place], layer))
+
+
+def test_a_full_map_is_the_written_formula():
+    heads = trained()
+    hidden = torch.randn(WIDTH)
+    expected = hidden + hidden @ heads.weight[1] + heads.bias[1]
+    torch.testing.assert_close(heads.translate(hidden, 2), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_can_learn_from_its_start(form):
+    heads = LSpadeHeads([1, 2], WIDTH, form=form, rank=4)
+    heads(torch.randn(7, 2, WIDTH)).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
+
+
+def test_saved_heads_give_the_same_logits_in_a_new_process_without_lightning(tmp_path):
+    adapter = ModelAdapter(tiny("llama"))
+    adapter.model.save_pretrained(tmp_path / "model")
+    hidden = torch.randn(4, WIDTH)
+    expected = {}
+    for form in FORMS:
+        heads = trained(form)
+        heads.save_pretrained(tmp_path / form)
+        with torch.no_grad():
+            expected[form] = heads.bind(adapter).logits(hidden, 2)
+    save_file({"hidden": hidden, **expected}, tmp_path / "io.safetensors")
+    code = """
+import sys, torch
+from safetensors.torch import load_file
+from lspade_train import LSpadeHeads, ModelAdapter
+torch.set_num_threads(1)
+adapter = ModelAdapter.from_pretrained("model")
+io = load_file("io.safetensors")
+for form in ("full", "low_rank", "bias"):
+    heads = LSpadeHeads.from_pretrained(form).bind(adapter)
+    with torch.no_grad():
+        assert torch.equal(heads.logits(io["hidden"], 2), io[form]), form
+assert not {"lightning", "datasets", "wandb", "matplotlib"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_heads_used_with_another_model_are_refused():
+    heads = trained()
+    adapter = ModelAdapter(tiny("llama"))
+    heads.metadata = {"base_model": {"model_id": "org/base", "revision": "abc", **adapter.identity}}
+    heads.bind(adapter)
+    other = tiny("llama")
+    with torch.no_grad():
+        other.lm_head.weight[3, 3] += 1
+    with pytest.raises(
+        ArtifactError, match=r"org/base.*another unembedding(.|\n)*lspade-train fit"
+    ):
+        heads.bind(other)
+    with pytest.raises(ArtifactError, match="another configuration"):
+        heads.bind(tiny("llama", rms_norm_eps=1e-3))
+
+
+def test_heads_of_another_width_are_refused():
+    with pytest.raises(ArtifactError, match="d=16"):
+        LSpadeHeads([1], 16).bind(tiny("llama"))
+
+
+def test_logits_need_a_model():
+    with pytest.raises(ArtifactError, match=r"heads\.bind"):
+        trained().logits(torch.randn(WIDTH), 1)
+
+
+def test_a_layer_without_a_head_is_a_named_error():
+    with pytest.raises(ArtifactError, match=r"No head for layer 7; these heads have \[1, 2, 3\]"):
+        trained().translate(torch.randn(WIDTH), 7)
+
+
+def damage_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "does not exist"),
+        (lambda f: (f / "heads.safetensors").unlink(), "does not exist"),
+        (lambda f: (f / "config.json").write_text("[1"), "not valid JSON"),
+        (lambda f: damage_config(f, format_version=99), "format_version 99"),
+        (lambda f: damage_config(f, layers=[1]), "does not describe"),
+        (lambda f: damage_config(f, form="cubic"), "does not describe"),
+        (
+            lambda f: (f / "heads.safetensors").write_bytes(
+                (f / "heads.safetensors").read_bytes()[:-4]
+            ),
+            "not a complete safetensors",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_a_named_error(break_it, message, tmp_path):
+    trained().save_pretrained(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        LSpadeHeads.from_pretrained(tmp_path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    trained().save_pretrained(tmp_path)
+    path = tmp_path / "heads.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="checksum"):
+        LSpadeHeads.from_pretrained(tmp_path)
+
+
+def test_neither_a_folder_nor_a_repository_is_a_named_error():
+    with pytest.raises(ArtifactError, match="lspade-train fit"):
+        LSpadeHeads.from_pretrained("no/such/folder/at/all")

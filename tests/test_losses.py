@@ -1,0 +1,110 @@
+"""The chunked distillation loss against plain float64 autograd."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCAB, WIDTH, tiny
+from torch.nn.functional import cross_entropy
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.losses import distillation, hidden_target, logits_target, topk_target
+
+
+def double(family="llama"):
+    return ModelAdapter(tiny(family).double()).unembed
+
+
+def naive(student, goal_logits, unembed):
+    """Materialise everything and let autograd do the rest."""
+    logits = unembed(student)
+    goal = goal_logits.softmax(-1)
+    loss = -(goal * logits.log_softmax(-1)).sum(-1)
+    entropy = -(goal * goal_logits.log_softmax(-1)).sum(-1)
+    return loss, loss - entropy, logits.argmax(-1) == goal_logits.argmax(-1)
+
+
+# gemma2 caps its logits, opt projects and has a LayerNorm with bias, gpt_neox a plain one.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 64])
+def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
+    unembed = double(family)
+    student = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
+    goal = torch.randn(12, WIDTH, dtype=torch.float64)
+    weights = torch.rand(12, dtype=torch.float64)
+
+    loss, kl, agrees = naive(student, unembed(goal), unembed)
+    (loss * weights).sum().backward()
+    expected, student.grad = student.grad, None
+
+    got = distillation(
+        student, hidden_target(goal, unembed), unembed, chunk_bytes=chunk_rows * 4 * VOCAB
+    )
+    (got.loss * weights).sum().backward()
+    assert (student.grad - expected).abs().max() < 1e-9
+    torch.testing.assert_close(got.loss, loss)
+    torch.testing.assert_close(got.kl, kl, atol=1e-9, rtol=1e-7)
+    assert torch.equal(got.agrees, agrees)
+
+
+def test_a_scaled_head_has_a_scaled_gradient():
+    unembed = replace(double(), scale=0.25)
+    student = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    goal = torch.randn(4, VOCAB, dtype=torch.float64)
+    naive(student, goal, unembed)[0].sum().backward()
+    expected, student.grad = student.grad, None
+    distillation(student, logits_target(goal), unembed).loss.sum().backward()
+    assert (student.grad - expected).abs().max() < 1e-9
+
+
+def test_gradcheck_of_the_whole_path():
+    unembed = double("gpt_neox")  # Llama's norm computes in float32, too coarse for differences
+    goal = torch.randn(3, VOCAB, dtype=torch.float64)
+    student = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: distillation(x, logits_target(goal), unembed).loss, (student,)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, VOCAB), st.integers(1, 9), st.floats(0.1, 30))
+def test_a_top_k_target_is_the_renormalised_distribution(k, rows, sharpness):
+    unembed = double()
+    logits = torch.randn(rows, VOCAB, dtype=torch.float64) * sharpness
+    student = torch.randn(rows, WIDTH, dtype=torch.float64)
+    values, tokens = logits.topk(k)
+    dense = torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
+    expected = cross_entropy(unembed(student), dense.softmax(-1), reduction="none")
+    got = distillation(student, topk_target(values, tokens, VOCAB), unembed)
+    torch.testing.assert_close(got.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_equal_to_the_student_has_no_kl_and_no_gradient():
+    unembed = double()
+    student = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
+    got = distillation(student, hidden_target(student.detach(), unembed), unembed)
+    got.loss.sum().backward()
+    assert got.kl.abs().max() < 1e-12
+    assert student.grad.abs().max() < 1e-12
+    assert got.agrees.all()
+
+
+def test_watched_tokens_come_back_with_their_logits():
+    unembed = double()
+    student = torch.randn(5, WIDTH, dtype=torch.float64)
+    watch = torch.randint(VOCAB, (5, 3))
+    got = distillation(student, hidden_target(student, unembed), unembed, watch=watch)
+    torch.testing.assert_close(got.watched, unembed(student).gather(-1, watch))
+
+
+def test_half_precision_states_give_a_full_precision_loss():
+    unembed = ModelAdapter(tiny("llama").bfloat16()).unembed
+    student = torch.randn(8, WIDTH, requires_grad=True)
+    goal = torch.randn(8, WIDTH, dtype=torch.bfloat16)
+    got = distillation(student, hidden_target(goal, unembed), unembed)
+    got.loss.mean().backward()
+    assert got.loss.dtype == torch.float32
+    assert student.grad.dtype == torch.float32
+    assert torch.isfinite(student.grad).all()
