@@ -1,0 +1,29 @@
+"""Data rows to tokenised prompts with one-token answers.
+
+One file per benchmark says what its rows mean; templates, labels and chat format are data in the
+recipe. Importing this package does not load `datasets`.
+"""
+
+from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Split, Task
+from lspade_train.tasks.choices import resolve_choices, tokenize
+from lspade_train.tasks.encoding import encode
+from lspade_train.tasks.registry import TASKS
+from lspade_train.tasks.rows import evaluation_split, identity, load_rows, splits
+
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Encoded",
+    "Example",
+    "Question",
+    "Rows",
+    "Split",
+    "Task",
+    "encode",
+    "evaluation_split",
+    "identity",
+    "load_rows",
+    "resolve_choices",
+    "splits",
+    "tokenize",
+]

@@ -1,0 +1,148 @@
+"""The types that tasks share. Knows no particular task, tokenizer or data set."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+Record = Mapping[str, Any]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+MULTIPLE_CHOICE = "Question: {question}\n{choices}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a row asks, before any template or tokenizer.
+
+    Args:
+        fields: what a template may name.
+        labels: answer strings to choose from; () where any token may be the answer.
+        answer: the right answer string; None where the row has no label.
+        group: subgroup that results are broken down by; "" for none.
+    """
+
+    fields: Mapping[str, str]
+    labels: tuple[str, ...]
+    answer: str | None
+    group: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The text that makes two rows the same question, whatever else differs."""
+        return self.fields.get("question") or self.fields["prompt"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set's columns, and how a row of them becomes a question.
+
+    Args:
+        name: `data.task` of a recipe.
+        dataset: Hub id; None where the user names the data.
+        subset: the Hub data set's configuration; None for its only one.
+        columns: columns used; () keeps whole rows.
+        template: default prompt template, a format string over `Question.fields`.
+        labels: default answer strings; () where the rows bring their own.
+        to_question: (row, configured or default labels) -> question, with a ValueError for a row
+            that does not fit; None for running text.
+    """
+
+    name: str
+    dataset: str | None
+    subset: str | None
+    columns: tuple[str, ...]
+    template: str
+    labels: tuple[str, ...]
+    to_question: Callable[[Record, tuple[str, ...]], Question] | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split as loaded, before tokenisation.
+
+    Args:
+        split: train, validation or test.
+        records: the columns used of each row.
+        dataset: Hub id; None for local data.
+        revision: commit of a Hub data set; None for local data and where it cannot be told.
+        digest: SHA-256 over `records`, whatever file they came from.
+        shots: labelled training rows to draw solved examples from, one more than a prompt shows.
+    """
+
+    split: Split
+    records: Sequence[Record]
+    dataset: str | None
+    revision: str | None
+    digest: str
+    shots: Sequence[Record]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised prompt.
+
+    Args:
+        input_ids: prompt tokens, BOS included, answer not included.
+        positions: answer positions, indices into `input_ids`; the last one for a question.
+        answer_ids: right token at each position; None where the row has no label.
+        choice_ids: candidate answer tokens in the order of the labels; () for any token.
+        group: subgroup that results are broken down by; "" for none.
+    """
+
+    input_ids: Int32[np.ndarray, " tokens"]
+    positions: Int64[np.ndarray, " positions"]
+    answer_ids: Int64[np.ndarray, " positions"] | None
+    choice_ids: tuple[int, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised split.
+
+    Args:
+        examples: in the order of the rows.
+        skipped: rows left out: longer than the model's context, or too short for one position.
+        prefix: text between prompt and answer that every label was resolved with; "" for text.
+    """
+
+    examples: list[Example]
+    skipped: int
+    prefix: str
+
+
+def multiple_choice(
+    question: str,
+    options: Sequence[str],
+    right: int | None,
+    labels: tuple[str, ...],
+    group: str = "",
+) -> Question:
+    """A question whose options are listed with one label each, as in `A. a warm front`.
+
+    Args:
+        question: the question.
+        options: texts of the options.
+        right: index of the right option; None where the row has no label.
+        labels: at least as many as there are options.
+        group: subgroup that results are broken down by.
+
+    Raises:
+        ValueError: fewer than two options, or more options than labels.
+    """
+    if not 2 <= len(options) <= len(labels):
+        raise ValueError(
+            f"{len(options)} options, {len(labels)} labels ({', '.join(labels)}): two options or "
+            "more are needed, and a label for each (--data.prompt.labels)"
+        )
+    lines = [f"{label}. {option}" for label, option in zip(labels, options, strict=False)]
+    return Question(
+        fields={"question": question, "choices": "\n".join(lines)},
+        labels=labels[: len(options)],
+        answer=None if right is None else labels[right],
+        group=group,
+    )

@@ -1,0 +1,99 @@
+"""The user's own task: one JSON object a line, of either kind.
+
+    {"prompt": "Review: ... Sentiment:", "choices": ["good", "bad"], "answer": "good"}
+    {"question": "...", "choices": ["first option", "second option"], "answer": 0}
+
+A prompt is used as it stands and answered by one of its choices; without choices, by one of
+`data.prompt.labels`; without those, by any token. A question lists its options under A, B, C, ...
+`data.prompt.labels` renames the choices of either, in their order. The answer is a choice's index
+(from 0), its label or its text, and may be left out of a split without labels. `group` (or
+`difficulty`) names a subgroup; a template may name every other key that holds text.
+
+`data.dataset` is one file, which is the training split, or a folder of `train.jsonl`,
+`validation.jsonl` and `test.jsonl`, or a Hub data set with these columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lspade_train.tasks.base import MULTIPLE_CHOICE, Question, Record, Task, multiple_choice
+
+LETTERS = tuple("ABCDEFGHIJ")
+
+
+def to_question(row: Record, labels: tuple[str, ...]) -> Question:
+    """Tell the two kinds apart by their key, and check what they hold."""
+    choices = row.get("choices")
+    if choices is not None and not _texts(choices):
+        raise ValueError(f"choices {choices!r} is not a list of strings")
+    texts = {
+        key: text for key, text in row.items() if isinstance(text, str) and text and key != "answer"
+    }
+    kinds = [key for key in ("prompt", "question") if key in texts]
+    if len(kinds) != 1:
+        raise ValueError(f"needs text under 'prompt' or 'question' (found: {', '.join(row)})")
+    build = _prompt if kinds == ["prompt"] else _question
+    question = build(row, choices or (), labels)
+    group = row.get("difficulty") if row.get("group") is None else row["group"]
+    return replace(
+        question,
+        fields={**texts, **question.fields},
+        group="" if group is None else str(group),
+    )
+
+
+def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
+    answer = row.get("answer")
+    fields = {"prompt": row["prompt"]}
+    if not choices and not labels:
+        if answer is not None and (not isinstance(answer, str) or not answer):
+            raise ValueError(f"answer {answer!r} is not a text")
+        return Question(fields, (), answer)
+    choices = choices or labels
+    labels = labels or tuple(choices)
+    if not 2 <= len(choices) <= len(labels):
+        raise ValueError(f"{len(choices)} choices, {len(labels)} labels (--data.prompt.labels)")
+    right = _right(answer, choices, labels)
+    return Question(fields, labels[: len(choices)], None if right is None else labels[right])
+
+
+def _question(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
+    labels = labels or LETTERS
+    question = multiple_choice(
+        row["question"], choices, _right(row.get("answer"), choices, labels), labels
+    )
+    prompt = MULTIPLE_CHOICE.format_map(question.fields)
+    return replace(question, fields={**question.fields, "prompt": prompt})
+
+
+def _right(answer: Any, choices: Sequence[str], labels: tuple[str, ...]) -> int | None:
+    """Index of the right option, however it is named; a name of two options is refused."""
+    if answer is None:
+        return None
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        named = {answer} & set(range(len(choices)))
+    else:
+        named = {i for i, choice in enumerate(choices) if choice == answer}
+        named |= {i for i, label in enumerate(labels[: len(choices)]) if label == answer}
+    if len(named) != 1:
+        raise ValueError(
+            f"answer {answer!r} names {len(named)} of the {len(choices)} choices; one is needed: "
+            "its index from 0, its label or its text"
+        )
+    return named.pop()
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+JSONL = Task(
+    name="jsonl",
+    dataset=None,
+    subset=None,
+    columns=(),
+    template="{prompt}",
+    labels=(),
+    to_question=to_question,
+)

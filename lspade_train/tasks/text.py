@@ -1,0 +1,100 @@
+"""Next token at sampled positions of a corpus: heads for a general language model.
+
+The corpus is JSONL with `data.text.column`, plain text whose texts are separated by a blank line,
+or a Hub data set. One that comes as a single split is cut by a hash of each text, so that a text
+and its copies stay on one side: 80% train, 10% validation, 10% test.
+"""
+
+import hashlib
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lspade_train.errors import TaskError
+from lspade_train.recipe import TextConfig
+from lspade_train.tasks.base import Encoded, Example, Record, Rows, Split, Task
+from lspade_train.tasks.choices import leading_ids, tokenize
+
+SEED = 20250717
+
+TEXT = Task(
+    name="text",
+    dataset=None,
+    subset=None,
+    columns=(),
+    template="",
+    labels=(),
+    to_question=None,
+)
+
+
+def split_of(record: Record, column: str) -> Split:
+    """The side of the cut that a text falls on, by its content alone."""
+    tenth = int.from_bytes(hashlib.sha256(record[column].encode()).digest()[:8]) % 10
+    return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+
+
+def encode_text(
+    config: TextConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
+    """Cut each text into pieces of `length` tokens, each with its BOS, and draw positions.
+
+    Which positions are drawn depends on nothing but the place of the row and of the piece.
+
+    Raises:
+        TaskError: settings out of range, or no text is long enough for one position.
+    """
+    _check(config, max_length)
+    start = leading_ids(tokenizer)
+    examples: list[Example] = []
+    skipped = 0
+    texts = [record[config.column] for record in rows.records]
+    for number, ids in enumerate(tokenize(tokenizer, texts, special=False)):
+        before = len(examples)
+        step = config.length - len(start)
+        for piece, begin in enumerate(range(0, len(ids), step)):
+            # One token more than the piece holds: the last position's answer.
+            window = np.array(start + ids[begin : begin + step + 1], dtype=np.int64)
+            available = np.arange(config.first_position, len(window) - 1)
+            if len(available):
+                positions = _draw(available, config.positions_per_sequence, number, piece)
+                examples.append(
+                    Example(
+                        input_ids=window[: config.length].astype(np.int32),
+                        positions=positions,
+                        answer_ids=window[positions + 1],
+                        choice_ids=(),
+                    )
+                )
+        skipped += len(examples) == before
+    if not examples:
+        raise TaskError(
+            f"No text of the {rows.split} split has more than {config.first_position + 1} tokens. "
+            "Use longer texts, or an earlier --data.text.first_position."
+        )
+    return Encoded(examples, skipped, prefix="")
+
+
+def _draw(available: np.ndarray, count: int | None, row: int, piece: int) -> np.ndarray:
+    if count is None or count >= len(available):
+        return available
+    chosen = np.random.default_rng([SEED, row, piece]).choice(available, count, replace=False)
+    return np.sort(chosen)
+
+
+def _check(config: TextConfig, max_length: int) -> None:
+    if not 2 <= config.length <= max_length:
+        raise TaskError(
+            f"Sequences of {config.length} tokens do not fit the model, which reads 2 to "
+            f"{max_length}. Set --data.text.length."
+        )
+    if not 0 <= config.first_position < config.length:
+        raise TaskError(
+            f"First position {config.first_position} is not in a sequence of {config.length} "
+            "tokens. Set --data.text.first_position."
+        )
+    if config.positions_per_sequence is not None and config.positions_per_sequence < 1:
+        raise TaskError(
+            f"{config.positions_per_sequence} positions per sequence; 1 or more are needed, or "
+            "null for all. Set --data.text.positions_per_sequence."
+        )
