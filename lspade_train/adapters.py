@@ -1,4 +1,4 @@
-"""One `ModelAdapter` over any Hugging Face decoder: record the model's own plan, replay it by block.
+"""One `ModelAdapter` over any Hugging Face decoder: record the model's own plan, replay it.
 
 No forward is re-implemented. The model's decoder runs once with recorders in place of its blocks,
 so that embeddings, masks, position embeddings and per-layer choices are computed by the model's
@@ -171,8 +171,9 @@ class ModelAdapter:
         self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._starts: dict[int, DynamicCache] = {}
         self._lock = threading.RLock()  # recording swaps the blocks' forwards
+        self._checked = False
         if check:
-            _check(self)
+            self.check()
 
     @classmethod
     def of(cls, model: "PreTrainedModel | ModelAdapter") -> "ModelAdapter":
@@ -226,6 +227,16 @@ class ModelAdapter:
         if not device_map:
             model = model.to(resolve_device(device))
         return cls(model, check=check)
+
+    def check(self) -> None:
+        """Prove on one short probe that every path gives the model's own numbers; done once.
+
+        Raises:
+            UnsupportedModelError: one of them does not.
+        """
+        if not self._checked:
+            _check(self)
+            self._checked = True
 
     # What the model is ----------------------------------------------------------------------
 

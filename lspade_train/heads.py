@@ -234,7 +234,8 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         ) from cause
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
         raise ArtifactError(
-            f"{path} is no folder here, and the Hub gave none "
-            f"({(str(cause).splitlines() or ['?'])[0]}). "
-            "Check the name, the revision and your login (hf auth login)."
+            f"No heads folder {path} here, and the Hub gave none "
+            f"({(str(cause).splitlines() or ['?'])[0]}).\n"
+            "Fit heads first (lspade-train fit --config RECIPE.yaml), or check name, revision and "
+            "login (hf auth login)."
         ) from cause

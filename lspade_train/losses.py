@@ -16,7 +16,7 @@ from torch import Tensor
 from lspade_train.adapters import Unembedding
 
 CHUNK_BYTES = 24 * 1024 * 1024
-"""Size of one chunk of logits: large enough to amortise reading W, small enough to stay in cache."""
+"""One chunk of logits: large enough to amortise reading W, small enough to stay in cache."""
 
 ABSENT = -1.0e4
 """Logit of a token that a top-k target does not hold: its probability is exactly zero."""
@@ -32,12 +32,14 @@ class Distilled:
     Attributes:
         loss: cross-entropy against the target, nats; differentiable.
         kl: KL(target || student) in nats: the loss less the target's entropy.
-        agrees: whether both have the same most probable token.
+        best: the student's most probable token.
+        agrees: whether that is the target's too.
         watched: the student's logits of the watched tokens.
     """
 
     loss: Float[Tensor, " rows"]
     kl: Float[Tensor, " rows"]
+    best: Int[Tensor, " rows"]
     agrees: Bool[Tensor, " rows"]
     watched: Float[Tensor, "rows watched"]
 
@@ -65,10 +67,10 @@ def distillation(
     normed = unembed.norm(student).to(unembed.weight.dtype)
     tokens = watch if watch is not None else torch.empty(len(student), 0, dtype=torch.long)
     rows = max(chunk_bytes // (4 * unembed.weight.shape[0]), 1)
-    loss, kl, agrees, watched = _ChunkedCrossEntropy.apply(
+    loss, kl, best, agrees, watched = _ChunkedCrossEntropy.apply(
         normed, target, unembed, tokens.to(student.device), rows
     )
-    return Distilled(loss, kl, agrees, watched)
+    return Distilled(loss, kl, best, agrees, watched)
 
 
 def hidden_target(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> TargetLogits:
@@ -105,11 +107,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         unembed: Unembedding,
         watch: Tensor,
         chunk_rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         rows = len(normed)
         wide = torch.promote_types(normed.dtype, torch.float32)
         loss = normed.new_empty(rows, dtype=wide)
         kl = torch.empty_like(loss)
+        best = torch.empty(rows, dtype=torch.long, device=normed.device)
         agrees = torch.empty(rows, dtype=torch.bool, device=normed.device)
         watched = normed.new_empty(rows, watch.shape[1], dtype=wide)
         wants_gradient = ctx.needs_input_grad[0]
@@ -120,7 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = unembed.finish(unembed.head(normed[part])).to(wide)
             goal = target(part).to(wide)
             watched[part] = logits.gather(-1, watch[part])
-            agrees[part] = logits.argmax(-1) == goal.argmax(-1)
+            best[part] = logits.argmax(-1)
+            agrees[part] = best[part] == goal.argmax(-1)
             log_z = logits.logsumexp(-1)
             goal_z = goal.logsumexp(-1)
             p_goal = (goal - goal_z[:, None]).exp_()
@@ -135,8 +139,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient[part] = (residual.to(normed.dtype) @ unembed.weight).mul_(unembed.scale)
 
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(kl, agrees, watched)
-        return loss, kl, agrees, watched
+        ctx.mark_non_differentiable(kl, best, agrees, watched)
+        return loss, kl, best, agrees, watched
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -4,7 +4,7 @@ Knows nothing of models or files.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -72,33 +72,12 @@ def auroc(score: Float[Tensor, " rows"], positive: Bool[Tensor, " rows"]) -> flo
     negatives = len(positive) - positives
     if not positives or not negatives:
         return None
-    values, inverse, counts = score.double().unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = score.double().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     mean_rank = last - (counts.double() - 1) / 2
     ranks = mean_rank[inverse]
-    del values
     above = float(ranks[positive].sum()) - positives * (positives + 1) / 2
     return above / (positives * negatives)
-
-
-def choice_accuracy(
-    logits: Float[Tensor, "*batch rows vocab"],
-    answers: Int[Tensor, " rows"],
-    choices: Int[Tensor, "rows choices"] | None = None,
-) -> Bool[Tensor, "*batch rows"]:
-    """Whether the best token is the right one.
-
-    Args:
-        logits: scores over the vocabulary.
-        answers: right token of each row.
-        choices: candidate tokens of each row, padded by repeating one of them; None compares
-            over the whole vocabulary.
-    """
-    if choices is None:
-        return logits.argmax(-1) == answers
-    index = choices.expand(*logits.shape[:-1], -1)
-    best = logits.gather(-1, index).argmax(-1, keepdim=True)
-    return index.gather(-1, best).squeeze(-1) == answers
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

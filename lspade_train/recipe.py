@@ -1,4 +1,4 @@
-"""The typed recipe every command reads. Knows nothing of torch, Lightning or how keys are parsed."""
+"""The typed recipe every command reads. Knows nothing of torch, Lightning or parsing."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,0 +1,200 @@
+"""From tokenised prompts to hidden states and SPADE targets, batch by batch.
+
+Knows nothing of files: the writer, the in-memory mode and the online mode all call this.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.errors import NumericsError
+from lspade_train.recipe import PositionIds, TargetKind
+from lspade_train.spade import collect_states, continue_states
+from lspade_train.tasks import Example
+
+SWEEP_ROWS = 16_384
+"""Single-token rows in flight at once in the upward sweep; bounds its memory."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is computed of each prompt.
+
+    Attributes:
+        layers: layers with a hidden state and a SPADE target, ascending, 0..L-1.
+        positions: position ids of SPADE's two tokens.
+        targets: what is kept of SPADE's answer.
+        topk: tokens kept with `targets: topk`.
+        max_choices: width of the choice columns.
+        groups: names of the subgroups; rows hold an index into them.
+    """
+
+    layers: tuple[int, ...]
+    positions: PositionIds
+    targets: TargetKind
+    topk: int
+    max_choices: int
+    groups: tuple[str, ...]
+
+
+def row_count(examples: Sequence[Example]) -> int:
+    """Cached rows of these prompts: one per answer position."""
+    return sum(len(example.positions) for example in examples)
+
+
+def length_buckets(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts of about equal length, each batch within a budget of padded tokens."""
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
+    batch: list[int] = []
+    for index in order:
+        longest = len(examples[batch[0]].input_ids) if batch else 0
+        if batch and longest * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def extract(
+    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, tokens_per_batch: int
+) -> dict[str, Tensor]:
+    """States, targets and labels of `examples`, one row per answer position, in their order.
+
+    Args:
+        adapter: the frozen model.
+        examples: tokenised prompts.
+        what: layers and targets.
+        tokens_per_batch: padded prompt tokens per forward.
+
+    Returns:
+        CPU tensors whose first dimension is the row; `cache.reader.StateBatch` names them.
+
+    Raises:
+        NumericsError: a hidden state is NaN or Inf.
+    """
+    starts = np.cumsum([0] + [len(example.positions) for example in examples])
+    rows = int(starts[-1])
+    out: dict[str, Tensor] = _labels(examples, what)
+    for batch in length_buckets(examples, tokens_per_batch):
+        chosen = [examples[i] for i in batch]
+        place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+        for name, part in _forward(adapter, chosen, what).items():
+            if name not in out:
+                out[name] = torch.empty(rows, *part.shape[1:], dtype=part.dtype)
+            out[name][place] = part.cpu()
+    _refuse_non_finite(out, examples, starts, what.layers)
+    return out
+
+
+def _forward(
+    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction
+) -> dict[str, Tensor]:
+    ids, mask, positions, real = _pad(examples, adapter.device)
+    states = collect_states(adapter, ids, mask, positions, what.layers)
+    # A prompt with fewer positions than the widest repeats one; those rows go.
+    keep = real.to(states.final.device)
+    hidden, final = states.hidden[keep], states.final[keep]
+    start_ids = states.start_ids[:, None].expand_as(real)[real]
+    position_ids = states.position_ids[real]
+    chunk = max(SWEEP_ROWS // len(what.layers), 1)
+    target = torch.cat(
+        [
+            continue_states(
+                adapter,
+                hidden[i : i + chunk],
+                what.layers,
+                start_ids[i : i + chunk],
+                position_ids[i : i + chunk],
+                positions=what.positions,
+            )
+            for i in range(0, len(hidden), chunk)
+        ]
+    )
+    return {
+        "hidden": hidden,
+        "final": final,
+        "start_id": start_ids.int(),
+        "position_id": position_ids.int(),
+        **_store_target(adapter, target, what),
+    }
+
+
+def _store_target(
+    adapter: ModelAdapter, target: Tensor, what: Extraction
+) -> dict[str, Tensor]:
+    if what.targets == "hidden":
+        return {"target": target}
+    half = torch.bfloat16 if adapter.dtype == torch.bfloat16 else torch.float16
+    logits = adapter.unembed(target)
+    if what.targets == "logits":
+        return {"target_logits": logits.to(half)}
+    values, tokens = logits.topk(min(what.topk, logits.shape[-1]))
+    return {"target_values": values.to(half), "target_tokens": tokens.int()}
+
+
+def _pad(
+    examples: Sequence[Example], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Right-padded ids, mask, positions, and which of the positions are real."""
+    width = max(len(example.input_ids) for example in examples)
+    count = max(len(example.positions) for example in examples)
+    ids = np.zeros((len(examples), width), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    positions = np.zeros((len(examples), count), dtype=np.int64)
+    real = np.zeros((len(examples), count), dtype=bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.input_ids)] = example.input_ids
+        mask[row, : len(example.input_ids)] = 1
+        positions[row, : len(example.positions)] = example.positions
+        real[row, : len(example.positions)] = True
+    ids_t, mask_t, positions_t, real_t = map(torch.from_numpy, (ids, mask, positions, real))
+    return ids_t.to(device), mask_t.to(device), positions_t.to(device), real_t.to(device)
+
+
+def _labels(examples: Sequence[Example], what: Extraction) -> dict[str, Tensor]:
+    """Everything about a row that no model has to compute."""
+    answers, labelled, choices, counts, groups = [], [], [], [], []
+    for example in examples:
+        n = len(example.positions)
+        known = example.answer_ids is not None
+        answers.append(example.answer_ids if known else np.zeros(n, dtype=np.int64))
+        labelled.append(np.full(n, known))
+        ids = example.choice_ids
+        # Padding repeats the first choice, which changes no maximum over the choices.
+        padded = [*ids, *[ids[0] if ids else 0] * (what.max_choices - len(ids))]
+        choices.append(np.tile(np.array(padded, dtype=np.int64), (n, 1)))
+        counts.append(np.full(n, len(ids)))
+        groups.append(np.full(n, what.groups.index(example.group)))
+    return {
+        "answer_id": torch.from_numpy(np.concatenate(answers)).int(),
+        "labelled": torch.from_numpy(np.concatenate(labelled)),
+        "choice_ids": torch.from_numpy(np.concatenate(choices)).int(),
+        "choice_count": torch.from_numpy(np.concatenate(counts)).int(),
+        "group": torch.from_numpy(np.concatenate(groups)).int(),
+    }
+
+
+def _refuse_non_finite(
+    out: dict[str, Tensor], examples: Sequence[Example], starts: np.ndarray, layers: tuple[int, ...]
+) -> None:
+    for name in ("hidden", "final", "target", "target_logits", "target_values"):
+        if name not in out or torch.isfinite(out[name]).all():
+            continue
+        bad = ~torch.isfinite(out[name]).flatten(1).all(1)
+        row = int(bad.nonzero()[0, 0])
+        prompt = int(np.searchsorted(starts, row, side="right")) - 1
+        where = ""
+        if name != "final":
+            wrong = ~torch.isfinite(out[name][row]).all(-1)
+            where = f" at layer {layers[int(wrong.nonzero()[0, 0])]}"
+        raise NumericsError(
+            f"NaN or Inf in the model's {name.replace('_', ' ')}{where}, prompt {prompt} of its "
+            f"shard ({len(examples[prompt].input_ids)} tokens); finite numbers are needed. "
+            "Nothing was written for it.\n"
+            "Half precision may overflow: try --data.dtype bfloat16 or float32."
+        )

@@ -1,0 +1,186 @@
+"""Read a cache: memory-mapped shards, checked once, gathered by row. Knows nothing of models."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lspade_train.cache.manifest import MANIFEST, STARTS, Identity, Manifest, Shard, require_same
+from lspade_train.errors import CacheError
+from lspade_train.storage import file_digest, read_json, read_tensors, write_json
+
+VERIFIED = ".verified.json"
+
+Track = Callable[[Iterable[Shard]], Iterable[Shard]]
+
+
+@dataclass
+class StateBatch:
+    """Cached rows. One row is one answer position of one prompt.
+
+    Attributes:
+        hidden: h_a^l, (rows, layers, d).
+        final: h_a^L, (rows, d).
+        start_id: first real token of the prompt.
+        position_id: index of the answer among the prompt's real tokens.
+        answer_id: right token; meaningless where not `labelled`.
+        labelled: whether the row has a right answer.
+        choice_ids: candidate tokens, padded by repeating the first.
+        choice_count: number of candidates; 0 where any token may be the answer.
+        group: index into the manifest's groups.
+        target: SPADE's hidden state before the final norm (`targets: hidden`).
+        target_logits: SPADE's logits (`targets: logits`).
+        target_values: SPADE's k best logits (`targets: topk`).
+        target_tokens: their tokens.
+    """
+
+    hidden: Float[Tensor, "rows layers d"]
+    final: Float[Tensor, "rows d"]
+    start_id: Int[Tensor, " rows"]
+    position_id: Int[Tensor, " rows"]
+    answer_id: Int[Tensor, " rows"]
+    labelled: Bool[Tensor, " rows"]
+    choice_ids: Int[Tensor, "rows choices"]
+    choice_count: Int[Tensor, " rows"]
+    group: Int[Tensor, " rows"]
+    target: Float[Tensor, "rows layers d"] | None = None
+    target_logits: Float[Tensor, "rows layers vocab"] | None = None
+    target_values: Float[Tensor, "rows layers k"] | None = None
+    target_tokens: Int[Tensor, "rows layers k"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.final)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "StateBatch":
+        """The same rows on another device."""
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return replace(self, **moved)
+
+
+class StateDataset:
+    """Rows over one or more shards, on disk or in memory.
+
+    Args:
+        shards: per shard, tensors by the names of `StateBatch`.
+        groups: names of the subgroups.
+        layers: the layers of `StateBatch.hidden`.
+    """
+
+    def __init__(
+        self, shards: Sequence[dict[str, Tensor]], groups: Sequence[str], layers: Sequence[int]
+    ) -> None:
+        self.shards = list(shards)
+        self.groups = tuple(groups)
+        self.layers = tuple(layers)
+        sizes = torch.tensor([len(shard["final"]) for shard in self.shards])
+        self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
+        """The asked rows in the asked order, copied out of the maps once."""
+        which = torch.bucketize(rows, self.starts, right=True) - 1
+        out = {
+            name: torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
+            for name, value in self.shards[0].items()
+        }
+        for number in which.unique().tolist():
+            place = (which == number).nonzero()[:, 0]
+            local = rows[place] - self.starts[number]
+            for name, value in self.shards[number].items():
+                if len(place) == len(rows):  # all from one shard: no second copy
+                    torch.index_select(value, 0, local, out=out[name])
+                else:
+                    out[name][place] = value[local]
+        return StateBatch(**out)
+
+
+def open_cache(
+    folder: Path, identity: Identity | None = None, *, track: Track = iter
+) -> tuple[Manifest, StateDataset]:
+    """Open a finished cache of one split.
+
+    Every shard's checksum is compared the first time it is opened after a change.
+
+    Args:
+        folder: holds `manifest.json`.
+        identity: what it must have been built for; None accepts any.
+        track: wraps the shards in a progress bar.
+
+    Raises:
+        CacheError: missing, damaged, or built for something else.
+    """
+    manifest = Manifest.read(folder)
+    if identity is not None:
+        require_same(manifest.identity, identity, folder)
+    verify(folder, manifest, track=track, trust_unchanged=True)
+    shards = [read_tensors(folder / shard.file, CacheError) for shard in manifest.shards]
+    return manifest, StateDataset(shards, manifest.groups, manifest.identity["layers"])
+
+
+def verify(
+    folder: Path, manifest: Manifest, *, track: Track = iter, trust_unchanged: bool = False
+) -> None:
+    """Compare every file with its checksum in the manifest.
+
+    Args:
+        folder: holds the files.
+        manifest: what they must be.
+        track: wraps the shards in a progress bar.
+        trust_unchanged: skip files whose size and time are those of the last check.
+
+    Raises:
+        CacheError: a file is missing, truncated or changed; names it and the remedy.
+    """
+    known: dict[str, list[int]] = {}
+    if trust_unchanged and (folder / VERIFIED).exists():
+        with contextlib.suppress(CacheError):
+            known = read_json(folder / VERIFIED, CacheError)
+    starts = Shard(STARTS, 0, -1, manifest.starts_sha256)
+    seen: dict[str, list[int]] = {}
+    for shard in track([*manifest.shards, starts]):
+        path = folder / shard.file
+        if not path.is_file() or path.is_symlink():
+            raise CacheError(_damaged(path, "is missing"))
+        stat = path.stat()
+        seen[shard.file] = [stat.st_size, stat.st_mtime_ns]
+        if known.get(shard.file) == seen[shard.file]:
+            continue
+        if shard.bytes not in (-1, stat.st_size):
+            raise CacheError(_damaged(path, f"has {stat.st_size} bytes, not {shard.bytes}"))
+        if file_digest(path) != shard.sha256:
+            raise CacheError(_damaged(path, "does not have its checksum"))
+    if seen != known:
+        with contextlib.suppress(CacheError):  # a read-only cache is checked every time
+            write_json(folder / VERIFIED, seen, CacheError)
+
+
+def split_folders(folder: Path) -> list[Path]:
+    """The split caches in a folder: itself, or its direct children.
+
+    Raises:
+        CacheError: there is none.
+    """
+    found = [p.parent for p in sorted([*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")])]
+    if not found:
+        raise CacheError(
+            f"No finished cache in {folder} (no {MANIFEST}). "
+            "Build one: lspade-train cache --config RECIPE.yaml"
+        )
+    return found
+
+
+def _damaged(path: Path, what: str) -> str:
+    return (
+        f"{path} {what}: this cache is damaged.\n"
+        "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
+    )

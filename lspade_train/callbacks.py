@@ -1,0 +1,109 @@
+"""Lightning callbacks: export at the end of fit, and loggers that work without key or network."""
+
+import importlib.util
+import logging
+import netrc
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lspade_train.artifact import export
+from lspade_train.data import HiddenStateDataModule
+from lspade_train.heads import CONFIG, WEIGHTS
+from lspade_train.recipe import Recipe
+from lspade_train.storage import json_digest
+
+log = logging.getLogger(__name__)
+
+
+class ExportHeads(Callback):
+    """Write the heads folder when fit ends, and hand it to W&B where that is on.
+
+    Args:
+        folder: the heads folder.
+        recipe: recorded in it.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder = folder
+        self.recipe = recipe
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the recipe with the run, so that a dashboard can filter by it."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(asdict(self.recipe))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export on the first process."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        heads: Any = pl_module.heads
+        export(
+            self.folder,
+            heads,
+            base_model=data.base_model,
+            recipe=self.recipe,
+            cache_digests={
+                split: json_digest(data.identity(split)) for split in ("train", "validation")
+            },
+            steps=trainer.global_step,
+            metrics={k: float(v) for k, v in sorted(trainer.logged_metrics.items())},
+        )
+        for logger in trainer.loggers:
+            _log_artifact(logger, self.folder, self.recipe.name)
+
+
+def default_loggers(folder: Path, name: str) -> list[Logger]:
+    """CSV always; W&B too where it is installed and a key, a login or WANDB_MODE is there."""
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    if importlib.util.find_spec("wandb") and _wandb_wanted():
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project="lspade-train", name=name, save_dir=folder))
+    return loggers
+
+
+def keep_wandb_from_asking() -> None:
+    """Without a key and without WANDB_MODE, a W&B logger writes offline instead of asking."""
+    if not os.environ.get("WANDB_MODE") and not _has_wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+        log.warning("W&B: no key found, writing offline; send it later with `wandb sync`.")
+
+
+def _wandb_wanted() -> bool:
+    mode = os.environ.get("WANDB_MODE")
+    return mode != "disabled" and (bool(mode) or _has_wandb_key())
+
+
+def _has_wandb_key() -> bool:
+    """A key in the environment, or a login of `wandb login`; asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _log_artifact(logger: Logger, folder: Path, name: str) -> None:
+    if type(logger).__name__ != "WandbLogger":
+        return
+    import wandb
+
+    artifact = wandb.Artifact(f"{name}-heads", type="model")
+    for file in (WEIGHTS, CONFIG):
+        artifact.add_file(str(folder / file))
+    logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
+
+
+def training_checkpoint(folder: Path) -> ModelCheckpoint:
+    """Keeps `training/last.ckpt` after every epoch, for `fit --ckpt_path`."""
+    return ModelCheckpoint(
+        dirpath=folder / "training", filename="last", enable_version_counter=False
+    )

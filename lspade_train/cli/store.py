@@ -1,0 +1,78 @@
+"""`cache`: build, resume, rebuild or verify the cached states."""
+
+import logging
+from pathlib import Path
+
+from lspade_train.cli.parsing import command_parser, parse
+
+log = logging.getLogger(__name__)
+
+CACHE = """\
+Run the frozen model once over the task and write its hidden states and SPADE targets.
+The size is printed before anything runs. A run that was stopped resumes at its first missing
+shard and ends with the same bytes. fit and evaluate do this by themselves where it is missing.
+
+  lspade-train cache --config recipes/arc.yaml
+  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)"""
+
+
+def cache(arguments: list[str]) -> None:
+    """Build the caches of a recipe, or verify one."""
+    if arguments and arguments[0].split("=")[0] == "--verify":
+        _verify(arguments)
+        return
+    parser = command_parser("cache", CACHE, with_trainer="--help" not in arguments)
+    parser.add_argument(
+        "--splits",
+        type=list[str],
+        default=["train", "validation"],
+        help="splits to cache: train, validation, test",
+    )
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, nargs="?", const=True, help="rebuild from scratch"
+    )
+    parsed = parse(parser, arguments)
+
+    from lspade_train.data import HiddenStateDataModule
+    from lspade_train.errors import RecipeError
+    from lspade_train.tasks import SPLITS
+
+    recipe = parsed.recipe
+    wrong = [split for split in parsed.options.splits if split not in SPLITS]
+    if wrong:
+        raise RecipeError(f"No split {wrong[0]!r}; expected some of {', '.join(SPLITS)}.")
+    if recipe.data.mode != "disk":
+        raise RecipeError(
+            f"data.mode is {recipe.data.mode}: that mode stores nothing. Set data.mode to disk."
+        )
+    data = HiddenStateDataModule(
+        recipe.data,
+        recipe.model.layers,
+        seed=recipe.seed_everything,
+        name=recipe.name,
+        overwrite=parsed.options.overwrite,
+    )
+    for split in parsed.options.splits:
+        data.states(split)
+        log.info("%s: complete in %s", split, data.folder(split))
+
+
+def _verify(arguments: list[str]) -> None:
+    from lspade_train.cache import Manifest, split_folders, verify
+    from lspade_train.errors import RecipeError
+    from lspade_train.progress import track
+
+    rest = arguments[0].split("=")[1:] or arguments[1:]
+    if len(rest) != 1:
+        raise RecipeError(
+            "--verify takes one folder. Write lspade-train cache --verify DIR, where DIR holds "
+            "manifest.json or one folder per split."
+        )
+    for folder in split_folders(Path(rest[0])):
+        manifest = Manifest.read(folder)
+        count = len(manifest.shards) + 1
+        verify(folder, manifest, track=lambda files: track(files, f"{folder}", count))
+        log.info(
+            "%s: %d shards, %s rows, %.3g GB: every checksum is right",
+            folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""`fit`, `validate` and `test`: Lightning's loops around the heads."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lspade_train.cli.parsing import Parsed, command_parser, parse
+
+log = logging.getLogger(__name__)
+
+FIT = """\
+Train one linear head per layer by distillation and export them to checkpoints/NAME/.
+The frozen model runs once: its hidden states and SPADE targets are cached on disk and reused
+(see lspade-train cache). --trainer.KEY is Lightning's Trainer: epochs, devices, precision, logger.
+Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
+A run that was stopped goes on with --ckpt_path checkpoints/NAME/training/last.ckpt."""
+
+CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
+
+
+def fit(arguments: list[str]) -> None:
+    """Train and export."""
+    parser = command_parser("fit", FIT, with_trainer=True)
+    parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to go on from")
+    parsed = parse(parser, arguments)
+
+    from lspade_train.artifact import heads_folder
+    from lspade_train.callbacks import ExportHeads, training_checkpoint
+    from lspade_train.errors import RecipeError
+
+    folder = heads_folder(parsed.recipe)
+    if parsed.recipe.model.target == "final":
+        folder /= "tuned_lens"
+    checkpoint: str | None = parsed.options.ckpt_path
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise RecipeError(f"No checkpoint {checkpoint}. Look in {folder / 'training'}.")
+    module, data = _modules(parsed)
+    trainer = _trainer(
+        parsed, folder, [ExportHeads(folder, parsed.recipe), training_checkpoint(folder)]
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    log.info("heads: %s", folder)
+    log.info("next:  lspade-train evaluate --config RECIPE.yaml")
+
+
+def validate(arguments: list[str]) -> None:
+    """Metrics on the validation split."""
+    _check("validate", "validation", arguments)
+
+
+def test(arguments: list[str]) -> None:
+    """Metrics on the test split."""
+    _check("test", "test", arguments)
+
+
+def _check(command: str, split: str, arguments: list[str]) -> None:
+    parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
+    parser.add_argument(
+        "--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME"
+    )
+    parsed = parse(parser, arguments)
+
+    from lspade_train.artifact import heads_folder
+    from lspade_train.heads import LSpadeHeads
+
+    folder = heads_folder(parsed.recipe)
+    heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
+    module, data = _modules(parsed, heads)
+    heads.bind(data.adapter)
+    trainer = _trainer(parsed, folder, [])
+    getattr(trainer, command)(module, data)
+
+
+def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
+    from lightning.pytorch import seed_everything
+
+    from lspade_train.data import HiddenStateDataModule
+    from lspade_train.module import LSpadeModule
+
+    recipe = parsed.recipe
+    seed_everything(recipe.seed_everything, verbose=False)
+    data = HiddenStateDataModule(
+        recipe.data,
+        list(heads.layers) if heads is not None else recipe.model.layers,
+        seed=recipe.seed_everything,
+        name=recipe.name,
+    )
+    return LSpadeModule(recipe.model, heads), data
+
+
+def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
+    from lightning.pytorch import Trainer
+
+    from lspade_train.callbacks import default_loggers, keep_wandb_from_asking
+
+    arguments = dict(parsed.trainer)
+    logger = arguments.pop("logger", None)
+    if logger is None or logger is True:
+        logger = default_loggers(folder, parsed.recipe.name)
+    elif logger is not False:
+        keep_wandb_from_asking()
+    given = arguments.pop("callbacks", None) or []
+    given = given if isinstance(given, list) else [given]
+    return Trainer(
+        **{"log_every_n_steps": 10, "enable_model_summary": False} | arguments,
+        logger=logger,
+        callbacks=[*given, *callbacks],
+    )

@@ -1,0 +1,380 @@
+"""`HiddenStateDataModule`: rows of hidden states and SPADE targets for Lightning.
+
+Builds a missing cache, reuses a finished one, or computes rows as they are asked for. Knows
+nothing of heads or losses.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lspade_train import cache, tasks
+from lspade_train.adapters import ModelAdapter
+from lspade_train.cache import Extraction, StateBatch, StateDataset
+from lspade_train.errors import RecipeError, TaskError
+from lspade_train.progress import track
+from lspade_train.recipe import DataConfig
+from lspade_train.spade import check_layers
+from lspade_train.storage import json_digest
+from lspade_train.tasks import Encoded, Example, Rows, Split
+from lspade_train.tokenizer import load_tokenizer, tokenizer_digest
+
+CACHE_FORMAT = 1
+
+log = logging.getLogger(__name__)
+
+
+class HiddenStateDataModule(LightningDataModule):
+    """The frozen model's states on a task, split by split.
+
+    Args:
+        config: the recipe's data section.
+        layers: `all` (1..L-1) or a list of layers, 0..L-1.
+        seed: seed of the shuffling.
+        name: names the default cache folder.
+        overwrite: rebuild caches that exist.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        layers: str | list[int] = "all",
+        *,
+        seed: int = 0,
+        name: str = "lspade",
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.asked_layers = layers
+        self.seed = seed
+        self.name = name
+        self.overwrite = overwrite
+        self._rows: dict[Split, Rows] = {}
+        self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
+        self.reused: dict[Split, bool] = {}
+
+    # The frozen model ------------------------------------------------------------------------
+
+    @cached_property
+    def adapter(self) -> ModelAdapter:
+        """The frozen model, loaded on first use. Its load-time check runs before its first block."""
+        config = self.config
+        device = config.device
+        if device == "auto" and self.trainer is not None:
+            device = str(self.trainer.strategy.root_device)
+        return ModelAdapter.from_pretrained(
+            config.model_id,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=device,
+            device_map=config.device_map,
+            trust_remote_code=config.trust_remote_code,
+            check=False,
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The frozen model's tokenizer."""
+        config = self.config
+        return load_tokenizer(
+            config.model_id,
+            revision=self.adapter.revision or config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a cached state, ascending.
+
+        Raises:
+            RecipeError: a layer out of range.
+        """
+        top = self.adapter.num_layers - 1
+        asked = range(1, top + 1) if self.asked_layers == "all" else self.asked_layers
+        return tuple(sorted(set(check_layers(list(asked), top + 1, last=top))))  # type: ignore[arg-type]
+
+    @cached_property
+    def base_model(self) -> dict[str, Any]:
+        """What an artifact records of the frozen model."""
+        return {
+            "model_id": self.config.model_id,
+            "revision": self.adapter.revision,
+            **self.adapter.identity,
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
+
+    # Splits ----------------------------------------------------------------------------------
+
+    def states(self, split: Split) -> "StateDataset | OnlineDataset":
+        """Rows of one split; builds what is missing.
+
+        Raises:
+            LSpadeError: the model, the data or the cache cannot be used; says which and why.
+        """
+        if split not in self._datasets:
+            self._datasets[split] = self._open(split)
+        return self._datasets[split]
+
+    def stored(self, split: Split) -> StateDataset:
+        """Rows of one split that can be read more than once; online data is computed once."""
+        found = self.states(split)
+        if isinstance(found, OnlineDataset):
+            shard = found.extract(found.examples)
+            found = StateDataset([shard], found.groups, found.layers)
+        return found
+
+    def identity(self, split: Split) -> dict[str, Any]:
+        """Everything that decides the bytes of a split's cache, flat and nameable."""
+        model = self.base_model
+        decides = {k: v for k, v in model.items() if k != "model_id"}
+        if model["revision"] is None:
+            del decides["revision"]  # a folder is its weights, not its path
+        return {
+            "cache_format": CACHE_FORMAT,
+            **decides,
+            **tasks.identity(self.config, self._load_rows(split)),
+            "layers": list(self.layers),
+            "positions": self.config.positions,
+            "targets": self.config.targets,
+            "topk": self.config.topk if self.config.targets == "topk" else None,
+        }
+
+    def folder(self, split: Split) -> Path:
+        """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
+        if self.config.cache_dir is not None:
+            return Path(self.config.cache_dir) / split
+        return default_cache_root() / f"{self.name}-{json_digest(self.identity(split))[:12]}" / split
+
+    def _load_rows(self, split: Split) -> Rows:
+        if split not in self._rows:
+            self._rows[split] = tasks.load_rows(self.config, split)
+        return self._rows[split]
+
+    def _open(self, split: Split) -> "StateDataset | OnlineDataset":
+        if self.config.mode == "disk":
+            return self._open_disk(split)
+        encoded = self._encode(split)
+        what = self._extraction(encoded.examples)
+        self.adapter.check()
+        self.reused[split] = False
+        online = OnlineDataset(self.adapter, encoded.examples, what, self.config.tokens_per_batch)
+        if self.config.mode == "online":
+            return online
+        chunk = 512
+        starts = range(0, len(encoded.examples), chunk)
+        parts = track(starts, f"{split}: states in memory", len(starts))
+        shards = [online.extract(encoded.examples[first : first + chunk]) for first in parts]
+        return StateDataset(shards, what.groups, what.layers)
+
+    def _open_disk(self, split: Split) -> StateDataset:
+        folder, identity = self.folder(split), self.identity(split)
+        if self.overwrite:
+            cache.discard(folder)
+        self.reused[split] = (folder / "manifest.json").exists()
+        if not self.reused[split]:
+            self._build(split, folder, identity)
+        manifest, dataset = cache.open_cache(folder, identity)
+        if self.reused[split]:
+            log.info(
+                "%s: reusing %s (%s rows, no model forward)", split, folder, f"{manifest.rows:,}"
+            )
+        return dataset
+
+    def _build(self, split: Split, folder: Path, identity: dict[str, Any]) -> None:
+        encoded = self._encode(split)
+        what = self._extraction(encoded.examples)
+        size = cache.estimate(self.adapter, encoded.examples, what, self.config.shard_mb)
+        log.info(
+            "%s: caching %s rows x %d bytes = %.3g GB in %s",
+            split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, folder,
+        )  # fmt: skip
+        cache.build(
+            folder,
+            self.adapter,
+            encoded,
+            what,
+            identity,
+            tokens_per_batch=self.config.tokens_per_batch,
+            shard_mb=self.config.shard_mb,
+            provenance={
+                "model_id": self.config.model_id,
+                "dataset": self.config.dataset,
+                "lspade_train": version("lspade-train"),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+            track=lambda numbers: track(numbers, f"{split}: caching", size.shards),
+            say=log.info,
+        )
+
+    def _encode(self, split: Split) -> Encoded:
+        limit = self.adapter.max_length or 2**31
+        encoded = tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
+        if not encoded.examples:
+            raise TaskError(
+                f"No prompt of the {split} split is left ({encoded.skipped} skipped as too long "
+                f"or too short; the model reads {limit} tokens). Use other data or a shorter "
+                "--data.prompt.template."
+            )
+        if encoded.skipped:
+            log.warning(
+                "%s: %d of %d rows skipped: too long for the model, or too short for a position",
+                split, encoded.skipped, encoded.skipped + len(encoded.examples),
+            )  # fmt: skip
+        return encoded
+
+    def _extraction(self, examples: list[Example]) -> Extraction:
+        return Extraction(
+            layers=self.layers,
+            positions=self.config.positions,
+            targets=self.config.targets,
+            topk=self.config.topk,
+            max_choices=max(len(example.choice_ids) for example in examples),
+            groups=tuple(sorted({example.group for example in examples})),
+        )
+
+    # Lightning's hooks -----------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Build what is missing, on one process of each machine."""
+        if self.config.mode == "disk":
+            self.states("train")
+            self.states("validation")
+
+    def setup(self, stage: str) -> None:
+        """Open the splits of a stage: fit, validate or test."""
+        for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(
+            stage, (tasks.evaluation_split(self.config),)
+        ):
+            self.states(split)
+
+    def train_dataloader(self) -> "RowLoader":
+        """Shuffled rows, `batch_size` per process."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> "RowLoader":
+        """Rows in order."""
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> "RowLoader":
+        """Rows in order of the test split, or of validation where test has no labels."""
+        return self._loader(tasks.evaluation_split(self.config), shuffle=False)
+
+    def _loader(self, split: Split, *, shuffle: bool) -> "RowLoader":
+        trainer = self.trainer
+        return RowLoader(
+            self.states(split),
+            self.config.batch_size,
+            seed=self.seed if shuffle else None,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+        )
+
+
+class OnlineDataset:
+    """Prompts whose states are computed when asked for; nothing is stored.
+
+    A row here is a prompt; a gathered batch holds all its answer positions.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, examples: list[Example], what: Extraction, tokens: int
+    ) -> None:
+        """Keep the tokenised prompts; `tokens` bounds one forward."""
+        self.adapter, self.examples, self.what, self.tokens = adapter, examples, what, tokens
+        self.groups, self.layers = what.groups, what.layers
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def extract(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Tensors by the names of `StateBatch`."""
+        return cache.extract(self.adapter, examples, self.what, self.tokens)
+
+    def gather(self, rows: Tensor) -> StateBatch:
+        """All answer positions of the asked prompts, in their order."""
+        return StateBatch(**self.extract([self.examples[int(row)] for row in rows]))
+
+
+class RowLoader:
+    """Batches of rows, gathered straight from the maps: no worker processes, resumable.
+
+    Every process draws the same permutation and takes its part of each global batch, so that the
+    global batches do not depend on the number of processes.
+
+    Args:
+        dataset: has `__len__` and `gather`.
+        batch_size: rows per batch and process.
+        seed: seed of the permutation; None keeps the order.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: StateDataset | OnlineDataset,
+        batch_size: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise RecipeError(f"data.batch_size is {batch_size}; expected 1 or more.")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self._batch = 0  # batches handed out this epoch
+        self._resume_at = 0
+
+    def __len__(self) -> int:
+        return -(-self._usable // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[StateBatch]:
+        order = self._order()
+        step = self.batch_size * self.world
+        first, self._resume_at = self._resume_at, 0
+        for number in range(first, len(self)):
+            part = order[number * step : (number + 1) * step]
+            self._batch = number + 1
+            yield self.dataset.gather(part[self.rank :: self.world])
+        self.epoch += 1
+        self._batch = 0
+
+    @property
+    def _usable(self) -> int:
+        """Training rows that divide evenly among the processes; all rows otherwise."""
+        rows = len(self.dataset)
+        return rows - rows % self.world if self.seed is not None else rows
+
+    def _order(self) -> Tensor:
+        if self.seed is None:
+            return torch.arange(len(self.dataset))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(len(self.dataset), generator=generator)[: self._usable]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in which epoch the loader is; Lightning puts it into checkpoints."""
+        return {"epoch": self.epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.epoch, self._resume_at = state["epoch"], state["batch"]
+
+
+def default_cache_root() -> Path:
+    """`$LSPADE_CACHE`, or a folder under the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("LSPADE_CACHE", Path(home) / "lspade-train"))

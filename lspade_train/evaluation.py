@@ -1,0 +1,191 @@
+"""How good every lens is at every layer, from cached states alone: no model forward.
+
+Knows nothing of files or pictures.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lspade_train.adapters import Unembedding
+from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.errors import TaskError
+from lspade_train.lenses import LayerView, Lens
+from lspade_train.metrics import agreement, entropy, kl_divergence
+from lspade_train.module import target_logits
+
+CHUNK_ROWS = 256
+FORMAT_VERSION = 1
+PER_ROW = ("answer", "agrees_model", "agrees_spade", "kl_to_spade", "kl_to_model", "entropy")
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Per-row measurements of every lens at every layer.
+
+    Attributes:
+        lenses: names, in the order of the first dimension.
+        layers: in the order of the second.
+        values: by name of `PER_ROW`, (lenses, layers, rows).
+        full_answer: the model's own answer, (rows,).
+        full_entropy: its entropy in nats, (rows,).
+        answer_id: right token, (rows,).
+        labelled: whether there is one, (rows,).
+        group: index into `groups`, (rows,).
+        groups: names of the subgroups.
+    """
+
+    lenses: tuple[str, ...]
+    layers: tuple[int, ...]
+    values: dict[str, Tensor]
+    full_answer: Tensor
+    full_entropy: Tensor
+    answer_id: Tensor
+    labelled: Tensor
+    group: Tensor
+    groups: tuple[str, ...]
+
+    def correct(self) -> Tensor:
+        """Whether each lens is right, (lenses, layers, labelled rows)."""
+        return (self.values["answer"] == self.answer_id)[..., self.labelled]
+
+    def full_correct(self) -> Tensor:
+        """Whether the model is right, (labelled rows,)."""
+        return (self.full_answer == self.answer_id)[self.labelled]
+
+
+@torch.no_grad()
+def read_lenses(
+    dataset: StateDataset,
+    unembed: Unembedding,
+    lenses: Sequence[Lens],
+    layers: Sequence[int],
+) -> Readings:
+    """Measure `lenses` on every cached row.
+
+    Args:
+        dataset: cached states of one split.
+        unembed: the frozen norm and head.
+        lenses: what to compare.
+        layers: layers to measure, a subset of the cached ones.
+
+    Raises:
+        TaskError: the split is empty.
+    """
+    if len(dataset) == 0:
+        raise TaskError("The split has no rows to evaluate. Choose another with --split.")
+    parts = [_read(batch, dataset.layers, unembed, lenses, layers) for batch in _chunks(dataset)]
+    values = {name: torch.cat([part[0][name] for part in parts], dim=-1) for name in PER_ROW}
+    rows = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
+    return Readings(
+        lenses=tuple(lens.name for lens in lenses),
+        layers=tuple(layers),
+        values=values,
+        groups=dataset.groups,
+        **rows,
+    )
+
+
+def summarise(readings: Readings) -> dict[str, Any]:
+    """Means over the rows as JSON: per lens and metric one number per layer.
+
+    Accuracy is over the task's choices, or over the vocabulary where it has none; None where no
+    row has a label. KL and entropy in nats.
+    """
+    means = {
+        name: readings.values[name].double().mean(-1)
+        for name in PER_ROW
+        if name != "answer"
+    }
+    labelled = int(readings.labelled.sum())
+    accuracy = readings.correct().double().mean(-1) if labelled else None
+    lenses: dict[str, Any] = {}
+    for place, lens in enumerate(readings.lenses):
+        lenses[lens] = {name: value[place].tolist() for name, value in means.items()}
+        lenses[lens]["accuracy"] = accuracy[place].tolist() if accuracy is not None else None
+    return {
+        "format_version": FORMAT_VERSION,
+        "n": len(readings.full_answer),
+        "n_labelled": labelled,
+        "layers": list(readings.layers),
+        "full_model": {
+            "accuracy": float(readings.full_correct().double().mean()) if labelled else None,
+            "entropy": float(readings.full_entropy.double().mean()),
+        },
+        "lenses": lenses,
+        "groups": _by_group(readings) if labelled else {},
+    }
+
+
+def _by_group(readings: Readings) -> dict[str, Any]:
+    """Accuracy of every lens in every subgroup, such as the number of hops."""
+    if readings.groups == ("",):
+        return {}
+    group = readings.group[readings.labelled]
+    correct, full = readings.correct().double(), readings.full_correct().double()
+    found: dict[str, Any] = {}
+    for index, name in enumerate(readings.groups):
+        mine = group == index
+        if not mine.any():
+            continue
+        accuracy = correct[..., mine].mean(-1)
+        found[name] = {
+            "n": int(mine.sum()),
+            "full_model": float(full[mine].mean()),
+            **{lens: accuracy[i].tolist() for i, lens in enumerate(readings.lenses)},
+        }
+    return found
+
+
+def _chunks(dataset: StateDataset) -> Iterator[StateBatch]:
+    for first in range(0, len(dataset), CHUNK_ROWS):
+        yield dataset.gather(torch.arange(first, min(first + CHUNK_ROWS, len(dataset))))
+
+
+def _read(
+    batch: StateBatch,
+    cached: Sequence[int],
+    unembed: Unembedding,
+    lenses: Sequence[Lens],
+    layers: Sequence[int],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    batch = batch.to(unembed.weight.device)
+    full = unembed(batch.final)
+    stored = target_logits(batch, "spade", unembed)
+    values: dict[str, list[Tensor]] = {name: [] for name in PER_ROW}
+    for lens in lenses:
+        for layer in layers:
+            place = cached.index(layer)
+            rows = slice(place, len(batch) * len(cached), len(cached))
+            spade = stored(rows)
+            view = LayerView(layer, batch.hidden[:, place], lambda spade=spade: spade)
+            logits = lens.logits(view)
+            values["answer"].append(pick_answer(logits, batch))
+            values["agrees_model"].append(agreement(logits, full))
+            values["agrees_spade"].append(agreement(logits, spade))
+            values["kl_to_spade"].append(kl_divergence(spade, logits))
+            values["kl_to_model"].append(kl_divergence(full, logits))
+            values["entropy"].append(entropy(logits))
+    shape = (len(lenses), len(layers), len(batch))
+    stacked = {name: torch.stack(parts).reshape(shape).cpu() for name, parts in values.items()}
+    rows_only = {
+        "full_answer": pick_answer(full, batch),
+        "full_entropy": entropy(full),
+        "answer_id": batch.answer_id.long(),
+        "labelled": batch.labelled,
+        "group": batch.group,
+    }
+    return stacked, {name: value.cpu() for name, value in rows_only.items()}
+
+
+def pick_answer(logits: Tensor, batch: StateBatch) -> Tensor:
+    """The best of a row's choices, or of the vocabulary where it has none, (rows,)."""
+    best = logits.argmax(-1)
+    if batch.choice_ids.shape[1] == 0:
+        return best
+    choices = batch.choice_ids.long()
+    chosen = choices.gather(1, logits.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
+    return torch.where(batch.choice_count > 0, chosen, best)
