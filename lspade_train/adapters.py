@@ -134,6 +134,13 @@ class Unembedding:
         """Logits of raw block outputs, in the model's dtype."""
         return self.finish(self.head(self.norm(hidden)))
 
+    def tokens(
+        self, hidden: Float[Tensor, "rows d"], ids: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows tokens"]:
+        """Logits of a few tokens per row: a d x tokens product instead of d x V."""
+        logits = (self.weight[ids] @ self.norm(hidden)[..., None]).squeeze(-1)
+        return self.finish(logits if self.bias is None else logits + self.bias[ids])
+
     def finish(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """Scaling and soft-capping of the head's output."""
         if self.scale != 1.0:

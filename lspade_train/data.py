@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from lspade_train import cache, tasks
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache import Extraction, StateBatch, StateDataset
-from lspade_train.errors import RecipeError, TaskError
+from lspade_train.cache.manifest import MANIFEST
+from lspade_train.errors import CacheError, RecipeError, TaskError
 from lspade_train.progress import track
 from lspade_train.recipe import DataConfig
 from lspade_train.spade import check_layers
@@ -61,13 +62,14 @@ class HiddenStateDataModule(LightningDataModule):
         self.overwrite = overwrite
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
+        self._prefixes: dict[Split, str] = {}
         self.reused: dict[Split, bool] = {}
 
     # The frozen model ------------------------------------------------------------------------
 
     @cached_property
     def adapter(self) -> ModelAdapter:
-        """The frozen model, loaded on first use. Its load-time check runs before its first block."""
+        """The frozen model, loaded on first use; its load-time check waits for its first block."""
         config = self.config
         device = config.device
         if device == "auto" and self.trainer is not None:
@@ -128,10 +130,7 @@ class HiddenStateDataModule(LightningDataModule):
     def stored(self, split: Split) -> StateDataset:
         """Rows of one split that can be read more than once; online data is computed once."""
         found = self.states(split)
-        if isinstance(found, OnlineDataset):
-            shard = found.extract(found.examples)
-            found = StateDataset([shard], found.groups, found.layers)
-        return found
+        return self._in_memory(split, found) if isinstance(found, OnlineDataset) else found
 
     def identity(self, split: Split) -> dict[str, Any]:
         """Everything that decides the bytes of a split's cache, flat and nameable."""
@@ -153,7 +152,8 @@ class HiddenStateDataModule(LightningDataModule):
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
         if self.config.cache_dir is not None:
             return Path(self.config.cache_dir) / split
-        return default_cache_root() / f"{self.name}-{json_digest(self.identity(split))[:12]}" / split
+        digest = json_digest(self.identity(split))
+        return default_cache_root() / f"{self.name}-{digest[:12]}" / split
 
     def _load_rows(self, split: Split) -> Rows:
         if split not in self._rows:
@@ -167,23 +167,39 @@ class HiddenStateDataModule(LightningDataModule):
         what = self._extraction(encoded.examples)
         self.adapter.check()
         self.reused[split] = False
+        self._require_prefix(split, encoded.prefix)
         online = OnlineDataset(self.adapter, encoded.examples, what, self.config.tokens_per_batch)
-        if self.config.mode == "online":
-            return online
-        chunk = 512
-        starts = range(0, len(encoded.examples), chunk)
-        parts = track(starts, f"{split}: states in memory", len(starts))
-        shards = [online.extract(encoded.examples[first : first + chunk]) for first in parts]
-        return StateDataset(shards, what.groups, what.layers)
+        return online if self.config.mode == "online" else self._in_memory(split, online)
+
+    def _in_memory(self, split: Split, online: "OnlineDataset") -> StateDataset:
+        examples = online.examples
+        size = cache.estimate(self.adapter, examples, online.what, self.config.shard_mb)
+        _require_memory(size.bytes)
+        log.info("%s: %s rows = %.3g GB in memory", split, f"{size.rows:,}", size.bytes / 1e9)
+        starts = range(0, len(examples), size.prompts_per_shard)
+        parts = track(starts, f"{split}: states", len(starts))
+        shards = [online.extract(examples[i : i + size.prompts_per_shard]) for i in parts]
+        return StateDataset(shards, online.groups, online.layers)
+
+    def _require_prefix(self, split: Split, prefix: str) -> None:
+        """Refuse splits whose answers are other tokens: heads of one would not fit the other."""
+        self._prefixes[split] = prefix
+        for other, known in self._prefixes.items():
+            if known != prefix:
+                raise TaskError(
+                    f"Answers are single tokens behind {known!r} in the {other} split and behind "
+                    f"{prefix!r} in the {split} split; one text must serve both.\n"
+                    "Set it with --data.prompt.answer_prefix, or use other labels "
+                    "(--data.prompt.labels)."
+                )
 
     def _open_disk(self, split: Split) -> StateDataset:
         folder, identity = self.folder(split), self.identity(split)
-        if self.overwrite:
-            cache.discard(folder)
-        self.reused[split] = (folder / "manifest.json").exists()
+        self.reused[split] = (folder / MANIFEST).exists() and not self.overwrite
         if not self.reused[split]:
             self._build(split, folder, identity)
         manifest, dataset = cache.open_cache(folder, identity)
+        self._require_prefix(split, manifest.answer_prefix)
         if self.reused[split]:
             log.info(
                 "%s: reusing %s (%s rows, no model forward)", split, folder, f"{manifest.rows:,}"
@@ -192,6 +208,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _build(self, split: Split, folder: Path, identity: dict[str, Any]) -> None:
         encoded = self._encode(split)
+        self._require_prefix(split, encoded.prefix)
         what = self._extraction(encoded.examples)
         size = cache.estimate(self.adapter, encoded.examples, what, self.config.shard_mb)
         log.info(
@@ -213,6 +230,7 @@ class HiddenStateDataModule(LightningDataModule):
                 "torch": torch.__version__,
                 "transformers": version("transformers"),
             },
+            overwrite=self.overwrite,
             track=lambda numbers: track(numbers, f"{split}: caching", size.shards),
             say=log.info,
         )
@@ -248,15 +266,14 @@ class HiddenStateDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Build what is missing, on one process of each machine."""
         if self.config.mode == "disk":
-            self.states("train")
-            self.states("validation")
+            state = self.trainer.state if self.trainer else None
+            self.setup(str(state.fn.value) if state and state.fn else "fit")
 
     def setup(self, stage: str) -> None:
         """Open the splits of a stage: fit, validate or test."""
-        for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(
-            stage, (tasks.evaluation_split(self.config),)
-        ):
-            self.states(split)
+        if stage == "fit":
+            self.states("train")
+        self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
 
     def train_dataloader(self) -> "RowLoader":
         """Shuffled rows, `batch_size` per process."""
@@ -350,8 +367,17 @@ class RowLoader:
             part = order[number * step : (number + 1) * step]
             self._batch = number + 1
             yield self.dataset.gather(part[self.rank :: self.world])
-        self.epoch += 1
-        self._batch = 0
+        self.set_epoch(self.epoch + 1)
+
+    @property
+    def sampler(self) -> "RowLoader":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin another epoch; Lightning says which, since it may leave one before its end."""
+        if epoch != self.epoch:
+            self.epoch, self._batch, self._resume_at = epoch, 0, 0
 
     @property
     def _usable(self) -> int:
@@ -371,7 +397,17 @@ class RowLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state_dict` was taken."""
-        self.epoch, self._resume_at = state["epoch"], state["batch"]
+        self.epoch, self._batch = state["epoch"], state["batch"]
+        self._resume_at = self._batch
+
+
+def _require_memory(needed: int) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        raise CacheError(
+            f"These states take {needed / 1e9:.3g} GB and this machine has {total / 1e9:.3g} GB of "
+            "memory.\nUse --data.mode disk, fewer --model.layers, or --data.limit."
+        )
 
 
 def default_cache_root() -> Path:

@@ -72,22 +72,29 @@ def write_json(path: Path, value: Any, error: type[LSpadeError] = LSpadeError) -
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
 
 
-def read_json(path: Path, error: type[LSpadeError]) -> dict[str, Any]:
+def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: the file.
+        error: what to raise.
+        remedy: second line of the message: what the user does next.
+
     Raises:
-        error: the file is missing, too large, or not a JSON object.
+        error: the file is missing, unreadable, too large, or not a JSON object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{path} is {path.stat().st_size} bytes; such a file is under 64 MB.")
+            raise error(_join(f"{path} is over 64 MB, which no such file is.", remedy))
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as cause:
-        raise error(f"{path} does not exist.") from cause
-    except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{path} is not valid JSON ({_first_line(cause)}).") from cause
+    except OSError as cause:
+        raise error(_join(_read_failure(path, cause), remedy)) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(_join(f"{path} is not valid JSON ({_first_line(cause)}).", remedy)) from cause
     if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+        raise error(
+            _join(f"{path} holds a JSON {type(value).__name__}, expected an object.", remedy)
+        )
     return value
 
 
@@ -107,26 +114,39 @@ def write_tensors(
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
 
 
-def read_tensors(path: Path, error: type[LSpadeError]) -> dict[str, Tensor]:
+def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:
     """Map a safetensors file into memory; pages are read when they are touched.
 
+    Args:
+        path: the file.
+        error: what to raise.
+        remedy: second line of the message: what the user does next.
+
     Raises:
-        error: the file is missing or its header does not describe its bytes.
+        error: the file is missing, unreadable, or its header does not describe its bytes.
     """
     try:
         # Not `with`: the tensors keep the mapping alive.
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as cause:
-        raise error(f"{path} does not exist.") from cause
-    except (OSError, SafetensorError, ValueError) as cause:
-        raise error(f"{path} is not a complete safetensors file ({_first_line(cause)}).") from cause
+    except OSError as cause:
+        raise error(_join(_read_failure(path, cause), remedy)) from cause
+    except (SafetensorError, ValueError) as cause:
+        text = f"{path} is not a complete safetensors file ({_first_line(cause)})."
+        raise error(_join(text, remedy)) from cause
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
+    """SHA-256 of a file's bytes, as hex.
+
+    Raises:
+        error: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as cause:
+        raise error(_read_failure(path, cause)) from cause
 
 
 def json_digest(value: Any) -> str:
@@ -157,6 +177,16 @@ def _write_failure(path: Path, cause: Exception) -> str:
             "Free some space, or choose another folder, and run the command again."
         )
     return f"{path} cannot be written ({text}). Choose a folder that you can write to."
+
+
+def _read_failure(path: Path, cause: OSError) -> str:
+    if isinstance(cause, FileNotFoundError):
+        return f"{path} does not exist."
+    return f"{path} cannot be read ({cause.strerror or _first_line(cause)})."
+
+
+def _join(message: str, remedy: str) -> str:
+    return f"{message}\n{remedy}" if remedy else message
 
 
 def _first_line(cause: BaseException) -> str:

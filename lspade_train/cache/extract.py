@@ -124,9 +124,7 @@ def _forward(
     }
 
 
-def _store_target(
-    adapter: ModelAdapter, target: Tensor, what: Extraction
-) -> dict[str, Tensor]:
+def _store_target(adapter: ModelAdapter, target: Tensor, what: Extraction) -> dict[str, Tensor]:
     if what.targets == "hidden":
         return {"target": target}
     half = torch.bfloat16 if adapter.dtype == torch.bfloat16 else torch.float16

@@ -13,6 +13,8 @@ from lspade_train.storage import json_digest, read_json, write_json
 FORMAT_VERSION = 1
 MANIFEST, IDENTITY, STARTS = "manifest.json", "identity.json", "starts.safetensors"
 
+REBUILD = "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
+
 Identity = dict[str, Any]
 """Flat and JSON: model, tokenizer, data, template, layers, positions, targets, format version."""
 
@@ -79,26 +81,22 @@ class Manifest:
         Raises:
             CacheError: missing, damaged, or of another format.
         """
-        value = read_json(folder / MANIFEST, CacheError)
+        value = read_json(folder / MANIFEST, CacheError, REBUILD)
         if value.pop("format_version", None) != FORMAT_VERSION:
             raise CacheError(
-                f"{folder / MANIFEST} is not of cache format {FORMAT_VERSION}. Rebuild it: "
-                "lspade-train cache --config RECIPE.yaml --overwrite"
+                f"{folder / MANIFEST} is not of cache format {FORMAT_VERSION}. {REBUILD}"
             )
         digest = value.pop("digest", None)
         try:
             shards = tuple(Shard(**shard) for shard in value.pop("shards"))
             manifest = cls(shards=shards, groups=tuple(value.pop("groups")), **value)
         except (KeyError, TypeError, AttributeError) as cause:
-            raise CacheError(f"{folder / MANIFEST} is not a manifest ({cause}). {REBUILD}") from cause
+            raise CacheError(f"{folder / MANIFEST} is no manifest ({cause}). {REBUILD}") from cause
         if manifest.digest != digest:
             raise CacheError(f"{folder / MANIFEST} was changed after it was written. {REBUILD}")
         if any(Path(shard.file).name != shard.file for shard in manifest.shards):
             raise CacheError(f"{folder / MANIFEST} names a file outside its folder. {REBUILD}")
         return manifest
-
-
-REBUILD = "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
 
 
 def require_same(found: Identity, wanted: Identity, folder: Path) -> None:

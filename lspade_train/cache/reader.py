@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lspade_train.cache.manifest import MANIFEST, STARTS, Identity, Manifest, Shard, require_same
+from lspade_train.cache.manifest import (
+    MANIFEST,
+    REBUILD,
+    STARTS,
+    Identity,
+    Manifest,
+    Shard,
+    require_same,
+)
 from lspade_train.errors import CacheError
 from lspade_train.storage import file_digest, read_json, read_tensors, write_json
 
@@ -123,7 +131,7 @@ def open_cache(
     if identity is not None:
         require_same(manifest.identity, identity, folder)
     verify(folder, manifest, track=track, trust_unchanged=True)
-    shards = [read_tensors(folder / shard.file, CacheError) for shard in manifest.shards]
+    shards = [read_tensors(folder / shard.file, CacheError, REBUILD) for shard in manifest.shards]
     return manifest, StateDataset(shards, manifest.groups, manifest.identity["layers"])
 
 
@@ -157,7 +165,7 @@ def verify(
             continue
         if shard.bytes not in (-1, stat.st_size):
             raise CacheError(_damaged(path, f"has {stat.st_size} bytes, not {shard.bytes}"))
-        if file_digest(path) != shard.sha256:
+        if file_digest(path, CacheError) != shard.sha256:
             raise CacheError(_damaged(path, "does not have its checksum"))
     if seen != known:
         with contextlib.suppress(CacheError):  # a read-only cache is checked every time
@@ -180,7 +188,4 @@ def split_folders(folder: Path) -> list[Path]:
 
 
 def _damaged(path: Path, what: str) -> str:
-    return (
-        f"{path} {what}: this cache is damaged.\n"
-        "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
-    )
+    return f"{path} {what}: this cache is damaged.\n{REBUILD}"

@@ -5,7 +5,7 @@ resumed ends with the bytes of an undisturbed one.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lspade_train.cache.extract import Extraction, extract, row_count
 from lspade_train.cache.manifest import (
     IDENTITY,
     MANIFEST,
+    REBUILD,
     STARTS,
     Identity,
     Manifest,
@@ -90,10 +91,13 @@ def build(
     tokens_per_batch: int,
     shard_mb: int,
     provenance: dict[str, Any],
+    overwrite: bool = False,
     track: Track = iter,
     say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Run the frozen model over all prompts and write their states; resumes where it stopped.
+
+    With `overwrite` an old cache goes once nothing but the model can still fail.
 
     Raises:
         CacheError: the folder holds another cache, the disk is too small or cannot be written.
@@ -102,21 +106,24 @@ def build(
     plan = estimate(adapter, encoded.examples, what, shard_mb)
     _make_folder(folder)
     with _exclusive(folder, say):
-        if (folder / MANIFEST).exists():  # another process finished it while this one waited
+        if (folder / MANIFEST).exists() and not overwrite:
+            # Another process finished it while this one waited.
             manifest = Manifest.read(folder)
             require_same(manifest.identity, identity, folder)
             return manifest
-        if (folder / IDENTITY).exists():
-            require_same(read_json(folder / IDENTITY, CacheError), identity, folder)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        if (folder / IDENTITY).exists() and not overwrite:
+            require_same(read_json(folder / IDENTITY, CacheError, REBUILD), identity, folder)
+        _clear(folder, ".*.tmp")
         _require_space(folder, plan)
+        if overwrite:
+            discard(folder)
         write_identity(folder, identity)
         digest = json_digest(identity)
         shards = [
             _shard(folder, number, adapter, encoded.examples, what, plan, digest, tokens_per_batch)
             for number in track(range(plan.shards))
         ]
+        _clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
         _write_starts(folder, adapter, encoded.examples, what, digest)
         manifest = Manifest(
             identity=identity,
@@ -126,7 +133,7 @@ def build(
             answer_prefix=encoded.prefix,
             groups=what.groups,
             shards=tuple(shards),
-            starts_sha256=file_digest(folder / STARTS),
+            starts_sha256=file_digest(folder / STARTS, CacheError),
             provenance=provenance,
         )
         manifest.write(folder)
@@ -139,11 +146,16 @@ def discard(folder: Path) -> None:
     Raises:
         CacheError: the folder cannot be written.
     """
+    # The manifest first: without it nothing reads the rest.
+    _clear(folder, MANIFEST, "shard-*.safetensors", STARTS, IDENTITY, ".verified.json", ".*.tmp")
+
+
+def _clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:
     try:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it nothing reads the rest
-        for pattern in ("shard-*.safetensors", STARTS, IDENTITY, ".verified.json", ".*.tmp"):
+        for pattern in patterns:
             for path in folder.glob(pattern):
-                path.unlink()
+                if path.name not in keep:
+                    path.unlink()
     except OSError as cause:
         raise CacheError(
             f"{folder} cannot be cleared ({cause.strerror}). Choose another --data.cache_dir."
@@ -163,12 +175,17 @@ def _shard(
     first = number * plan.prompts_per_shard
     mine = examples[first : first + plan.prompts_per_shard]
     path = folder / f"shard-{number:05d}.safetensors"
-    metadata = {"identity": digest, "shard": str(number)}
+    # Rows and rounding depend on these two, which a resumed run may have been given anew.
+    metadata = {
+        "identity": digest,
+        "prompts": f"{first}:{first + len(mine)}",
+        "tokens_per_batch": str(tokens_per_batch),
+    }
     if not _is_complete(path, metadata):
         adapter.check()
         tensors = extract(adapter, mine, what, tokens_per_batch)
         write_tensors(path, tensors, metadata, CacheError)
-    return Shard(path.name, row_count(mine), path.stat().st_size, file_digest(path))
+    return Shard(path.name, row_count(mine), path.stat().st_size, file_digest(path, CacheError))
 
 
 def _is_complete(path: Path, metadata: dict[str, str]) -> bool:

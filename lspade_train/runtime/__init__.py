@@ -1,0 +1,6 @@
+"""SPADE-EXIT: answer as soon as a linear head is sure. Loads no Lightning, datasets or wandb."""
+
+from lspade_train.runtime.decide import Decision
+from lspade_train.runtime.exit_runtime import ExitRuntime
+
+__all__ = ["Decision", "ExitRuntime"]

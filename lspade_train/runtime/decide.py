@@ -1,0 +1,215 @@
+"""SPADE-EXIT on one batch: block by block, rows leave when they are sure, each as one token.
+
+Paper v2 calls it SimExit. Every block runs at most twice per batch: once on the prompts still in,
+once on all rows that have left, a single token each. Knows nothing of text or files.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lspade_train.adapters import ModelAdapter, Plan
+from lspade_train.errors import NumericsError
+from lspade_train.heads import LSpadeHeads
+from lspade_train.metrics import entropy
+from lspade_train.policy import ExitPolicy, signal
+from lspade_train.runtime.prompts import Batch, Query
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The answer to one prompt.
+
+    Attributes:
+        token_id: the answer, the most probable choice or token.
+        text: its label, or its text; None without a tokenizer.
+        layer: where the prompt stopped; L is the full model.
+        entropy: nats over the policy's scope: the check's where the prompt stopped, the model's
+            own where it ran through.
+        exited: whether it stopped below L.
+        scores: label -> probability among the choices; None without choices.
+    """
+
+    token_id: int
+    text: str | None
+    layer: int
+    entropy: float
+    exited: bool
+    scores: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is read from a hidden state: the head's map, then logits over the policy's scope."""
+
+    adapter: ModelAdapter
+    heads: LSpadeHeads | None
+    policy: ExitPolicy
+
+    def check(
+        self, hidden: Float[Tensor, "rows d"], layer: int, batch: Batch, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows tokens"]:
+        """The logits that decide an exit at `layer`."""
+        state = hidden
+        if self.heads is not None and self.policy.decoder != "logit_lens":
+            state = self.heads.translate(hidden, layer).to(hidden.dtype)
+        return self.read(state, batch, rows)
+
+    def read(
+        self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows tokens"]:
+        """Logits over the vocabulary, or over each row's choices (-inf pads a short list)."""
+        unembed = self.adapter.unembed
+        if self.policy.scope == "vocabulary":
+            # One token per row, the shape of the model's own product with logits_to_keep=1.
+            return unembed(state[:, None])[:, 0]
+        assert batch.choice_ids is not None and batch.choice_mask is not None  # noqa: PT018
+        where = unembed.weight.device
+        ids, real = batch.choice_ids.to(where)[rows], batch.choice_mask.to(where)[rows]
+        return unembed.tokens(state.to(where), ids).masked_fill(~real, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where each row of a batch stopped, and what it answers from.
+
+    Attributes:
+        logits: over the policy's scope, (rows, tokens).
+        layers: exit layer, L where there was none, (rows,).
+        entropy: nats, as in `Decision`, (rows,).
+    """
+
+    logits: Float[Tensor, "rows tokens"]
+    layers: Int[Tensor, " rows"]
+    entropy: Float[Tensor, " rows"]
+
+
+class Ascent:
+    """One batch on its way up: the prompts still in, and the rows that left."""
+
+    def __init__(self, probe: Probe, batch: Batch) -> None:
+        self.probe, self.batch = probe, batch
+        self.adapter, self.policy = probe.adapter, probe.policy
+        rows = len(batch.queries)
+        self.inside = torch.arange(rows)
+        self.outside = torch.arange(0)
+        # `plan.hidden` is always the state in hand, so that dropping rows drops everything at once.
+        self.plan: Plan = self.adapter.plan(batch.ids, batch.mask)
+        self.step: Plan | None = None  # single-token rows of `outside`
+        self.every_step: Plan | None = None  # of the whole batch, planned at the first exit
+        self.layers = torch.full((rows,), self.adapter.num_layers)
+        self.entropy = torch.zeros(rows)
+        self.answers: list[tuple[Tensor, Tensor]] = []  # rows, logits
+
+    def run(self) -> Outcome:
+        """Up all the blocks that any row still needs."""
+        for block in range(self.adapter.num_layers):
+            if len(self.inside) and block in self.policy.check_layers:
+                self._check(block)
+            if len(self.inside):
+                self.plan = self._apply(self.plan, block)
+            if self.step is not None:
+                self.step = self._apply(self.step, block)
+        self._finish()
+        order = torch.cat([rows for rows, _ in self.answers]).argsort()
+        logits = torch.cat([logits for _, logits in self.answers])[order]
+        return Outcome(logits, self.layers, self.entropy)
+
+    def _apply(self, plan: Plan, block: int) -> Plan:
+        return replace(plan, hidden=self.adapter.run_block(plan, block, plan.hidden))
+
+    def _check(self, layer: int) -> None:
+        hidden = self.plan.hidden[:, -1]
+        logits = self.probe.check(hidden, layer, self.batch, self.inside)
+        leaving = self.policy.exits(signal(logits, self.policy.measure), layer).cpu()
+        if not leaving.any():
+            return
+        rows = self.inside[leaving]
+        self.layers[rows] = layer
+        self.entropy[rows] = entropy(logits[leaving]).float().cpu()
+        if self.policy.decoder == "spade":
+            self._continue(hidden[leaving], rows)
+        else:
+            self.answers.append((rows, logits[leaving]))
+        self._keep(~leaving)
+
+    def _continue(self, hidden: Float[Tensor, "rows d"], rows: Int[Tensor, " rows"]) -> None:
+        """From here on these rows are one token each, behind their start token."""
+        if self.every_step is None:
+            where = self.batch.positions
+            where = torch.ones_like(where) if self.policy.positions == "compact" else where
+            self.every_step = self.adapter.plan_step(self.batch.starts, where)
+        self.outside = torch.cat([self.outside, rows])
+        states = hidden[:, None]
+        if self.step is not None:
+            states = torch.cat([self.step.hidden, states.to(self.step.hidden.device)])
+        self.step = replace(self.every_step.select(self.outside), hidden=states)
+
+    def _keep(self, staying: Bool[Tensor, " rows"]) -> None:
+        self.inside = self.inside[staying]
+        if len(self.inside):
+            self.plan = self.plan.select(staying.nonzero()[:, 0])
+
+    def _finish(self) -> None:
+        """One unembedding for the prompts that ran through and the rows that left."""
+        ends = [self.plan.hidden[:, -1]] if len(self.inside) else []
+        ends += [] if self.step is None else [self.step.hidden[:, 0]]
+        if not ends:
+            return
+        rows = torch.cat([self.inside, self.outside])
+        logits = self.probe.read(torch.cat(ends), self.batch, rows)
+        through = len(self.inside)
+        self.entropy[self.inside] = entropy(logits[:through]).float().cpu()
+        self.answers.append((rows, logits))
+
+
+@torch.no_grad()
+def decide_batch(probe: Probe, batch: Batch) -> Outcome:
+    """Run one batch as far as each row needs.
+
+    Raises:
+        NumericsError: a row's logits are NaN or Inf.
+    """
+    outcome = Ascent(probe, batch).run()
+    broken = (outcome.logits.isnan() | (outcome.logits == torch.inf)).any(-1)
+    if broken.any():
+        prompt = batch.queries[int(broken.nonzero()[0, 0])].index
+        raise NumericsError(
+            f"The model's logits are NaN or Inf for prompt {prompt + 1}. "
+            "Load the model in a wider dtype (bfloat16 or float32)."
+        )
+    return outcome
+
+
+def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> list[Decision]:
+    """The decisions of one batch, in the batch's order; `text` only where there are choices.
+
+    Args:
+        outcome: of the batch.
+        batch: its rows.
+        policy: whose scope the logits are over.
+        top: L.
+    """
+    logits = outcome.logits.float()
+    if batch.choice_ids is not None and policy.scope == "vocabulary":
+        ids = batch.choice_ids.to(logits.device)
+        real = batch.choice_mask.to(logits.device)  # type: ignore[union-attr]
+        logits = logits.gather(1, ids).masked_fill(~real, -torch.inf)
+    best = logits.argmax(-1).tolist()
+    scores = logits.softmax(-1).tolist() if batch.choice_ids is not None else [None] * len(best)
+    layers, entropies = outcome.layers.tolist(), outcome.entropy.tolist()
+    rows = zip(batch.queries, best, scores, layers, entropies, strict=True)
+    return [_decision(*row, top=top) for row in rows]
+
+
+def _decision(
+    query: Query, best: int, scores: list[float] | None, layer: int, nats: float, *, top: int
+) -> Decision:
+    exited = layer < top
+    if query.choices is None or scores is None:
+        return Decision(best, None, layer, nats, exited, None)
+    label = list(query.choices)[best]
+    named = dict(zip(query.choices, scores, strict=False))  # padding follows the choices
+    return Decision(query.choices[label], label, layer, nats, exited, named)

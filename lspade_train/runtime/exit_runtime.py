@@ -1,0 +1,129 @@
+"""`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.errors import PolicyError, TaskError
+from lspade_train.heads import LSpadeHeads
+from lspade_train.policy import REMEDY, ExitPolicy
+from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
+from lspade_train.runtime.prompts import Choices, Prompt, Query, batches, encode
+
+TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
+
+
+class ExitRuntime:
+    """SPADE-EXIT (SimExit in paper v2) over any Hugging Face decoder.
+
+    Args:
+        model: the frozen model, or its adapter.
+        heads: its L-SPADE heads; None only with the decoder `logit_lens` or with no check.
+        policy: when to stop and how to answer.
+        tokenizer: the model's; needed for prompts and choices in text.
+        tokens_per_batch: padded tokens per batch.
+
+    Raises:
+        ArtifactError: heads of another model, or none for a check layer.
+        PolicyError: a policy for other heads, or that this model cannot follow.
+
+    Source: arXiv:2507.17618, SPADE-EXIT.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | ModelAdapter,
+        heads: LSpadeHeads | None,
+        *,
+        policy: ExitPolicy,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokens_per_batch: int = 8192,
+    ) -> None:
+        self.adapter = ModelAdapter.of(model)
+        self.heads = None if heads is None else heads.bind(self.adapter)
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.tokens_per_batch = tokens_per_batch
+        self.probe = Probe(self.adapter, self.heads, policy)
+        policy.check_heads(None if heads is None else heads.metadata.get("weights_sha256"))
+        _check_fit(policy, self.adapter)
+        _check_heads(policy, self.heads)
+
+    def decide(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Choices | Sequence[Choices | None] | None = None,
+    ) -> list[Decision]:
+        """One token for each prompt, with as few blocks as the policy allows.
+
+        Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
+        without BOS takes the prompt's first token as the start token.
+
+        Args:
+            prompts: texts, or token ids with the start token first.
+            choices: answers to choose from: one list for all prompts, one list (or None) per
+                prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+
+        Raises:
+            TaskError: an empty prompt, one over the context, a choice that is not one token.
+            NumericsError: NaN logits.
+        """
+        queries = encode(prompts, choices, self.adapter, self.tokenizer)
+        self._check_scope(queries)
+        found: dict[int, Decision] = {}
+        for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+            outcome = decide_batch(self.probe, batch)
+            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
+            for query, decision in zip(batch.queries, decisions, strict=True):
+                found[query.index] = self._worded(decision)
+        return [found[index] for index in range(len(prompts))]
+
+    def _worded(self, decision: Decision) -> Decision:
+        if decision.text is not None or self.tokenizer is None:
+            return decision
+        return replace(decision, text=str(self.tokenizer.decode([decision.token_id])))
+
+    def _check_scope(self, queries: Sequence[Query]) -> None:
+        if self.policy.scope == "choices" and any(query.choices is None for query in queries):
+            raise TaskError(
+                "The policy's scope is choices, and a prompt has none: give its choices, or "
+                "calibrate a policy with scope vocabulary."
+            )
+
+
+def _check_fit(policy: ExitPolicy, adapter: ModelAdapter) -> None:
+    top = adapter.num_layers - 1
+    if policy.layers and policy.layers[-1] > top:
+        raise PolicyError(
+            f"The policy checks layer {policy.layers[-1]}; this model's check layers go from 0 to "
+            f"{top}. {REMEDY}"
+        )
+    limits = policy.threshold if isinstance(policy.threshold, tuple) else (policy.threshold or 0.0,)
+    most = math.log(adapter.vocab_size)
+    if policy.measure == "entropy" and max(limits, default=0.0) > most:
+        raise PolicyError(
+            f"threshold {max(limits)} is out of range: the entropy of {adapter.vocab_size} tokens "
+            f"is at most {most:.3f} nats. {REMEDY}"
+        )
+
+
+def _check_heads(policy: ExitPolicy, heads: LSpadeHeads | None) -> None:
+    if policy.decoder == "logit_lens" or not policy.check_layers:
+        return
+    if heads is None:
+        raise PolicyError(
+            f"The policy's checks need heads (decoder {policy.decoder}); got None. Load them with "
+            "LSpadeHeads.from_pretrained, or use the decoder logit_lens."
+        )
+    for layer in policy.check_layers:
+        heads.index(layer)
+    recipe = heads.metadata.get("training", {}).get("recipe", {})
+    target = recipe.get("model", {}).get("target")
+    if target is not None and target != TARGETS.get(policy.decoder, target):
+        raise PolicyError(
+            f"The decoder {policy.decoder} needs heads fitted with model.target "
+            f"{TARGETS[policy.decoder]}; these have {target}. {REMEDY}"
+        )

@@ -1,0 +1,341 @@
+"""The exit rule against loops, the p-values against enumeration, the promise against simulation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest, multinomial
+
+from lspade_train.calibration import calibrate, propose, rows_needed
+from lspade_train.errors import NumericsError, PolicyError, TaskError
+from lspade_train.exits import ExitTable, evaluate_policy, oracle_saving
+from lspade_train.pvalues import (
+    ABSOLUTE_GAP,
+    NUISANCE,
+    RELATIVE_GAP,
+    disagreement_p_value,
+    drop_p_value,
+)
+
+BUDGETS = {"accuracy_drop": 0.01, "disagreement": 0.02}
+CHOICES = 4
+
+
+def table_of(confidence, answers, full_answer, gold, check=0.004) -> ExitTable:
+    """A model of K+1 equal blocks that is checked after each of the first K."""
+    n, checks = confidence.shape
+    layers = np.arange(1, checks + 1)
+    free = np.tile(layers / (checks + 1) + 0.01, (n, 1))
+    return ExitTable(
+        layers=tuple(layers.tolist()),
+        num_layers=checks + 1,
+        bounds=(0.0, math.log(CHOICES)),
+        confidence=confidence.astype(np.float32),
+        answers=answers,
+        full_answer=full_answer,
+        gold=gold,
+        cost=free + check * layers,
+        full_cost=np.full(n, 1 + check * checks),
+        free_cost=free,
+        plain_cost=np.ones(n),
+    )
+
+
+def realistic(n: int, seed: int, checks: int = 8, skew: float = 0.0) -> ExitTable:
+    """Rows of varied difficulty; deeper layers agree with the model more, sure ones above all.
+
+    `skew` makes some layers' heads overconfident and others timid.
+    """
+    rng = np.random.default_rng(seed)
+    depth = np.arange(1, checks + 1) / (checks + 1)
+    drift = 0.3 * rng.normal(size=(n, checks)).cumsum(1)
+    margin = 8 * (depth - rng.beta(1.2, 1.6, (n, 1))) + drift
+    full = rng.integers(0, CHOICES, n)
+    other = (full + rng.integers(1, CHOICES, n)) % CHOICES
+    agrees = rng.random((n, 1)) < 1 / (1 + np.exp(-2 * margin))
+    noise = 0.5 * rng.normal(size=margin.shape)
+    confidence = math.log(CHOICES) / (1 + np.exp(2 * (margin + noise) - 1))
+    gold = np.select([rng.random(n) < 0.7, rng.random(n) < 0.4], [full, other], (full + 2) % 4)
+    confidence = confidence * np.exp(skew * np.resize([-2, -1, 1, -1.5, 0.5, -0.5], checks))
+    return table_of(confidence, np.where(agrees, full[:, None], other[:, None]), full, gold)
+
+
+@pytest.fixture(scope="module")
+def population() -> ExitTable:
+    return realistic(20_000, seed=1)
+
+
+@given(n=st.integers(1, 12), seed=st.integers(0, 10_000), place=st.integers(0, 79))
+@settings(max_examples=40, deadline=None)
+def test_a_policys_row_equals_a_loop_over_prompts(n, seed, place):
+    table = realistic(n, seed, checks=3)
+    threshold = table.grid()[place]
+    exits, costs, right, unlike = [], [], [], []
+    for row in range(n):
+        answer, cost, layer = table.full_answer[row], table.full_cost[row], table.num_layers
+        for check in reversed(range(3)):
+            if table.confidence[row, check] <= np.float32(threshold):
+                answer, cost = table.answers[row, check], table.cost[row, check]
+                layer = table.layers[check]
+        exits.append(layer)
+        costs.append(cost)
+        right.append(answer == table.gold[row])
+        unlike.append(answer != table.full_answer[row])
+    found = evaluate_policy(table, threshold)
+    assert found.mean_exit_layer == pytest.approx(np.mean(exits))
+    assert found.compute_saved == pytest.approx(1 - np.sum(costs) / n)
+    assert found.accuracy == pytest.approx(np.mean(right))
+    assert found.drop == pytest.approx(np.mean(table.full_answer == table.gold) - np.mean(right))
+    assert found.disagreement == pytest.approx(np.mean(unlike))
+
+
+def test_each_layer_is_held_to_its_own_threshold():
+    table = realistic(200, seed=3, checks=3)
+    limits = (0.01, 0.3, 0.1)
+    expected = [
+        next((k for k in range(3) if row[k] <= np.float32(limits[k])), 3)
+        for row in table.confidence
+    ]
+    np.testing.assert_array_equal(table.exits(limits), expected)
+
+
+def test_the_oracle_stops_at_the_first_layer_that_answers_like_the_model_and_pays_no_check():
+    answers = np.array([[1, 0, 0], [1, 1, 1], [0, 1, 0]])
+    table = table_of(np.ones((3, 3)), answers, np.zeros(3, int), None)
+    paid = table.free_cost[0, 1] + 1 + table.free_cost[2, 0]
+    assert oracle_saving(table) == pytest.approx(1 - paid / 3)
+
+
+def test_looser_thresholds_never_exit_later():
+    table = realistic(500, seed=4)
+    layers = [evaluate_policy(table, threshold).mean_exit_layer for threshold in table.grid()]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > 8.9
+    assert layers[-1] < 2
+
+
+def test_the_grid_is_ascending_and_looks_at_no_row():
+    grid = realistic(50, seed=5).grid()
+    assert grid == sorted(set(grid)) == realistic(60, seed=6).grid()
+    assert (grid[0], grid[-1]) == (0.0, pytest.approx(math.log(CHOICES)))
+
+
+def test_the_plain_model_saves_and_loses_nothing(population):
+    row = evaluate_policy(population, None)
+    assert (row.drop, row.disagreement, row.compute_saved) == (0, 0, 0)
+    assert row.mean_exit_layer == population.num_layers
+
+
+@pytest.mark.parametrize(("failures", "n"), [(0, 1), (0, 300), (3, 300), (25, 2000), (300, 300)])
+def test_the_disagreement_p_value_is_the_exact_binomial(failures, n):
+    expected = binomtest(failures, n, 0.02, alternative="less").pvalue
+    assert disagreement_p_value(failures, n, 0.02) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.3])
+def test_the_drop_p_value_is_the_largest_probability_over_the_rate_of_gains(budget):
+    n = 9
+    points = [(lost, won) for lost in range(n + 1) for won in range(n + 1 - lost)]
+
+    def score(lost, won):
+        rates = np.linspace(1e-9, (1 - budget) / 2 - 1e-9, 20_001)
+        kept = n - lost - won
+        likelihood = lost * np.log(rates + budget) + won * np.log(rates)
+        rate = rates[(likelihood + kept * np.log(1 - budget - 2 * rates)).argmax()]
+        variance = n * (2 * rate + budget - budget**2)
+        return (lost - won - n * budget) / math.sqrt(variance)
+
+    scores = np.array([score(*point) for point in points])
+    counts = np.array([(lost, won, n - lost - won) for lost, won in points])
+    rates = np.linspace(0, (1 - budget) / 2, 1501)
+    chances = np.stack(
+        [multinomial.pmf(counts, n, [budget + r, r, 1 - budget - 2 * r]) for r in rates]
+    )
+    for (lost, won), own in zip(points, scores, strict=True):
+        interval = binomtest(won, n).proportion_ci(1 - NUISANCE)
+        likely = (rates >= interval.low) & (rates <= interval.high)
+        expected = chances[likely][:, scores <= own + 1e-3].sum(1).max() if own < 0 else 1.0
+        found = drop_p_value(lost, won, n, budget)
+        slack = 0.003 * expected + 1e-5  # the oracle's own grid
+        assert expected - slack <= found
+        assert found <= expected * (1 + RELATIVE_GAP) + ABSOLUTE_GAP + NUISANCE + slack
+
+
+def test_without_gains_or_losses_the_drop_p_value_is_the_binomial_one():
+    assert drop_p_value(0, 0, 300, 0.01) == pytest.approx(0.99**300, rel=0.011)
+
+
+def test_the_drop_p_value_rises_with_losses_and_falls_with_gains():
+    table = [[drop_p_value(lost, won, 300, 0.02) for won in range(6)] for lost in range(10)]
+    # Equal up to how closely the maximum is bounded.
+    assert (np.diff(table, axis=0) >= 0).all()
+    assert (np.diff(table, axis=1) <= RELATIVE_GAP).all()
+
+
+def rejection_rate(n, loss_rate, gain_rate, budget=0.01, level=0.05):
+    """Probability that the test passes a policy, summed over all outcomes, not sampled."""
+    gains = np.arange(binom.ppf(1e-7, n, gain_rate), binom.isf(1e-7, n, gain_rate) + 1).astype(int)
+    limits, most = [], 0
+    for won in gains.tolist():
+        while most >= 0 and drop_p_value(most, won, n, budget) > level:
+            most -= 1
+        while drop_p_value(most + 1, won, n, budget) <= level:
+            most += 1
+        limits.append(most)
+    inside = binom.cdf(limits, n - gains, loss_rate / (1 - gain_rate))
+    return float((binom.pmf(gains, n, gain_rate) * inside).sum())
+
+
+@pytest.mark.parametrize(
+    ("n", "gain_rate"),
+    [
+        (300, 0.0),
+        (300, 0.001),
+        (300, 0.005),
+        (300, 0.02),
+        (2000, 0.0),
+        (2000, 0.001),
+        (2000, 0.003),
+    ],
+)
+def test_a_drop_of_exactly_the_budget_passes_at_most_as_often_as_promised(n, gain_rate):
+    rate = rejection_rate(n, 0.01 + gain_rate, gain_rate)
+    # 0.05 is the promise; far under it, power would be given away.
+    assert 0.035 < rate <= 0.05 + 1e-6
+
+
+def test_it_has_power_where_hoeffding_bentkus_has_none():
+    n, loss_rate, gain_rate, budget = 1000, 0.004, 0.003, 0.01
+    rescaled, limit = (1 + loss_rate - gain_rate) / 2, (1 + budget) / 2
+    gap = rescaled * math.log(rescaled / limit) + (1 - rescaled) * math.log(
+        (1 - rescaled) / (1 - limit)
+    )
+    bentkus = math.e * binom.cdf(math.ceil(n * rescaled), n, limit)
+    assert min(math.exp(-n * gap), bentkus) > 0.9  # at the very mean of the samples
+    assert rejection_rate(n, loss_rate, gain_rate) > 0.85
+
+
+def exceeded(population, risk, sequences_of, splits, n):
+    """Splits whose chosen policy's true risk, that of the population, is over the budget."""
+    over, saved = 0, []
+    for seed in range(splits):
+        rng = np.random.default_rng(seed)
+        split = population.rows(rng.integers(0, len(population), n))
+        chosen = calibrate(sequences_of(split), risk, BUDGETS[risk]).chosen
+        truth = evaluate_policy(population, chosen.threshold)
+        value = truth.drop if risk == "accuracy_drop" else truth.disagreement
+        over += value > BUDGETS[risk]
+        saved.append(truth.compute_saved)
+    return over, float(np.mean(saved))
+
+
+@pytest.mark.parametrize("risk", BUDGETS)
+def test_the_promise_holds_over_200_random_splits(population, risk):
+    over, saved = exceeded(population, risk, lambda split: [(split, split.grid())], 200, 500)
+    assert over <= binom.ppf(0.99, 200, 0.05)
+    assert saved > 0.15  # a promise kept by never exiting would be worth nothing
+
+
+def test_the_promise_holds_when_the_split_also_proposes_and_several_sequences_are_tried(population):
+    def sequences_of(split):
+        tested = split.rows(np.arange(0, len(split), 2))
+        return [(tested, tested.grid()), (tested, propose(split.rows(np.arange(1, len(split), 2))))]
+
+    over, _ = exceeded(population, "disagreement", sequences_of, 40, 800)
+    assert over <= binom.ppf(0.99, 40, 0.05)
+
+
+def test_thresholds_per_layer_save_more_where_layers_heads_differ():
+    others, all_rows = realistic(6000, seed=7, skew=1.5), realistic(10_000, seed=8, skew=1.5)
+    each = propose(others)
+    assert len(each[0]) == len(others.layers)
+    _, saved_one = exceeded(all_rows, "disagreement", lambda s: [(s, s.grid())], 15, 1500)
+    _, saved_each = exceeded(all_rows, "disagreement", lambda s: [(s, each)], 15, 1500)
+    assert saved_each > saved_one + 0.01
+
+
+def test_testing_stops_at_the_first_failure(population):
+    found = calibrate([(population.rows(np.arange(2000)), population.grid())], "disagreement", 0.02)
+    accepted = [row.accepted for row in found.curve]
+    assert accepted == sorted(accepted, reverse=True)
+    assert all(row.p_value <= 0.05 for row in found.curve if row.accepted)
+    best = max((row for row in found.curve if row.accepted), key=lambda row: row.compute_saved)
+    assert found.chosen == best
+    assert 0 < best.efficiency == pytest.approx(best.compute_saved / found.oracle_saving)
+
+
+def test_several_sequences_share_the_error_probability(population):
+    table = population.rows(np.arange(500))
+    found = calibrate([(table, [0.0]), (table, table.grid())], "accuracy_drop", 0.01)
+    assert all(row.p_value <= 0.025 for row in found.curve if row.accepted)
+    assert any(0.025 < row.p_value <= 0.05 and not row.accepted for row in found.curve)
+
+
+def test_the_record_survives_json(population):
+    table = population.rows(np.arange(400))
+    record = calibrate([(table, propose(table))], "accuracy_drop", 0.05).to_json()
+    assert json.loads(json.dumps(record, allow_nan=False))["n"] == 400
+
+
+@pytest.mark.parametrize("risk", BUDGETS)
+def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, risk):
+    found = calibrate([(population.rows(np.array([0])), [0.1])], risk, 0.01)
+    assert found.chosen.threshold is None
+    assert "1 rows cannot prove" in found.reason
+    assert "at least 299 rows" in found.reason
+    assert rows_needed(0.01, 0.95) == 299
+
+
+def test_wrong_answers_that_are_sure_lead_to_never_exit():
+    table = table_of(np.zeros((1000, 3)), np.ones((1000, 3), int), np.zeros(1000, int), None)
+    found = calibrate([(table, table.grid())], "disagreement", 0.02)
+    assert (found.chosen.threshold, found.chosen.compute_saved) == (None, 0)
+    assert "strictest" in found.reason
+    assert found.oracle_saving == 0
+    assert found.chosen.efficiency is None
+
+
+def test_checks_dearer_than_what_exits_save_lead_to_never_exit():
+    full = np.zeros(1000, int)
+    table = table_of(np.ones((1000, 3)), np.zeros((1000, 3), int), full, full, check=0.9)
+    found = calibrate([(table, table.grid())], "accuracy_drop", 0.01)
+    assert found.chosen.threshold is None
+    assert "checks" in found.reason
+
+
+def test_an_accuracy_budget_without_right_answers_names_the_other_budget():
+    table = table_of(np.ones((5, 2)), np.ones((5, 2), int), np.ones(5, int), None)
+    with pytest.raises(TaskError, match="--max_disagreement"):
+        calibrate([(table, [0.1])], "accuracy_drop", 0.01)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_confidence_that_is_not_finite_is_refused_by_row_and_layer(value):
+    confidence = np.ones((4, 3))
+    confidence[2, 1] = value
+    with pytest.raises(NumericsError, match=r"row 2 at layer 2.*lspade-train evaluate"):
+        table_of(confidence, np.ones((4, 3), int), np.ones(4, int), None)
+
+
+def test_a_split_without_rows_is_refused():
+    with pytest.raises(PolicyError, match="0 rows"):
+        table_of(np.ones((0, 3)), np.ones((0, 3), int), np.ones(0, int), None)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(PolicyError, match=r"answers has shape \(4, 2\), expected \(4, 3\)"):
+        table_of(np.ones((4, 3)), np.ones((4, 2), int), np.ones(4, int), None)
+
+
+@pytest.mark.parametrize(("budget", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.01, 1.0)])
+def test_budgets_and_confidences_out_of_range_are_refused(population, budget, confidence):
+    with pytest.raises(PolicyError, match=r"--(max_disagreement|confidence) .* out of range"):
+        calibrate([(population, [0.1])], "disagreement", budget, confidence)
+
+
+def test_nothing_to_test_is_refused():
+    with pytest.raises(PolicyError, match="check layers"):
+        calibrate([], "disagreement", 0.02)

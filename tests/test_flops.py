@@ -1,0 +1,61 @@
+"""The FLOPs formula against PyTorch's counter on real runs, and against a count by hand."""
+
+import pytest
+import torch
+from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
+from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
+
+from lspade_train.policy import ExitPolicy
+from lspade_train.runtime.decide import decide_batch
+from lspade_train.runtime.flops import count_flops, counter, exit_costs, exit_flops
+
+
+def counted(runtime, batch):
+    decide_batch(runtime.probe, batch)  # the start token's constants are charged to nobody
+    with counter() as found:
+        outcome = decide_batch(runtime.probe, batch)
+    return outcome, found.get_total_flops()
+
+
+@pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_counts_what_a_real_run_counts(family, decoder):
+    model, prompts = tiny(family), prompts_of([9, 4, 7, 9, 6, 8])
+    policy = mixed_policy(model, prompts, decoder=decoder)
+    runtime = runtime_of(model, policy)
+    outcome, expected = counted(runtime, batch_of(prompts))
+    assert len(set(outcome.layers.tolist())) > 1
+    counts = count_flops(model, runtime.heads)
+    table = exit_flops(counts, [9] * 6, range(LAYERS + 1), policy)  # every row is padded to 9
+    got = float(table.gather(1, outcome.layers[:, None]).sum())
+    assert got == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_choices_scope_is_charged_for_its_choices_only(family):
+    model = tiny(family)
+    policy = ExitPolicy.always(2, scope="choices")
+    runtime = runtime_of(model, policy)
+    _, expected = counted(runtime, batch_of(prompts_of([6, 6]), {"a": 5, "b": 6, "c": 7}))
+    counts = count_flops(model, runtime.heads)
+    got = float(exit_flops(counts, [6, 6], [2], policy, choices=3).sum())
+    assert got == pytest.approx(expected, rel=0.01)
+
+
+def test_a_llama_is_counted_as_by_hand():
+    tokens, inner, heads, head_dim, groups = 50, 48, 4, 8, 2
+    linear = 2 * WIDTH * (2 * heads * head_dim + 2 * groups * head_dim + 3 * inner)
+    block = tokens * linear + 4 * tokens**2 * heads * head_dim
+    expected = LAYERS * block + 2 * WIDTH * VOCAB
+    assert float(count_flops(tiny("llama")).full(torch.tensor([tokens]))) == expected
+
+
+def test_costs_rise_with_the_exit_layer_and_no_exit_pays_the_checks():
+    model = tiny("llama")
+    policy = ExitPolicy(layers=(1, 2, 3), threshold=0.1)
+    counts = count_flops(model, runtime_of(model, policy).heads)
+    costs = exit_costs(counts, [8, 40], [1, 2, 3, LAYERS], policy)
+    assert (costs.diff(dim=1) > 0).all()
+    assert (costs[:, -1] > 1).all()
+    free = exit_costs(counts, [8, 40], [LAYERS], policy, checks=())
+    torch.testing.assert_close(free, torch.ones_like(free))
