@@ -24,7 +24,7 @@ test-all: $(READY)  ## the slow tests too
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)  ## speed and memory as ratios against baselines timed in the same process
 	$(BIN)/python tests/bench.py

@@ -31,6 +31,9 @@ from lspade_train.tokenizer import load_tokenizer, tokenizer_digest
 
 CACHE_FORMAT = 1
 
+EFFECTS = {"rows", "rows_digest", "shots_digest", "model_weights", "unembedding"}
+"""Fields that differ because another one does: a mismatch names that one first."""
+
 log = logging.getLogger(__name__)
 
 
@@ -138,14 +141,18 @@ class HiddenStateDataModule(LightningDataModule):
         decides = {k: v for k, v in model.items() if k != "model_id"}
         if model["revision"] is None:
             del decides["revision"]  # a folder is its weights, not its path
-        return {
+        found = {
             "cache_format": CACHE_FORMAT,
+            "dtype": decides.pop("dtype"),
             **decides,
             **tasks.identity(self.config, self._load_rows(split)),
             "layers": list(self.layers),
             "positions": self.config.positions,
             "targets": self.config.targets,
             "topk": self.config.topk if self.config.targets == "topk" else None,
+        }
+        return {k: v for k, v in found.items() if k not in EFFECTS} | {
+            k: v for k, v in found.items() if k in EFFECTS
         }
 
     def folder(self, split: Split) -> Path:
@@ -373,6 +380,8 @@ class RowLoader:
     def sampler(self) -> "RowLoader":
         """Where Lightning looks for `set_epoch`."""
         return self
+
+    batch_sampler = None  # what Lightning asks for where there is a `sampler`
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch; Lightning says which, since it may leave one before its end."""

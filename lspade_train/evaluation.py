@@ -95,11 +95,7 @@ def summarise(readings: Readings) -> dict[str, Any]:
     Accuracy is over the task's choices, or over the vocabulary where it has none; None where no
     row has a label. KL and entropy in nats.
     """
-    means = {
-        name: readings.values[name].double().mean(-1)
-        for name in PER_ROW
-        if name != "answer"
-    }
+    means = {name: readings.values[name].double().mean(-1) for name in PER_ROW if name != "answer"}
     labelled = int(readings.labelled.sum())
     accuracy = readings.correct().double().mean(-1) if labelled else None
     lenses: dict[str, Any] = {}

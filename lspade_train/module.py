@@ -103,7 +103,8 @@ class LSpadeModule(LightningModule):
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
         # Dozens of values: only on the steps that Lightning would write.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        trainer: Any = self.trainer
+        if (self.global_step + 1) % trainer.log_every_n_steps == 0:
             self._log("train", self._sums(batch, result).means())
         self.log("loss", result.loss.detach().mean(), prog_bar=True, logger=False)
         return loss
@@ -124,7 +125,7 @@ class LSpadeModule(LightningModule):
         """Log the means over all rows of all processes."""
         self._log_epoch("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW; decay pulls the residual maps to zero, that is the heads to the identity."""
         config = self.config
         assert self.heads is not None
@@ -170,9 +171,7 @@ class LSpadeModule(LightningModule):
     def _log_epoch(self, stage: str) -> None:
         local = self._epoch.pop(stage)
         reduce = self.trainer.strategy.reduce
-        total = LayerSums(
-            reduce(local.sums, reduce_op="sum"), reduce(local.rows, reduce_op="sum")
-        )
+        total = LayerSums(reduce(local.sums, reduce_op="sum"), reduce(local.rows, reduce_op="sum"))
         self._log(stage, total.means())
 
     def _log(self, stage: str, means: dict[str, Tensor]) -> None:
@@ -205,7 +204,7 @@ def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> Targe
 
 
 def answers(batch: StateBatch, result: Distilled) -> Tensor:
-    """The student's answers, (rows x layers): the best choice, or the best token without choices."""
+    """The student's answers, (rows x layers): the best choice, or token where there is none."""
     if batch.choice_ids.shape[1] == 0:
         return result.best
     layers = batch.hidden.shape[1]

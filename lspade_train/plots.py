@@ -37,7 +37,7 @@ def accuracy_by_layer(results: dict[str, Any], folder: Path) -> Path:
     axes.axhline(full, color="black", lw=1, label="full model")
     axes.set_xlabel("layer (block the answer is read after)")
     axes.set_ylabel("accuracy" if labelled else "agreement with the full model")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(results["layers"])
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

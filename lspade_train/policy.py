@@ -156,9 +156,7 @@ class ExitPolicy:
         return cls(**values)
 
 
-def signal(
-    logits: Float[Tensor, "*rows tokens"], measure: Measure
-) -> Float[Tensor, "*rows"]:
+def signal(logits: Float[Tensor, "*rows tokens"], measure: Measure) -> Float[Tensor, "*rows"]:
     """The confidence of each row, in fp32, over the tokens given.
 
     Args:
@@ -184,9 +182,7 @@ def _check_words(policy: ExitPolicy) -> None:
                 f"{name} is {getattr(policy, name)!r}; expected {', '.join(words)}. {REMEDY}"
             )
     if not isinstance(policy.heads_digest, str | None) or not isinstance(policy.calibration, dict):
-        raise PolicyError(
-            f"heads_digest must be text or null, calibration an object. {REMEDY}"
-        )
+        raise PolicyError(f"heads_digest must be text or null, calibration an object. {REMEDY}")
 
 
 def _check_layers(layers: Sequence[Any]) -> None:

@@ -101,7 +101,7 @@ class DataConfig:
     mode: Mode = "disk"
     batch_size: int = 64
     tokens_per_batch: int = 8192
-    shard_mb: int = 256
+    shard_mb: float = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: str | None = None

@@ -127,7 +127,7 @@ def continue_states(
     if not asked:
         return hidden.clone()
     plan = adapter.plan_step(start_ids.repeat(len(asked)), position_ids.repeat(len(asked)))
-    active = hidden.new_empty(0, 1, hidden.shape[-1])
+    active, step = hidden.new_empty(0, 1, hidden.shape[-1]), plan
     for block in range(asked[0], adapter.num_layers):
         if block in asked:
             joining = hidden[:, layers.index(block), None].to(active.device)

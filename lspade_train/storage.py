@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Iterator[Path]:
+def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
     On any failure the temporary file is removed and `path` is as it was.
@@ -101,17 +101,33 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
+    tag: str = "",
     error: type[LSpadeError] = LSpadeError,
 ) -> None:
-    """Write a safetensors file, atomically.
+    """Write a safetensors file, atomically: equal content gives equal bytes.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        tag: what the file was made for; `file_tag` reads it. One string, since safetensors writes
+            several metadata entries in random order.
+        error: what to raise.
 
     Raises:
         error: the file cannot be written.
     """
     with atomic_path(path, error) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        save_file(contiguous, temporary, metadata={"tag": tag} if tag else None)
+
+
+def file_tag(path: Path) -> str | None:
+    """The tag of a whole safetensors file; None where there is no such file or no tag."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("tag")
+    except (OSError, SafetensorError):
+        return None
 
 
 def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:
@@ -164,7 +180,7 @@ def tensor_digest(*tensors: Tensor | None) -> str:
             continue
         flat = tensor.detach().cpu().contiguous()
         digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
-        digest.update(flat.view(torch.uint8).numpy() if flat.ndim else flat.numpy().tobytes())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

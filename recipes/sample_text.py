@@ -9,6 +9,7 @@ it writes. Then:
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -38,7 +39,7 @@ def sample_text(
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
     rows: list[str] = []
     while len(rows) < texts:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +58,23 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Unembedding], None]] = {
 
 
 def extra_memory(way: str) -> float:
-    """Peak resident memory above the inputs, in MB, of one step in a process of its own."""
+    """Peak resident memory above the inputs, in MB, of one step in a process of its own (Linux)."""
     code = f"""
-import resource, sys
-sys.path.insert(0, "tests")
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import bench_loss as b
-inputs = b.setting()
-b.WAYS[{way!r}](inputs[0][:64].detach().requires_grad_(), inputs[1][:64], inputs[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-b.WAYS[{way!r}](*inputs)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+student, goal, unembed = b.setting()
+b.WAYS[{way!r}](student[:64].detach().requires_grad_(), goal[:64], unembed)
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = resident("VmRSS:")
+b.WAYS[{way!r}](student, goal, unembed)
+print((resident("VmHWM:") - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)

@@ -50,3 +50,23 @@ def shared() -> Path:
 def stories(shared: Path) -> Path:
     """A real pretrained Llama: 260K parameters, 5 blocks, TinyStories."""
     return shared / "models/stories260K/hf"
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory) -> Path:
+    """A tiny saved model with its tokenizer, questions and texts; read only."""
+    import toy
+
+    root = tmp_path_factory.mktemp("toy")
+    toy.save_model(root / "model")
+    toy.write_data(root / "data")
+    toy.write_texts(root / "texts")
+    return root
+
+
+@pytest.fixture
+def project(toy_root: Path, tmp_path: Path):
+    """That model and data, with a folder of the test's own for caches and heads."""
+    import toy
+
+    return toy.Project(toy_root, tmp_path)

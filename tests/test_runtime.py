@@ -79,9 +79,9 @@ def test_a_forced_exit_is_spade_at_that_layer(family, positions):
     for layer in range(LAYERS):
         policy = ExitPolicy.always(layer, positions=positions)
         outcome = decide_batch(runtime_of(model, policy).probe, batch)
-        expected = spade_logits(
-            model, batch.ids, batch.mask, layers=[layer], positions=positions
-        )[:, 0]
+        expected = spade_logits(model, batch.ids, batch.mask, layers=[layer], positions=positions)[
+            :, 0
+        ]
         assert outcome.layers.tolist() == [layer] * len(LENGTHS)
         assert torch.equal(outcome.logits, expected)
 

@@ -56,5 +56,5 @@ def tiny(family: str, **overrides) -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     assert len(model.get_decoder().get_submodule("h" if family == "gpt2" else "layers")) == LAYERS
-    assert model.get_output_embeddings().weight.shape[0] == VOCAB
+    assert model.get_output_embeddings().weight.shape[0] == wanted["vocab_size"]
     return model

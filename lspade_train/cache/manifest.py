@@ -122,4 +122,4 @@ def write_identity(folder: Path, identity: Identity) -> None:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 48 else f"{text[:16]}..."

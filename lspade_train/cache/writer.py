@@ -5,7 +5,7 @@ resumed ends with the bytes of an undisturbed one.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lspade_train.adapters import ModelAdapter
@@ -31,7 +30,7 @@ from lspade_train.cache.manifest import (
 )
 from lspade_train.errors import CacheError
 from lspade_train.spade import collect_states
-from lspade_train.storage import file_digest, json_digest, read_json, write_tensors
+from lspade_train.storage import file_digest, file_tag, json_digest, read_json, write_tensors
 from lspade_train.tasks import Encoded, Example
 
 Track = Callable[[Iterable[int]], Iterable[int]]
@@ -64,7 +63,7 @@ class Estimate:
 
 
 def estimate(
-    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, shard_mb: int
+    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, shard_mb: float
 ) -> Estimate:
     """Size and shards of a cache, without running the model."""
     size = torch.empty(0, dtype=adapter.dtype).element_size()
@@ -89,7 +88,7 @@ def build(
     identity: Identity,
     *,
     tokens_per_batch: int,
-    shard_mb: int,
+    shard_mb: float,
     provenance: dict[str, Any],
     overwrite: bool = False,
     track: Track = iter,
@@ -175,26 +174,13 @@ def _shard(
     first = number * plan.prompts_per_shard
     mine = examples[first : first + plan.prompts_per_shard]
     path = folder / f"shard-{number:05d}.safetensors"
-    # Rows and rounding depend on these two, which a resumed run may have been given anew.
-    metadata = {
-        "identity": digest,
-        "prompts": f"{first}:{first + len(mine)}",
-        "tokens_per_batch": str(tokens_per_batch),
-    }
-    if not _is_complete(path, metadata):
+    # Rows and rounding depend on more than the identity: a resumed run may have other settings.
+    tag = f"{digest} prompts {first}:{first + len(mine)}, {tokens_per_batch} tokens per batch"
+    if file_tag(path) != tag:
         adapter.check()
         tensors = extract(adapter, mine, what, tokens_per_batch)
-        write_tensors(path, tensors, metadata, CacheError)
+        write_tensors(path, tensors, tag, CacheError)
     return Shard(path.name, row_count(mine), path.stat().st_size, file_digest(path, CacheError))
-
-
-def _is_complete(path: Path, metadata: dict[str, str]) -> bool:
-    """Whether an earlier run finished exactly this shard."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() == metadata
-    except (OSError, SafetensorError):
-        return False
 
 
 def _write_starts(
@@ -205,7 +191,7 @@ def _write_starts(
     digest: str,
 ) -> None:
     """The start tokens' states: constants of the model, stored once for all rows."""
-    if _is_complete(folder / STARTS, {"identity": digest}):
+    if file_tag(folder / STARTS) == digest:
         return
     adapter.check()
     tokens = sorted({int(example.input_ids[0]) for example in examples})
@@ -215,7 +201,7 @@ def _write_starts(
         at = torch.zeros_like(ids)
         states.append(collect_states(adapter, ids, None, at, what.layers).hidden[0, 0].cpu())
     content = {"token_id": torch.tensor(tokens), "hidden": torch.stack(states)}
-    write_tensors(folder / STARTS, content, {"identity": digest}, CacheError)
+    write_tensors(folder / STARTS, content, digest, CacheError)
 
 
 def _make_folder(folder: Path) -> None:
@@ -228,7 +214,7 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _exclusive(folder: Path, say: Callable[[str], None]) -> Generator[None]:
     """One builder at a time; a second one waits for the first and then finds its cache."""
     lock = FileLock(folder / ".lock")
     try:

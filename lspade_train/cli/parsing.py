@@ -91,7 +91,9 @@ def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> N
         _usage(parser, text)
     if "labels" in text and ("True" in text or "False" in text):
         text = "data.prompt.labels: YAML reads a bare yes or no as true or false"
-        raise RecipeError(f"{text}; expected quoted strings.\nWrite --data.prompt.labels '[\"yes\", \"no\"]'")
+        raise RecipeError(
+            f'{text}; expected quoted strings.\nWrite --data.prompt.labels \'["yes", "no"]\''
+        )
     raise RecipeError(
         f"The recipe cannot be used: {text[:400]}\n"
         f"{parser.prog} --help lists every key and its type."

@@ -34,7 +34,9 @@ def info(arguments: list[str]) -> int:
 def _show_cache(path: Path) -> None:
     from lspade_train.cache.manifest import Manifest
 
-    for folder in sorted({p.parent for p in [*path.glob("manifest.json"), *path.glob("*/manifest.json")]}):
+    for folder in sorted(
+        {p.parent for p in [*path.glob("manifest.json"), *path.glob("*/manifest.json")]}
+    ):
         manifest = Manifest.read(folder)
         identity = manifest.identity
         _show(

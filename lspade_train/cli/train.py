@@ -103,8 +103,9 @@ def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
         keep_wandb_from_asking()
     given = arguments.pop("callbacks", None) or []
     given = given if isinstance(given, list) else [given]
+    defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
     return Trainer(
-        **{"log_every_n_steps": 10, "enable_model_summary": False} | arguments,
+        **defaults | arguments,
         logger=logger,
         callbacks=[*given, *callbacks],
     )

@@ -1,4 +1,4 @@
-"""One `ModelAdapter` over any Hugging Face decoder: record the model's own plan, replay it.
+"""`ModelAdapter` over any Hugging Face decoder: record the model's own plan, replay it.
 
 No forward is re-implemented. The model's decoder runs once with recorders in place of its blocks,
 so that embeddings, masks, position embeddings and per-layer choices are computed by the model's
@@ -8,153 +8,21 @@ it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, head
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from lspade_train.adapters.check import check_adapter
+from lspade_train.adapters.plan import Plan, StartCache
+from lspade_train.adapters.unembedding import find_unembedding
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.storage import json_digest, tensor_digest
-
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm")
-"""Where the families keep the norm after the last block; the load-time check proves the guess."""
-
-Rows = Int[Tensor, " rows"] | slice
-
-
-class StartCache(DynamicCache):
-    """Keys and values of start tokens alone, read by any row and written by none.
-
-    Causal attention makes a start token's states depend on that token only, so they are constants
-    of the model. `update` returns the row's start token followed by the row's own token and keeps
-    nothing, so the same constants serve every row and every block of a sweep.
-    """
-
-    def __init__(self, starts: Sequence[DynamicCache], rows: Int[Tensor, " rows"]) -> None:
-        """Keep one prefilled cache per distinct start token; `rows` says which one a row uses."""
-        super().__init__()
-        self.starts = starts
-        self.rows = rows
-        # What the decoder asks when it builds masks: one token has been seen at every layer.
-        self.layers = starts[0].layers
-        self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def select(self, rows: Rows) -> "StartCache":
-        """The same constants for a subset of the rows."""
-        other = StartCache(self.starts, self.rows[rows])
-        other._stacked = self._stacked
-        return other
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Start token's keys and values in front of the row's own, shape (rows, heads, 2, d)."""
-        if layer_idx not in self._stacked:
-            self._stacked[layer_idx] = (
-                torch.cat([start.layers[layer_idx].keys for start in self.starts]),
-                torch.cat([start.layers[layer_idx].values for start in self.starts]),
-            )
-        keys, values = self._stacked[layer_idx]
-        rows = self.rows.to(keys.device)
-        return (
-            torch.cat([keys[rows], key_states], dim=-2),
-            torch.cat([values[rows], value_states], dim=-2),
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the model's decoder gave each block, for one batch.
-
-    Attributes:
-        hidden: input of the first block, (rows, tokens, d).
-        calls: per block, the further arguments and keyword arguments.
-    """
-
-    hidden: Float[Tensor, "rows tokens d"]
-    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
-
-    def select(self, rows: Rows) -> "Plan":
-        """The plan of a subset of the rows: every batch-first tensor is indexed, once each."""
-        batch = self.hidden.shape[0]
-        done: dict[int, Any] = {}
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(pick(item) for item in value)
-            if isinstance(value, dict):
-                return {name: pick(item) for name, item in value.items()}
-            if isinstance(value, StartCache):
-                return done.setdefault(id(value), value.select(rows))
-            # One-dimensional tensors run over tokens, whatever their length.
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-                if id(value) not in done:
-                    index = rows.to(value.device) if isinstance(rows, Tensor) else rows
-                    done[id(value)] = value[index]
-                return done[id(value)]
-            return value
-
-        calls = tuple((pick(args), pick(kwargs)) for args, kwargs in self.calls)
-        return Plan(pick(self.hidden), calls)
-
-
-@dataclass(frozen=True)
-class Unembedding:
-    """The frozen way from a hidden state to logits: final norm, head, scaling, soft-capping.
-
-    Attributes:
-        norm: final norm, (..., d) -> (..., d_head).
-        head: linear map onto the vocabulary.
-        scale: factor on the logits.
-        softcap: `softcap * tanh(logits / softcap)` where the family caps them.
-    """
-
-    norm: Callable[[Tensor], Tensor]
-    head: nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def weight(self) -> Float[Tensor, "vocab d_head"]:
-        """The head's matrix."""
-        return self.head.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Float[Tensor, " vocab"] | None:
-        """The head's bias, where the family has one."""
-        return getattr(self.head, "bias", None)
-
-    def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype."""
-        return self.finish(self.head(self.norm(hidden)))
-
-    def tokens(
-        self, hidden: Float[Tensor, "rows d"], ids: Int[Tensor, "rows tokens"]
-    ) -> Float[Tensor, "rows tokens"]:
-        """Logits of a few tokens per row: a d x tokens product instead of d x V."""
-        logits = (self.weight[ids] @ self.norm(hidden)[..., None]).squeeze(-1)
-        return self.finish(logits if self.bias is None else logits + self.bias[ids])
-
-    def finish(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
-        """Scaling and soft-capping of the head's output."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything here: heads trained for one digest are of no use with another."""
-        norms = self.norm.parameters() if isinstance(self.norm, nn.Module) else ()
-        extras = torch.tensor([self.scale, self.softcap or 0.0], dtype=torch.float64)
-        return tensor_digest(self.weight, self.bias, *norms, extras)
 
 
 class ModelAdapter:
@@ -173,9 +41,9 @@ class ModelAdapter:
         self.model = model.eval().requires_grad_(False)
         self.decoder: nn.Module = _decoder(model)
         self.blocks: nn.ModuleList = _blocks(self.decoder, model)
-        self.unembed = _unembedding(model, self.decoder)
-        self._tuple_size: int | None = None  # length of a block's output where it is a tuple
-        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.unembed = find_unembedding(model, self.decoder)
+        self.tuple_size: int | None = None  # length of a block's output where it is a tuple
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._starts: dict[int, DynamicCache] = {}
         self._lock = threading.RLock()  # recording swaps the blocks' forwards
         self._checked = False
@@ -232,7 +100,7 @@ class ModelAdapter:
         except (OSError, ValueError, ImportError) as cause:
             raise UnsupportedModelError(_load_failure(model_id, cause)) from cause
         if not device_map:
-            model = model.to(resolve_device(device))
+            nn.Module.to(model, resolve_device(device))
         return cls(model, check=check)
 
     def check(self) -> None:
@@ -242,7 +110,7 @@ class ModelAdapter:
             UnsupportedModelError: one of them does not.
         """
         if not self._checked:
-            _check(self)
+            check_adapter(self)
             self._checked = True
 
     # What the model is ----------------------------------------------------------------------
@@ -275,7 +143,7 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return cast(Tensor, self.model.get_input_embeddings().weight).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -396,7 +264,7 @@ class ModelAdapter:
     ) -> None:
         # The mask is always passed: without one, position ids with a gap are taken for two packed
         # sequences and the start token is masked out in silence.
-        extra = {"position_ids": positions} if self._takes_positions else {}
+        extra = {"position_ids": positions} if self.takes_positions else {}
         self.decoder(
             input_ids=input_ids,
             attention_mask=mask,
@@ -421,12 +289,12 @@ class ModelAdapter:
         return self._starts[token]
 
     def _as_output(self, hidden: Tensor) -> Any:
-        if self._tuple_size is None:
+        if self.tuple_size is None:
             return hidden
-        return (hidden, *[None] * (self._tuple_size - 1))
+        return (hidden, *[None] * (self.tuple_size - 1))
 
     @contextmanager
-    def _blocks_replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    def _blocks_replaced(self, forwards: Sequence[Callable[..., Any]]) -> Generator[None]:
         with self._lock:
             # accelerate's hooks are instance attributes named `forward` too: put them back.
             kept = [block.__dict__.get("forward") for block in self.blocks]
@@ -449,9 +317,6 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# Finding the parts -------------------------------------------------------------------------
-
-
 def _decoder(model: PreTrainedModel) -> nn.Module:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -469,108 +334,6 @@ def _blocks(decoder: nn.Module, model: PreTrainedModel) -> nn.ModuleList:
     raise UnsupportedModelError(
         f"No list of {layers} blocks in {type(decoder).__name__} ({model.config.model_type}); "
         "expected a decoder-only model. Set data.model_id to one."
-    )
-
-
-def _unembedding(model: PreTrainedModel, decoder: nn.Module) -> Unembedding:
-    norm = next(
-        (m for m in (getattr(decoder, n, None) for n in FINAL_NORMS) if m is not None), None
-    )
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
-        )
-    stages = [m for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
-    config = model.config.get_text_config(decoder=True)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return Unembedding(
-        norm=stages[0] if len(stages) == 1 else nn.Sequential(*stages),
-        head=head,
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-# The load-time check -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _check(adapter: ModelAdapter) -> None:
-    """Compare every path with the model's own forward on one short padded probe.
-
-    As many rows as tokens: a plan that takes a token dimension for the batch fails here.
-    """
-    vocabulary = adapter.vocab_size
-    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [3, 11, 12, 13], [7, 14, 9, 15]])
-    ids = (ids % vocabulary).to(adapter.device)
-    mask = torch.ones_like(ids)
-    mask[1, 3] = mask[2, 2:] = 0
-    try:
-        expected, adapter._tuple_size = _model_forward(adapter, ids, mask)
-        _compare(adapter, ids, mask, expected)
-    except UnsupportedModelError:
-        raise
-    except Exception as cause:
-        text = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise _refused(adapter, f"the probe failed with {type(cause).__name__}: {text}") from cause
-
-
-def _model_forward(adapter: ModelAdapter, ids: Tensor, mask: Tensor) -> tuple[Tensor, int | None]:
-    sizes: list[int | None] = []
-
-    def spy(_: nn.Module, __: Any, output: Any) -> None:
-        sizes.append(len(output) if isinstance(output, tuple) else None)
-
-    hook = adapter.blocks[0].register_forward_hook(spy)
-    try:
-        extra = (
-            {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if adapter._takes_positions else {}
-        )
-        logits = adapter.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
-    finally:
-        hook.remove()
-    return logits, sizes[0]
-
-
-def _compare(adapter: ModelAdapter, ids: Tensor, mask: Tensor, expected: Tensor) -> None:
-    if not torch.isfinite(expected[mask.bool()]).all():
-        raise _refused(adapter, "its logits are NaN or Inf")
-    if not _close(expected[0, 0], expected[2, 0]):
-        raise _refused(adapter, "a later token changes an earlier one: it is not causal")
-    plan = adapter.plan(ids, mask)
-    hidden = plan.hidden
-    for block in range(adapter.num_layers):
-        hidden = adapter.run_block(plan, block, hidden)
-    real = mask.bool()
-    if not _close(adapter.model_unembed(hidden)[real], expected[real]):
-        raise _refused(adapter, "replaying its blocks does not give its logits")
-    if not _close(adapter.unembed(hidden)[real], expected[real]):
-        raise _refused(adapter, "final norm and head do not give its logits")
-    # The two-token prompt [s, a] is its own SPADE from layer 0 on.
-    two = adapter.plan(ids[:, :2], mask[:, :2])
-    step = adapter.plan_step(ids[:, 0], torch.ones_like(ids[:, 0]))
-    both, alone = two.hidden, two.hidden[:, 1:]
-    for block in range(adapter.num_layers):
-        both = adapter.run_block(two, block, both)
-        alone = adapter.run_block(step, block, alone)
-    if not _close(adapter.unembed(alone[:, 0]), adapter.unembed(both[:, 1])):
-        raise _refused(adapter, "its key-value cache does not continue the start token")
-
-
-def _close(got: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding: the widest logit times a few ulps of the dtype."""
-    slack = 256 * torch.finfo(expected.dtype).eps if expected.dtype == torch.float32 else 0.05
-    scale = float(expected.float().abs().max()) + 1e-3
-    return float((got.float() - expected.float()).abs().max()) <= slack * scale
-
-
-def _refused(adapter: ModelAdapter, why: str) -> UnsupportedModelError:
-    kind = getattr(adapter.model.config, "model_type", type(adapter.model).__name__)
-    return UnsupportedModelError(
-        f"{type(adapter.model).__name__} ({kind}) cannot be driven block by block: {why}.\n"
-        "Expected a causal decoder-only model; set data.model_id to one."
     )
 
 

@@ -1,0 +1,598 @@
+"""The cache: what is in it, what is refused, and what survives being killed."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from test_spade import hidden_states, naive_spade
+from tiny_models import LAYERS, VOCAB
+
+from lspade_train import cache
+from lspade_train.cache import StateDataset, open_cache, verify
+from lspade_train.cache.extract import length_buckets
+from lspade_train.cache.manifest import Manifest
+from lspade_train.errors import CacheError, NumericsError
+from lspade_train.recipe import PromptConfig, TextConfig
+from lspade_train.storage import file_digest, read_tensors
+
+TINY_SHARDS = 0.01  # MB: a handful of prompts per shard
+TEXT = {
+    "task": "text",
+    "text": TextConfig(length=20, first_position=3, positions_per_sequence=4),
+}
+
+
+def everything(dataset):
+    return dataset.gather(torch.arange(len(dataset)))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file that belongs to a cache."""
+    own = ("manifest.json", "identity.json", "*.safetensors")
+    return {p.name: file_digest(p) for pattern in own for p in sorted(folder.glob(pattern))}
+
+
+def assert_same_rows(one, other, **tolerance):
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert (a is None) == (b is None), field.name
+        if a is not None:
+            torch.testing.assert_close(a, b, msg=lambda m, n=field.name: f"{n}: {m}", **tolerance)
+
+
+def build(project, split="train", **settings):
+    data = project.module(**settings)
+    return data, data.states(split)
+
+
+def encoded_of(data, split="train"):
+    return data._encode(split).examples
+
+
+@pytest.fixture(scope="module")
+def finished(toy_root, tmp_path_factory):
+    """A finished cache of several shards; copied by whoever damages it."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("finished"))
+    build(project, shard_mb=TINY_SHARDS)
+    return project
+
+
+@pytest.fixture
+def damaged(finished, project):
+    """This test's own copy of the finished cache, checked once already."""
+    shutil.copytree(finished.cache, project.cache)
+    return project
+
+
+# What the rows are
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("settings", [{}, TEXT], ids=["questions", "text"])
+@torch.no_grad()
+def test_rows_equal_plain_hooks_and_the_naive_two_token_forward(project, settings, positions):
+    source = {"dataset": str(project.texts)} if settings else {}
+    layers = [0, 1, 3]
+    data, dataset = build(
+        project, layers=layers, positions=positions, limit=7, tokens_per_batch=64,
+        **settings, **source,
+    )  # fmt: skip
+    examples, batch, model = encoded_of(data), everything(dataset), data.adapter.model
+    assert len({len(e.input_ids) for e in examples}) > 1
+    assert dataset.layers == (0, 1, 3)
+    row = 0
+    for example in examples:
+        ids = torch.from_numpy(example.input_ids).long()
+        states = hidden_states(model, ids[None])
+        for number, position in enumerate(example.positions):
+            for place, layer in enumerate(layers):
+                torch.testing.assert_close(batch.hidden[row, place], states[layer][0, position])
+                torch.testing.assert_close(
+                    data.adapter.unembed(batch.target[row, place]),
+                    naive_spade(model, ids[: position + 1], layer, positions=positions),
+                    rtol=1e-5,
+                    atol=1e-5,
+                )
+            torch.testing.assert_close(batch.final[row], states[LAYERS][0, position])
+            assert batch.start_id[row] == ids[0]
+            assert batch.position_id[row] == position
+            assert batch.answer_id[row] == example.answer_ids[number]
+            choices = batch.choice_ids[row, : batch.choice_count[row]]
+            assert tuple(choices.tolist()) == example.choice_ids
+            row += 1
+    assert row == len(dataset)
+
+
+@torch.no_grad()
+def test_stored_logits_are_those_of_the_stored_hidden_state(project):
+    data, hidden = build(project, mode="memory")
+    _, logits = build(project, mode="memory", targets="logits")
+    expected = data.adapter.unembed(everything(hidden).target)
+    got = everything(logits).target_logits
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [5, 1000])
+def test_stored_topk_are_the_best_of_the_logits(project, k):
+    _, logits = build(project, mode="memory", targets="logits")
+    _, best = build(project, mode="memory", targets="topk", topk=k)
+    expected = everything(logits).target_logits.float().topk(min(k, VOCAB))
+    got = everything(best)
+    torch.testing.assert_close(got.target_values.float(), expected.values)
+    whole = everything(logits).target_logits.gather(-1, got.target_tokens.long())
+    torch.testing.assert_close(got.target_values, whole)
+
+
+def test_a_row_does_not_depend_on_its_shard_or_its_batch(project):
+    _, one = build(project, mode="memory")
+    _, many = build(project, shard_mb=TINY_SHARDS, tokens_per_batch=40)
+    assert len(one.shards) == 1
+    assert len(many.shards) > 4
+    assert_same_rows(everything(one), everything(many), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
+def test_every_mode_gives_the_same_batches(project, targets):
+    found = {
+        mode: everything(build(project, mode=mode, targets=targets, topk=4)[1])
+        for mode in ("disk", "memory", "online")
+    }
+    assert_same_rows(found["disk"], found["memory"])
+    assert_same_rows(found["disk"], found["online"])
+
+
+def test_online_text_gathers_all_positions_of_a_prompt(project):
+    settings = TEXT | {"dataset": str(project.texts)}
+    _, disk = build(project, **settings)
+    data, online = build(project, mode="online", **settings)
+    assert len(online) == len(encoded_of(data)) < len(disk)
+    assert_same_rows(everything(disk), everything(online), rtol=1e-5, atol=1e-5)
+    assert_same_rows(everything(disk), everything(data.stored("train")), rtol=1e-5, atol=1e-5)
+
+
+def test_gathering_across_shards_keeps_the_asked_order():
+    pieces = torch.arange(12.0).reshape(12, 1)
+    shards = [{"final": pieces[a:b], "hidden": pieces[a:b, None]} for a, b in ((0, 5), (5, 12))]
+    labels = ("start_id", "position_id", "answer_id", "labelled", "choice_ids", "choice_count")
+    for shard in shards:
+        shard |= {n: torch.zeros(len(shard["final"]), dtype=torch.int) for n in (*labels, "group")}
+    dataset = StateDataset(shards, [""], [1])
+    asked = torch.tensor([11, 0, 5, 4, 5, 7])
+    assert dataset.gather(asked).final[:, 0].tolist() == [11, 0, 5, 4, 5, 7]
+    assert dataset.gather(torch.tensor([3, 1])).hidden[:, 0, 0].tolist() == [3, 1]
+
+
+def test_length_buckets_hold_every_prompt_once_within_the_budget(project):
+    examples = encoded_of(project.module())
+    batches = list(length_buckets(examples, 50))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    for batch in batches:
+        padded = max(len(examples[i].input_ids) for i in batch) * len(batch)
+        assert padded <= 50 or len(batch) == 1
+
+
+@pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
+def test_the_estimate_is_within_a_tenth_of_what_lies_on_disk(project, targets, caplog):
+    with caplog.at_level("INFO", "lspade_train"):
+        build(project, targets=targets, topk=16)
+    rows, row_bytes = re.search(r"caching (\d+) rows x (\d+) bytes", caplog.text).groups()
+    manifest = Manifest.read(project.cache / "train")
+    header = 2000
+    assert int(rows) == manifest.rows == 48
+    assert manifest.bytes - header <= int(rows) * int(row_bytes) <= manifest.bytes * 1.1
+
+
+def test_the_start_tokens_states_are_stored_once(project):
+    _, dataset = build(project)
+    starts = read_tensors(project.cache / "train/starts.safetensors", CacheError)
+    assert starts["token_id"].tolist() == [1]
+    assert starts["hidden"].shape == (1, len(dataset.layers), 32)
+
+
+def test_reading_maps_the_files_instead_of_loading_them(project):
+    data, dataset = build(project)
+    assert dataset.shards[0]["hidden"].untyped_storage().nbytes() > 0
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc to see what is mapped")
+    assert str(project.cache / "train/shard-00000.safetensors") in maps.read_text()
+
+
+# Whose cache it is
+
+OTHERS = {
+    "dtype": {"dtype": "bfloat16"},
+    "template": {"prompt": PromptConfig(template="{prompt} w1 :")},
+    "labels": {"prompt": PromptConfig(labels=["A", "B", "C"])},
+    "layers": {"layers": [1, 2]},
+    "positions": {"positions": "compact"},
+    "targets": {"targets": "logits"},
+    "limit": {"limit": 47},
+    "answer_prefix": {"prompt": PromptConfig(answer_prefix=" ")},
+    "shots": {"prompt": PromptConfig(shots=1)},
+    "overlong": {"overlong": "skip"},
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_a_cache_of_another_recipe_is_refused_by_the_name_of_the_field(finished, field):
+    before = contents(finished.cache / "train")
+    with pytest.raises(CacheError, match=rf"another {field}:") as caught:
+        build(finished, **OTHERS[field])
+    assert "lspade-train cache --config RECIPE.yaml --overwrite" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+    assert contents(finished.cache / "train") == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_cache_of_another_model_is_refused(finished, tmp_path, family):
+    other = toy.save_model(tmp_path / "other", family, seed=3)
+    with pytest.raises(CacheError, match=r"another model_(config|weights)"):
+        build(finished, model_id=str(other))
+
+
+def test_a_cache_of_other_data_is_refused(finished, tmp_path):
+    other = toy.write_data(tmp_path / "other", train=48)
+    rows = toy.questions(48, seed=99)
+    toy.write_jsonl(other / "train.jsonl", rows)
+    with pytest.raises(CacheError, match="another rows_digest"):
+        build(finished, dataset=str(other))
+
+
+def test_another_topk_is_refused(project):
+    build(project, targets="topk", topk=4)
+    with pytest.raises(CacheError, match="another topk: it has 4, the recipe asks for 5"):
+        build(project, targets="topk", topk=5)
+
+
+def test_the_models_folder_does_not_matter_only_what_is_in_it(finished, tmp_path):
+    shutil.copytree(finished.model, tmp_path / "moved")
+    data, _ = build(finished, model_id=str(tmp_path / "moved"))
+    assert data.reused == {"train": True}
+
+
+def test_without_a_cache_folder_each_recipe_gets_its_own(project, monkeypatch):
+    monkeypatch.setenv("LSPADE_CACHE", str(project.home / "root"))
+    data, _ = build(project, cache_dir=None)
+    build(project, cache_dir=None, positions="compact")
+    assert len(list((project.home / "root").glob("toy-*/train/manifest.json"))) == 2
+    again, _ = build(project, cache_dir=None)
+    assert again.reused["train"]
+    assert again.folder("train") == data.folder("train")
+
+
+def test_overwrite_replaces_another_cache(damaged):
+    data, dataset = build(damaged, overwrite=True, positions="compact")
+    assert data.reused == {"train": False}
+    manifest = Manifest.read(damaged.cache / "train")
+    assert manifest.identity["positions"] == "compact"
+    assert len(list((damaged.cache / "train").glob("shard-*"))) == len(dataset.shards) == 1
+
+
+def test_overwrite_keeps_the_old_cache_where_the_new_one_cannot_be(damaged, monkeypatch):
+    before = contents(damaged.cache / "train")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(CacheError, match="GB free"):
+        build(damaged, overwrite=True, targets="topk")
+    assert contents(damaged.cache / "train") == before
+
+
+# Damage
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+def flip_a_bit_of_the_header(path):
+    content = bytearray(path.read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+
+
+def swap_with_the_next(path):
+    other = path.with_name("shard-00002.safetensors")
+    aside = path.with_name("aside")
+    path.rename(aside)
+    other.rename(path)
+    aside.rename(other)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [truncate, flip_a_bit, flip_a_bit_of_the_header, Path.unlink, swap_with_the_next, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_shard_is_named_with_its_remedy(damaged, damage):
+    damage(damaged.cache / "train/shard-00001.safetensors")
+    for look in (
+        lambda: build(damaged),
+        lambda: verify(damaged.cache / "train", Manifest.read(damaged.cache / "train")),
+    ):
+        with pytest.raises(CacheError, match=r"shard-0000[12]\.safetensors") as caught:
+            look()
+        assert "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite" in str(
+            caught.value
+        )
+        assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_shard_replaced_by_a_link_is_refused(damaged, tmp_path):
+    shard = damaged.cache / "train/shard-00000.safetensors"
+    shutil.move(shard, tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match="is missing"):
+        build(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-40],
+        lambda text: text.replace('"rows": 48', '"rows": 47'),
+        lambda text: text.replace('"limit": null', '"limit": 3'),
+        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace('"shards"', '"shreds"'),
+        lambda text: text.replace("shard-00000", "../shard-00000"),
+        lambda text: "[]",
+        lambda text: "",
+    ],
+    ids=["cut", "rows", "identity", "version", "key", "path", "list", "empty"],
+)
+def test_a_damaged_manifest_is_named_with_its_remedy(damaged, change):
+    path = damaged.cache / "train/manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(CacheError, match="--overwrite") as caught:
+        build(damaged)
+    assert "manifest.json" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_missing_cache_says_how_to_build_one(tmp_path):
+    with pytest.raises(CacheError, match="lspade-train cache --config RECIPE.yaml"):
+        cache.split_folders(tmp_path)
+    with pytest.raises(CacheError, match="lspade-train cache --config RECIPE.yaml"):
+        open_cache(tmp_path)
+
+
+def test_an_unchanged_cache_is_not_read_through_again(damaged, monkeypatch):
+    build(damaged)
+    monkeypatch.setattr("lspade_train.cache.reader.file_digest", lambda *_: pytest.fail("read"))
+    build(damaged)
+
+
+def test_a_damaged_note_of_the_last_check_only_costs_time(damaged):
+    (damaged.cache / "train/.verified.json").write_text("{")
+    build(damaged)
+
+
+# Numbers that are none
+
+
+def test_nan_states_stop_the_build_and_leave_no_shard_of_them(project, tmp_path):
+    model = toy.save_model(tmp_path / "nan", poisoned=True)
+    rows = toy.questions(12)
+    rows[9]["prompt"] = f"w1 {toy.POISON} ? :"
+    toy.write_jsonl(tmp_path / "rows/train.jsonl", rows)
+    with pytest.raises(
+        NumericsError, match=r"NaN or Inf in the model's hidden at layer 1"
+    ) as caught:
+        build(project, model_id=str(model), dataset=str(tmp_path / "rows"), shard_mb=TINY_SHARDS)
+    assert "float32" in str(caught.value)
+    folder = project.cache / "train"
+    assert not (folder / "manifest.json").exists()
+    assert not list(folder.glob(".*.tmp"))
+    for shard in folder.glob("shard-*"):
+        assert torch.isfinite(read_tensors(shard, CacheError)["hidden"]).all()
+
+
+# Disks
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small file system of memory; root may, others skip."""
+    places = []
+
+    def mount(size, *options):
+        place = tmp_path / f"mount{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs"]
+        try:
+            subprocess.run([*command, str(place)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to mount a small tmpfs")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_model_runs(project, mounted):
+    place = mounted("32k")
+    data = project.module(cache_dir=str(place))
+    data.adapter.check = lambda: pytest.fail("the model ran")
+    with pytest.raises(CacheError, match=r"GB free\.\nChoose another --data\.cache_dir"):
+        data.states("train")
+    assert [path.name for path in (place / "train").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted, monkeypatch):
+    place = mounted("48k")
+    monkeypatch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+    with pytest.raises(
+        CacheError, match=r"is full; shard-\d+\.safetensors was not written"
+    ) as caught:
+        build(project, cache_dir=str(place), shard_mb=TINY_SHARDS)
+    assert len(str(caught.value).splitlines()) == 2
+    left = sorted(path.name for path in (place / "train").glob("*.*") if path.name[0] != ".")
+    assert "manifest.json" not in left
+    assert not list((place / "train").glob(".*.tmp"))
+    shards = list((place / "train").glob("shard-*"))
+    assert shards
+    for shard in shards:
+        read_tensors(shard, CacheError)
+
+
+def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounted, monkeypatch):
+    place = mounted("48k")
+    with monkeypatch.context() as patch:
+        patch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+        with pytest.raises(CacheError):
+            build(finished, cache_dir=str(place), shard_mb=TINY_SHARDS)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(place)], check=True)
+    build(finished, cache_dir=str(place), shard_mb=TINY_SHARDS)
+    assert contents(place / "train") == contents(finished.cache / "train")
+
+
+def test_a_read_only_folder_is_a_named_error(project, mounted):
+    place = mounted("1m", "ro")
+    with pytest.raises(CacheError, match=r"cannot be (made|written).*--data\.cache_dir"):
+        build(project, cache_dir=str(place / "cache"))
+
+
+def test_a_file_in_the_caches_place_is_a_named_error(project):
+    project.cache.write_text("")
+    with pytest.raises(CacheError, match=r"cannot be made.*--data\.cache_dir"):
+        build(project)
+
+
+def test_a_finished_cache_can_be_read_from_a_read_only_folder(finished, mounted):
+    place = mounted("8m")
+    shutil.copytree(finished.cache / "train", place / "train")
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    data, dataset = build(finished, cache_dir=str(place))
+    assert data.reused["train"]
+    assert len(dataset) == 48
+
+
+# Interruptions
+
+
+def test_a_resumed_run_with_another_shard_size_or_batch_gives_whole_rows(project, finished):
+    build(project, shard_mb=TINY_SHARDS * 3, tokens_per_batch=64)
+    (project.cache / "train/manifest.json").unlink()
+    build(project, shard_mb=TINY_SHARDS)
+    assert contents(project.cache / "train") == contents(finished.cache / "train")
+
+
+def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
+    folder = damaged.cache / "train"
+    before = contents(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00003.safetensors").unlink()
+    calls = []
+    extract = cache.extract
+
+    def counted(adapter, examples, *rest):
+        calls.append(len(examples))
+        return extract(adapter, examples, *rest)
+
+    monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
+    build(damaged, shard_mb=TINY_SHARDS)
+    assert len(calls) == 1
+    assert contents(folder) == before
+
+
+def test_an_unfinished_cache_of_another_recipe_is_refused(damaged):
+    (damaged.cache / "train/manifest.json").unlink()
+    with pytest.raises(CacheError, match="another positions"):
+        build(damaged, positions="compact")
+
+
+@contextlib.contextmanager
+def cache_command(recipe):
+    """A real `lspade-train cache`; killed when the test is over, whatever happened."""
+    code = "import sys; from lspade_train.cli import main; sys.exit(main())"
+    with (
+        recipe.with_suffix(".stderr").open("ab") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", code, "cache", "--config", str(recipe)],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def succeeds(process, recipe):
+    assert process.wait() == 0, recipe.with_suffix(".stderr").read_text()
+
+
+def kill_after(shards, folder, recipe):
+    """Run it until `shards` more shards are there, then `kill -9` without further notice."""
+    count = lambda: len(list(folder.glob("shard-*")))  # noqa: E731
+    with cache_command(recipe) as process:
+        wanted, give_up = count() + shards, time.monotonic() + 60
+        while count() < wanted:
+            assert process.poll() is None, recipe.with_suffix(".stderr").read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "manifest.json").exists(), "killed too late to mean anything"
+
+
+def test_killed_at_three_random_moments_it_ends_with_the_bytes_of_an_undisturbed_run(
+    toy_root, tmp_path
+):
+    big = toy.write_data(tmp_path / "data", train=1500, validation=4)
+    undisturbed, disturbed = (toy.Project(toy_root, tmp_path / n) for n in ("calm", "killed"))
+    for project in (undisturbed, disturbed):
+        project.home.mkdir()
+        project.data = big
+    settings = {"data__shard_mb": TINY_SHARDS, "data__tokens_per_batch": 128}
+    recipe = disturbed.recipe(**settings)
+    draw = random.Random(20250717)
+    for _ in range(3):
+        kill_after(draw.randint(3, 40), disturbed.cache / "train", recipe)
+    with cache_command(recipe) as process:
+        for split in ("train", "validation"):
+            build(undisturbed, split, shard_mb=TINY_SHARDS, tokens_per_batch=128)
+        succeeds(process, recipe)
+    for split in ("train", "validation"):
+        assert contents(disturbed.cache / split) == contents(undisturbed.cache / split)
+    assert len(list((undisturbed.cache / "train").glob("shard-*"))) > 120
+    assert not list(disturbed.cache.glob("*/.*.tmp"))
+
+
+def test_two_processes_that_build_the_same_cache_end_with_one_good_one(project, finished):
+    context = multiprocessing.get_context("fork")
+    both = [
+        context.Process(target=build, args=(project,), kwargs={"shard_mb": TINY_SHARDS})
+        for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert contents(project.cache / "train") == contents(finished.cache / "train")

@@ -1,0 +1,176 @@
+"""`HiddenStateDataModule` and its loader: order, resumption, modes, and what is refused."""
+
+import pytest
+import torch
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lspade_train.data import RowLoader
+from lspade_train.errors import CacheError, RecipeError, TaskError
+
+
+class Numbers:
+    """A data set whose rows are their own index."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return self.rows
+
+    def gather(self, rows):
+        return rows.tolist()
+
+
+def loader(rows=23, batch_size=4, **options):
+    return RowLoader(Numbers(rows), batch_size, **{"seed": 1} | options)
+
+
+def test_an_epoch_holds_every_row_once_in_another_order_than_the_next():
+    found = loader()
+    first, second = list(found), list(found)
+    for epoch in (first, second):
+        assert sorted(sum(epoch, [])) == list(range(23))
+        assert [len(batch) for batch in epoch] == [4] * 5 + [3]
+    assert first != second
+
+
+def test_the_same_seed_gives_the_same_order_and_another_seed_another():
+    assert list(loader()) == list(loader())
+    assert list(loader(seed=2)) != list(loader())
+
+
+def test_without_a_seed_rows_come_in_order_each_time():
+    found = loader(seed=None)
+    assert sum(list(found), []) == sum(list(found), []) == list(range(23))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 40), size=st.integers(1, 7), stop=st.integers(0, 30))
+def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, stop):
+    whole = loader(rows, size)
+    expected = [*whole, *whole, *whole]
+    first, got = loader(rows, size), []
+    for _ in range(3):
+        for batch in first:
+            got.append(batch)
+            if len(got) > stop:
+                break
+        if len(got) > stop:
+            break
+    second = loader(rows, size)
+    second.load_state_dict(first.state_dict())
+    # A state taken at an epoch's last batch belongs to that epoch: its rest is empty.
+    while len(got) < len(expected):
+        got.extend(second)
+    assert got == expected
+
+
+def test_an_epoch_cut_short_is_not_gone_on_with_in_the_next():
+    found = loader()
+    for _ in zip(range(2), found, strict=False):
+        pass
+    found.set_epoch(1)
+    whole = loader()
+    _, second = list(whole), list(whole)
+    assert list(found) == second
+
+
+@pytest.mark.parametrize(("rows", "size"), [(24, 3), (23, 4), (5, 2), (2, 8)])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_batches_that_one_process_would_have(rows, size, world):
+    parts = [list(loader(rows, size, rank=rank, world=world)) for rank in range(world)]
+    alone = list(loader(rows - rows % world, size * world))
+    order = list(loader(rows, size * world))
+    assert len({len(part) for part in parts}) == 1
+    together = [sorted(sum(batches, [])) for batches in zip(*parts, strict=True)]
+    assert sum(map(len, together)) == rows - rows % world
+    if rows % world == 0:
+        assert together == [sorted(batch) for batch in alone] == [sorted(batch) for batch in order]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_validation_rows_are_all_read_by_some_process(rows):
+    parts = [list(loader(rows, 2, seed=None, rank=rank, world=2)) for rank in range(2)]
+    assert sorted(sum(sum(parts, []), [])) == list(range(rows))
+
+
+def test_a_batch_size_below_one_is_a_named_error():
+    with pytest.raises(RecipeError, match=r"data\.batch_size is 0; expected 1 or more"):
+        loader(batch_size=0)
+
+
+def test_fit_opens_train_and_validation_and_nothing_else(project):
+    data = project.module()
+    data.prepare_data()
+    assert data.reused == {"train": False, "validation": False}
+    assert sorted(path.name for path in project.cache.iterdir()) == ["train", "validation"]
+    data.setup("test")
+    assert set(data.reused) == {"train", "validation", "test"}
+
+
+def test_layers_are_sorted_and_counted_once(project):
+    assert project.module([3, 0, 3]).layers == (0, 3)
+    assert project.module("all").layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], []])
+def test_a_layer_without_a_head_is_a_named_error(project, layers):
+    with pytest.raises(RecipeError, match=r"this model has 4 blocks, so layers go from 0 to 3"):
+        project.module(layers).states("train")
+
+
+def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, monkeypatch):
+    from lspade_train import data as module
+    from lspade_train import tasks
+
+    plain = tasks.encode
+
+    def encode(config, rows, *rest):
+        found = plain(config, rows, *rest)
+        prefix = "" if rows.split == "validation" else " "
+        return tasks.Encoded(found.examples, found.skipped, prefix)
+
+    monkeypatch.setattr(module.tasks, "encode", encode)
+    for mode in ("disk", "memory", "online"):
+        data = project.module(mode=mode)
+        with pytest.raises(TaskError, match=r"behind ' ' in the train split and behind ''") as e:
+            data.prepare_data()
+            data.setup("fit")
+        assert "--data.prompt.answer_prefix" in str(e.value)
+        assert not (project.cache / "validation/manifest.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["memory", "online"])
+def test_states_that_do_not_fit_into_memory_are_refused(project, monkeypatch, mode):
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    data = project.module(mode=mode)
+    with pytest.raises(CacheError, match=r"machine has 1e-05 GB of memory\.\nUse --data\.mode"):
+        data.stored("train")
+
+
+def test_rows_that_are_skipped_are_counted(project, tmp_path, caplog):
+    rows = toy.questions(6)
+    rows[2]["prompt"] = " ".join(["w1"] * 70)
+    toy.write_jsonl(tmp_path / "long/train.jsonl", rows)
+    data = project.module(dataset=str(tmp_path / "long"), overlong="skip")
+    assert len(data.states("train")) == 5
+    assert "train: 1 of 6 rows skipped" in caplog.text
+
+
+def test_the_labels_say_which_rows_have_a_right_answer(project, tmp_path):
+    rows = toy.questions(6)
+    del rows[4]["answer"]
+    toy.write_jsonl(tmp_path / "some/train.jsonl", rows)
+    data = project.module(dataset=str(tmp_path / "some"), mode="memory")
+    batch = data.states("train").gather(torch.arange(6))
+    assert batch.labelled.tolist() == [True] * 4 + [False, True]
+
+
+def test_groups_are_named_and_indexed(project, tmp_path):
+    rows = [row | {"group": name} for row, name in zip(toy.questions(3), "bab", strict=True)]
+    toy.write_jsonl(tmp_path / "grouped/train.jsonl", rows)
+    dataset = project.module(dataset=str(tmp_path / "grouped")).states("train")
+    assert dataset.groups == ("a", "b")
+    assert dataset.gather(torch.arange(3)).group.tolist() == [1, 0, 1]

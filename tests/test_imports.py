@@ -1,0 +1,100 @@
+"""Imports point down only, and what serves a model does not load what trains it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lspade_train
+
+ROOT = Path(lspade_train.__file__).parent
+
+# Each may import what stands before it, and a package its own modules.
+ORDER = """
+    errors recipe storage metrics progress
+    adapters tokenizer heads
+    spade lenses losses policy artifact exits pvalues calibration tasks
+    cache runtime
+    data module evaluation profiling plots report hub
+    callbacks cli
+""".split()
+
+TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib"}
+SERVING = ["runtime", "heads", "spade", "policy", "tasks", "artifact", "lenses"]
+
+
+def files_of(name: str) -> list[Path]:
+    """The files of a module or of a package."""
+    return [p for p in [ROOT / f"{name}.py", *sorted((ROOT / name).rglob("*.py"))] if p.exists()]
+
+
+def imports(path: Path, *, lazy: bool) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of what a file imports; `lazy` counts imports inside functions too."""
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+
+
+def internal(path: Path, *, lazy: bool) -> Iterator[tuple[int, str]]:
+    """Line and module of each import from this package."""
+    for line, name in imports(path, lazy=lazy):
+        parts = name.split(".")
+        if parts[0] == "lspade_train" and len(parts) > 1 and parts[1] in ORDER:
+            yield line, parts[1]
+
+
+def test_every_module_has_a_place_in_the_order():
+    present = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert present - {"__init__", "__main__", "__pycache__"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if files_of(name)])
+def test_imports_only_point_down(name):
+    for path in files_of(name):
+        for line, target in internal(path, lazy=True):
+            above = ORDER.index(target) > ORDER.index(name)
+            assert not above, f"{path.relative_to(ROOT)}:{line} imports {target}"
+
+
+def test_what_the_runtime_reaches_imports_nothing_of_training_at_its_top():
+    waiting, seen = list(SERVING), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for path in files_of(name):
+            for line, found in imports(path, lazy=False):
+                top = found.split(".")[0]
+                assert top not in TRAINING_ONLY, f"{path.relative_to(ROOT)}:{line} imports {top}"
+            waiting += [target for _, target in internal(path, lazy=False)]
+    assert {"adapters", "storage", "errors"} <= seen
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules that a new process has loaded after `statement`."""
+    code = f"{statement}\nimport sys; print(*{{n.split('.')[0] for n in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_process_that_serves_a_model_has_not_loaded_what_trains_it():
+    public = ", ".join(lspade_train.__all__)
+    statement = f"from lspade_train import {public}\nimport lspade_train.tasks"
+    assert not loaded_after(statement) & TRAINING_ONLY
+
+
+def test_the_package_and_its_help_load_nothing_heavy():
+    statement = "import lspade_train\nfrom lspade_train.cli import main\nmain(['--help'])"
+    heavy = {"torch", "transformers", "numpy", "jsonargparse", *TRAINING_ONLY}
+    assert not loaded_after(statement) & heavy
