@@ -66,6 +66,8 @@ class HiddenStateDataModule(LightningDataModule):
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
         self._prefixes: dict[Split, str] = {}
+        self._train: RowLoader | None = None
+        self._stopped_at: dict[str, int] = {}
         self.reused: dict[Split, bool] = {}
 
     # The frozen model ------------------------------------------------------------------------
@@ -283,8 +285,11 @@ class HiddenStateDataModule(LightningDataModule):
         self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
 
     def train_dataloader(self) -> "RowLoader":
-        """Shuffled rows, `batch_size` per process."""
-        return self._loader("train", shuffle=True)
+        """Shuffled rows, `batch_size` per process; after a resume, from where it was stopped."""
+        self._train = self._loader("train", shuffle=True)
+        if self._stopped_at:
+            self._train.load_state_dict(self._stopped_at)
+        return self._train
 
     def val_dataloader(self) -> "RowLoader":
         """Rows in order."""
@@ -293,6 +298,18 @@ class HiddenStateDataModule(LightningDataModule):
     def test_dataloader(self) -> "RowLoader":
         """Rows in order of the test split, or of validation where test has no labels."""
         return self._loader(tasks.evaluation_split(self.config), shuffle=False)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training loader is."""
+        return self._train.state_dict() if self._train else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Keep where training was stopped for the loader that is still to come.
+
+        Lightning restores loaders by itself only where they were not made before the checkpoint
+        was read; asking for the number of steps, as a schedule must, makes them.
+        """
+        self._stopped_at = state_dict
 
     def _loader(self, split: Split, *, shuffle: bool) -> "RowLoader":
         trainer = self.trainer

@@ -3,6 +3,7 @@
 Knows nothing of files or pictures.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import Unembedding
+from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.errors import TaskError
+from lspade_train.exits import ExitTable
+from lspade_train.heads import LSpadeHeads
 from lspade_train.lenses import LayerView, Lens
 from lspade_train.metrics import agreement, entropy, kl_divergence
 from lspade_train.module import target_logits
+from lspade_train.policy import ExitPolicy, signal
+from lspade_train.runtime.flops import count_flops, exit_flops
 
 CHUNK_ROWS = 256
 FORMAT_VERSION = 1
@@ -185,3 +190,74 @@ def pick_answer(logits: Tensor, batch: StateBatch) -> Tensor:
     choices = batch.choice_ids.long()
     chosen = choices.gather(1, logits.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
     return torch.where(batch.choice_count > 0, chosen, best)
+
+
+@torch.no_grad()
+def exit_table(
+    dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
+) -> ExitTable:
+    """What every cached row would answer, and cost, if it stopped at each check layer.
+
+    Confidence is the heads', the answer is SPADE's: what `ExitRuntime` does, from cached states.
+
+    Args:
+        dataset: cached states of one split.
+        adapter: the frozen model.
+        heads: bound heads of the check layers.
+        policy: check layers, measure and scope; its threshold is not read.
+    """
+    chunks = [batch.to(adapter.device) for batch in _chunks(dataset)]
+    parts = [_exits(batch, dataset.layers, adapter.unembed, heads, policy) for batch in chunks]
+    confidence, answers, full = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
+    rows = dataset.gather(torch.arange(len(dataset)))
+    choices = rows.choice_ids.shape[1] if policy.scope == "choices" else None
+    counts = count_flops(adapter, heads)
+    tokens, top = rows.position_id + 1, adapter.num_layers
+    cost = exit_flops(counts, tokens, [*policy.layers, top], policy, choices=choices)
+    free = exit_flops(counts, tokens, policy.layers, policy, choices=choices, checks=())
+    options = adapter.vocab_size if choices is None else choices
+    certain = (0.0, math.log(options)) if policy.measure == "entropy" else (-1.0, 0.0)
+    return ExitTable(
+        layers=tuple(policy.layers),
+        num_layers=top,
+        bounds=certain,
+        confidence=confidence.numpy(),
+        answers=answers.numpy(),
+        full_answer=full.numpy(),
+        gold=rows.answer_id.long().numpy() if bool(rows.labelled.all()) else None,
+        cost=cost[:, :-1].numpy(),
+        full_cost=cost[:, -1].numpy(),
+        free_cost=free.numpy(),
+        plain_cost=counts.full(tokens).numpy(),
+    )
+
+
+def _exits(
+    batch: StateBatch,
+    cached: Sequence[int],
+    unembed: Unembedding,
+    heads: LSpadeHeads,
+    policy: ExitPolicy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signal and SPADE's answer at each check layer, (rows, checks), and the model's answer."""
+    stored = target_logits(batch, "spade", unembed)
+    signals: list[Tensor] = []
+    answers: list[Tensor] = []
+    for layer in policy.layers:
+        place = cached.index(layer)
+        logits = heads.logits(batch.hidden[:, place], layer)
+        if policy.scope == "choices":
+            logits = _choice_logits(logits, batch)
+        value = signal(logits, policy.measure)
+        signals.append(value if policy.measure == "entropy" else -value)
+        spade = stored(slice(place, len(batch) * len(cached), len(cached)))
+        answers.append(pick_answer(spade, batch))
+    full = pick_answer(unembed(batch.final), batch)
+    return torch.stack(signals, 1), torch.stack(answers, 1), full
+
+
+def _choice_logits(logits: Tensor, batch: StateBatch) -> Tensor:
+    """Logits of each row's choices; the padding of shorter rows is no choice."""
+    chosen = logits.gather(1, batch.choice_ids.long())
+    padding = torch.arange(chosen.shape[1], device=chosen.device) >= batch.choice_count[:, None]
+    return chosen.masked_fill(padding, -torch.inf)

@@ -181,7 +181,9 @@ def _check_words(policy: ExitPolicy) -> None:
             raise PolicyError(
                 f"{name} is {getattr(policy, name)!r}; expected {', '.join(words)}. {REMEDY}"
             )
-    if not isinstance(policy.heads_digest, str | None) or not isinstance(policy.calibration, dict):
+    digest: Any = policy.heads_digest
+    record: Any = policy.calibration
+    if not isinstance(digest, str | None) or not isinstance(record, dict):
         raise PolicyError(f"heads_digest must be text or null, calibration an object. {REMEDY}")
 
 
@@ -197,7 +199,7 @@ def _check_thresholds(policy: ExitPolicy) -> None:
     if policy.threshold is None:
         return
     several = isinstance(policy.threshold, tuple)
-    limits: Sequence[Any] = policy.threshold if several else (policy.threshold,)
+    limits: Any = policy.threshold if several else (policy.threshold,)
     if several and len(limits) != len(policy.layers):
         raise PolicyError(
             f"{len(limits)} thresholds for {len(policy.layers)} check layers; expected one for "

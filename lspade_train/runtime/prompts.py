@@ -177,7 +177,9 @@ def _resolve(
         # Ids are their own labels: two tokens may decode to one text.
         return {str(token): token for token in labels}  # type: ignore[misc]
     known = _needed(tokenizer)
-    text = prompt if isinstance(prompt, str) else known.decode(prompt, skip_special_tokens=True)
+    text = (
+        prompt if isinstance(prompt, str) else known.decode(list(prompt), skip_special_tokens=True)
+    )
     try:
         found = resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
     except TaskError as cause:
