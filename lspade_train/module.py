@@ -99,7 +99,7 @@ class LSpadeModule(LightningModule):
         loss = result.loss.mean() * len(self.heads.layers)
         if not torch.isfinite(loss):
             raise NumericsError(
-                f"The loss is {float(loss)} at step {self.global_step}; expected a finite number.\n"
+                f"The loss is {float(loss.detach())} at step {self.global_step}; expected a finite number.\n"
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
         # Dozens of values: only on the steps that Lightning would write.

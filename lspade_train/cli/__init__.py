@@ -88,7 +88,7 @@ def _quiet() -> None:
     logging.getLogger("lspade_train").setLevel(logging.INFO)
     for name in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    for notice in (".*tensorboardX.*", ".*many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
+    for notice in (".*exists and is not empty.*", ".*tensorboardX.*", ".*many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
         warnings.filterwarnings("ignore", message=notice)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
