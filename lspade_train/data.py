@@ -6,7 +6,6 @@ nothing of heads or losses.
 
 import logging
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
 from lspade_train.adapters import ModelAdapter
-from lspade_train.cache import Extraction, StateBatch, StateDataset
+from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.manifest import MANIFEST
-from lspade_train.errors import CacheError, RecipeError, TaskError
+from lspade_train.errors import CacheError, TaskError
+from lspade_train.loader import RowLoader
 from lspade_train.progress import track
 from lspade_train.recipe import DataConfig
 from lspade_train.spade import check_layers
@@ -122,7 +121,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     # Splits ----------------------------------------------------------------------------------
 
-    def states(self, split: Split) -> "StateDataset | OnlineDataset":
+    def states(self, split: Split) -> StateDataset | OnlineDataset:
         """Rows of one split; builds what is missing.
 
         Raises:
@@ -169,7 +168,7 @@ class HiddenStateDataModule(LightningDataModule):
             self._rows[split] = tasks.load_rows(self.config, split)
         return self._rows[split]
 
-    def _open(self, split: Split) -> "StateDataset | OnlineDataset":
+    def _open(self, split: Split) -> StateDataset | OnlineDataset:
         if self.config.mode == "disk":
             return self._open_disk(split)
         encoded = self._encode(split)
@@ -180,7 +179,7 @@ class HiddenStateDataModule(LightningDataModule):
         online = OnlineDataset(self.adapter, encoded.examples, what, self.config.tokens_per_batch)
         return online if self.config.mode == "online" else self._in_memory(split, online)
 
-    def _in_memory(self, split: Split, online: "OnlineDataset") -> StateDataset:
+    def _in_memory(self, split: Split, online: OnlineDataset) -> StateDataset:
         examples = online.examples
         size = cache.estimate(self.adapter, examples, online.what, self.config.shard_mb)
         _require_memory(size.bytes)
@@ -284,18 +283,18 @@ class HiddenStateDataModule(LightningDataModule):
             self.states("train")
         self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
 
-    def train_dataloader(self) -> "RowLoader":
+    def train_dataloader(self) -> RowLoader:
         """Shuffled rows, `batch_size` per process; after a resume, from where it was stopped."""
         self._train = self._loader("train", shuffle=True)
         if self._stopped_at:
             self._train.load_state_dict(self._stopped_at)
         return self._train
 
-    def val_dataloader(self) -> "RowLoader":
+    def val_dataloader(self) -> RowLoader:
         """Rows in order."""
         return self._loader("validation", shuffle=False)
 
-    def test_dataloader(self) -> "RowLoader":
+    def test_dataloader(self) -> RowLoader:
         """Rows in order of the test split, or of validation where test has no labels."""
         return self._loader(tasks.evaluation_split(self.config), shuffle=False)
 
@@ -311,7 +310,7 @@ class HiddenStateDataModule(LightningDataModule):
         """
         self._stopped_at = state_dict
 
-    def _loader(self, split: Split, *, shuffle: bool) -> "RowLoader":
+    def _loader(self, split: Split, *, shuffle: bool) -> RowLoader:
         trainer = self.trainer
         return RowLoader(
             self.states(split),
@@ -320,111 +319,6 @@ class HiddenStateDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-
-
-class OnlineDataset:
-    """Prompts whose states are computed when asked for; nothing is stored.
-
-    A row here is a prompt; a gathered batch holds all its answer positions.
-    """
-
-    def __init__(
-        self, adapter: ModelAdapter, examples: list[Example], what: Extraction, tokens: int
-    ) -> None:
-        """Keep the tokenised prompts; `tokens` bounds one forward."""
-        self.adapter, self.examples, self.what, self.tokens = adapter, examples, what, tokens
-        self.groups, self.layers = what.groups, what.layers
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def extract(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Tensors by the names of `StateBatch`."""
-        return cache.extract(self.adapter, examples, self.what, self.tokens)
-
-    def gather(self, rows: Tensor) -> StateBatch:
-        """All answer positions of the asked prompts, in their order."""
-        return StateBatch(**self.extract([self.examples[int(row)] for row in rows]))
-
-
-class RowLoader:
-    """Batches of rows, gathered straight from the maps: no worker processes, resumable.
-
-    Every process draws the same permutation and takes its part of each global batch, so that the
-    global batches do not depend on the number of processes.
-
-    Args:
-        dataset: has `__len__` and `gather`.
-        batch_size: rows per batch and process.
-        seed: seed of the permutation; None keeps the order.
-        rank: this process.
-        world: number of processes.
-    """
-
-    def __init__(
-        self,
-        dataset: StateDataset | OnlineDataset,
-        batch_size: int,
-        *,
-        seed: int | None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if batch_size < 1:
-            raise RecipeError(f"data.batch_size is {batch_size}; expected 1 or more.")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank, self.world = rank, world
-        self.epoch = 0
-        self._batch = 0  # batches handed out this epoch
-        self._resume_at = 0
-
-    def __len__(self) -> int:
-        return -(-self._usable // (self.batch_size * self.world))
-
-    def __iter__(self) -> Iterator[StateBatch]:
-        order = self._order()
-        step = self.batch_size * self.world
-        first, self._resume_at = self._resume_at, 0
-        for number in range(first, len(self)):
-            part = order[number * step : (number + 1) * step]
-            self._batch = number + 1
-            yield self.dataset.gather(part[self.rank :: self.world])
-        self.set_epoch(self.epoch + 1)
-
-    @property
-    def sampler(self) -> "RowLoader":
-        """Where Lightning looks for `set_epoch`."""
-        return self
-
-    batch_sampler = None  # what Lightning asks for where there is a `sampler`
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch; Lightning says which, since it may leave one before its end."""
-        if epoch != self.epoch:
-            self.epoch, self._batch, self._resume_at = epoch, 0, 0
-
-    @property
-    def _usable(self) -> int:
-        """Training rows that divide evenly among the processes; all rows otherwise."""
-        rows = len(self.dataset)
-        return rows - rows % self.world if self.seed is not None else rows
-
-    def _order(self) -> Tensor:
-        if self.seed is None:
-            return torch.arange(len(self.dataset))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(len(self.dataset), generator=generator)[: self._usable]
-
-    def state_dict(self) -> dict[str, int]:
-        """Where in which epoch the loader is; Lightning puts it into checkpoints."""
-        return {"epoch": self.epoch, "batch": self._batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.epoch, self._batch = state["epoch"], state["batch"]
-        self._resume_at = self._batch
 
 
 def _require_memory(needed: int) -> None:

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.errors import ArtifactError
 from lspade_train.recipe import Form
-from lspade_train.storage import file_digest, read_json, read_tensors, write_json, write_tensors
+from lspade_train.storage import (
+    atomic_path,
+    file_digest,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
@@ -122,23 +129,25 @@ class LSpadeHeads(nn.Module):
         return self.to(adapter.unembed.weight.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `heads.safetensors` and `config.json`; each is complete or absent.
+        """Write `heads.safetensors` and `config.json`: both, or what was there stays.
 
         Raises:
             ArtifactError: the folder cannot be written.
         """
         folder = Path(folder)
-        write_tensors(folder / WEIGHTS, self.state_dict(), error=ArtifactError)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "layers": list(self.layers),
-            "hidden_size": self.hidden_size,
-            "form": self.form,
-            "rank": self.rank if self.form == "low_rank" else None,
-            "weights_sha256": file_digest(folder / WEIGHTS),
-            **{k: v for k, v in self.metadata.items() if k in {"base_model", "training"}},
-        }
-        write_json(folder / CONFIG, config, ArtifactError)
+        with atomic_path(folder / WEIGHTS, ArtifactError) as weights:
+            write_tensors(weights, self.state_dict(), error=ArtifactError)
+            config = {
+                "format_version": FORMAT_VERSION,
+                "layers": list(self.layers),
+                "hidden_size": self.hidden_size,
+                "form": self.form,
+                "rank": self.rank if self.form == "low_rank" else None,
+                "weights_sha256": file_digest(weights),
+                **{k: v for k, v in self.metadata.items() if k in {"base_model", "training"}},
+            }
+            # While the weights wait under another name: a disk that fills up here keeps the old.
+            write_json(folder / CONFIG, config, ArtifactError)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:

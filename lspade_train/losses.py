@@ -123,19 +123,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = unembed.finish(unembed.head(normed[part])).to(wide)
             goal = target(part).to(wide)
             watched[part] = logits.gather(-1, watch[part])
-            best[part] = logits.argmax(-1)
-            agrees[part] = best[part] == goal.argmax(-1)
-            log_z = logits.logsumexp(-1)
-            goal_z = goal.logsumexp(-1)
-            p_goal = (goal - goal_z[:, None]).exp_()
-            loss[part] = log_z - torch.linalg.vecdot(p_goal, logits)
-            kl[part] = loss[part] - (goal_z - torch.linalg.vecdot(p_goal, goal))
+            p, log_z, best[part] = _softmax(logits)
+            p_goal, goal_z, goal_best = _softmax(goal)
+            agrees[part] = best[part] == goal_best
+            loss[part] = log_z - _dot(p_goal, logits)
+            kl[part] = loss[part] - (goal_z - _dot(p_goal, goal))
             if gradient is not None:
-                del goal
-                capped = _softcap_slope(logits, unembed.softcap)
-                residual = logits.sub_(log_z[:, None]).exp_().sub_(p_goal)
-                if capped is not None:
-                    residual.mul_(capped)
+                residual = p.sub_(p_goal)
+                if unembed.softcap is not None:
+                    # d(capped)/d(raw), from the capped logits.
+                    residual.mul_(1 - (logits / unembed.softcap) ** 2)
                 gradient[part] = (residual.to(normed.dtype) @ unembed.weight).mul_(unembed.scale)
 
         ctx.save_for_backward(gradient)
@@ -148,6 +145,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """d(capped)/d(raw) from the capped logits: 1 - (logits / softcap)^2."""
-    return None if softcap is None else 1 - (logits / softcap) ** 2
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, log partition and best token of each row, in two passes over the logits."""
+    top, best = logits.max(-1)
+    p = logits.softmax(-1)
+    return p, top - p.gather(-1, best[:, None]).squeeze(-1).log(), best
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Row-wise inner products, without the tensor of products."""
+    return torch.bmm(first[:, None], second[..., None]).flatten()

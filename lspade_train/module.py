@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lspade_train.adapters import Unembedding
 from lspade_train.cache import StateBatch
-from lspade_train.errors import NumericsError
+from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.heads import LSpadeHeads
 from lspade_train.losses import (
     Distilled,
@@ -99,7 +99,8 @@ class LSpadeModule(LightningModule):
         loss = result.loss.mean() * len(self.heads.layers)
         if not torch.isfinite(loss):
             raise NumericsError(
-                f"The loss is {float(loss.detach())} at step {self.global_step}; expected a finite number.\n"
+                f"The loss is {float(loss.detach())} at step {self.global_step}; expected a finite "
+                "number.\n"
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
         # Dozens of values: only on the steps that Lightning would write.
@@ -124,6 +125,22 @@ class LSpadeModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over all rows of all processes."""
         self._log_epoch("test")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of other heads.
+
+        Raises:
+            RecipeError: its layers, form or rank are not this recipe's.
+        """
+        mine, found = (
+            {name: tuple(value.shape) for name, value in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        if mine != found:
+            raise RecipeError(
+                f"The checkpoint holds other heads: {found}, this recipe makes {mine}.\n"
+                "Give model.layers, model.form and model.rank of the fit that wrote it."
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW; decay pulls the residual maps to zero, that is the heads to the identity."""

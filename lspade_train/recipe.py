@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lspade_train.errors import RecipeError
+
 Mode = Literal["disk", "memory", "online"]
 TargetKind = Literal["hidden", "logits", "topk"]
 PositionIds = Literal["original", "compact"]
@@ -107,6 +109,12 @@ class DataConfig:
     device_map: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can have."""
+        for name in ("topk", "batch_size", "tokens_per_batch"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
+        _require(self.shard_mb > 0, "data.shard_mb", self.shard_mb, "more than 0")
+
 
 @dataclass(kw_only=True)
 class HeadConfig:
@@ -130,6 +138,13 @@ class HeadConfig:
     weight_decay: float = 1.0e-2
     warmup: float = 0.05
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can have."""
+        _require(self.rank >= 1, "model.rank", self.rank, "1 or more")
+        _require(self.lr > 0, "model.lr", self.lr, "more than 0")
+        _require(self.weight_decay >= 0, "model.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.warmup <= 1, "model.warmup", self.warmup, "0 to 1")
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -148,3 +163,8 @@ class Recipe:
     seed_everything: int = 0
     model: HeadConfig = field(default_factory=HeadConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def _require(right: bool, key: str, value: float, expected: str) -> None:
+    if not right:
+        raise RecipeError(f"{key} is {value}; expected {expected}. Set --{key}.")

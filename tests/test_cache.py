@@ -203,8 +203,8 @@ def test_the_start_tokens_states_are_stored_once(project):
 
 
 def test_reading_maps_the_files_instead_of_loading_them(project):
-    data, dataset = build(project)
-    assert dataset.shards[0]["hidden"].untyped_storage().nbytes() > 0
+    _, dataset = build(project)
+    assert len(dataset) == 48
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("needs /proc to see what is mapped")

@@ -6,8 +6,8 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lspade_train.data import RowLoader
 from lspade_train.errors import CacheError, RecipeError, TaskError
+from lspade_train.loader import RowLoader
 
 
 class Numbers:
@@ -136,7 +136,6 @@ def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, mo
     for mode in ("disk", "memory", "online"):
         data = project.module(mode=mode)
         with pytest.raises(TaskError, match=r"behind ' ' in the train split and behind ''") as e:
-            data.prepare_data()
             data.setup("fit")
         assert "--data.prompt.answer_prefix" in str(e.value)
         assert not (project.cache / "validation/manifest.json").exists()

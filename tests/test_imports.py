@@ -13,14 +13,14 @@ import lspade_train
 ROOT = Path(lspade_train.__file__).parent
 
 # Each may import what stands before it, and a package its own modules.
-ORDER = """
-    errors recipe storage metrics progress
-    adapters tokenizer heads
-    spade lenses losses policy artifact exits pvalues calibration tasks
-    cache runtime
-    data module evaluation profiling plots report hub
-    callbacks cli
-""".split()
+ORDER = [
+    *("errors", "recipe", "storage", "metrics", "progress"),
+    *("adapters", "tokenizer", "heads"),
+    *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
+    *("tasks", "cache", "runtime"),
+    *("loader", "data", "module", "evaluation", "profiling", "plots", "report", "hub"),
+    *("callbacks", "cli"),
+]
 
 TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib"}
 SERVING = ["runtime", "heads", "spade", "policy", "tasks", "artifact", "lenses"]

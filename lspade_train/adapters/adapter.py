@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lspade_train.adapters.check import check_adapter
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.unembedding import find_unembedding
-from lspade_train.errors import UnsupportedModelError
+from lspade_train.errors import RecipeError, UnsupportedModelError
 from lspade_train.storage import json_digest, tensor_digest
 
 
@@ -311,10 +311,21 @@ class ModelAdapter:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        text = str(cause).splitlines()[0]
+        raise RecipeError(
+            f"data.device is {device!r}, which cannot be used here ({text[:200]}).\n"
+            "Expected auto, cpu or a device such as cuda:0."
+        ) from cause
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

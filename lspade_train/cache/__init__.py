@@ -2,6 +2,7 @@
 
 from lspade_train.cache.extract import Extraction, extract, row_count
 from lspade_train.cache.manifest import Identity, Manifest, require_same
+from lspade_train.cache.online import OnlineDataset
 from lspade_train.cache.reader import (
     StateBatch,
     StateDataset,
@@ -15,6 +16,7 @@ __all__ = [
     "Extraction",
     "Identity",
     "Manifest",
+    "OnlineDataset",
     "StateBatch",
     "StateDataset",
     "build",

@@ -1,5 +1,6 @@
 """`lspade-train`: dispatch, help and exit codes. Imports nothing heavy until a command runs."""
 
+import errno
 import importlib
 import logging
 import os
@@ -19,6 +20,11 @@ COMMANDS = {
     "predict": ("exits", "prompts in, answers with exit layer and entropy out (JSONL)"),
     "info": ("show", "what a heads folder, a cache or a model is"),
 }
+
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+# What Lightning warns of and nobody here can or need act on.
+NOTICES = ("exists and is not empty", "tensorboardX", "many workers", "LeafSpec", "GPU available")
 
 HELP = """\
 usage: lspade-train COMMAND --config RECIPE.yaml [--dotted.key VALUE ...]
@@ -74,6 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _disk_trouble(error)
+
+
+def _disk_trouble(error: OSError) -> int:
+    """A log or a checkpoint that cannot be written is the user's to mend; the rest is a bug."""
+    if error.errno not in DISK_TROUBLE:
+        raise error
+    sys.stderr.write(
+        f"error: {error.strerror} ({error.filename or 'while writing'}).\n"
+        "Free some space, or choose folders that you can write to, and run it again.\n"
+    )
+    return 1
 
 
 def _help() -> str:
@@ -88,8 +107,8 @@ def _quiet() -> None:
     logging.getLogger("lspade_train").setLevel(logging.INFO)
     for name in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    for notice in (".*exists and is not empty.*", ".*tensorboardX.*", ".*many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
-        warnings.filterwarnings("ignore", message=notice)
+    for notice in NOTICES:
+        warnings.filterwarnings("ignore", message=f".*{notice}.*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

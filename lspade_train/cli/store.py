@@ -1,6 +1,8 @@
 """`cache`: build, resume, rebuild or verify the cached states."""
 
 import logging
+import sys
+from functools import partial
 from pathlib import Path
 
 from lspade_train.cli.parsing import command_parser, parse
@@ -16,11 +18,10 @@ shard and ends with the same bytes. fit and evaluate do this by themselves where
   lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)"""
 
 
-def cache(arguments: list[str]) -> None:
+def cache(arguments: list[str]) -> int:
     """Build the caches of a recipe, or verify one."""
     if arguments and arguments[0].split("=")[0] == "--verify":
-        _verify(arguments)
-        return
+        return _verify(arguments)
     parser = command_parser("cache", CACHE, with_trainer="--help" not in arguments)
     parser.add_argument(
         "--splits",
@@ -55,24 +56,27 @@ def cache(arguments: list[str]) -> None:
     for split in parsed.options.splits:
         data.states(split)
         log.info("%s: complete in %s", split, data.folder(split))
+    return 0
 
 
-def _verify(arguments: list[str]) -> None:
+def _verify(arguments: list[str]) -> int:
+    rest = arguments[0].split("=", 1)[1:] + arguments[1:]
+    if len(rest) != 1:
+        sys.stderr.write(
+            "usage: lspade-train cache --verify DIR\n"
+            "DIR holds manifest.json, or one folder per split\n"
+        )
+        return 2
+
     from lspade_train.cache import Manifest, split_folders, verify
-    from lspade_train.errors import RecipeError
     from lspade_train.progress import track
 
-    rest = arguments[0].split("=")[1:] or arguments[1:]
-    if len(rest) != 1:
-        raise RecipeError(
-            "--verify takes one folder. Write lspade-train cache --verify DIR, where DIR holds "
-            "manifest.json or one folder per split."
-        )
     for folder in split_folders(Path(rest[0])):
         manifest = Manifest.read(folder)
-        count = len(manifest.shards) + 1
-        verify(folder, manifest, track=lambda files: track(files, f"{folder}", count))
+        watch = partial(track, description=str(folder), total=len(manifest.shards) + 1)
+        verify(folder, manifest, track=watch)
         log.info(
             "%s: %d shards, %s rows, %.3g GB: every checksum is right",
             folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
         )  # fmt: skip
+    return 0

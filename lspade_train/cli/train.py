@@ -1,8 +1,11 @@
 """`fit`, `validate` and `test`: Lightning's loops around the heads."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 
@@ -32,13 +35,16 @@ def fit(arguments: list[str]) -> None:
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
     checkpoint: str | None = parsed.options.ckpt_path
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise RecipeError(f"No checkpoint {checkpoint}. Look in {folder / 'training'}.")
+    if checkpoint is not None and not is_zipfile(checkpoint):
+        what = "is damaged or no checkpoint" if Path(checkpoint).exists() else "does not exist"
+        raise RecipeError(f"{checkpoint} {what}. Look in {folder / 'training'}.")
     module, data = _modules(parsed)
-    trainer = _trainer(
-        parsed, folder, [ExportHeads(folder, parsed.recipe), training_checkpoint(folder)]
-    )
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    callbacks: list[Any] = [ExportHeads(folder, parsed.recipe)]
+    if parsed.trainer.get("enable_checkpointing") is not False:
+        callbacks.append(training_checkpoint(folder))
+    with _named_refusals():
+        trainer = _trainer(parsed, folder, callbacks)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     log.info("heads: %s", folder)
@@ -69,8 +75,22 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = _modules(parsed, heads)
     heads.bind(data.adapter)
-    trainer = _trainer(parsed, folder, [])
-    getattr(trainer, command)(module, data)
+    with _named_refusals():
+        getattr(_trainer(parsed, folder, []), command)(module, data)
+
+
+@contextmanager
+def _named_refusals() -> Iterator[None]:
+    """Settings that the Trainer refuses are the recipe's mistake."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lspade_train.errors import RecipeError
+
+    try:
+        yield
+    except MisconfigurationException as cause:
+        text = " ".join(str(cause).split())
+        raise RecipeError(f"The Trainer refuses: {text[:300]}\nCheck trainer.*.") from cause
 
 
 def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:

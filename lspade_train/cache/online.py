@@ -1,0 +1,33 @@
+"""Rows that are computed when they are asked for. Knows nothing of files."""
+
+from torch import Tensor
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.cache.extract import Extraction, extract
+from lspade_train.cache.reader import StateBatch
+from lspade_train.tasks import Example
+
+
+class OnlineDataset:
+    """Prompts whose states are computed when asked for; nothing is stored.
+
+    A row here is a prompt; a gathered batch holds all its answer positions.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, examples: list[Example], what: Extraction, tokens: int
+    ) -> None:
+        """Keep the tokenised prompts; `tokens` bounds one forward."""
+        self.adapter, self.examples, self.what, self.tokens = adapter, examples, what, tokens
+        self.groups, self.layers = what.groups, what.layers
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def extract(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Tensors by the names of `StateBatch`."""
+        return extract(self.adapter, examples, self.what, self.tokens)
+
+    def gather(self, rows: Tensor) -> StateBatch:
+        """All answer positions of the asked prompts, in their order."""
+        return StateBatch(**self.extract([self.examples[int(row)] for row in rows]))

@@ -1,0 +1,336 @@
+"""Training: what one fit ends with, and that resuming, processes and modes do not change it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lspade_train.errors import NumericsError
+from lspade_train.losses import distillation, hidden_target
+from lspade_train.module import LSpadeModule
+from lspade_train.recipe import HeadConfig
+
+
+def trainer(project, epochs=2, **options):
+    known = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": project.home,
+    }
+    return Trainer(**known | options)
+
+
+def fit(project, config=None, *, data=None, epochs=2, ckpt_path=None, **options):
+    """Train; give the module and the trainer."""
+    seed_everything(0, verbose=False)
+    module = LSpadeModule(config or HeadConfig(lr=1e-2))
+    runner = trainer(project, epochs, **options)
+    runner.fit(module, data or project.module(), ckpt_path=ckpt_path, weights_only=True)
+    return module, runner
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.heads.state_dict().items()}
+
+
+def assert_equal_heads(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+class Orders(Callback):
+    """Keeps the first hidden values of every batch: which rows came when."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch.hidden[:, 0, 0].clone())
+
+
+class Save(Callback):
+    """Writes a checkpoint after one chosen step."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_training_lowers_the_kl_on_rows_it_has_not_seen(project):
+    config = HeadConfig(lr=3e-3)
+    runs = [fit(project, config, epochs=epochs)[1] for epochs in (1, 12)]
+    for layer in (1, 2, 3):
+        name = f"val/kl/layer_{layer:02d}"
+        before, after = (float(run.logged_metrics[name]) for run in runs)
+        assert after < before
+    untrained = trainer(project)
+    untrained.validate(LSpadeModule(config), project.module(), verbose=False)
+    start = float(untrained.logged_metrics["val/kl/mean"])
+    assert float(runs[1].logged_metrics["val/kl/mean"]) < 0.8 * start
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank", "bias"])
+def test_fitting_twice_gives_the_same_heads_bit_for_bit(project, form):
+    config = HeadConfig(form=form, rank=4)
+    one, _ = fit(project, config)
+    two, _ = fit(project, config)
+    assert_equal_heads(weights(one), weights(two))
+    assert any(float(value.abs().max()) > 0 for value in weights(one).values())
+
+
+@pytest.mark.parametrize("mode", ["memory", "online"])
+def test_every_mode_trains_the_same_heads(project, mode):
+    disk, _ = fit(project)
+    other, _ = fit(project, data=project.module(mode=mode))
+    for name, value in weights(disk).items():
+        torch.testing.assert_close(weights(other)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["logits", "topk"])
+def test_every_kind_of_target_trains_nearly_the_same_heads(project, targets):
+    data = project.module(targets=targets, topk=64, cache_dir=str(project.home / targets))
+    hidden, _ = fit(project)
+    other, _ = fit(project, data=data)
+    for name, value in weights(hidden).items():
+        # fp16 logits; Adam's first steps amplify what is nearly zero.
+        assert (weights(other)[name] - value).abs().mean() < 0.05 * value.abs().mean()
+
+
+def test_each_layer_trains_as_it_would_alone(project):
+    together, _ = fit(project)
+    alone, _ = fit(project, data=project.module([2], cache_dir=str(project.home / "alone")))
+    torch.testing.assert_close(weights(alone)["weight"][0], weights(together)["weight"][1])
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_run_the_same(project):
+    first, second = Orders(), Orders()
+    fit(project, callbacks=[first])
+    fit(project, callbacks=[second])
+    assert all(torch.equal(a, b) for a, b in zip(first.seen, second.seen, strict=True))
+    steps = len(first.seen) // 2
+    epochs = [torch.cat(first.seen[i * steps : (i + 1) * steps]) for i in range(2)]
+    assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_epochs_cut_short_see_other_rows(project):
+    seen = Orders()
+    fit(project, callbacks=[seen], limit_train_batches=2)
+    assert len(seen.seen) == 4
+    assert not torch.equal(seen.seen[0], seen.seen[2])
+
+
+# Six steps an epoch, two epochs: within an epoch, at the end of one, and shortly behind it.
+@pytest.mark.parametrize("step", [2, 6, 7])
+def test_a_resumed_fit_ends_with_the_heads_of_one_that_was_not_stopped(project, step):
+    path = project.home / "stopped.ckpt"
+    whole, runner = fit(project, callbacks=[Save(step, path)])
+    assert runner.global_step == 12
+    orders = Orders()
+    resumed, again = fit(project, ckpt_path=path, callbacks=[orders])
+    assert again.global_step == 12
+    assert len(orders.seen) == 12 - step
+    assert_equal_heads(weights(resumed), weights(whole))
+    assert_equal_optimizers(runner, again)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning")
+@pytest.mark.parametrize("limit", [1.0, 2])
+def test_a_fit_resumed_from_the_checkpoint_of_an_epochs_end_goes_on_exactly(project, limit):
+    keep = ModelCheckpoint(dirpath=project.home / "ck", filename="{epoch}", save_top_k=-1)
+    options = {"enable_checkpointing": True, "limit_train_batches": limit}
+    whole, _ = fit(project, epochs=3, callbacks=[keep], **options)
+    path = project.home / "ck/epoch=0.ckpt"
+    again = ModelCheckpoint(dirpath=project.home / "ck", filename="{epoch}", save_top_k=-1)
+    resumed, _ = fit(project, epochs=3, ckpt_path=path, callbacks=[again], **options)
+    assert_equal_heads(weights(resumed), weights(whole))
+
+
+def assert_equal_optimizers(one, other):
+    for a, b in zip(one.optimizers, other.optimizers, strict=True):
+        for p, q in zip(a.state.values(), b.state.values(), strict=True):
+            assert all(torch.equal(p[name], q[name]) for name in p)
+
+
+def test_weight_decay_pulls_the_maps_to_the_identity_and_spares_the_bias(project):
+    sizes = {}
+    for decay in (0.0, 1.0, 10.0):
+        module, _ = fit(project, HeadConfig(lr=1e-2, weight_decay=decay), epochs=6)
+        sizes[decay] = float(module.heads.weight.detach().norm())
+    assert sizes[10.0] < sizes[1.0] < sizes[0.0]
+    _, runner = fit(project, HeadConfig(weight_decay=0.5))
+    groups = runner.optimizers[0].param_groups
+    assert [(g["params"][0].ndim, g["weight_decay"]) for g in groups] == [(3, 0.5), (2, 0.0)]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(project):
+    class Rates(Callback):
+        seen: list = []  # noqa: RUF012
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    fit(project, HeadConfig(lr=1e-2, warmup=0.25), callbacks=[rates])
+    assert rates.seen[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert rates.seen[2:] == sorted(rates.seen[2:], reverse=True)
+    assert rates.seen[-1] < 1e-3
+
+
+def test_target_final_trains_towards_the_model_itself(project):
+    module, _ = fit(project, HeadConfig(lr=3e-3, target="final"), epochs=8)
+    data = project.module()
+    batch = data.states("validation").gather(torch.arange(20))
+    unembed = data.adapter.unembed
+    goal = hidden_target(batch.final, unembed)
+    with torch.no_grad():
+        lens = distillation(batch.hidden[:, 2], goal, unembed).kl.mean()
+        tuned = distillation(module.heads(batch.hidden)[:, 2], goal, unembed).kl.mean()
+    assert tuned < lens
+
+
+def test_logged_metrics_are_the_means_computed_by_hand(project):
+    module, runner = fit(project)
+    data = project.module()
+    batch = data.states("validation").gather(torch.arange(20))
+    unembed = data.adapter.unembed
+    with torch.no_grad():
+        logits = unembed(module.heads(batch.hidden)).double()
+        goal = unembed(batch.target).double()
+    p = goal.softmax(-1)
+    loss = -(p * logits.log_softmax(-1)).sum(-1)
+    kl = loss + (p * goal.log_softmax(-1)).sum(-1)
+    agreement = (logits.argmax(-1) == goal.argmax(-1)).double()
+    choices = batch.choice_ids.long()[:, None].expand(-1, 3, -1)
+    chosen = choices.gather(2, logits.gather(2, choices).argmax(2, keepdim=True))[..., 0]
+    accuracy = (chosen == batch.answer_id[:, None]).double()
+    by_hand = {"loss": loss, "kl": kl, "agreement": agreement, "accuracy": accuracy}
+    for name, value in by_hand.items():
+        for place, layer in enumerate((1, 2, 3)):
+            logged = float(runner.logged_metrics[f"val/{name}/layer_{layer:02d}"])
+            assert logged == pytest.approx(float(value[:, place].mean()), rel=1e-5, abs=1e-6)
+        mean = float(runner.logged_metrics[f"val/{name}/mean"])
+        assert mean == pytest.approx(float(value.mean()), rel=1e-5, abs=1e-6)
+
+
+def test_rows_without_labels_log_no_accuracy(project):
+    from lspade_train.recipe import TextConfig
+
+    text = TextConfig(length=20, first_position=3)
+    data = project.module(task="text", dataset=str(project.texts), text=text)
+    _, runner = fit(project, data=data)
+    assert "val/accuracy/mean" in runner.logged_metrics  # next tokens are labels
+
+
+def test_a_loss_that_is_no_number_stops_with_its_remedy(project):
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batch.hidden[0] = float("nan")
+
+    with pytest.raises(NumericsError, match=r"loss is nan at step 0.*\n.*--model\.lr"):
+        fit(project, callbacks=[Spoil()])
+
+
+def test_csv_has_a_column_for_every_metric_of_every_layer(project):
+    fit(project, logger=CSVLogger(project.home, name="logs"))
+    header = next(project.home.glob("logs/*/metrics.csv")).read_text().splitlines()[0].split(",")
+    for stage in ("train", "val"):
+        for metric in ("loss", "kl", "agreement", "accuracy"):
+            for layer in ("mean", "layer_01", "layer_02", "layer_03"):
+                assert f"{stage}/{metric}/{layer}" in header
+
+
+DDP = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+import conftest, toy
+from pathlib import Path
+from test_module import fit, weights
+project = toy.Project(Path({root!r}), Path({home!r}))
+data = project.module(batch_size=4)
+module, runner = fit(project, data=data, devices=2, strategy="ddp", limit_val_batches=1.0)
+assert runner.world_size == 2
+if runner.is_global_zero:
+    torch.save(weights(module), Path({home!r}) / "heads.pt")
+    torch.save(dict(runner.logged_metrics), Path({home!r}) / "metrics.pt")
+"""
+
+
+def test_two_processes_train_the_heads_that_one_does(project, toy_root):
+    script = project.home / "run.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(DDP.format(tests=tests, root=str(toy_root), home=str(project.home)))
+    one, runner = fit(project, data=project.module(batch_size=8))  # builds the cache
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(project.home / "heads.pt", weights_only=True)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+    logged = torch.load(project.home / "metrics.pt", weights_only=True)
+    for name, value in runner.logged_metrics.items():
+        if name.startswith("val/"):
+            assert float(logged[name]) == pytest.approx(float(value), abs=1e-5)
+
+
+# Weights & Biases
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    """Neither key nor login, and a home without any."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+
+
+def test_wandb_is_used_where_its_mode_or_a_login_says_so(project, no_login, monkeypatch):
+    from lspade_train.callbacks import default_loggers
+
+    kinds = lambda: [type(x).__name__ for x in default_loggers(project.home, "toy")]  # noqa: E731
+    monkeypatch.delenv("WANDB_MODE")
+    assert kinds() == ["CSVLogger"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert kinds() == ["CSVLogger"]
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert kinds() == ["CSVLogger", "WandbLogger"]
+    monkeypatch.delenv("WANDB_MODE")
+    (project.home / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (project.home / ".netrc").chmod(0o600)
+    assert kinds() == ["CSVLogger", "WandbLogger"]
+
+
+def test_a_wandb_run_is_written_offline_without_key_or_network(project, no_login):
+    pytest.importorskip("wandb")
+    from lspade_train.cli import main
+
+    recipe = project.recipe()
+    here = Path.cwd()
+    os.chdir(project.home)
+    try:
+        assert main(["fit", "--config", str(recipe)]) == 0
+    finally:
+        os.chdir(here)
+    folder = project.home / "checkpoints/toy"
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert json.loads((folder / "config.json").read_text())["training"]["recipe"]["name"] == "toy"
