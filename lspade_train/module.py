@@ -198,7 +198,9 @@ class LSpadeModule(LightningModule):
             values[f"{stage}/{name}/mean"] = per_layer.mean()
             for layer, value in zip(self.heads.layers, per_layer, strict=True):
                 values[f"{stage}/{name}/layer_{layer:02d}"] = value
-        self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1)
+        # Epoch means are the same on every process already; saying so keeps Lightning quiet.
+        same = stage != "train"
+        self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)
 
 
 def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> TargetLogits:

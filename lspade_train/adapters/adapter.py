@@ -141,6 +141,12 @@ class ModelAdapter:
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a generated text, as `generate` ends it; () where there are none."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return cast(Tensor, self.model.get_input_embeddings().weight).device
@@ -208,9 +214,27 @@ class ModelAdapter:
             A plan over (rows, 1, d). Its `hidden` is of no meaning: substitute your own.
         """
         distinct, rows = start_ids.unique(return_inverse=True)
-        cache = StartCache([self._start(int(token)) for token in distinct], rows)
+        cache = StartCache([self.start_cache(int(token)) for token in distinct], rows)
         mask = start_ids.new_ones(len(start_ids), 2)
         return self._record(start_ids[:, None], mask, positions[:, None], cache)
+
+    @torch.no_grad()
+    def plan_cached(
+        self,
+        input_ids: Int[Tensor, "rows tokens"],
+        attention_mask: Int[Tensor, "rows seen"],
+        position_ids: Int[Tensor, "rows tokens"],
+        cache: DynamicCache | None,
+    ) -> Plan:
+        """Plan a forward behind the tokens in `cache`, which the blocks fill as they run.
+
+        Args:
+            input_ids: new tokens.
+            attention_mask: 1 for real tokens, over the cached and the new ones.
+            position_ids: of the new tokens.
+            cache: keys and values so far; None keeps none.
+        """
+        return self._record(input_ids, attention_mask, position_ids, cache)
 
     def run_block(
         self, plan: Plan, block: int, hidden: Float[Tensor, "rows tokens d"]
@@ -273,7 +297,7 @@ class ModelAdapter:
             **extra,
         )
 
-    def _start(self, token: int) -> DynamicCache:
+    def start_cache(self, token: int) -> DynamicCache:
         """Keys and values of one start token at every block, computed once.
 
         Always alone: in a batch their last bits would depend on the other tokens.

@@ -96,6 +96,7 @@ class StateDataset:
 
     def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
         """The asked rows in the asked order, copied out of the maps once."""
+        rows = rows.contiguous()
         which = torch.bucketize(rows, self.starts, right=True) - 1
         out = {
             name: torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)

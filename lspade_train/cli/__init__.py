@@ -36,9 +36,9 @@ overridden on the command line, as in --data.model_id or --trainer.max_epochs.
 commands:
 {commands}
 
-A first run, offline, on the model that ships with the project:
-  lspade-train fit --config recipes/quickstart.yaml
-  lspade-train evaluate --config recipes/quickstart.yaml
+A first run (costs and needs stand at the top of each recipe):
+  lspade-train fit --config recipes/pythia.yaml
+  lspade-train evaluate --config recipes/pythia.yaml
 
 lspade-train COMMAND --help explains a command and lists the recipe's keys.
 Exit codes: 0 done, 1 a named error, 2 wrong usage.
@@ -104,7 +104,8 @@ def _help() -> str:
 def _quiet() -> None:
     """Our own lines only: libraries' notices are for their developers."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lspade_train").setLevel(logging.INFO)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.getLogger("lspade_train").setLevel(logging.INFO if first else logging.ERROR)
     for name in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
     for notice in NOTICES:

@@ -184,18 +184,22 @@ def _print_curve(result: Any, never: Any) -> None:
 
     table = Table(
         "threshold", "accuracy", "drop", "disagreement", "mean exit", "FLOPs saved",
-        "of the oracle", "p-value", "",
-        title=f"validation, n = {result.n:,}, oracle saves {result.oracle_saving:.1%}",
+        "of oracle", "p-value", "",
+        title=f"validation, n = {result.n:,}, oracle saves {result.oracle_saving:.1%}; *: chosen",
     )  # fmt: skip
-    seen = None
-    for row in [never, *result.curve]:
-        state = (row.mean_exit_layer, row.disagreement, row.accuracy)
-        if state == seen:
-            continue  # no row changed its exit
-        seen = state
+    for row in _telling([never, *result.curve], result.chosen):
         chosen = row.threshold == result.chosen.threshold
-        table.add_row(*_cells(row), "<- chosen" if chosen else "", style="bold" if chosen else "")
+        table.add_row(*_cells(row), "*" if chosen else "", style="bold" if chosen else "")
     Console(width=max(Console().width, 100)).print(table)
+
+
+def _telling(curve: list[Any], chosen: Any) -> list[Any]:
+    """Never, the chosen row, and those between that save a few points more than the last shown."""
+    shown: list[Any] = []
+    for row in curve:
+        if not shown or row is chosen or row.compute_saved >= shown[-1].compute_saved + 0.03:
+            shown.append(row)
+    return shown
 
 
 def _cells(row: Any) -> list[str]:

@@ -1,7 +1,8 @@
 """`fit`, `validate` and `test`: Lightning's loops around the heads."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,17 @@ def fit(arguments: list[str]) -> None:
         callbacks.append(training_checkpoint(folder))
     with _named_refusals():
         trainer = _trainer(parsed, folder, callbacks)
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        if "LOCAL_RANK" not in os.environ:
+            # Before Lightning starts further processes: what is wrong is then said by one.
+            data.trainer = trainer
+            data.prepare_data()
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as stop:  # Lightning's own way out of an interrupt
+            last = folder / "training/last.ckpt"
+            if last.exists():
+                log.info("go on with --ckpt_path %s", last)
+            raise KeyboardInterrupt from stop
     log.info("heads: %s", folder)
     log.info("next:  lspade-train evaluate --config RECIPE.yaml")
 
@@ -80,9 +89,9 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
 
 
 @contextmanager
-def _named_refusals() -> Iterator[None]:
+def _named_refusals() -> Generator[None]:
     """Settings that the Trainer refuses are the recipe's mistake."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lspade_train.errors import RecipeError
 
