@@ -4,10 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# A model beside the clone where there is one; otherwise a small one from the Hub.
-MODEL ?= $(firstword $(wildcard ../shared/models/stories260K/hf) EleutherAI/pythia-14m)
-RUN   := --config recipes/quickstart.yaml --data.model_id $(MODEL)
-TEXTS := checkpoints/quickstart/texts
+RUN    := --config recipes/quickstart.yaml
 
 .PHONY: help quickstart test test-all lint bench clean
 .DEFAULT_GOAL := help
@@ -20,12 +17,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(READY)  ## fit, evaluate, calibrate and predict with a small model (MODEL=hub/id)
-	test -f $(TEXTS)/validation.jsonl || $(BIN)/python recipes/sample_text.py $(MODEL) $(TEXTS)
+quickstart: $(READY)  ## fit, evaluate, calibrate and predict on the model that ships here, offline
 	$(BIN)/lspade-train fit $(RUN)
-	$(BIN)/lspade-train evaluate $(RUN) --split validation
-	$(BIN)/lspade-train calibrate $(RUN) --max_disagreement 0.1
-	printf 'Once upon a time\nThe little girl was very\nOne day, Tim and his\n' | \
+	$(BIN)/lspade-train fit $(RUN) --model.target final
+	$(BIN)/lspade-train evaluate $(RUN)
+	$(BIN)/lspade-train calibrate $(RUN)
+	grep -m 5 multiple_choice recipes/quickstart/data/test.jsonl | \
 		$(BIN)/lspade-train predict $(RUN)
 
 test: $(READY)  ## the default test suite, offline
