@@ -52,6 +52,19 @@ def bench_rows(rounds: int = 5) -> list[dict[str, float | str]]:
     ]
 
 
+def run(rounds: int = 5) -> list[tuple[str, str, str]]:
+    """Rows of (figure, ratio, detail) for the table of `make bench`."""
+    where = f"{ROWS} x {TOKENS} tokens, d={WIDTH}, L={LAYERS}, V={VOCAB:,}"
+    return [
+        (
+            f"runtime: {row['case']} / forward",
+            f"{row['ratio']:.3f}",
+            f"at most {row['limit']:.3f}, {where}",
+        )
+        for row in bench_rows(rounds)
+    ]
+
+
 def _interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each case, taken in turn so that a busy machine slows all alike."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
@@ -64,5 +77,5 @@ def _interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 if __name__ == "__main__":
-    for row in bench_rows():
-        print(f"{row['case']:26} {row['ratio']:.3f}  (at most {row['limit']:.3f})")  # noqa: T201
+    for line in run():
+        print("  ".join(line))  # noqa: T201

@@ -2,5 +2,6 @@
 
 from lspade_train.runtime.decide import Decision
 from lspade_train.runtime.exit_runtime import ExitRuntime
+from lspade_train.runtime.generate import Generation
 
-__all__ = ["Decision", "ExitRuntime"]
+__all__ = ["Decision", "ExitRuntime", "Generation"]

@@ -1,9 +1,10 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lspade_train.adapters import ModelAdapter
@@ -11,6 +12,7 @@ from lspade_train.errors import PolicyError, TaskError
 from lspade_train.heads import LSpadeHeads
 from lspade_train.policy import REMEDY, ExitPolicy
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
+from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 from lspade_train.runtime.prompts import Choices, Prompt, Query, batches, encode
 
 TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
@@ -80,6 +82,51 @@ class ExitRuntime:
             for query, decision in zip(batch.queries, decisions, strict=True):
                 found[query.index] = self._worded(decision)
         return [found[index] for index in range(len(prompts))]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        on_token: Callable[[int, int], object] = lambda _, __: None,
+    ) -> list[Generation]:
+        """Several tokens for each prompt, all from the exit layer of its first one.
+
+        Our extension, not the paper's: `runtime/generate.py` says how it works and where it ends.
+        The policy's calibrated promise covers the first token only.
+
+        Args:
+            prompts: texts, or token ids with the start token first.
+            max_new_tokens: most tokens per prompt; the model's end-of-text token ends it earlier.
+            temperature: 0 takes the most probable token.
+            top_p: sample from the smallest set of tokens that holds this probability.
+            generator: source of randomness, on the model's device.
+            on_token: called with (index of the prompt, token) as tokens come.
+
+        Raises:
+            TaskError: an empty prompt, or one that leaves no room for the new tokens.
+            PolicyError: a setting out of range, or a policy of scope `choices`.
+            NumericsError: NaN logits.
+        """
+        check_sampling(self.policy, max_new_tokens, temperature, top_p)
+        queries = encode(prompts, None, self.adapter, self.tokenizer, new_tokens=max_new_tokens)
+        pick = sampler(temperature, top_p, generator)
+        found: dict[int, Generation] = {}
+        for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+            found |= generate_batch(
+                self.probe, batch, pick, max_new_tokens=max_new_tokens,
+                ends=self.adapter.end_tokens, listen=on_token,
+            )  # fmt: skip
+        return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _spelled(self, generation: Generation) -> Generation:
+        if self.tokenizer is None:
+            return generation
+        text = self.tokenizer.decode([*generation.token_ids], skip_special_tokens=True)
+        return replace(generation, text=str(text))
 
     def _worded(self, decision: Decision) -> Decision:
         if decision.text is not None or self.tokenizer is None:

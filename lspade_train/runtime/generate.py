@@ -1,0 +1,299 @@
+"""Several tokens behind an early exit: below it the whole context, above it the answer alone.
+
+Beyond the paper, which answers in one token and names this its first open question. Each prompt
+keeps the exit layer l that its first token was decided at. Blocks 1..l see and cache everything;
+blocks l+1..L see and cache the start token, the prompt's last token and the tokens generated so
+far. With l = L this is plain generation, token for token.
+
+Limits: above l the prompt is gone for every token, so that agreement with the full model falls
+with each token and with how early the exit is; the layer is never chosen anew, and a policy's
+calibrated promise covers the first token only.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.errors import NumericsError, PolicyError
+from lspade_train.metrics import entropy
+from lspade_train.policy import ExitPolicy, signal
+from lspade_train.runtime.decide import Probe
+from lspade_train.runtime.prompts import Batch
+
+Pick = Callable[[Float[Tensor, "rows vocab"]], Int[Tensor, " rows"]]
+Listener = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What follows one prompt.
+
+    Attributes:
+        token_ids: generated tokens, the end-of-text token included where it came.
+        text: theirs, without special tokens; None without a tokenizer.
+        layer: exit layer of every token; L is the full model.
+        entropy: nats, of the check that stopped the prompt, or of the model's first token.
+        exited: whether it stopped below L.
+        cache_bytes: keys and values held for this row when it ended.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    layer: int
+    entropy: float
+    exited: bool
+    cache_bytes: int
+
+
+class Group:
+    """Rows that left the same batch at the same layer, from then on decoded together."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        batch: Batch,
+        rows: Int[Tensor, " rows"],
+        layer: int,
+        below: DynamicCache,
+    ) -> None:
+        self.probe, self.batch, self.layer, self.below = probe, batch, layer, below
+        self.adapter = probe.adapter
+        self.rows = rows
+        self.mask = batch.mask[rows]
+        self.entropy: list[float] = []
+        speaks = probe.policy.decoder == "spade" and layer < self.adapter.num_layers
+        self.above = _answer_cache(self.adapter, batch.starts[rows], layer) if speaks else None
+        self.seen = 1  # tokens in `above`
+
+    def start(
+        self, hidden: Float[Tensor, "rows d"], checked: Float[Tensor, "rows vocab"] | None
+    ) -> tuple["Group", Float[Tensor, "rows vocab"]]:
+        """Itself and the logits of the first new token, from h^l of the prompts' last ones."""
+        logits = self.climb(hidden, self.batch.ids[self.rows, -1])
+        self.entropy = entropy(logits if checked is None else checked).tolist()
+        return self, logits
+
+    def climb(
+        self, hidden: Float[Tensor, "rows d"], tokens: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """From h^l of each row's newest token to the logits of its next one."""
+        if self.layer < self.adapter.num_layers and self.above is None:
+            return self.probe.check(hidden, self.layer, self.batch, self.rows)
+        states = hidden[:, None]
+        if self.above is not None:
+            where = self.mask.sum(-1, keepdim=True) - 1
+            if self.probe.policy.positions == "compact":
+                where = torch.full_like(where, self.seen)
+            self.seen += 1
+            mask = self.mask.new_ones(len(tokens), self.seen)
+            plan = self.adapter.plan_cached(tokens[:, None], mask, where, self.above)
+            for block in range(self.layer, self.adapter.num_layers):
+                states = self.adapter.run_block(plan, block, states)
+        return self.probe.read(states[:, 0], self.batch, self.rows)
+
+    def step(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+        """Feed one token per row; the logits of the next ones."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        # With no block below there is no cache to lengthen, and the mask covers the token alone.
+        mask, cache = (self.mask, self.below) if self.layer else (self.mask[:, -1:], None)
+        where = self.mask.sum(-1, keepdim=True) - 1
+        plan = self.adapter.plan_cached(tokens[:, None], mask, where, cache)
+        hidden = plan.hidden
+        for block in range(self.layer):
+            hidden = self.adapter.run_block(plan, block, hidden)
+        return self.climb(hidden[:, 0], tokens)
+
+    def keep(self, places: Int[Tensor, " kept"]) -> None:
+        """Drop the other rows, which have ended."""
+        self.rows, self.mask = self.rows[places.cpu()], self.mask[places]
+        for cache in (self.below, self.above):
+            if cache is not None:
+                _select(cache, places)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Keys and values of one row, below and above the exit."""
+        held = [layer for layer in _layers(self.below) if layer.keys is not None]
+        held += [] if self.above is None else _layers(self.above)[self.layer :]
+        sizes = (layer.keys.nbytes + layer.values.nbytes for layer in held)
+        return sum(sizes) // max(len(self.rows), 1)
+
+
+@torch.no_grad()
+def generate_batch(
+    probe: Probe,
+    batch: Batch,
+    pick: Pick,
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    listen: Listener,
+) -> dict[int, Generation]:
+    """Continue every row of a batch; its exit groups are decoded one after the other.
+
+    Args:
+        probe: model, heads and policy, of scope `vocabulary`.
+        batch: prompts.
+        pick: chooses the next tokens from logits.
+        max_new_tokens: most tokens per row.
+        ends: tokens that end a row.
+        listen: called with (prompt index, token) as tokens come.
+
+    Returns:
+        By prompt index; `text` is left None.
+
+    Raises:
+        NumericsError: logits are NaN.
+    """
+    found: dict[int, Generation] = {}
+    # Every prompt is read before the first group is continued: prompts cost most, and together.
+    for group, logits in list(_prefill(probe, batch)):
+        nats = dict(zip(group.rows.tolist(), group.entropy, strict=True))
+        for row, tokens, size in _decode(group, logits, pick, max_new_tokens, ends, listen):
+            exited = group.layer < probe.adapter.num_layers
+            index = batch.queries[row].index
+            found[index] = Generation(tuple(tokens), None, group.layer, nats[row], exited, size)
+    return found
+
+
+def sampler(temperature: float, top_p: float, generator: torch.Generator | None) -> Pick:
+    """Greedy at temperature 0; else from the smallest set of tokens that holds `top_p`."""
+
+    def greedy(logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def sample(logits: Tensor) -> Tensor:
+        probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        kept = probabilities.masked_fill(before >= top_p, 0.0)
+        return order.gather(1, torch.multinomial(kept, 1, generator=generator)).squeeze(1)
+
+    return sample if temperature > 0 else greedy
+
+
+def check_sampling(
+    policy: ExitPolicy, max_new_tokens: int, temperature: float, top_p: float
+) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        PolicyError: a setting out of range, or a policy of scope `choices`.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise PolicyError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: expected "
+            "1 or more, 0 or more, and over 0 up to 1."
+        )
+    if policy.scope == "choices":
+        raise PolicyError(
+            "This policy watches a task's choices, and free text has none. Choose one of scope "
+            "vocabulary with lspade-train calibrate."
+        )
+
+
+def _prefill(probe: Probe, batch: Batch) -> Iterator[tuple[Group, Tensor]]:
+    """Run the prompts, and hand out each group with its first logits as its rows leave."""
+    adapter, policy = probe.adapter, probe.policy
+    cache = DynamicCache(config=adapter.model.config)
+    positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+    plan = adapter.plan_cached(batch.ids, batch.mask, positions, cache)
+    hidden, inside = plan.hidden, torch.arange(len(batch.queries))
+    for block in range(adapter.num_layers):
+        if block in policy.check_layers:
+            logits = probe.check(hidden[:, -1], block, batch, inside)
+            leaving = policy.exits(signal(logits, policy.measure), block)
+            out, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
+            if len(out):
+                rows = inside[out.cpu()]
+                group = Group(probe, batch, rows, block, _copy(cache, out))
+                yield group.start(hidden[out, -1], logits[out])
+                _select(cache, stay)
+                hidden, plan, inside = hidden[stay], plan.select(stay), inside[stay.cpu()]
+        if not len(inside):
+            return
+        hidden = adapter.run_block(plan, block, hidden)
+    group = Group(probe, batch, inside, adapter.num_layers, cache)
+    yield group.start(hidden[:, -1], None)
+
+
+def _decode(
+    group: Group, logits: Tensor, pick: Pick, most: int, ends: Sequence[int], listen: Listener
+) -> Iterator[tuple[int, list[int], int]]:
+    """Rows as they end: row, tokens, bytes of its keys and values."""
+    written: dict[int, list[int]] = {row: [] for row in group.rows.tolist()}
+    for count in range(1, most + 1):
+        _require_numbers(logits, group)
+        tokens = pick(logits)
+        size, ended = group.bytes_per_row, torch.full(tokens.shape, count == most)
+        for place, (row, token) in enumerate(
+            zip(group.rows.tolist(), tokens.tolist(), strict=True)
+        ):
+            written[row].append(token)
+            listen(group.batch.queries[row].index, token)
+            ended[place] |= token in ends
+            if ended[place]:
+                yield row, written[row], size
+        if ended.all():
+            return
+        if ended.any():
+            stay = (~ended).nonzero()[:, 0].to(tokens.device)
+            group.keep(stay)
+            tokens = tokens[stay]
+        logits = group.step(tokens)
+
+
+def _require_numbers(logits: Tensor, group: Group) -> None:
+    broken = logits.isnan().any(-1)
+    if broken.any():
+        row = int(group.rows[broken.cpu()][0])
+        raise NumericsError(
+            f"The model's logits are NaN for prompt {group.batch.queries[row].index + 1}. "
+            "Load the model in a wider dtype (bfloat16 or float32)."
+        )
+
+
+def _answer_cache(adapter: ModelAdapter, starts: Int[Tensor, " rows"], layer: int) -> DynamicCache:
+    """A cache that holds each row's start token at every block above `layer`.
+
+    The decoder sizes its masks by the first layer of each kind (full or sliding), so the blocks
+    below, which never run on this cache, show it the first one above of their own kind.
+    """
+    known = [adapter.start_cache(int(token)) for token in starts]
+    upper: list[Any] = []
+    for block in range(layer, adapter.num_layers):
+        same = [_layers(start)[block] for start in known]
+        one = copy.copy(same[0])
+        one.keys = torch.cat([start.keys for start in same])
+        one.values = torch.cat([start.values for start in same])
+        upper.append(one)
+    cache = copy.copy(known[0])
+    lower = _layers(cache)[:layer]
+    shown = [next((one for one in upper if type(one) is type(it)), it) for it in lower]
+    cache.layers = [*shown, *upper]
+    return cache
+
+
+def _copy(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    _select(other, rows)
+    return other
+
+
+def _select(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> None:
+    # Once each: the layers under an answer cache are those above it.
+    for layer in {id(layer): layer for layer in _layers(cache)}.values():
+        if layer.keys is not None and len(layer.keys):
+            layer.batch_select_indices(rows.to(layer.keys.device))
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Its layers, each with keys and values: the adapter's check refuses models of other kinds."""
+    return list(cache.layers)

@@ -1,0 +1,121 @@
+"""The profile's counts against the runtime's own, and its files."""
+
+import json
+
+import pytest
+from rich.console import Console
+from test_runtime import prompts_of, runtime_of
+from tiny_models import LAYERS, tiny
+
+from lspade_train.errors import TaskError
+from lspade_train.policy import ExitPolicy
+from lspade_train.profiling import profile, profile_generation
+from lspade_train.runtime.flops import count_flops, exit_costs
+
+
+@pytest.fixture(scope="module")
+def measured():
+    runtime = runtime_of(tiny("llama"), ExitPolicy(layers=(1, 2), threshold=0.5))
+    return runtime, profile(
+        runtime, lengths=(8, 16), batch_sizes=(1, 3), thresholds=(None, 0.0, 4.15), repeats=2
+    )
+
+
+def test_every_length_batch_size_and_threshold_has_a_row(measured):
+    shapes = [(row.tokens, row.rows, row.threshold) for row in measured[1].results]
+    assert shapes == [
+        (tokens, rows, threshold)
+        for tokens in (8, 16)
+        for rows in (1, 3)
+        for threshold in (None, 0.0, 4.15)
+    ]
+
+
+def test_a_looser_threshold_leaves_earlier_and_costs_less(measured):
+    for place in range(0, 12, 3):
+        never, strict, loose = measured[1].results[place : place + 3]
+        assert (never.mean_exit_layer, strict.mean_exit_layer) == (LAYERS, LAYERS)
+        assert loose.mean_exit_layer == 1
+        assert never.flops == pytest.approx(1)
+        assert strict.flops > 1 > loose.flops
+
+
+def test_the_flops_are_those_of_the_accounting(measured):
+    runtime, found = measured
+    policy = ExitPolicy(layers=(1, 2), threshold=4.15)
+    expected = exit_costs(count_flops(runtime.adapter, runtime.heads), [16], [1], policy)
+    assert found.results[-1].flops == pytest.approx(float(expected))
+
+
+def test_times_and_memory_are_of_this_machine(measured):
+    for row in measured[1].results:
+        assert 0 < row.seconds < 5
+        assert row.tokens_per_second == pytest.approx(row.tokens * row.rows / row.seconds)
+        assert row.speedup > 0
+        assert row.peak_mb is None or row.peak_mb >= 0
+
+
+def test_it_is_written_drawn_and_printed(measured, tmp_path):
+    found = measured[1]
+    path = found.save(tmp_path)
+    written = json.loads(path.read_text())
+    assert len(written["results"]) == 12
+    assert written["prompts"] == "random"
+    assert (tmp_path / "figures/speedup.png").stat().st_size > 5000
+    console = Console(width=140, record=True, quiet=True)
+    console.print(found.table())
+    assert len(found.table().rows) == 12
+
+
+def test_real_prompts_are_cut_from_the_left_or_joined_to_the_length():
+    seen = []
+    runtime = runtime_of(tiny("llama"), ExitPolicy.never())
+    hook = runtime.adapter.model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, x: seen.append(x[0].tolist())
+    )
+    first, second = prompts_of([4, 9])
+    profile(runtime, lengths=(6,), batch_sizes=(2,), prompts=[first, second], repeats=1)
+    hook.remove()
+    batch = next(ids for ids in seen if len(ids) == 2)
+    assert batch == [[1, *second[-2:], *first[1:]], [1, *second[-5:]]]
+
+
+def test_the_policys_own_threshold_is_the_default():
+    policy = ExitPolicy(layers=(1, 2), threshold=(0.1, 0.2), scope="choices")
+    runtime = runtime_of(tiny("llama"), policy)
+    found = profile(runtime, lengths=(4,), batch_sizes=(1,), choices=(5, 6), repeats=1)
+    assert [row.threshold for row in found.results] == [(0.1, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("scope", "length", "match"),
+    [("vocabulary", 65, "takes 2 to 64 tokens"), ("choices", 8, "scope is choices")],
+)
+def test_what_cannot_be_profiled_is_one_clear_error(scope, length, match):
+    runtime = runtime_of(tiny("llama"), ExitPolicy.always(1, scope=scope))
+    with pytest.raises(TaskError, match=match):
+        profile(runtime, lengths=(length,))
+
+
+def test_generation_at_the_top_layer_is_the_full_models_and_earlier_exits_hold_less():
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    runtime = runtime_of(model, ExitPolicy.never())
+    rows = profile_generation(runtime, prompts_of([20, 12]), 6, layers=(1, 3, LAYERS), repeats=1)
+    assert [row.layer for row in rows] == [1, 3, LAYERS]
+    assert (rows[-1].agreement, rows[-1].first_token) == (1, 1)
+    assert rows[0].cache_bytes < rows[1].cache_bytes < rows[2].cache_bytes
+    assert all(0 <= row.agreement <= 1 and row.prefill_seconds > 0 for row in rows)
+
+
+def test_agreement_is_the_fraction_of_tokens_at_the_same_place():
+    model, prompts = tiny("llama"), prompts_of([7, 5])
+    model.generation_config.eos_token_id = None
+    runtime = runtime_of(model, ExitPolicy.never())
+    full = [one.token_ids for one in runtime.generate(prompts, 4)]
+    early = [one.token_ids for one in runtime_of(model, ExitPolicy.always(1)).generate(prompts, 4)]
+    hits = [
+        a == b for one, two in zip(early, full, strict=True) for a, b in zip(one, two, strict=True)
+    ]
+    (row,) = profile_generation(runtime, prompts, 4, layers=(1,), repeats=1)
+    assert row.agreement == pytest.approx(sum(hits) / 8)
