@@ -25,7 +25,18 @@ def results(stories, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train = ["--model.lr=3e-3", "--trainer.max_epochs=12", "--trainer.accelerator=cpu"]
-        assert main(["fit", *recipe, *train, "--trainer.enable_progress_bar=false"]) == 0
+        assert (
+            main(
+                [
+                    "fit",
+                    *recipe,
+                    *train,
+                    "--trainer.logger=false",
+                    "--trainer.enable_progress_bar=false",
+                ]
+            )
+            == 0
+        )
         assert main(["evaluate", *recipe, "--split=validation"]) == 0
     return json.loads((folder / "checkpoints/stories/results.json").read_text())
 
