@@ -230,13 +230,13 @@ def test_logged_metrics_are_the_means_computed_by_hand(project):
         assert mean == pytest.approx(float(value.mean()), rel=1e-5, abs=1e-6)
 
 
-def test_rows_without_labels_log_no_accuracy(project):
+def test_running_text_has_its_next_tokens_for_labels(project):
     from lspade_train.recipe import TextConfig
 
     text = TextConfig(length=20, first_position=3)
     data = project.module(task="text", dataset=str(project.texts), text=text)
     _, runner = fit(project, data=data)
-    assert "val/accuracy/mean" in runner.logged_metrics  # next tokens are labels
+    assert "val/accuracy/mean" in runner.logged_metrics
 
 
 def test_a_loss_that_is_no_number_stops_with_its_remedy(project):
