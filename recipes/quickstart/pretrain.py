@@ -2,75 +2,38 @@
 
 The final answer alone leaves deep models at chance here for thousands of steps. So three blocks
 first learn to look one thing up; their last two are then repeated once per further lookup, and
-the loss asks every pair of blocks, through the model's own final norm and head, for what should
-be reached by then. How much of the depth a question needs is therefore taught, not found.
+the loss asks every pair of blocks for what should be reached by then. How much of the depth a
+question needs is therefore taught, not found. The middle blocks are asked through a norm and head
+of their own, which are thrown away afterwards: the model's own head never sees a middle state.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from measure import card, measure
 from packing import LOOKUPS, PackedQuestions
 from tokenizer import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from world import HOPS, ask, make_world
+from world import HOPS
 
 SEED = 2
 FIRST, PER_LOOKUP = 3, 2
 BLOCKS = FIRST + PER_LOOKUP * (LOOKUPS - 1)
 SPECIAL = 4
 MULTIPLE_CHOICE, YES_NO, OPEN, NEXT = "multiple_choice", "yes_no", "open", "next"
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# tiny-world
-
-A Llama of {blocks} blocks, width 96 and 0.84M parameters that answers questions over facts told in
-its prompt. It exists to try lspade-train without a GPU or a download; it knows no language.
-
-**Data.** Worlds drawn without end by `recipes/quickstart/world.py`, from the training split only:
-four chains person, item, container, room, told as twelve facts in random order after four options.
-A world's split is a hash of its facts, so that no split shares one. A question is 1, 2 or 3 facts
-away from its room; multiple choice then needs the room's letter, yes/no one comparison.
-
-**Training.** `python recipes/quickstart/pretrain.py --seed {seed}`, {minutes:.1f} minutes on one
-CPU thread. AdamW, learning rate 2e-3 with 50 steps of warm-up in every stage, falling to zero in
-the last. A stage stops sooner where the running accuracy of every kind passes the last column.
-
-| stage | blocks | most steps | sequences per step | stops at |
-| --- | --- | --- | --- | --- |
-{stages}
-
-**Deep supervision.** Besides the answer, with equal weight, blocks {supervised} are trained too, in
-every stage and through the model's own final norm and head, to say what has been reached by then:
-the next name on the way, or the answer once it is known. So the depth at which a question is
-answered was taught, and the logit lens was trained along: SPADE has little to add to it here. Take
-this model's early answers as a demonstration, not as evidence about language models.
-
-**Accuracy** in percent among the choices, by kind and hops, on {questions} questions per cell about
-worlds of the test split, which training never saw. Chance is 25, 50 and 12.5.
-
-| kind | 1 hop | 2 hops | 3 hops |
-| --- | --- | --- | --- |
-{rows}
-"""
 
 
 @dataclass(frozen=True)
@@ -158,31 +121,38 @@ def causal(size: int) -> Tensor:
 
 
 class Pretraining(LightningModule):
-    """Cross-entropy of the answer and, with equal weight, of every lookup on the way to it."""
+    """Cross-entropy of the answer and, with equal weight, of every lookup on the way to it.
 
-    def __init__(self, model: LlamaForCausalLM, stage: Stage) -> None:
+    Args:
+        model: what is trained.
+        auxiliary: norm and head that read the lookups before the last.
+        stage: what it is trained on.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, auxiliary: torch.nn.Module, stage: Stage) -> None:
         super().__init__()
-        self.model, self.stage = model, stage
+        self.model, self.auxiliary, self.stage = model, auxiliary, stage
         self.accuracy: dict[str, float] = {}
         self.started = time.monotonic()
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss over the lookups that this stage's blocks make."""
         states = self.states(batch)
-        lookups = range(len(states))
-        logits = torch.stack([self.model.lm_head(states[step]) for step in lookups], dim=2)
+        read = [self.auxiliary(state) for state in states[: LOOKUPS - 1]]
+        read += [self.model.lm_head(self.model.model.norm(state)) for state in states[len(read) :]]
+        logits = torch.stack(read, dim=2)
         targets = batch["targets"][:, :, : len(states)]
         self.record(logits[:, :, -1].argmax(-1) == targets[:, :, -1], batch["difficulties"])
         return functional.cross_entropy(logits.flatten(0, 2), targets.flatten())
 
     def states(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """The normed states (batch, questions, width) at the questions' ends after each lookup."""
+        """The states (batch, questions, width) at the questions' ends after each lookup."""
         base, seen = self.model.model, []
         blocks = range(FIRST - 1, len(base.layers), PER_LOOKUP)
 
         def keep(_: torch.nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             state = output if isinstance(output, Tensor) else output[0]
-            seen.append(base.norm(state[:, batch["ends"]]))
+            seen.append(state[:, batch["ends"]])
 
         hooks = [base.layers[block].register_forward_hook(keep) for block in blocks]
         base(
@@ -236,6 +206,7 @@ def make_model(vocabulary: int, blocks: int) -> LlamaForCausalLM:
     """A fresh Llama of `blocks` blocks, under 3M parameters."""
     config = LlamaConfig(
         vocab_size=vocabulary,
+        tie_word_embeddings=True,
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=blocks,
@@ -243,7 +214,6 @@ def make_model(vocabulary: int, blocks: int) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=128,
         initializer_range=0.09,
-        tie_word_embeddings=False,
         rms_norm_eps=1e-5,
         pad_token_id=0,
         bos_token_id=2,
@@ -262,8 +232,16 @@ def grow(model: LlamaForCausalLM, blocks: int) -> LlamaForCausalLM:
     return grown
 
 
-def train(stage: Stage, model: LlamaForCausalLM, vocabulary: dict[str, int], seed: int) -> None:
-    """Run one stage on the CPU."""
+def auxiliary_head(config: LlamaConfig) -> torch.nn.Module:
+    """A norm and a head of the model's kind."""
+    head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    torch.nn.init.normal_(head.weight, std=config.initializer_range)
+    return torch.nn.Sequential(torch.nn.RMSNorm(config.hidden_size, config.rms_norm_eps), head)
+
+
+def train(module: Pretraining, vocabulary: dict[str, int], seed: int) -> int:
+    """Run one stage on the CPU; the number of steps it took."""
+    stage = module.stage
     stream: IterableDataset[dict[str, Tensor]]
     if stage.slots is None:
         words = Copies if stage.name == "copy" else Triples
@@ -280,31 +258,8 @@ def train(stage: Stage, model: LlamaForCausalLM, vocabulary: dict[str, int], see
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Pretraining(model, stage), DataLoader(stream, batch_size=None))
-
-
-@torch.no_grad()
-def measure(
-    model: LlamaForCausalLM, vocabulary: dict[str, int], count: int, split: str = "test"
-) -> dict[str, float]:
-    """Accuracy among the choices by kind and hops, on `count` questions of `split` each."""
-    rng, table = random.Random(SEED), {}
-    model.eval()
-    for kind in (MULTIPLE_CHOICE, YES_NO, OPEN):
-        for hops in HOPS:
-            ids, answers, choices = [], [], ()
-            for _ in range(count):
-                world = make_world(rng, split)
-                question = ask(world, kind, hops, rng)
-                words = ["<s>", *" ".join([*world.told, question.text]).split()]
-                ids.append([vocabulary[word] for word in words])
-                choices = question.choices
-                answers.append(choices.index(question.answer))
-            columns = [vocabulary[choice] for choice in choices]
-            logits = torch.cat([model(part).logits[:, -1] for part in torch.tensor(ids).split(250)])
-            right = logits[:, columns].argmax(-1) == torch.tensor(answers)
-            table[f"{kind} {hops}"] = right.float().mean().item()
-    return table
+    trainer.fit(module, DataLoader(stream, batch_size=None))
+    return trainer.global_step
 
 
 def main() -> None:
@@ -325,44 +280,41 @@ def main() -> None:
     tokenizer = build_tokenizer()
     vocabulary = tokenizer.get_vocab()
     model = make_model(len(vocabulary), STAGES[0].blocks)
+    auxiliary = auxiliary_head(model.config)
+    taken: list[int] = []
     for number, stage in enumerate(STAGES):
         model = grow(model, stage.blocks)
         steps = stage.steps
         if arguments.max_steps:
             steps = min(steps, max(1, arguments.max_steps // len(STAGES)))
-        train(replace(stage, steps=steps), model, vocabulary, arguments.seed * 100 + number)
+        module = Pretraining(model, auxiliary, replace(stage, steps=steps))
+        taken.append(train(module, vocabulary, arguments.seed * 100 + number))
     questions = arguments.questions or (20 if arguments.max_steps else 2000)
-    table = measure(model, vocabulary, questions)
-    text = card(table, questions, arguments.seed, time.monotonic() - started)
+    measured = measure(model, vocabulary, questions)
+    training = {
+        "seed": arguments.seed,
+        "minutes": (time.monotonic() - started) / 60,
+        "blocks": BLOCKS,
+        "parameters": sum(weight.numel() for weight in model.parameters()) / 1e6,
+        "supervised": ", ".join(str(block) for block in range(FIRST, BLOCKS, PER_LOOKUP)),
+        "stages": stage_rows(taken),
+    }
     model.generation_config = GenerationConfig(
         bos_token_id=2, eos_token_id=3, pad_token_id=0, max_new_tokens=1
     )
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
+    text = card(measured, training)
     (arguments.output / "README.md").write_text(text)
     print(text)  # noqa: T201
 
 
-def card(table: dict[str, float], questions: int, seed: int, seconds: float) -> str:
-    """The model card of one run."""
-    rows = "\n".join(
-        f"| {kind} | " + " | ".join(f"{100 * table[f'{kind} {hops}']:.1f}" for hops in HOPS) + " |"
-        for kind in (MULTIPLE_CHOICE, YES_NO, OPEN)
-    )
-    stages = "\n".join(
-        f"| {stage.name} | {stage.blocks} | {stage.steps} | {stage.worlds} | {stage.until:.1%} |"
-        if stage.until < 1
-        else f"| {stage.name} | {stage.blocks} | {stage.steps} | {stage.worlds} | none |"
-        for stage in STAGES
-    )
-    return CARD.format(
-        rows=rows,
-        stages=stages,
-        questions=questions,
-        seed=seed,
-        minutes=seconds / 60,
-        blocks=BLOCKS,
-        supervised=", ".join(str(block) for block in range(FIRST, BLOCKS, PER_LOOKUP)),
+def stage_rows(taken: Sequence[int]) -> str:
+    """The curriculum as rows of the card's table."""
+    return "\n".join(
+        f"| {stage.name} | {stage.blocks} | {stage.steps} | {steps} | {stage.worlds} | "
+        f"{f'{stage.until:.1%}' if stage.until < 1 else 'none'} |"
+        for stage, steps in zip(STAGES, taken, strict=True)
     )
 
 
