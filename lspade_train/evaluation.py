@@ -194,25 +194,33 @@ def pick_answer(logits: Tensor, batch: StateBatch) -> Tensor:
 
 @torch.no_grad()
 def exit_table(
-    dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
+    dataset: StateDataset,
+    adapter: ModelAdapter,
+    heads: LSpadeHeads,
+    policy: ExitPolicy,
+    *,
+    rows: int | None = None,
 ) -> ExitTable:
     """What every cached row would answer, and cost, if it stopped at each check layer.
 
-    Confidence is the heads', the answer is SPADE's: what `ExitRuntime` does, from cached states.
+    Confidence and answer are those of the policy's decoder: what `ExitRuntime` does, from cached
+    states.
 
     Args:
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads of the check layers.
-        policy: check layers, measure and scope; its threshold is not read.
+        policy: check layers, measure, scope and decoder; its threshold is not read.
+        rows: leading rows used; None takes all.
     """
+    dataset = dataset if rows is None else dataset.first(rows)
     chunks = [batch.to(adapter.device) for batch in _chunks(dataset)]
     parts = [_exits(batch, dataset.layers, adapter.unembed, heads, policy) for batch in chunks]
     confidence, answers, full = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-    rows = dataset.gather(torch.arange(len(dataset)))
-    choices = rows.choice_ids.shape[1] if policy.scope == "choices" else None
+    labels = dataset.gather(torch.arange(len(dataset)))
+    choices = labels.choice_ids.shape[1] if policy.scope == "choices" else None
     counts = count_flops(adapter, heads)
-    tokens, top = rows.position_id + 1, adapter.num_layers
+    tokens, top = labels.position_id + 1, adapter.num_layers
     cost = exit_flops(counts, tokens, [*policy.layers, top], policy, choices=choices)
     free = exit_flops(counts, tokens, policy.layers, policy, choices=choices, checks=())
     options = adapter.vocab_size if choices is None else choices
@@ -224,7 +232,7 @@ def exit_table(
         confidence=confidence.numpy(),
         answers=answers.numpy(),
         full_answer=full.numpy(),
-        gold=rows.answer_id.long().numpy() if bool(rows.labelled.all()) else None,
+        gold=labels.answer_id.long().numpy() if bool(labels.labelled.all()) else None,
         cost=cost[:, :-1].numpy(),
         full_cost=cost[:, -1].numpy(),
         free_cost=free.numpy(),
@@ -239,19 +247,21 @@ def _exits(
     heads: LSpadeHeads,
     policy: ExitPolicy,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Signal and SPADE's answer at each check layer, (rows, checks), and the model's answer."""
+    """Signal and answer at each check layer, (rows, checks), and the model's answer."""
     stored = target_logits(batch, "spade", unembed)
     signals: list[Tensor] = []
     answers: list[Tensor] = []
     for layer in policy.layers:
         place = cached.index(layer)
-        logits = heads.logits(batch.hidden[:, place], layer)
-        if policy.scope == "choices":
-            logits = _choice_logits(logits, batch)
-        value = signal(logits, policy.measure)
+        hidden = batch.hidden[:, place]
+        plain = policy.decoder == "logit_lens"
+        logits = unembed(hidden) if plain else heads.logits(hidden, layer)
+        seen = _choice_logits(logits, batch) if policy.scope == "choices" else logits
+        value = signal(seen, policy.measure)
         signals.append(value if policy.measure == "entropy" else -value)
-        spade = stored(slice(place, len(batch) * len(cached), len(cached)))
-        answers.append(pick_answer(spade, batch))
+        if policy.decoder == "spade":
+            logits = stored(slice(place, len(batch) * len(cached), len(cached)))
+        answers.append(pick_answer(logits, batch))
     full = pick_answer(unembed(batch.final), batch)
     return torch.stack(signals, 1), torch.stack(answers, 1), full
 

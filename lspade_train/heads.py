@@ -62,6 +62,16 @@ class LSpadeHeads(nn.Module):
             self.down = nn.Parameter(torch.randn(count, d, rank) / math.sqrt(d))
             self.up = nn.Parameter(torch.zeros(count, rank, d))
 
+    @property
+    def target(self) -> str | None:
+        """What they were fitted to: `spade`, or `final` (a tuned lens); None where not recorded."""
+        return self.metadata.get("training", {}).get("recipe", {}).get("model", {}).get("target")
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the weights' file they were read from; None where they never were a file."""
+        return self.metadata.get("weights_sha256")
+
     def forward(self, hidden: Float[Tensor, "rows layers d"]) -> Float[Tensor, "rows layers d"]:
         """Translate the hidden states of all layers at once, in the heads' own precision."""
         states = hidden.to(self.bias.dtype)

@@ -25,6 +25,7 @@ REMEDY = "Choose one with lspade-train calibrate."
 Measure = Literal["entropy", "margin", "max_prob"]
 Scope = Literal["vocabulary", "choices"]
 Decoder = Literal["spade", "l-spade", "logit_lens", "tuned_lens"]
+TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +107,22 @@ class ExitPolicy:
         limit = limits[self.layers.index(layer)] if isinstance(limits, tuple) else limits
         return signal <= limit if self.measure == "entropy" else signal >= limit
 
-    def check_heads(self, digest: str | None) -> None:
-        """Refuse heads other than the ones it was chosen for.
+    def check_heads(self, digest: str | None, target: str | None = None) -> None:
+        """Refuse heads other than the ones it was chosen for, or that its decoder cannot use.
 
         Args:
             digest: `weights_sha256` in the heads' config.json.
+            target: what they were fitted to, `spade` or `final`; None where not recorded.
 
         Raises:
-            PolicyError: another digest, or one that is not known.
+            PolicyError: another digest, or one that is not known; another target.
         """
+        needed = TARGETS.get(self.decoder, target)
+        if target is not None and target != needed:
+            raise PolicyError(
+                f"The decoder {self.decoder} needs heads fitted with model.target {needed}; these "
+                f"have {target}. {REMEDY}"
+            )
         if self.heads_digest is not None and digest != self.heads_digest:
             got = f"{digest[:12]}..." if digest else "not read from a heads folder"
             raise PolicyError(

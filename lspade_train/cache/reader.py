@@ -94,6 +94,14 @@ class StateDataset:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def first(self, rows: int) -> "StateDataset":
+        """The leading rows, without a copy."""
+        cut = [
+            {name: value[: max(rows - start, 0)] for name, value in shard.items()}
+            for start, shard in zip(self.starts[:-1].tolist(), self.shards, strict=True)
+        ]
+        return StateDataset(cut, self.groups, self.layers)
+
     def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
         """The asked rows in the asked order, copied out of the maps once."""
         rows = rows.contiguous()

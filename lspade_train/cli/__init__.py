@@ -16,8 +16,9 @@ COMMANDS = {
     "test": ("train", "the same on the test split"),
     "cache": ("store", "run the frozen model once, write hidden states and SPADE targets; resumes"),
     "evaluate": ("measure", "accuracy, agreement, KL, entropy by layer for every lens"),
-    "calibrate": ("exits", "choose the exit policy on validation, within a risk budget"),
-    "predict": ("exits", "prompts in, answers with exit layer and entropy out (JSONL)"),
+    "calibrate": ("choose", "choose the exit policy on validation, within a risk budget"),
+    "predict": ("answer", "prompts in, answers with exit layer and entropy out (JSONL)"),
+    "profile": ("gain", "wall time, memory and FLOPs against the full model, on this machine"),
     "info": ("show", "what a heads folder, a cache or a model is"),
 }
 

@@ -15,8 +15,6 @@ from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 from lspade_train.runtime.prompts import Choices, Prompt, Query, batches, encode
 
-TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
-
 
 class ExitRuntime:
     """SPADE-EXIT (SimExit in paper v2) over any Hugging Face decoder.
@@ -50,7 +48,8 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
-        policy.check_heads(None if heads is None else heads.metadata.get("weights_sha256"))
+        digest, target = (None, None) if heads is None else (heads.digest, heads.target)
+        policy.check_heads(digest, target)
         _check_fit(policy, self.adapter)
         _check_heads(policy, self.heads)
 
@@ -167,10 +166,3 @@ def _check_heads(policy: ExitPolicy, heads: LSpadeHeads | None) -> None:
         )
     for layer in policy.check_layers:
         heads.index(layer)
-    recipe = heads.metadata.get("training", {}).get("recipe", {})
-    target = recipe.get("model", {}).get("target")
-    if target is not None and target != TARGETS.get(policy.decoder, target):
-        raise PolicyError(
-            f"The decoder {policy.decoder} needs heads fitted with model.target "
-            f"{TARGETS[policy.decoder]}; these have {target}. {REMEDY}"
-        )

@@ -1,0 +1,53 @@
+"""Wall time and peak memory of one call, on the CPU or an accelerator."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SMAPS_RESET = Path("/proc/self/clear_refs")
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue waited for."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory in MB held during one run above what was held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if device.type != "cpu" or not SMAPS_RESET.exists():
+        return None
+    try:
+        SMAPS_RESET.write_text("5")  # Linux: forget the peak so far
+    except OSError:
+        return None
+    before = _resident("VmRSS:")
+    run()
+    return max(_resident("VmHWM:") - before, 0.0)
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

@@ -1,0 +1,110 @@
+"""What an exit layer keeps of greedy decoding, and what it saves."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from lspade_train.policy import ExitPolicy
+from lspade_train.profiling.clock import seconds_of
+from lspade_train.runtime import ExitRuntime
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRow:
+    """Greedy generation behind one exit layer, against the full model's.
+
+    Attributes:
+        layer: exit layer of every prompt; L is the full model.
+        agreement: fraction of the full model's tokens that stand at the same place.
+        first_token: the same for the first token alone, which `decide` would answer.
+        prefill_seconds: median time to the first token of all prompts.
+        cache_bytes: mean keys and values held per prompt at its end.
+    """
+
+    layer: int
+    agreement: float
+    first_token: float
+    prefill_seconds: float
+    cache_bytes: float
+
+
+def profile_generation(
+    runtime: ExitRuntime,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    layers: Sequence[int] | None = None,
+    repeats: int = 3,
+) -> list[GenerationRow]:
+    """What an exit at each layer keeps of greedy decoding, and what it saves.
+
+    Args:
+        runtime: model and heads; its policy's decoder and positions are used.
+        prompts: token ids, start token first.
+        max_new_tokens: most tokens per prompt.
+        layers: exit layers, 0..L; None takes the heads' and L.
+        repeats: timed prefills per layer.
+    """
+    top = runtime.adapter.num_layers
+    known = runtime.heads.layers if runtime.heads is not None else ()
+    asked = [*known, top] if layers is None else layers
+    full = _leaving_at(runtime, top).generate(prompts, max_new_tokens)
+    rows: list[GenerationRow] = []
+    for layer in asked:
+        at = _leaving_at(runtime, layer)
+        found = at.generate(prompts, max_new_tokens)
+        hits = [
+            [a == b for a, b in zip_longest(one.token_ids[: len(all_.token_ids)], all_.token_ids)]
+            for one, all_ in zip(found, full, strict=True)
+        ]
+        times = [
+            seconds_of(lambda at=at: at.generate(prompts, 1), runtime.adapter.device)
+            for _ in range(repeats)
+        ]
+        rows.append(
+            GenerationRow(
+                layer=layer,
+                agreement=statistics.mean(hit for row in hits for hit in row),
+                first_token=statistics.mean(row[0] for row in hits),
+                prefill_seconds=statistics.median(times),
+                cache_bytes=statistics.mean(one.cache_bytes for one in found),
+            )
+        )
+    return rows
+
+
+def generation_table(rows: Sequence[GenerationRow], max_new_tokens: int) -> "Table":
+    """What `profile_generation` found, for a terminal."""
+    from rich.table import Table
+
+    titles = ("exit layer", "agreement", "first token", "prefill", "cache per prompt")
+    table = Table(*titles, title=f"greedy decoding of {max_new_tokens} tokens")
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            str(row.layer),
+            f"{row.agreement:.3f}",
+            f"{row.first_token:.3f}",
+            f"{row.prefill_seconds * 1e3:,.1f} ms",
+            f"{row.cache_bytes / 1e3:,.1f} kB",
+        )
+    return table
+
+
+def _leaving_at(runtime: ExitRuntime, layer: int) -> ExitRuntime:
+    policy = ExitPolicy.never()
+    if layer < runtime.adapter.num_layers:
+        kept = {"decoder": runtime.policy.decoder, "positions": runtime.policy.positions}
+        policy = ExitPolicy.always(layer, **kept)
+    return ExitRuntime(
+        runtime.adapter,
+        runtime.heads,
+        policy=policy,
+        tokens_per_batch=runtime.tokens_per_batch,
+    )

@@ -1,0 +1,174 @@
+"""`calibrate`, `predict` and `profile` on the model that ships here."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lspade_train.cli import main
+from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.data import HiddenStateDataModule
+from lspade_train.evaluation import exit_table
+from lspade_train.exits import evaluate_policy
+from lspade_train.heads import LSpadeHeads
+from lspade_train.policy import ExitPolicy
+from lspade_train.runtime import ExitRuntime
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fitted:
+    """The quickstart's recipe on fewer rows, with both kinds of heads."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "checkpoints/quickstart"
+        self.arguments = [
+            f"--config={ROOT / 'recipes/quickstart.yaml'}",
+            f"--data.model_id={ROOT / 'checkpoints/tiny-world'}",
+            f"--data.dataset={ROOT / 'recipes/quickstart/data'}",
+            f"--data.cache_dir={home / 'cache'}",
+            "--data.limit=400",
+        ]
+
+    def run(self, command, *more):
+        os.chdir(self.folder.parents[1])
+        return main([command, *self.arguments, *more])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    made = Fitted(tmp_path_factory.mktemp("exits"))
+    quick = ["--trainer.max_epochs=6", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    quick.append("--trainer.enable_progress_bar=false")
+    before = Path.cwd()
+    assert made.run("fit", *quick) == 0
+    assert made.run("fit", "--model.target=final", *quick) == 0
+    yield made
+    os.chdir(before)
+
+
+def data_of(fitted):
+    recipe = parse(command_parser("calibrate", ""), fitted.arguments).recipe
+    return HiddenStateDataModule(recipe.data, "all", name=recipe.name)
+
+
+def test_calibrate_writes_a_policy_for_these_heads_and_says_what_it_promises(fitted, capsys):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    assert (
+        policy.heads_digest == LSpadeHeads.from_pretrained(fitted.folder).metadata["weights_sha256"]
+    )
+    chosen = policy.calibration["chosen"]
+    assert chosen["p_value"] <= 0.05
+    assert chosen["drop"] <= 0.05
+    printed = capsys.readouterr().out
+    assert f"Chosen: {chosen['compute_saved']:.1%} of the FLOPs saved" in printed
+    assert "Promise: accuracy drop of at most 0.05 with 95% confidence" in printed
+    assert len(printed.splitlines()) < 25
+
+
+def test_thresholds_proposed_by_training_rows_save_more_than_one_for_all_layers(fitted):
+    assert fitted.run("calibrate", "--max_disagreement=0.05") == 0
+    found = ExitPolicy.load(fitted.folder / "policy.json").calibration
+    accepted = [row for row in found["curve"] if row["accepted"]]
+    saved = {
+        kind: max(row["compute_saved"] for row in accepted if isinstance(row["threshold"], kind))
+        for kind in (float, list)
+    }
+    assert isinstance(found["chosen"]["threshold"], list)
+    assert found["chosen"]["compute_saved"] == saved[list] > saved[float]
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+@pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens", "tuned_lens"])
+def test_the_table_from_cached_states_is_what_the_runtime_does(fitted, decoder, scope):
+    data = data_of(fitted)
+    folder = fitted.folder / "tuned_lens" if decoder == "tuned_lens" else fitted.folder
+    heads = LSpadeHeads.from_pretrained(folder).bind(data.adapter)
+    policy = ExitPolicy(layers=(2, 4, 6, 8), scope=scope, decoder=decoder)
+    table = exit_table(data.stored("validation"), data.adapter, heads, policy, rows=64)
+    limit = float(table.confidence.mean())
+    runtime = ExitRuntime(data.adapter, heads, policy=replace(policy, threshold=limit))
+    lines = (ROOT / "recipes/quickstart/data/validation.jsonl").read_text().splitlines()[:64]
+    rows = [json.loads(line) for line in lines]
+    prompts = [[*data.tokenizer(row["prompt"])["input_ids"]] for row in rows]
+    choices = [
+        [data.tokenizer.convert_tokens_to_ids(choice) for choice in row["choices"]] for row in rows
+    ]
+    decided = runtime.decide(prompts, choices)
+    stops = table.exits(limit)
+    layers = [(*table.layers, table.num_layers)[stop] for stop in stops]
+    assert [decision.layer for decision in decided] == layers
+    assert len(set(layers)) > 2
+    wrong = sum(
+        decision.token_id != full for decision, full in zip(decided, table.full_answer, strict=True)
+    )
+    assert wrong / 64 == evaluate_policy(table, limit).disagreement
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ("--scope=everything", "everything"),
+        ("--measure=luck", "luck"),
+        ("--decoder=oracle", "oracle"),
+        ("--decoder=tuned_lens", "model.target final"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_one_clear_error(fitted, capsys, option, match):
+    assert fitted.run("calibrate", option) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    error = next(i for i, line in enumerate(printed) if line.startswith("error: "))
+    assert match in " ".join(printed[error:])
+    assert len(printed) - error <= 2
+
+
+def test_heads_of_a_tuned_lens_answer_by_themselves(fitted):
+    heads = fitted.folder / "tuned_lens"
+    assert fitted.run("calibrate", f"--heads={heads}", "--max_accuracy_drop=0.05") == 0
+    assert ExitPolicy.load(heads / "policy.json").decoder == "tuned_lens"
+
+
+def test_profile_prints_and_writes_what_the_policy_gains(fitted, capsys):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    capsys.readouterr()
+    shapes = ["--lengths=[16,32]", "--batch_sizes=[2]", "--repeats=1", "--generate=2"]
+    assert fitted.run("profile", *shapes) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((fitted.folder / "profile.json").read_text())
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    assert [(row["tokens"], row["rows"]) for row in written["results"]] == [(16, 2)] * 2 + [
+        (32, 2)
+    ] * 2
+    assert [row["threshold"] for row in written["results"][:2]] == [None, [*policy.threshold]]
+    assert written["prompts"] == "given"
+    assert "greedy decoding of 2 tokens" in printed
+    assert (fitted.folder / "figures/speedup.svg").exists()
+
+
+def test_profile_takes_thresholds_and_refuses_a_length_over_the_context(fitted, capsys):
+    one = ["--batch_sizes=[1]", "--repeats=1"]
+    assert fitted.run("profile", "--lengths=[16]", "--thresholds=[0.0,0.5]", *one) == 0
+    written = json.loads((fitted.folder / "profile.json").read_text())
+    assert [row["threshold"] for row in written["results"]] == [None, 0.0, 0.5]
+    capsys.readouterr()
+    assert fitted.run("profile", "--lengths=[4096]", *one) == 1
+    assert "this model takes 2 to 128 tokens" in capsys.readouterr().err
+
+
+def test_predict_answers_with_the_calibrated_policy(fitted, capsys):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    rows = (ROOT / "recipes/quickstart/data/test.jsonl").read_text().splitlines()[:20]
+    source, target = fitted.folder / "in.jsonl", fitted.folder / "out.jsonl"
+    source.write_text("\n".join(rows) + "\n")
+    assert fitted.run("predict", f"--input={source}", f"--output={target}") == 0
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    right = [
+        answer["text"] == json.loads(row)["answer"]
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    assert sum(right) >= 18
+    assert torch.tensor([answer["layer"] for answer in answers]).float().mean() < 9
