@@ -1,11 +1,16 @@
-"""Entropy, KL, agreement, calibration error, AUROC: pure functions of tensors.
+"""Entropy, KL, agreement, calibration, AUROC, risk-coverage, bootstrap: functions of tensors.
 
 Knows nothing of models or files.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+BOOTSTRAP_CELLS = 2**23
+"""Resamples x rows held at once."""
 
 
 def entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
@@ -78,6 +83,83 @@ def auroc(score: Float[Tensor, " rows"], positive: Bool[Tensor, " rows"]) -> flo
     ranks = mean_rank[inverse]
     above = float(ranks[positive].sum()) - positives * (positives + 1) / 2
     return above / (positives * negatives)
+
+
+def risk_coverage(
+    score: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """Error rate among the k rows of highest score, for k = 1..n.
+
+    Rows of equal score stand in random order: their errors count in equal parts. The mean over k
+    is the area under the curve, AURC.
+
+    Args:
+        score: confidence of each row; only its order matters.
+        correct: whether the row's answer was right.
+
+    Returns:
+        0..1, float64.
+
+    Source: Geifman and El-Yaniv 2017, arXiv:1705.08500.
+    """
+    _, tie, counts = (-score.double()).unique(return_inverse=True, return_counts=True)
+    wrong = torch.zeros(len(counts), dtype=torch.float64, device=score.device)
+    wrong.scatter_add_(0, tie, (~correct).double())
+    errors = (wrong / counts).repeat_interleave(counts).cumsum(0)
+    return errors / torch.arange(1, len(score) + 1, device=score.device)
+
+
+def at_coverage(
+    curve: Float[Tensor, " rows"], coverage: Sequence[float]
+) -> Float[Tensor, " points"]:
+    """Values of a `risk_coverage` curve where the given fractions of the rows are answered.
+
+    Args:
+        curve: one value per number of rows, 1..n.
+        coverage: fractions, over 0 up to 1; rounded up to whole rows.
+    """
+    wanted = torch.tensor(coverage, dtype=torch.float64) * len(curve)
+    # The subtraction undoes what a product like 0.1 * 30 has in excess.
+    return curve[(wanted - 1e-9).ceil().long().clamp(1, len(curve)) - 1]
+
+
+def bootstrap_interval(
+    values: Float[Tensor, "rows columns"],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Float[Tensor, "columns 2"]:
+    """Percentile bootstrap intervals of the columns' means.
+
+    All columns see the same resampled rows, so intervals of a difference come from a column of
+    differences. Rows are taken for independent draws.
+
+    Args:
+        values: one row per measured row, at least one.
+        level: probability inside the interval.
+        resamples: draws of n rows with replacement.
+        seed: of those draws.
+
+    Returns:
+        Lower and upper bound of each column's mean, float64.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    rows = len(values)
+    values = values.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    step = max(BOOTSTRAP_CELLS // rows, 1)
+    means: list[Tensor] = []
+    for first in range(0, resamples, step):
+        draws = torch.randint(rows, (min(step, resamples - first), rows), generator=generator)
+        # How often each row was drawn: a mean over a resample is then a matrix product.
+        times = torch.zeros(draws.shape, dtype=torch.float64)
+        times.scatter_add_(1, draws, torch.ones_like(times))
+        means.append(times @ values / rows)
+    tail = (1 - level) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    return torch.cat(means).quantile(bounds, dim=0).T
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

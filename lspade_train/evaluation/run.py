@@ -1,0 +1,151 @@
+"""One recipe's whole evaluation: opens model, heads and cache, and gathers `results.json`.
+
+Knows nothing of pictures or terminals.
+"""
+
+import logging
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lspade_train import tasks
+from lspade_train.artifact import source_state, versions
+from lspade_train.data import HiddenStateDataModule
+from lspade_train.errors import RecipeError
+from lspade_train.evaluation.compute import iso_compute
+from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
+from lspade_train.evaluation.readings import read_lenses
+from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
+from lspade_train.heads import LSpadeHeads
+from lspade_train.lenses import HeadsLens, Lens, LogitLens, SpadeLens
+from lspade_train.policy import POLICY, ExitPolicy
+from lspade_train.recipe import Recipe
+from lspade_train.tasks import Split
+
+log = logging.getLogger(__name__)
+
+
+class Subject:
+    """Heads, their model and the data of one recipe, opened for measuring.
+
+    Args:
+        recipe: names model, data and layers.
+        folder: heads folder.
+        split: split to measure; None takes test, or validation where test has no labels.
+
+    Raises:
+        LSpadeError: heads, model, data or split cannot be used; says which and why.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, split: str | None = None) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.heads = LSpadeHeads.from_pretrained(folder)
+        self.data = HiddenStateDataModule(
+            recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
+        )
+        self.heads.bind(self.data.adapter)
+        self.split: Split = _known_split(recipe, split)
+        self.layers = _common_layers(self.data, self.heads, folder)
+
+    def lenses(self) -> list[Lens]:
+        """Those that exist, in the order of tables and figures."""
+        found: list[Lens] = [LogitLens(self.data.adapter.unembed)]
+        if (tuned := self.tuned_lens()) is not None:
+            found.append(HeadsLens(tuned, "tuned_lens"))
+        return [*found, HeadsLens(self.heads), SpadeLens()]
+
+    def tuned_lens(self) -> LSpadeHeads | None:
+        """Heads fitted with `target: final`, where they are there and have the same layers."""
+        folder = self.folder / "tuned_lens"
+        if not folder.is_dir():
+            return None
+        heads = LSpadeHeads.from_pretrained(folder).bind(self.data.adapter)
+        if not set(self.layers) <= set(heads.layers):
+            log.warning(
+                "tuned lens left out: it has layers %s, L-SPADE has %s. Fit it again with "
+                "--model.target final.",
+                list(heads.layers), self.layers,
+            )  # fmt: skip
+            return None
+        return heads
+
+
+def evaluate_recipe(subject: Subject) -> dict[str, Any]:
+    """Lenses, exits and equal compute of one recipe, as `results.json` holds them.
+
+    Args:
+        subject: what is measured.
+    """
+    data, heads, adapter = subject.data, subject.heads, subject.data.adapter
+    dataset = data.stored(subject.split)
+    readings = read_lenses(dataset, adapter.unembed, subject.lenses(), subject.layers)
+    results = _header(subject) | summarise(readings, adapter.vocab_size)
+    policy = ExitPolicy(layers=tuple(subject.layers), positions=subject.recipe.data.positions)
+    exits = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
+    saved = subject.folder / POLICY
+    exits["policy"] = (
+        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
+    )
+    results["exits"] = exits
+    tuned = subject.tuned_lens()
+    trained = {"l_spade": heads} | ({} if tuned is None else {"tuned_lens": tuned})
+    results["iso_compute"] = iso_compute(results, dataset, adapter, trained)
+    return plain(results | {"cross_task": None, "ablations": None})
+
+
+def _header(subject: Subject) -> dict[str, Any]:
+    """What was measured, and with what."""
+    recipe, adapter, heads = subject.recipe, subject.data.adapter, subject.heads
+    trained = heads.metadata.get("training", {}).get("recipe", {})
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": recipe.name,
+        "model_id": recipe.data.model_id,
+        "revision": adapter.revision,
+        "num_layers": adapter.num_layers,
+        "vocab_size": adapter.vocab_size,
+        "dtype": adapter.identity["dtype"],
+        "task": recipe.data.task,
+        "dataset": recipe.data.dataset,
+        "split": subject.split,
+        "seed": recipe.seed_everything,
+        "heads": {
+            "folder": str(subject.folder),
+            "form": heads.form,
+            "rank": heads.rank if heads.form == "low_rank" else None,
+            "layers": list(heads.layers),
+            "target": trained.get("model", {}).get("target"),
+            "trained_on": trained.get("data", {}).get("task"),
+            "weights_sha256": heads.metadata.get("weights_sha256"),
+        },
+        "recipe": asdict(recipe),
+        "provenance": {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "source": source_state(),
+            "device": str(adapter.device),
+        },
+    }
+
+
+def _known_split(recipe: Recipe, asked: str | None) -> Split:
+    if asked is None:
+        return tasks.evaluation_split(recipe.data)
+    available = tasks.splits(recipe.data)
+    for split in available:
+        if split == asked:
+            return split
+    raise RecipeError(
+        f"No split {asked!r} in this data; it has {', '.join(available)}. Set --split."
+    )
+
+
+def _common_layers(data: HiddenStateDataModule, heads: LSpadeHeads, folder: Path) -> list[int]:
+    layers = [layer for layer in data.layers if layer in heads.layers]
+    if not layers:
+        raise RecipeError(
+            f"{folder} has heads of layers {list(heads.layers)}, the recipe asks for "
+            f"{list(data.layers)}: none in common. Set --model.layers to those of the heads."
+        )
+    return layers
