@@ -16,6 +16,7 @@ COMMANDS = {
     "test": ("train", "the same on the test split"),
     "cache": ("store", "run the frozen model once, write hidden states and SPADE targets; resumes"),
     "evaluate": ("measure", "accuracy, agreement, KL, entropy by layer for every lens"),
+    "inspect": ("look", "one prompt, layer by layer: the likeliest tokens, coloured by entropy"),
     "calibrate": ("exits", "choose the exit policy on validation, within a risk budget"),
     "predict": ("exits", "prompts in, answers with exit layer and entropy out (JSONL)"),
     "info": ("show", "what a heads folder, a cache or a model is"),
