@@ -15,10 +15,15 @@ COMMANDS = {
     "validate": ("train", "loss, KL, agreement and accuracy of fitted heads on validation"),
     "test": ("train", "the same on the test split"),
     "cache": ("store", "run the frozen model once, write hidden states and SPADE targets; resumes"),
-    "evaluate": ("measure", "accuracy, agreement, KL, entropy by layer for every lens"),
+    "evaluate": ("measure", "every lens at every layer: results.json, figures, report.html"),
+    "compare": ("measure", "results of several heads folders in one table and one figure"),
+    "inspect": ("look", "one prompt, layer by layer: the likeliest tokens, coloured by entropy"),
     "calibrate": ("choose", "choose the exit policy on validation, within a risk budget"),
     "predict": ("answer", "prompts in, answers with exit layer and entropy out (JSONL)"),
     "profile": ("gain", "wall time, memory and FLOPs against the full model, on this machine"),
+    "push": ("hub", "heads, policy, results and model card to the Hugging Face Hub"),
+    "pull": ("hub", "heads from the Hub into a folder, checked"),
+    "recipes": ("recipes", "the recipes that come with the package"),
     "info": ("show", "what a heads folder, a cache or a model is"),
 }
 

@@ -1,0 +1,166 @@
+"""One prompt through one lens: the likeliest tokens of every layer at every position.
+
+Knows nothing of terminals, files or recipes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.errors import RecipeError
+from lspade_train.lenses import LayerView, Lens
+from lspade_train.metrics import entropy, kl_divergence
+from lspade_train.recipe import PositionIds
+from lspade_train.spade import check_layers, collect_states, continue_states
+
+SPACE, NEWLINE = "·", "⏎"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer's answer at one position.
+
+    Attributes:
+        tokens: likeliest next tokens, best first, with their white space made visible.
+        probabilities: theirs, 0..1.
+        entropy: of the whole distribution, nats.
+        kl: KL(full model || lens) in nats.
+        agrees: whether the best token is the full model's.
+    """
+
+    tokens: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    entropy: float
+    kl: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Layer x position for one prompt.
+
+    Attributes:
+        lens: name of the lens.
+        tokens: the prompt's tokens at the positions shown.
+        first: index of the first of them in the prompt.
+        layers: ascending; the last is L, the full model.
+        cells: by layer, then by position.
+        uniform: ln(vocabulary), the highest entropy there is, nats.
+    """
+
+    lens: str
+    tokens: tuple[str, ...]
+    first: int
+    layers: tuple[int, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    uniform: float
+
+    @property
+    def answer(self) -> tuple[Cell, ...]:
+        """Every layer at the answer position, the prompt's last."""
+        return tuple(row[-1] for row in self.cells)
+
+
+@torch.no_grad()
+def inspect_prompt(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    lens: Lens,
+    layers: Sequence[int],
+    *,
+    last: int | None = None,
+    top_k: int = 5,
+    positions: PositionIds = "original",
+) -> TokenView:
+    """Read `layers` at the last positions of one prompt; the full model is added on top.
+
+    Args:
+        adapter: the frozen model.
+        tokenizer: the model's.
+        ids: the prompt, start token first.
+        lens: how a layer is read.
+        layers: layers below L to read.
+        last: positions to show, counted from the prompt's end; None shows all.
+        top_k: tokens kept per cell.
+        positions: position ids of SPADE's two tokens.
+
+    Raises:
+        RecipeError: a layer out of range, or nothing to show.
+    """
+    shown = len(ids) if last is None else min(last, len(ids))
+    if shown < 1 or top_k < 1:
+        raise RecipeError(
+            f"{last} positions and {top_k} tokens asked for; expected 1 or more of each. "
+            "Set --last and --top_k."
+        )
+    asked = sorted(check_layers(layers, adapter.num_layers, last=adapter.num_layers - 1))
+    input_ids = torch.tensor([list(ids)], device=adapter.device)
+    where = torch.arange(len(ids) - shown, len(ids), device=adapter.device)
+    states = collect_states(adapter, input_ids, None, where[None], asked)
+    hidden, start = states.hidden[0], states.start_ids.expand(shown)
+
+    @cache
+    def continued() -> Tensor:
+        return continue_states(
+            adapter, hidden, asked, start, states.position_ids[0], positions=positions
+        )
+
+    full = adapter.unembed(states.final[0])
+    words = _Words(tokenizer)
+    rows: list[tuple[Cell, ...]] = []
+    for place, layer in enumerate(asked):
+        view = LayerView(
+            layer, hidden[:, place], lambda place=place: adapter.unembed(continued()[:, place])
+        )
+        rows.append(_cells(lens.logits(view), full, top_k, words))
+    rows.append(_cells(full, full, top_k, words))
+    return TokenView(
+        lens=lens.name,
+        tokens=tuple(words(token) for token in list(ids)[len(ids) - shown :]),
+        first=len(ids) - shown,
+        layers=(*asked, adapter.num_layers),
+        cells=tuple(rows),
+        uniform=math.log(adapter.vocab_size),
+    )
+
+
+def _cells(logits: Tensor, full: Tensor, top_k: int, words: "_Words") -> tuple[Cell, ...]:
+    """One layer at every position from its logits, (positions, vocab)."""
+    best = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
+    agrees = best.indices[:, 0] == full.argmax(-1)
+    return tuple(
+        Cell(tuple(map(words, tokens)), tuple(probabilities), spread, kl, same)
+        for tokens, probabilities, spread, kl, same in zip(
+            best.indices.tolist(),
+            best.values.tolist(),
+            entropy(logits).tolist(),
+            kl_divergence(full, logits).tolist(),
+            agrees.tolist(),
+            strict=True,
+        )
+    )
+
+
+class _Words:
+    """Token id -> text with visible white space, also where decoding alone would drop it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, token: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(piece, str):
+            return f"<{token}>"  # the unembedding has rows that no token uses
+        text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if not text or "\ufffd" in text:
+            return piece.replace("▁", SPACE)  # part of a character, or white space alone
+        if piece[:1] in {"▁", "Ġ"} and not text[:1].isspace():
+            text = " " + text
+        return text.replace(" ", SPACE).replace("\n", NEWLINE).replace("\t", "⇥")

@@ -1,0 +1,221 @@
+"""The token view: its numbers against the model's own, and the command as a user meets it."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+import toy
+from rich.console import Console
+from tiny_models import LAYERS, VOCAB, tiny
+
+from lspade_train import LSpadeHeads, ModelAdapter, spade_logits
+from lspade_train.cli import main
+from lspade_train.errors import RecipeError
+from lspade_train.inspection import inspect_prompt, render_html, render_terminal
+from lspade_train.inspection.render import style
+from lspade_train.lenses import HeadsLens, LogitLens, SpadeLens
+
+IDS = [1, 9, 10, 30, 11, 12, 6, 7]
+BELOW = tuple(range(LAYERS))
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return ModelAdapter.of(tiny("llama"))
+
+
+def view_of(adapter, lens, layers=BELOW, ids=IDS, **settings):
+    return inspect_prompt(adapter, toy.tokenizer(), ids, lens, layers, **settings)
+
+
+def best(logits):
+    return toy.tokenizer().convert_ids_to_tokens(int(logits.argmax()))
+
+
+# The numbers
+
+
+def test_the_top_row_is_the_full_model_at_every_position(adapter):
+    view = view_of(adapter, LogitLens(adapter.unembed), top_k=VOCAB)
+    logits = adapter.model(torch.tensor([IDS])).logits[0]
+    assert view.layers == (*BELOW, LAYERS)
+    assert view.tokens == tuple(toy.tokenizer().convert_ids_to_tokens(IDS))
+    assert [cell.tokens[0] for cell in view.cells[-1]] == [best(row) for row in logits]
+    for cell, row in zip(view.cells[-1], logits.double().softmax(-1), strict=True):
+        torch.testing.assert_close(torch.tensor(sum(cell.probabilities)), torch.tensor(1.0))
+        assert cell.probabilities[0] == pytest.approx(float(row.max()), abs=1e-6)
+        assert cell.entropy == pytest.approx(float(-(row * row.log()).sum()), abs=1e-5)
+        assert cell.agrees
+        assert cell.kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_spade_at_each_position_is_spade_of_the_prompt_cut_there(adapter):
+    view = view_of(adapter, SpadeLens())
+    for place in range(len(IDS)):
+        expected = spade_logits(adapter, torch.tensor([IDS[: place + 1]]), layers=BELOW)[0]
+        for layer in BELOW:
+            assert view.cells[layer][place].tokens[0] == best(expected[layer])
+            probability = float(expected[layer].softmax(-1).max())
+            assert view.cells[layer][place].probabilities[0] == pytest.approx(probability, abs=1e-5)
+
+
+def test_spade_at_the_start_token_is_the_full_model(adapter):
+    column = [row[0] for row in view_of(adapter, SpadeLens()).cells]
+    assert all(cell.agrees and cell.kl == pytest.approx(0.0, abs=1e-5) for cell in column)
+
+
+def test_untrained_heads_read_what_the_logit_lens_reads(adapter):
+    heads = LSpadeHeads([1, 3], adapter.hidden_size).bind(adapter)
+    through_heads = view_of(adapter, HeadsLens(heads), heads.layers)
+    assert through_heads.layers == (1, 3, LAYERS)
+    assert through_heads.cells == view_of(adapter, LogitLens(adapter.unembed), (1, 3)).cells
+
+
+def test_the_last_positions_are_those_of_the_whole_view(adapter):
+    lens = LogitLens(adapter.unembed)
+    part, whole = view_of(adapter, lens, last=3), view_of(adapter, lens)
+    assert part.first == len(IDS) - 3
+    assert part.tokens == whole.tokens[-3:]
+    assert [cell.tokens for cell in part.answer] == [cell.tokens for cell in whole.answer]
+
+
+def test_white_space_is_made_visible(stories):
+    from lspade_train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(stories))
+    real = ModelAdapter.from_pretrained(str(stories), device="cpu")
+    ids = tokenizer("Once upon a time\nthere was").input_ids
+    view = inspect_prompt(real, tokenizer, ids, LogitLens(real.unembed), [1], top_k=1)
+    assert "·upon" in view.tokens
+    assert "⏎" in view.tokens
+    assert not any(re.search(r"\s", token) for token in view.tokens)
+
+
+# How it looks
+
+
+def printed(view, width=100, **settings):
+    console = Console(file=io.StringIO(), width=width, **settings)
+    render_terminal(view, console)
+    return console.file.getvalue()
+
+
+def test_without_colours_entropy_is_a_number_in_the_cell(adapter):
+    view = view_of(adapter, LogitLens(adapter.unembed))
+    text = printed(view)
+    assert f"{view.answer[-1].tokens[0]} {view.answer[-1].entropy:.1f}" in text
+    assert "\x1b[" not in text
+
+
+def test_with_colours_entropy_is_the_cells_background(adapter):
+    view = view_of(adapter, LogitLens(adapter.unembed))
+    text = printed(view, color_system="truecolor", force_terminal=True)
+    background = style(view.answer[-1].entropy, view.uniform)[0]
+    red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
+    assert f"48;2;{red};{green};{blue}" in text
+
+
+def test_a_narrow_terminal_keeps_the_answer_and_says_what_it_left_out(adapter):
+    text = printed(view_of(adapter, LogitLens(adapter.unembed)), width=60)
+    assert all(len(line) <= 60 for line in text.split("answer position")[0].splitlines()[4:])
+    assert re.search(r"\d earlier positions are not shown", text)
+    assert re.search(r"┃ : +┃\n", text)  # the prompt's last token is the last column
+
+
+def test_the_scale_darkens_all_the_way_and_its_text_stands_out():
+    def luminance(colour):
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    looks = [style(share / 20 * math.log(VOCAB), math.log(VOCAB)) for share in range(21)]
+    backs = [luminance(back) for back, _ in looks]
+    assert backs == sorted(backs, reverse=True)
+    for back, text in looks:
+        light, dark = sorted([luminance(back), luminance(text)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_a_network(adapter, tmp_path):
+    view = view_of(adapter, SpadeLens())
+    page = render_html(view, tmp_path / "view.html", model="<b>org/name</b>").read_text()
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
+    assert "<b>org/name" not in page
+    assert "&lt;b&gt;org/name" in page
+    assert page.count("data-tip=") == len(view.layers) * len(IDS)
+    assert f"<td>{view.answer[2].kl:.3f}</td>" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def fitted(toy_root, tmp_path_factory):
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("inspected"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(project.home)
+        for target in ("spade", "final"):
+            recipe = project.recipe(trainer__max_epochs=1, model__target=target)
+            assert main(["fit", "--config", str(recipe)]) == 0
+    return project
+
+
+@pytest.mark.parametrize("lens", ["logit_lens", "tuned_lens", "l_spade", "spade"])
+def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, monkeypatch, lens):
+    monkeypatch.chdir(fitted.home)
+    page = fitted.home / f"{lens}.html"
+    arguments = ["--config", str(fitted.recipe()), "--lens", lens, "--html", str(page)]
+    assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(r"^│ (\d)(?: \(model\))? ", text, re.M)
+    below = ["3", "2", "1"] if lens in {"tuned_lens", "l_spade"} else ["3", "2", "1", "0"]
+    assert shown == ["4", *below] * 2
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_prompt_may_come_on_standard_input(fitted, capsys, monkeypatch):
+    arguments = ["--config", str(fitted.recipe()), "--lens", "spade"]
+    assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
+    given = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 ? :\n"))
+    assert main(["inspect", *arguments]) == 0
+    assert capsys.readouterr().out == given
+
+
+REFUSED = {
+    "an unknown lens": (["w1", "--lens", "telescope"], r"'telescope'.*tuned_lens.*--lens"),
+    "an empty prompt": ([" ", "--lens", "spade"], r"No prompt.*standard input"),
+    "a prompt over the context": (["w1 " * 80, "--lens", "spade"], r"81 tokens.*holds 64"),
+    "heads that were never fitted": (["w1"], r"No heads for l_spade.*\n.*--lens logit_lens"),
+    "a tuned lens that was never fitted": (
+        ["w1", "--lens", "tuned_lens"],
+        r"lspade-train fit .*--model\.target final",
+    ),
+    "heads that are not there": (["w1", "--heads", "no/such/heads"], r"no/such/heads"),
+    "no position": (["w1", "--lens", "spade", "--last", "0"], r"--last"),
+    "no token": (["w1", "--lens", "spade", "--top_k", "0"], r"--top_k"),
+    "a page that cannot be written": (
+        ["w1", "--lens", "spade", "--html", "/proc/view.html"],
+        r"/proc/view\.html cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inspect_refuses(project, capsys, monkeypatch, case):
+    monkeypatch.chdir(project.home)
+    arguments, message = REFUSED[case]
+    assert main(["inspect", *arguments, "--config", str(project.recipe())]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) <= 2
+    assert re.search(message, error), error
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(adapter):
+    with pytest.raises(RecipeError, match="Layer 4 is out of range"):
+        view_of(adapter, SpadeLens(), (1, LAYERS))
