@@ -18,6 +18,8 @@ COMMANDS = {
     "evaluate": ("measure", "accuracy, agreement, KL, entropy by layer for every lens"),
     "calibrate": ("exits", "choose the exit policy on validation, within a risk budget"),
     "predict": ("exits", "prompts in, answers with exit layer and entropy out (JSONL)"),
+    "push": ("hub", "a heads folder to the Hugging Face Hub"),
+    "pull": ("hub", "heads from the Hub into checkpoints/NAME/"),
     "info": ("show", "what a heads folder, a cache or a model is"),
 }
 

@@ -43,6 +43,7 @@ def calibrate(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.calibration import calibrate as choose
+    from lspade_train.card import write_card
     from lspade_train.exits import evaluate_policy
 
     risk, budget = _budget(parsed.options)
@@ -54,6 +55,7 @@ def calibrate(arguments: list[str]) -> None:
     threshold = chosen.threshold
     policy = _replace(policy, threshold=threshold, calibration=result.to_json())
     policy.save(folder)
+    write_card(folder)
     sys.stdout.write(f"{result.reason}\n")
     log.info("policy: %s", folder / "policy.json")
 

@@ -31,6 +31,7 @@ def evaluate(arguments: list[str]) -> None:
 
     from lspade_train import tasks
     from lspade_train.artifact import heads_folder, write_results
+    from lspade_train.card import write_card
     from lspade_train.data import HiddenStateDataModule
     from lspade_train.errors import RecipeError
     from lspade_train.evaluation import read_lenses, summarise
@@ -63,6 +64,7 @@ def evaluate(arguments: list[str]) -> None:
     _print(results)
     write_results(folder, results)
     figure = accuracy_by_layer(results, folder / "figures")
+    write_card(folder)
     log.info("results: %s", folder / "results.json")
     log.info("figure:  %s", figure)
 
