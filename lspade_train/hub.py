@@ -29,8 +29,12 @@ NO_REPOSITORY = (
     "Check the name, and log in where it is private: {login}"
 )
 UNREACHABLE = (
-    "The Hub at {endpoint} cannot be reached, and no copy of {repo} is here ({said}).\n"
+    "The Hub at {endpoint} cannot be reached for {repo} ({said}).\n"
     "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run it again."
+)
+NO_XET = (
+    "The Hub at {endpoint} did not take {repo}'s files over Xet ({said}).\n"
+    "Run it again; if it has no Xet storage, set HF_HUB_DISABLE_XET=1 and send them over HTTP."
 )
 BROKEN_OFF = (
     "The exchange with {repo} broke off ({said}).\n"
@@ -204,6 +208,8 @@ def _open(api: Any, repo: str, private: bool, branch: str | None) -> None:
 @contextmanager
 def _named(repo: str, revision: str | None) -> Generator[None]:
     """Everything that the client raises, as one named error of two lines."""
+    from huggingface_hub import constants
+
     try:
         yield
     except HubError:
@@ -212,13 +218,20 @@ def _named(repo: str, revision: str | None) -> Generator[None]:
     except Exception as cause:
         if getattr(cause, "errno", None) in DISK_TROUBLE:
             raise
-        said = {"repo": repo, "revision": revision, "said": _innermost(cause), "login": LOGIN}
-        raise HubError(_words(cause).format(**said)) from cause
+        raise HubError(
+            _words(cause).format(
+                repo=repo,
+                revision=revision,
+                said=_innermost(cause),
+                endpoint=constants.ENDPOINT,
+                login=LOGIN,
+            )
+        ) from cause
 
 
 def _words(cause: Exception) -> str:
     """What happened and what to do next, by the kind of error or the server's status."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     for kind, words in (
         (errors.RevisionNotFoundError, NO_REVISION),
@@ -233,7 +246,7 @@ def _words(cause: Exception) -> str:
     if isinstance(cause, ValueError):
         return NOT_TAKEN
     if status is None and not isinstance(cause, RuntimeError):
-        return UNREACHABLE.replace("{endpoint}", constants.ENDPOINT)
+        return NO_XET if "xet" in str(cause) else UNREACHABLE
     return BROKEN_OFF
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import hub_server
-import huggingface_hub
 import pytest
 import torch
 from hub_server import READ_TOKEN, TOKEN, RefusalError, Repo
@@ -368,6 +367,16 @@ def test_no_network_is_named(folder, recipe, capsys, monkeypatch, tmp_path):
         assert "HF_ENDPOINT" in said
 
 
+def test_a_hub_without_xet_storage_is_named_with_the_way_round_it(
+    hub, folder, recipe, capsys, monkeypatch
+):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "HF_HUB_DISABLE_XET=1" in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
+
+
 def test_a_copy_in_the_cache_serves_where_there_is_no_network(hub, folder, monkeypatch):
     artifact.push(folder, REPO)
     LSpadeHeads.from_pretrained(REPO)
@@ -472,7 +481,3 @@ def test_a_card_that_the_hub_does_not_take_stops_the_push(hub, folder, recipe, c
     )
     assert '"license" must be one of' in said
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
-
-
-def test_the_client_here_is_the_real_one():
-    assert Path(huggingface_hub.__file__).is_relative_to(sys.prefix)
