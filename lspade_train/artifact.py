@@ -1,22 +1,27 @@
-"""The heads folder: heads, config with provenance, results, model card. Knows nothing of training.
+"""The heads folder as a whole: export, results, what it is, push and pull.
 
 `heads.safetensors` and `config.json` are `LSpadeHeads`' own; this module adds what stands around
-them. Each file is complete or absent.
+them. Each file is complete or absent. Knows nothing of training.
 """
 
 import platform
+import shutil
 import subprocess
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lspade_train import hub
+from lspade_train.card import ranges, write_card
 from lspade_train.errors import ArtifactError
 from lspade_train.heads import CONFIG, LSpadeHeads
+from lspade_train.hub import POLICY, RESULTS
+from lspade_train.policy import ExitPolicy
 from lspade_train.recipe import Recipe
-from lspade_train.storage import read_json, write_json, write_text
+from lspade_train.storage import read_json, write_json
 
-RESULTS, CARD = "results.json", "README.md"
 PACKAGES = ("lspade-train", "torch", "transformers", "lightning", "datasets", "safetensors")
 
 
@@ -40,6 +45,7 @@ def export(
     *,
     base_model: dict[str, Any],
     recipe: Recipe,
+    data: dict[str, Any],
     cache_digests: dict[str, str],
     steps: int,
     metrics: dict[str, float],
@@ -51,6 +57,7 @@ def export(
         heads: the trained heads.
         base_model: id, revision and digests of the frozen model.
         recipe: the whole recipe, as run.
+        data: the training rows' Hub data set, revision and subset (None for local files), number.
         cache_digests: identity digest of each split's cache.
         steps: optimiser steps taken.
         metrics: last logged metrics by name.
@@ -62,6 +69,7 @@ def export(
         "base_model": base_model,
         "training": {
             "recipe": asdict(recipe),
+            "data": data,
             "caches": cache_digests,
             "steps": steps,
             "metrics": metrics,
@@ -70,7 +78,7 @@ def export(
         },
     }
     heads.save_pretrained(folder)
-    write_text(folder / CARD, _card(heads, recipe, base_model, metrics), ArtifactError)
+    write_card(folder)
 
 
 def versions() -> dict[str, str]:
@@ -129,7 +137,7 @@ def describe(folder: Path) -> dict[str, str]:
     base, training = config.get("base_model", {}), config.get("training", {})
     recipe = training.get("recipe", {})
     rows = {
-        "heads": f"{config.get('form')}, layers {_ranges(config.get('layers', []))}",
+        "heads": f"{config.get('form')}, layers {ranges(config.get('layers', []))}",
         "base model": f"{base.get('model_id')} @ {base.get('revision') or 'local files'}",
         "precision": str(base.get("dtype")),
         "task": str(recipe.get("data", {}).get("task")),
@@ -141,53 +149,120 @@ def describe(folder: Path) -> dict[str, str]:
     return rows | {"files": ", ".join(files)}
 
 
-def _ranges(layers: list[int]) -> str:
-    """`1-3, 7` for [1, 2, 3, 7]."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+def check_folder(folder: Path) -> LSpadeHeads:
+    """Load a heads folder, and refuse one whose parts do not belong together.
+
+    Raises:
+        LSpadeError: heads, policy or results are missing, damaged, of an unknown format, or of
+            other heads than the ones beside them.
+    """
+    if not folder.is_dir():  # or it would be looked for on the Hub
+        raise ArtifactError(
+            f"{folder} does not exist.\nFit heads first: lspade-train fit --config RECIPE.yaml"
+        )
+    heads = LSpadeHeads.from_pretrained(folder)
+    digest = heads.metadata["weights_sha256"]
+    if (folder / POLICY).exists():
+        ExitPolicy.load(folder).check_heads(digest)
+    if (folder / RESULTS).exists():
+        measured = read_results(folder).get("heads", {}).get("weights_sha256", digest)
+        if measured != digest:
+            raise ArtifactError(
+                f"{folder / RESULTS} was measured with heads {measured[:12]}..., these are "
+                f"{digest[:12]}...\nMeasure these with lspade-train evaluate."
+            )
+    return heads
 
 
-def _card(
-    heads: LSpadeHeads, recipe: Recipe, base_model: dict[str, Any], metrics: dict[str, float]
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
 ) -> str:
-    model = base_model["model_id"]
-    kl = {k: v for k, v in sorted(metrics.items()) if k.startswith("val/kl/layer_")}
-    agree = {k: v for k, v in sorted(metrics.items()) if k.startswith("val/agreement/layer_")}
-    table = "\n".join(
-        f"| {int(k[-2:])} | {v:.3f} | {a:.3f} |"
-        for (k, v), a in zip(kl.items(), agree.values(), strict=True)
+    """Check a heads folder, write its card anew, and send its known files in one commit.
+
+    Args:
+        folder: a heads folder.
+        repo: `org/name` on the Hub.
+        license: the Hub's identifier of the heads' licence; None: the card's, or `unknown`.
+        private: whether a new repository is private.
+        branch: branch to commit to, made where it is missing; None: main.
+        create_pr: propose the commit as a pull request instead.
+        message: the commit's.
+
+    Returns:
+        Address of the commit or of the pull request.
+
+    Raises:
+        LSpadeError: the folder is not in order, or the Hub does not take it.
+    """
+    hub.check_name(repo)
+    check_folder(folder)
+    write_card(folder, repo=repo, license=license)
+    return hub.upload(
+        folder, repo, private=private, branch=branch, create_pr=create_pr, message=message
     )
-    against = "SPADE at the same layer" if recipe.model.target == "spade" else "the full model"
-    return f"""---
-library_name: lspade-train
-base_model: {model}
-tags: [early-exit, l-spade]
----
-# L-SPADE heads for {model}
 
-One linear map per layer ({heads.form}, layers {_ranges(list(heads.layers))}) in front of the
-model's frozen final norm and unembedding, distilled from {against} on `{recipe.data.task}`
-(arXiv:2507.17618).
 
-```python
-from transformers import AutoModelForCausalLM
-from lspade_train import LSpadeHeads
+def pull(repo: str, folder: Path, revision: str | None = None) -> None:
+    """Download heads into a new folder: checked and complete, or there is no folder.
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
-heads = LSpadeHeads.from_pretrained("checkpoints/{recipe.name}").bind(model)
-logits = heads.logits(hidden, layer={heads.layers[-1]})  # hidden: raw output of that block
-```
+    Args:
+        repo: `org/name` on the Hub.
+        folder: must not exist.
+        revision: branch, tag or commit; None: main.
 
-Validation, after training:
+    Raises:
+        LSpadeError: the folder exists or cannot be written, the Hub has no such heads, or what it
+            has is damaged.
+    """
+    if folder.exists():
+        raise ArtifactError(
+            f"{folder} is there already, and pull overwrites nothing.\n"
+            "Give another folder with --to, or remove it."
+        )
+    source = hub.download(repo, revision)
+    check_folder(source)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as cause:
+        raise ArtifactError(
+            f"{folder} cannot be made ({cause}). Give another with --to."
+        ) from cause
+    try:
+        for name, path in hub.known_files(source).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        temporary.chmod(0o755)  # mkdtemp makes private folders
+        temporary.rename(folder)
+    except OSError as cause:
+        raise ArtifactError(
+            f"{folder} cannot be written ({cause}). Give another with --to."
+        ) from cause
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-| layer | KL to the target (nats) | agreement with the target |
-|---|---|---|
-{table}
 
-`config.json` holds the model's digests, the recipe and the versions these heads were made with.
-"""
+def machine_paths(folder: Path) -> list[str]:
+    """Absolute paths in a heads folder's JSON, as `file: path`: whoever pulls it reads them."""
+    return [
+        f"{path.name}: {text}"
+        for path in (folder / CONFIG, folder / RESULTS)
+        if path.exists()
+        for text in sorted(set(_texts(read_json(path, ArtifactError))))
+        if text.startswith(("/", "~")) and len(text) > 1
+    ]
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, dict | list):
+        inner: Any = value.values() if isinstance(value, dict) else value
+        return [text for item in inner for text in _texts(item)]
+    return [value] if isinstance(value, str) else []

@@ -44,11 +44,13 @@ class ExportHeads(Callback):
             return
         data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
         heads: Any = pl_module.heads
+        identity = data.identity("train")
         export(
             self.folder,
             heads,
             base_model=data.base_model,
             recipe=self.recipe,
+            data={key: identity[key] for key in ("dataset", "dataset_revision", "subset", "rows")},
             cache_digests={
                 split: json_digest(data.identity(split)) for split in ("train", "validation")
             },

@@ -25,6 +25,10 @@ class ArtifactError(LSpadeError):
     """A heads folder that is missing, damaged, or belongs to another model."""
 
 
+class HubError(ArtifactError):
+    """A repository on the Hub that cannot be reached, read or written."""
+
+
 class PolicyError(LSpadeError):
     """An exit policy that is malformed or belongs to other heads."""
 

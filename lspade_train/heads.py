@@ -4,6 +4,7 @@ Knows nothing of training, tasks or policies.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lspade_train.adapters import ModelAdapter, Unembedding
+from lspade_train.card import write_card
 from lspade_train.errors import ArtifactError
+from lspade_train.hub import CONFIG, WEIGHTS, local_folder, upload
 from lspade_train.recipe import Form
 from lspade_train.storage import (
     atomic_path,
@@ -26,7 +29,6 @@ from lspade_train.storage import (
 )
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 
 
 class LSpadeHeads(nn.Module):
@@ -141,6 +143,8 @@ class LSpadeHeads(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `heads.safetensors` and `config.json`: both, or what was there stays.
 
+        `metadata` is then what `from_pretrained` would read, so that a policy can be tied to them.
+
         Raises:
             ArtifactError: the folder cannot be written.
         """
@@ -158,6 +162,43 @@ class LSpadeHeads(nn.Module):
             }
             # While the weights wait under another name: a disk that fills up here keeps the old.
             write_json(folder / CONFIG, config, ArtifactError)
+        self.metadata = config
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        license: str | None = None,
+        private: bool = False,
+        branch: str | None = None,
+        create_pr: bool = False,
+        message: str | None = None,
+    ) -> str:
+        """Send these heads with their config and a model card to the Hub, in one commit.
+
+        Policy, results and figures lie in a folder, not here: `lspade-train push` sends a folder.
+
+        Args:
+            repo: `org/name`.
+            license: the Hub's identifier of the heads' licence; None: `unknown`.
+            private: whether a new repository is private.
+            branch: branch to commit to, made where it is missing; None: main.
+            create_pr: propose the commit as a pull request instead.
+            message: the commit's.
+
+        Returns:
+            Address of the commit or of the pull request.
+
+        Raises:
+            HubError: no login, no right, no such repository, or no network.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            write_card(folder, repo=repo, license=license)
+            return upload(
+                folder, repo, private=private, branch=branch, create_pr=create_pr, message=message
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:
@@ -168,7 +209,8 @@ class LSpadeHeads(nn.Module):
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            ArtifactError: nothing there, damaged, or of an unknown format.
+            ArtifactError: nothing there, damaged, or of an unknown format (HubError: the Hub
+                cannot be asked, or has no such repository or revision).
         """
         folder = local_folder(path, revision)
         config = read_json(folder / CONFIG, ArtifactError)
@@ -229,32 +271,3 @@ def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
                 f"(revision {base.get('revision')}); the given model has another {what}.\n"
                 "Load that model, or fit heads for this one with lspade-train fit."
             )
-
-
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """A local heads folder as it is; anything else is downloaded from the Hub.
-
-    Raises:
-        ArtifactError: neither a folder nor a repository that can be reached.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "README.md", "figures/*"]
-    try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
-    except HFValidationError as cause:
-        raise ArtifactError(
-            f"{path} is neither a folder nor a Hub repository (org/name). "
-            "Fit heads first: lspade-train fit --config RECIPE.yaml"
-        ) from cause
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
-        raise ArtifactError(
-            f"No heads folder {path} here, and the Hub gave none "
-            f"({(str(cause).splitlines() or ['?'])[0]}).\n"
-            "Fit heads first (lspade-train fit --config RECIPE.yaml), or check name, revision and "
-            "login (hf auth login)."
-        ) from cause

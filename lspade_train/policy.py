@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lspade_train.errors import PolicyError
+from lspade_train.hub import POLICY, local_folder
 from lspade_train.metrics import entropy
 from lspade_train.recipe import PositionIds
 from lspade_train.storage import read_json, write_json
 
 FORMAT_VERSION = 1
-POLICY = "policy.json"
 REMEDY = "Choose one with lspade-train calibrate."
 
 Measure = Literal["entropy", "margin", "max_prob"]
@@ -162,6 +162,20 @@ class ExitPolicy:
             what = f"the unknown key {min(unknown)!r}" if unknown else "no 'layers'"
             raise PolicyError(f"{file} has {what}. {REMEDY}")
         return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:
+        """The policy in a heads folder, or in a repository of the Hub.
+
+        Args:
+            path: folder such as `checkpoints/arc`, or `org/name`.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            PolicyError: none there, malformed, or of an unknown format.
+            HubError: neither a folder nor a repository that can be read.
+        """
+        return cls.load(local_folder(path, revision) / POLICY)
 
 
 def signal(logits: Float[Tensor, "*rows tokens"], measure: Measure) -> Float[Tensor, "*rows"]:

@@ -15,10 +15,10 @@ ROOT = Path(lspade_train.__file__).parent
 # Each may import what stands before it, and a package its own modules.
 ORDER = [
     *("errors", "recipe", "storage", "metrics", "progress"),
-    *("adapters", "tokenizer", "heads"),
+    *("hub", "card", "adapters", "tokenizer", "heads"),
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
     *("tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report", "hub"),
+    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
     "inspection",
     *("callbacks", "cli"),
 ]

@@ -60,6 +60,7 @@ def calibrate(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.calibration import calibrate as choose
+    from lspade_train.card import write_card
     from lspade_train.exits import evaluate_policy
 
     risk, budget = _budget(parsed.options)
@@ -71,6 +72,7 @@ def calibrate(arguments: list[str]) -> None:
     _print_curve(result, evaluate_policy(table, None))
     policy = replace(policy, threshold=result.chosen.threshold, calibration=result.to_json())
     policy.save(folder)
+    write_card(folder)
     sys.stdout.write(f"{_verdict(result)}\n")
     log.info("policy: %s", folder / "policy.json")
 

@@ -33,6 +33,7 @@ def evaluate(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder, write_results
+    from lspade_train.card import write_card
     from lspade_train.cli.tables import print_results
     from lspade_train.evaluation.run import Subject, evaluate_recipe
     from lspade_train.plots import accuracy_by_layer
@@ -43,5 +44,6 @@ def evaluate(arguments: list[str]) -> None:
     print_results(results)
     write_results(folder, results)
     figure = accuracy_by_layer(results, folder / "figures")
+    write_card(folder)
     log.info("results: %s", folder / "results.json")
     log.info("figure:  %s", figure)

@@ -1,0 +1,102 @@
+"""`push` and `pull`: heads to and from the Hugging Face Hub."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from lspade_train.cli.parsing import command_parser, parse
+
+log = logging.getLogger(__name__)
+
+PUSH = """\
+Send a heads folder to the Hugging Face Hub, in one commit or not at all: heads.safetensors,
+config.json, policy.json, results.json, figures/, report.html and README.md, the model card, which
+is written anew from them. Nothing else of the folder is sent. Log in before: hf auth login.
+The card states the licence that you give; none is taken over from the base model.
+
+  lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --license apache-2.0
+  lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --dry_run"""
+
+PULL = """\
+Download heads with all that belongs to them, checked as local folders are: checksums, format,
+safetensors only. The folder is complete or absent; one that exists is not touched.
+
+  lspade-train pull someone/arc-heads
+  lspade-train pull someone/arc-heads --revision v1 --to checkpoints/arc_v1
+"""
+
+
+def push(arguments: list[str]) -> int:
+    """Send the heads folder."""
+    parser = command_parser("push", PUSH)
+    add = parser.add_argument
+    flag: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
+    add("--repo", type=str, default=None, help="org/name on the Hub; made where it is missing")
+    add("--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME")
+    add("--license", type=str, default=None, help="the heads' licence, as the Hub names it: mit")
+    add("--branch", type=str, default=None, help="branch, made where it is missing; null: main")
+    add("--message", type=str, default=None, help="commit message")
+    add("--private", **flag, help="make a new repository private")
+    add("--create_pr", **flag, help="open a pull request instead of committing")
+    add("--dry_run", **flag, help="show files, sizes and card; send nothing")
+    parsed = parse(parser, arguments)
+    options = parsed.options
+    if options.repo is None:
+        sys.stderr.write(f"usage: {parser.usage}\n{parser.prog}: give the repository with --repo\n")
+        return 2
+
+    from lspade_train import artifact
+    from lspade_train.card import NO_LICENCE, card
+    from lspade_train.hub import CARD, check_name, known_files
+
+    folder = Path(options.heads) if options.heads else artifact.heads_folder(parsed.recipe)
+    for text in artifact.machine_paths(folder):
+        log.warning("readers will see a path of this machine in %s", text)
+    if options.dry_run:
+        check_name(options.repo)
+        artifact.check_folder(folder)
+        text = card(folder, repo=options.repo, license=options.license)
+        sizes = {name: path.stat().st_size for name, path in known_files(folder).items()}
+        _show(sizes | {CARD: len(text.encode())}, options.repo)
+        sys.stdout.write(f"\n{text}")
+        return 0
+    wanted = ("license", "private", "branch", "create_pr", "message")
+    address = artifact.push(
+        folder, options.repo, **{name: getattr(options, name) for name in wanted}
+    )
+    if f"license: {NO_LICENCE}" in (folder / CARD).read_text(encoding="utf-8"):
+        log.warning("the card states no licence; give one with --license")
+    sys.stdout.write(f"{address}\n")
+    return 0
+
+
+def pull(arguments: list[str]) -> None:
+    """Download a heads folder."""
+    parser = argparse.ArgumentParser(
+        prog="lspade-train pull",
+        usage="lspade-train pull ORG/NAME [--revision REVISION] [--to DIR]",
+        description=PULL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit; default: main")
+    parser.add_argument("--to", metavar="DIR", help="new folder; default: checkpoints/NAME")
+    options = parser.parse_args(arguments)
+
+    from lspade_train import artifact
+    from lspade_train.hub import check_name
+
+    check_name(options.repo)
+    folder = Path(options.to or Path("checkpoints") / options.repo.split("/")[1])
+    artifact.pull(options.repo, folder, options.revision)
+    log.info("heads: %s", folder)
+    log.info("next:  lspade-train info %s", folder)
+
+
+def _show(sizes: dict[str, int], repo: str) -> None:
+    """What would be sent."""
+    for name, size in sizes.items():
+        sys.stdout.write(f"{size:>14,}  {name}\n")
+    sys.stdout.write(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files to {repo}\n")

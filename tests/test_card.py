@@ -1,0 +1,274 @@
+"""The model card: valid metadata, numbers that are the folder's own, code that runs."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import toy
+from huggingface_hub import ModelCard, ModelCardData
+
+from lspade_train.card import KEEP, card, ranges, write_card
+from lspade_train.cli import main
+from lspade_train.errors import ArtifactError
+from lspade_train.heads import LSpadeHeads
+
+
+@pytest.fixture(scope="module")
+def made(toy_root, tmp_path_factory):
+    """Cards after fit, after evaluate and after calibrate, and the finished folder; read only."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("made"))
+    recipe, cards = str(project.recipe(trainer__max_epochs=1)), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(project.home)
+        for command in ("fit", "evaluate", "calibrate"):
+            budget = ["--max_disagreement", "0.5"] if command == "calibrate" else []
+            assert main([command, "--config", recipe, *budget]) == 0
+            cards[command] = (project.home / "checkpoints/toy/README.md").read_text()
+    return project, cards
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """The finished folder, to change."""
+    project, _ = made
+    source, place = project.home / "checkpoints/toy", tmp_path / "toy"
+    shutil.copytree(source, place, ignore=shutil.ignore_patterns("training", "logs", "cache"))
+    return place
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def from_the_hub(folder):
+    """The same heads, had model and data come from the Hub."""
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model"] |= {"model_id": "org/base-7b", "revision": "a" * 40}
+    config["training"]["data"] |= {"dataset": "allenai/ai2_arc", "subset": "ARC-Easy"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# Metadata
+
+
+def test_the_metadata_says_what_the_hub_asks_of_an_adapter(folder):
+    from_the_hub(folder)
+    data = ModelCard(card(folder, repo="someone/heads", license="apache-2.0")).data
+    assert data.library_name == "lspade-train"
+    assert data.base_model == "org/base-7b"
+    assert data.base_model_relation == "adapter"
+    assert data.datasets == ["allenai/ai2_arc"]
+    assert data.pipeline_tag == "text-generation"
+    assert data.license == "apache-2.0"
+    assert "early-exit" in data.tags
+
+
+def test_the_metadata_is_what_the_clients_own_classes_read_and_write_back(folder):
+    from_the_hub(folder)
+    written = ModelCard(card(folder, repo="someone/heads"))
+    again = ModelCardData(**written.data.to_dict())
+    assert again.to_dict() == written.data.to_dict()
+    assert again.model_name == "heads"
+
+
+def test_model_index_holds_the_measured_numbers(folder):
+    results = json.loads((folder / "results.json").read_text())
+    chosen = json.loads((folder / "policy.json").read_text())["calibration"]["chosen"]
+    found = {
+        (result.dataset_split, result.metric_name): result.metric_value
+        for result in ModelCard(card(folder)).data.eval_results
+    }
+    accuracy = results["lenses"]["l_spade"]["accuracy"][-1]
+    assert found["test", "L-SPADE accuracy, layer 3"] == pytest.approx(accuracy, abs=1e-4)
+    saved = found["validation", "FLOPs saved with the exit policy"]
+    assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
+
+
+def test_a_base_model_that_is_a_folder_is_no_hub_id_and_shows_no_path(folder):
+    text = card(folder, repo="someone/heads")
+    assert ModelCard(text).data.base_model is None
+    assert ModelCard(text).data.datasets is None
+    assert 'from_pretrained("path/to/model"' in text
+    config = json.loads((folder / "config.json").read_text())
+    assert config["base_model"]["model_id"].startswith("/")
+    assert str(Path(config["base_model"]["model_id"]).parent) not in text
+    assert "/tmp" not in text
+
+
+def test_no_licence_is_stated_unless_one_was_given_and_one_that_was_stays(folder):
+    write_card(folder)
+    assert ModelCard((folder / "README.md").read_text()).data.license == "unknown"
+    write_card(folder, license="mit")
+    write_card(folder)
+    assert ModelCard((folder / "README.md").read_text()).data.license == "mit"
+
+
+# What it says, and when
+
+
+def test_the_card_grows_with_what_is_measured(made):
+    _, cards = made
+    assert "KL to the target (nats)" in cards["fit"]
+    assert "None was chosen" in cards["fit"]
+    assert "logit lens | L-SPADE | SPADE" in cards["evaluate"]
+    assert "![every lens by layer](figures/accuracy_by_layer.png)" in cards["evaluate"]
+    assert "None was chosen" in cards["evaluate"]
+    assert "None was chosen" not in cards["calibrate"]
+    assert "logit lens | L-SPADE | SPADE" in cards["calibrate"]
+
+
+def test_the_table_has_every_lens_and_layer_of_the_results(folder):
+    results, text = json.loads((folder / "results.json").read_text()), card(folder)
+    for place, layer in enumerate(results["layers"]):
+        cells = [f"{lens['accuracy'][place]:.3f}" for lens in results["lenses"].values()]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {layer} |"))
+        assert all(cell in row for cell in cells)
+
+
+def test_intervals_stand_beside_the_numbers_they_belong_to(folder):
+    results = json.loads((folder / "results.json").read_text())
+    for place, lens in enumerate(results["lenses"].values()):
+        lens["accuracy"] = [0.5] * 3
+        lens["accuracy_interval"] = [[0.4, 0.6 + place / 10]] * 3
+    (folder / "results.json").write_text(json.dumps(results | {"interval": {"level": 0.9}}))
+    assert "| 1 | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.700] | 0.500 [0.400, 0.800] |" in card(
+        folder
+    )
+    assert "90% bootstrap interval" in card(folder)
+
+
+def test_without_labels_the_table_compares_with_the_model(folder):
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"n_labelled": 0, "full_model": {"accuracy": None, "entropy": 1.0}}
+    for lens in results["lenses"].values():
+        lens["accuracy"] = None
+    (folder / "results.json").write_text(json.dumps(results))
+    text = card(folder)
+    assert "Agreement with the full model, `jsonl`, test split" in text
+    assert "not with the truth" in text
+    metrics = [result.metric_type for result in ModelCard(text).data.eval_results]
+    assert metrics[0] == "agrees_model"
+
+
+CHOSEN = {
+    "accuracy": 0.9,
+    "drop": 0.004,
+    "disagreement": 0.01,
+    "mean_exit_layer": 2.5,
+    "compute_saved": 0.25,
+}
+
+
+@pytest.mark.parametrize(
+    ("risk", "words"),
+    [
+        ("accuracy_drop", "the accuracy lies at most 2% (absolute)\nbelow the full model's"),
+        ("disagreement", "at most 2% of the answers\ndiffer from the full model's"),
+    ],
+)
+def test_the_policy_stands_with_its_guarantee(folder, risk, words):
+    record = {"risk": risk, "budget": 0.02, "confidence": 0.9, "n": 1234, "chosen": CHOSEN}
+    change(folder / "policy.json", threshold=0.25, calibration=record)
+    text = card(folder)
+    assert "first of layers 1-3 where the entropy" in text
+    assert "at or under 0.25 nats" in text
+    assert f"With 90% confidence over the draw of the 1,234 validation prompts, {words}" in text
+    assert "| validation | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |" in text
+
+
+def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
+    record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9, "chosen": CHOSEN}
+    change(folder / "policy.json", threshold=0.25, calibration=record)
+    on_test = CHOSEN | {"accuracy": None, "drop": None, "compute_saved": 0.2}
+    change(folder / "results.json", exits={"policy": {"row": on_test}})
+    assert "| test | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
+
+
+def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder):
+    change(folder / "policy.json", threshold=[0.1, 0.2, 0.33333333], calibration={})
+    text = card(folder)
+    assert "at or under 0.1, 0.2, 0.3333 nats" in text
+    assert "Guarantee" not in text
+
+
+def test_a_policy_that_never_exits_says_why(folder):
+    change(folder / "policy.json", threshold=None, calibration={"reason": "Never: too few rows."})
+    assert "Never exit. Never: too few rows." in card(folder)
+
+
+def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):
+    change(folder / "policy.json", heads_digest="0" * 64, threshold=0.125)
+    change(folder / "results.json", heads={"weights_sha256": "0" * 64})
+    text = card(folder)
+    assert "0.125" not in text
+    assert "KL to the target" in text
+    assert "`results.json` in this folder is about other heads" in text
+    assert "`policy.json` in this folder is about other heads" in text
+
+
+def test_provenance_says_how_many_steps_were_really_taken(folder):
+    text = card(folder)
+    assert "3 optimiser steps taken, batches of 16" in text
+    assert "asked for: 1 epochs" in text
+    config = json.loads((folder / "config.json").read_text())
+    assert config["weights_sha256"][:16] in text
+    assert config["base_model"]["unembedding"][:16] in text
+
+
+def test_what_was_written_below_the_generated_part_is_kept(folder):
+    write_card(folder)
+    path = folder / "README.md"
+    path.write_text(path.read_text() + "\n## Notes\n\nMine.\n")
+    change(folder / "policy.json", threshold=None)
+    write_card(folder, license="mit")
+    text = path.read_text()
+    assert text.endswith(f"{KEEP}\n\n## Notes\n\nMine.\n")
+    assert text.count(KEEP) == 1
+    write_card(folder)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["---\n[: broken\n---\n", "---\n- a list\n---\n", "no card", ""])
+def test_a_readme_that_is_no_card_is_written_over(folder, text):
+    (folder / "README.md").write_text(text)
+    write_card(folder)
+    assert ModelCard((folder / "README.md").read_text()).data.library_name == "lspade-train"
+
+
+def test_heads_without_provenance_have_a_card_too(tmp_path):
+    LSpadeHeads([1, 2], 8, form="low_rank", rank=2).save_pretrained(tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "low_rank, rank 2, layers 1-2" in text
+    assert "Nothing was measured yet" in text
+
+
+def test_a_damaged_file_is_named_with_what_to_do(folder):
+    (folder / "results.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"results.json is not valid JSON(.|\n)*Delete it"):
+        write_card(folder)
+
+
+@pytest.mark.parametrize("policy", [True, False])
+def test_the_five_lines_run_as_they_stand(made, folder, monkeypatch, policy):
+    project, _ = made
+    if not policy:
+        (folder / "policy.json").unlink()
+    monkeypatch.chdir(folder.parent)
+    Path("path/to").mkdir(parents=True)
+    Path("path/to/model").symlink_to(project.model)
+    code = re.search(r"```python\n(.*?)```", card(folder), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 5
+    names: dict = {}
+    exec(code.replace('"..."', '"w1 w2 ? :"').replace("\nruntime.", "\nanswers = runtime."), names)
+    (answer,) = names["answers"]
+    assert answer.text.strip() in {*toy.WORDS, "A", "B"}
+
+
+def test_ranges_are_short():
+    assert ranges([1, 2, 3, 7]) == "1-3, 7"
+    assert ranges([4]) == "4"
+    assert ranges([]) == ""

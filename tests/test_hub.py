@@ -1,0 +1,483 @@
+"""To the Hub and back: the real client against a Hub on loopback, over HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import pytest
+import torch
+from hub_server import READ_TOKEN, TOKEN, RefusalError, Repo
+from huggingface_hub import constants
+from tiny_models import WIDTH
+
+from lspade_train import ExitPolicy, LSpadeHeads, artifact
+from lspade_train.cli import main
+from lspade_train.errors import ArtifactError, HubError, PolicyError
+from lspade_train.hub import known_files
+
+REPO = "someone/toy-heads"
+STRAY = (
+    "training/last.ckpt",
+    "logs/metrics.csv",
+    "notes.txt",
+    "heads.pkl",
+    ".env",
+    "figures/a.pkl",
+)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that the client in this process is pointed at, logged in, with no cache."""
+    with hub_server.serve() as server:
+        point_client_at(server.url, monkeypatch, tmp_path / "hub-cache")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def point_client_at(url, monkeypatch, cache):
+    """What the client reads from the environment when it is imported, set afterwards."""
+    settings = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # the transfer library talks to the Hub's own storage only
+        "HF_HUB_CACHE": str(cache),
+        "HF_TOKEN_PATH": str(cache / "no-token"),
+    }
+    for name, value in settings.items():
+        assert hasattr(constants, name)
+        monkeypatch.setattr(constants, name, value)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """`checkpoints/toy` with every known file, and files that are nobody else's business."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("checkpoints/toy")
+    heads = LSpadeHeads([1, 2, 3], WIDTH, form="bias")
+    with torch.no_grad():
+        heads.bias.normal_()
+    heads.save_pretrained(place)
+    ExitPolicy(layers=(1, 2), heads_digest=heads.metadata["weights_sha256"]).save(place)
+    for name in ("figures/loss.png", "figures/loss.svg", "report.html", *STRAY):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(name.encode())
+    return place
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe of that name."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text('{"name": "toy", "data": {"model_id": "some/model", "task": "jsonl"}}')
+    return path
+
+
+def content(place):
+    """Every file below a folder, by its path there."""
+    paths = (path for path in Path(place).rglob("*") if path.is_file())
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in paths}
+
+
+def refused(capsys, *arguments):
+    """The one named error, of one or two lines, on standard error."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: "), said
+    assert len(said.splitlines()) == 2, said
+    return said
+
+
+# There and back
+
+
+def test_what_is_pushed_is_pulled_byte_for_byte(hub, folder):
+    artifact.push(folder, REPO)
+    artifact.pull(REPO, Path("back"))
+    sent = {name: path.read_bytes() for name, path in known_files(folder).items()}
+    assert content("back") == sent
+    assert {"heads.safetensors", "policy.json", "README.md", "figures/loss.svg"} <= set(sent)
+
+
+def test_heads_and_policy_load_by_the_name_of_their_repository(hub, folder):
+    artifact.push(folder, REPO)
+    heads = LSpadeHeads.from_pretrained(REPO)
+    assert torch.equal(heads.bias, LSpadeHeads.from_pretrained(folder).bias)
+    policy = ExitPolicy.from_pretrained(REPO)
+    policy.check_heads(heads.metadata["weights_sha256"])
+
+
+def test_commands_push_and_pull_with_only_the_environment_set(folder, recipe, tmp_path):
+    """A real process, so that endpoint and token are read as a user's are."""
+    push = ["push", "--config", str(recipe), "--repo", REPO, "--license", "mit"]
+    commands = [push, ["pull", REPO, "--to", "back"]]
+    code = f"from lspade_train.cli import main; print(*map(main, {commands}))"
+    with hub_server.serve() as server:
+        environment = os.environ | {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": TOKEN,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+    address, codes = done.stdout.splitlines()
+    assert codes == "0 0", done.stderr
+    assert address.startswith(f"{server.url}/{REPO}/commit/")
+    assert content("back") == {n: p.read_bytes() for n, p in known_files(folder).items()}
+
+
+def test_nothing_but_known_files_is_sent(hub, folder):
+    artifact.push(folder, REPO)
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes", *known_files(folder)}
+    assert not set(known_files(folder)) & set(STRAY)
+
+
+def test_nothing_but_known_files_is_fetched(hub, folder):
+    artifact.push(folder, REPO)
+    there = hub.repos[REPO]
+    there.commit("main", there.at("main") | {"model.pkl": b"x", "figures/../../evil.png": b"x"})
+    artifact.pull(REPO, Path("back"))
+    assert set(content("back")) == set(known_files(folder))
+    assert not any("pkl" in line or "evil" in line for line in hub.requests)
+
+
+def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_files(hub, folder):
+    artifact.push(folder, REPO)
+    there = hub.repos[REPO]
+    there.commit("main", there.at("main") | {"LICENSE": b"terms"})
+    (folder / "policy.json").unlink()
+    artifact.push(folder, REPO)
+    assert "policy.json" not in there.at("main")
+    assert there.at("main")["LICENSE"] == b"terms"
+
+
+def test_heads_push_themselves_with_config_and_card(hub, folder):
+    heads = LSpadeHeads.from_pretrained(folder)
+    address = heads.push_to_hub(REPO, license="mit", message="First heads")
+    there = hub.repos[REPO]
+    assert address == f"{hub.url}/{REPO}/commit/{there.refs['main']}"
+    assert there.messages[there.refs["main"]] == "First heads"
+    assert set(there.at("main")) - {".gitattributes"} == {
+        "heads.safetensors",
+        "config.json",
+        "README.md",
+    }
+    assert b"license: mit" in there.at("main")["README.md"]
+
+
+def test_saving_heads_makes_their_digest_known(tmp_path):
+    heads = LSpadeHeads([1], WIDTH)
+    heads.save_pretrained(tmp_path)
+    assert heads.metadata == LSpadeHeads.from_pretrained(tmp_path).metadata
+
+
+# Where it goes
+
+
+def test_a_revision_is_a_branch_or_a_commit(hub, folder):
+    artifact.push(folder, REPO)
+    first = hub.repos[REPO].refs["main"]
+    other = LSpadeHeads([1, 2], WIDTH, form="bias")
+    other.push_to_hub(REPO, branch="two")
+    assert hub.repos[REPO].refs["main"] == first
+    assert LSpadeHeads.from_pretrained(REPO).layers == (1, 2, 3)
+    assert LSpadeHeads.from_pretrained(REPO, revision="two").layers == (1, 2)
+    other.push_to_hub(REPO)
+    assert LSpadeHeads.from_pretrained(REPO).layers == (1, 2)
+    assert LSpadeHeads.from_pretrained(REPO, revision=first).layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_new_repository_is_private_where_that_is_asked_for(hub, folder, private):
+    artifact.push(folder, REPO, private=private)
+    assert hub.repos[REPO].private == private
+
+
+def test_a_public_repository_is_not_pushed_to_where_a_private_one_was_asked_for(hub, folder):
+    artifact.push(folder, REPO)
+    before = dict(hub.repos[REPO].refs)
+    with pytest.raises(HubError, match=r"is public(.|\n)*settings"):
+        artifact.push(folder, REPO, private=True, message="secret")
+    assert hub.repos[REPO].refs == before
+
+
+def test_a_pull_request_needs_no_right_to_write_and_leaves_main_alone(hub, folder, monkeypatch):
+    repo = hub.repos["other/heads"] = Repo()
+    main_before = repo.commit("main", {".gitattributes": b""})
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    address = artifact.push(folder, "other/heads", create_pr=True)
+    assert address == f"{hub.url}/other/heads/discussions/1"
+    assert repo.refs["main"] == main_before
+    assert LSpadeHeads.from_pretrained("other/heads", revision="refs/pr/1").layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize("flag", ["--private", "--create_pr"])
+@pytest.mark.parametrize("option", [[], ["--branch", "try"]])
+def test_options_of_the_command_reach_the_hub(hub, folder, recipe, capsys, flag, option):
+    if flag == "--create_pr":
+        hub.repos[REPO] = Repo()
+        start = hub.repos[REPO].commit("main", {})
+        hub.repos[REPO].refs["try"] = start
+    assert main(["push", "--config", str(recipe), "--repo", REPO, flag, *option]) == 0
+    refs = hub.repos[REPO].refs
+    printed = capsys.readouterr().out
+    if flag == "--create_pr":
+        assert "refs/pr/1" in refs
+        assert "/discussions/1" in printed
+    else:
+        assert hub.repos[REPO].private
+        assert printed.strip().endswith(refs["try" if option else "main"])
+
+
+def test_a_dry_run_shows_files_sizes_and_card_and_neither_sends_nor_writes(
+    hub, folder, recipe, capsys
+):
+    before = content(folder)
+    arguments = ["push", "--config", str(recipe), "--repo", REPO, "--dry_run", "--license", "mit"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{(folder / 'heads.safetensors').stat().st_size:,}  heads.safetensors" in printed
+    assert f"files to {REPO}" in printed
+    assert "license: mit" in printed
+    assert f'LSpadeHeads.from_pretrained("{REPO}")' in printed
+    assert not any(name in printed for name in STRAY)
+    assert content(folder) == before
+    assert not hub.requests
+
+
+def test_paths_of_this_machine_in_the_config_are_pointed_out(hub, folder, recipe, caplog):
+    heads = LSpadeHeads.from_pretrained(folder)
+    heads.metadata["base_model"] = {"model_id": "/home/someone/models/llama", "revision": None}
+    heads.save_pretrained(folder)
+    with caplog.at_level("WARNING"):
+        assert main(["push", "--config", str(recipe), "--repo", REPO]) == 0
+    assert "path of this machine in config.json: /home/someone/models/llama" in caplog.text
+    assert b"/home" not in hub.repos[REPO].at("main")["README.md"]
+
+
+# What goes wrong
+
+
+def test_a_dropped_connection_in_the_middle_of_an_upload_is_tried_again(hub, folder):
+    drops = iter([True])
+
+    def pull_the_cable(_oid, _data):
+        if next(drops, False):
+            raise ConnectionAbortedError
+
+    hub.on_upload = pull_the_cable
+    artifact.push(folder, REPO)
+    artifact.pull(REPO, Path("back"))
+
+
+def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_again(
+    hub, folder, recipe, capsys
+):
+    weights = (folder / "heads.safetensors").read_bytes()
+
+    def refuse_weights(_oid, data):
+        if data == weights:
+            raise RefusalError(403, "Request has expired")
+
+    hub.on_upload = refuse_weights
+    arguments = ["push", "--config", recipe, "--repo", REPO]
+    said = refused(capsys, *arguments)
+    assert "someone/toy-heads broke off" in said
+    assert "Request has expired" in said
+    assert "run it again" in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
+    assert len(hub.blobs) == 1  # the figure
+    hub.on_upload, hub.requests[:] = lambda _oid, _data: None, []
+    assert main([str(argument) for argument in arguments]) == 0
+    assert sum(line.startswith("PUT") for line in hub.requests) == 1
+
+
+def test_a_wrong_token_is_named(hub, folder, recipe, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "refuses the token (Invalid credentials" in said
+    assert "hf auth login" in said
+    assert "hf_wrong" not in said
+
+
+def test_a_token_that_may_not_write_is_named(hub, folder, recipe, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "may not do that in someone/toy-heads" in said
+    assert "--create_pr" in said
+
+
+def test_without_a_login_nothing_is_asked_of_the_hub(hub, folder, recipe, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "hf auth login" in said
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_a_missing_repository_is_named(hub, capsys, monkeypatch, token):
+    monkeypatch.delenv("HF_TOKEN") if token is None else None
+    said = refused(capsys, "pull", "someone/nothing")
+    assert "no repository someone/nothing that you may read" in said
+    assert "hf auth login" in said
+
+
+def test_a_private_repository_is_read_with_a_login_only(hub, folder, capsys, monkeypatch):
+    artifact.push(folder, REPO, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "that you may read" in refused(capsys, "pull", REPO, "--to", "back")
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert main(["pull", REPO, "--to", "back"]) == 0
+
+
+def test_a_pull_request_to_a_missing_repository_is_named(hub, folder, recipe, capsys):
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO, "--create_pr")
+    assert "no repository someone/toy-heads" in said
+
+
+def test_a_missing_revision_is_named(hub, folder, capsys):
+    artifact.push(folder, REPO)
+    said = refused(capsys, "pull", REPO, "--revision", "v9", "--to", "back")
+    assert "someone/toy-heads has no revision 'v9'" in said
+    with pytest.raises(HubError, match="no revision 'v9'"):
+        LSpadeHeads.from_pretrained(REPO, revision="v9")
+
+
+def test_a_revision_of_a_local_folder_is_refused(folder):
+    with pytest.raises(HubError, match=r"folder here, which has no revision 'v1'"):
+        LSpadeHeads.from_pretrained(folder, revision="v1")
+
+
+def test_no_network_is_named(folder, recipe, capsys, monkeypatch, tmp_path):
+    with hub_server.serve() as server:
+        url = server.url
+    point_client_at(url, monkeypatch, tmp_path / "hub-cache")  # nobody answers there any more
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for arguments in (["pull", REPO], ["push", "--config", recipe, "--repo", REPO]):
+        said = refused(capsys, *arguments)
+        assert f"The Hub at {url} cannot be reached" in said
+        assert "HF_ENDPOINT" in said
+
+
+def test_a_hub_without_xet_storage_is_named_with_the_way_round_it(
+    hub, folder, recipe, capsys, monkeypatch
+):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "HF_HUB_DISABLE_XET=1" in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
+
+
+def test_a_copy_in_the_cache_serves_where_there_is_no_network(hub, folder, monkeypatch):
+    artifact.push(folder, REPO)
+    LSpadeHeads.from_pretrained(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert LSpadeHeads.from_pretrained(REPO).layers == (1, 2, 3)
+
+
+NAMES = [
+    "../heads",
+    "someone/../heads",
+    "heads",
+    "a/b/c",
+    "some one/heads",
+    "someone/heads.git",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, folder, recipe, capsys, name):
+    for arguments in (["pull", name], ["push", "--config", recipe, f"--repo={name}"]):
+        assert "Expected org/name" in refused(capsys, *arguments)
+    with pytest.raises(HubError, match="Expected org/name"):
+        LSpadeHeads([1], WIDTH).push_to_hub(name)
+    assert not hub.requests
+
+
+def test_push_without_a_repository_is_wrong_usage(folder, recipe, capsys):
+    assert main(["push", "--config", str(recipe)]) == 2
+    assert "--repo" in capsys.readouterr().err
+
+
+def test_a_folder_without_heads_is_not_pushed(hub, recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "checkpoints/toy" in said
+    assert "lspade-train fit" in said
+    assert not hub.requests
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGE = {
+    "a flipped bit": (lambda f: flip(f / "heads.safetensors"), "checksum"),
+    "an unknown format": (lambda f: edit(f / "config.json", format_version=9), "format_version 9"),
+    "a policy of other heads": (
+        lambda f: edit(f / "policy.json", heads_digest="0" * 64),
+        "chosen for heads 0000",
+    ),
+    "a policy that is none": (lambda f: edit(f / "policy.json", layers=[2, 1]), "ascending"),
+    "results of other heads": (
+        lambda f: (f / "results.json").write_text('{"heads": {"weights_sha256": "0000"}}'),
+        "measured with heads 0000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_folder_that_is_not_in_order_is_neither_pushed_nor_pulled(hub, folder, case):
+    artifact.push(folder, REPO)
+    break_it, message = DAMAGE[case]
+    break_it(folder)
+    before = dict(hub.repos[REPO].refs)
+    with pytest.raises((ArtifactError, PolicyError), match=message):
+        artifact.push(folder, REPO)
+    assert hub.repos[REPO].refs == before
+    there = hub.repos[REPO]
+    broken = {name: path.read_bytes() for name, path in known_files(folder).items()}
+    there.commit("main", there.at("main") | broken)
+    with pytest.raises((ArtifactError, PolicyError), match=message):
+        artifact.pull(REPO, Path("back"))
+    assert not Path("back").exists()
+    assert not list(Path().glob(".back*"))
+
+
+def test_a_repository_without_heads_is_named(hub, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.repos["someone/llama"] = Repo()
+    hub.repos["someone/llama"].commit("main", {"config.json": b"{}", "model.safetensors": b""})
+    assert "holds no heads.safetensors" in refused(capsys, "pull", "someone/llama")
+    assert not Path("checkpoints").exists()
+
+
+def test_pull_touches_no_folder_that_is_there(hub, folder, capsys):
+    artifact.push(folder, REPO)
+    before = content(folder)
+    assert "overwrites nothing" in refused(capsys, "pull", REPO, "--to", folder)
+    assert content(folder) == before
+
+
+def test_a_card_that_the_hub_does_not_take_stops_the_push(hub, folder, recipe, capsys):
+    said = refused(
+        capsys, "push", "--config", recipe, "--repo", REPO, "--license", "My Own Licence"
+    )
+    assert '"license" must be one of' in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
