@@ -19,6 +19,7 @@ ORDER = [
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
     *("tasks", "cache", "runtime"),
     *("loader", "data", "module", "evaluation", "profiling", "plots", "report", "hub"),
+    *("harness", "plugin"),
     *("callbacks", "cli"),
 ]
 
