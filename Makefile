@@ -6,7 +6,10 @@ READY  := $(VENV)/.ready
 
 RUN    := --config recipes/quickstart.yaml
 
-.PHONY: help quickstart test test-all lint bench clean
+LOWEST := .venv-lowest
+TORCH  ?= 2.8.0
+
+.PHONY: help quickstart test test-all test-lowest lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +34,12 @@ test: $(READY)  ## the default test suite, offline
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/pytest
 
+test-lowest:  ## the default suite with the oldest supported versions (see constraints-lowest.txt)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
+		-c constraints-lowest.txt torch==$(TORCH) -e '.[dev]'
+	$(LOWEST)/bin/pytest -n auto -m "not slow and not gpu"
+
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,6 +48,6 @@ lint: $(READY)  ## format, lint and types
 bench: $(READY)  ## speed and memory as ratios against baselines timed in the same process
 	$(BIN)/python tests/bench.py
 
-clean:  ## remove the environment and the fitted heads
-	rm -rf $(VENV)
+clean:  ## remove the environments and the fitted heads
+	rm -rf $(VENV) $(LOWEST)
 	git clean -fdxq checkpoints

@@ -26,4 +26,7 @@ def __getattr__(name: str) -> Any:
     """Import on first use: `lspade-train --help` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lspade_train.requirements import check_versions
+
+    check_versions()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

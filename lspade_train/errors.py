@@ -35,3 +35,7 @@ class PolicyError(LSpadeError):
 
 class NumericsError(LSpadeError):
     """NaN or Inf where finite numbers are needed."""
+
+
+class UnsupportedVersionError(LSpadeError):
+    """A package that is missing, or installed in a version outside the supported range."""

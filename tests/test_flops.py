@@ -47,7 +47,9 @@ def test_a_llama_is_counted_as_by_hand():
     linear = 2 * WIDTH * (2 * heads * head_dim + 2 * groups * head_dim + 3 * inner)
     block = tokens * linear + 4 * tokens**2 * heads * head_dim
     expected = LAYERS * block + 2 * WIDTH * VOCAB
-    assert float(count_flops(tiny("llama")).full(torch.tensor([tokens]))) == expected
+    counted = float(count_flops(tiny("llama")).full(torch.tensor([tokens])))
+    # Older transformers (5.16 is one) make the rotary angles by a product that is counted too.
+    assert counted in {expected, expected + 2 * tokens * head_dim // 2}
 
 
 def test_costs_rise_with_the_exit_layer_and_no_exit_pays_the_checks():

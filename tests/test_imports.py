@@ -14,12 +14,12 @@ ROOT = Path(lspade_train.__file__).parent
 
 # Each may import what stands before it, and a package its own modules.
 ORDER = [
-    *("errors", "recipe", "storage", "metrics", "progress"),
-    *("hub", "card", "adapters", "tokenizer", "heads"),
+    *("errors", "recipe", "requirements", "shipped", "storage", "metrics", "progress"),
+    *("remote", "hub", "card", "adapters", "tokenizer", "heads"),
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
-    *("tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
-    "inspection",
+    *("parallel", "tasks", "cache", "runtime"),
+    *("loader", "data", "module", "evaluation", "profiling", "plots", "report", "tracking"),
+    *("inspection", "harness", "plugin"),
     *("callbacks", "cli"),
 ]
 

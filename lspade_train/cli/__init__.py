@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from lspade_train.errors import LSpadeError
+from lspade_train.requirements import check_versions
 
 COMMANDS = {
     "fit": ("train", "train the heads; builds a missing cache first; export to checkpoints/NAME/"),
@@ -33,18 +34,19 @@ DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 NOTICES = ("exists and is not empty", "tensorboardX", "many workers", "LeafSpec", "GPU available")
 
 HELP = """\
-usage: lspade-train COMMAND --config RECIPE.yaml [--dotted.key VALUE ...]
+usage: lspade-train COMMAND --config RECIPE [--dotted.key VALUE ...]
 
 Train, measure and serve L-SPADE probes: linear heads that tell a frozen language model
-when it may stop early. One recipe serves every command; any of its keys can be
-overridden on the command line, as in --data.model_id or --trainer.max_epochs.
+when it may stop early. One recipe, a YAML file or the name of one that ships here, serves
+every command; any of its keys can be overridden on the command line, as in --data.model_id
+or --trainer.max_epochs.
 
 commands:
 {commands}
 
-A first run (costs and needs stand at the top of each recipe):
-  lspade-train fit --config recipes/pythia.yaml
-  lspade-train evaluate --config recipes/pythia.yaml
+A first run (lspade-train recipes says what each recipe costs):
+  lspade-train fit --config pythia
+  lspade-train evaluate --config pythia
 
 lspade-train COMMAND --help explains a command and lists the recipe's keys.
 Exit codes: 0 done, 1 a named error, 2 wrong usage.
@@ -74,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"lspade-train: no command {argv[0]!r}; expected one of {known}\n")
         return 2
     _quiet()
-    module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
     try:
+        check_versions()
+        module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
         return int(getattr(module, argv[0])(argv[1:]) or 0)
     except LSpadeError as error:
         sys.stderr.write(f"error: {error}\n")

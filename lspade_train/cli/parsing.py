@@ -1,14 +1,15 @@
 """Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import Recipe
+from lspade_train.shipped import find_recipe, is_shipped, locate
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ def command_parser(command: str, description: str, *, with_trainer: bool = False
     """
     parser = ArgumentParser(
         prog=f"lspade-train {command}",
-        usage=f"lspade-train {command} --config RECIPE.yaml [--dotted.key VALUE ...]",
+        usage=f"lspade-train {command} --config RECIPE [--dotted.key VALUE ...]",
         description=description,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe, a YAML file")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="recipe: a YAML file, or a shipped one's name"
+    )
     if not with_trainer:
         parser.add_class_arguments(Recipe, None)
         return parser
@@ -54,12 +57,15 @@ def command_parser(command: str, description: str, *, with_trainer: bool = False
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
     """Parse a command line into a recipe.
 
+    A shipped recipe may be given by name, and finds the data and model that ship with it.
+
     Raises:
         RecipeError: an unknown key, a missing file, a value of the wrong type.
         SystemExit: 0 for `--help`, 2 for wrong usage.
     """
+    arguments = list(_with_paths(arguments))
     try:
-        config = parser.parse_args(list(arguments))
+        config = parser.parse_args(arguments)
         asked = parser.instantiate_classes(config)
     except ArgumentError as error:
         _refuse(parser, str(error), arguments)
@@ -73,7 +79,22 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
         values["trainer"] = {k: v for k, v in given.items() if v != defaults[k]}
         trainer = {name: trainer[name] for name in values["trainer"]}
     options = Namespace(**{k: v for k, v in vars(asked).items() if k not in {*names, "config"}})
-    return Parsed(Recipe(**values), options, trainer)
+    recipe = Recipe(**values)
+    if any(is_shipped(file.absolute) for file in asked["config"] or ()):
+        data = recipe.data
+        recipe.data = replace(data, model_id=locate(data.model_id), dataset=locate(data.dataset))
+    return Parsed(recipe, options, trainer)
+
+
+def _with_paths(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with shipped recipes' paths in place of their names."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if before == "--config":
+            yield find_recipe(word)
+        elif word.startswith("--config="):
+            yield f"--config={find_recipe(word.removeprefix('--config='))}"
+        else:
+            yield word
 
 
 def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> NoReturn:
@@ -81,11 +102,12 @@ def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> N
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
     if "--config" not in " ".join(arguments):
-        _usage(parser, f"{lines[0]} Give a recipe: --config recipes/arc.yaml")
+        _usage(parser, f"{lines[0]} Give a recipe: --config arc")
     if "File does not exist" in text:
         path = text.rsplit(": ", 1)[-1].strip("'")
         raise RecipeError(
-            f"No recipe {path}. Expected a YAML file such as recipes/arc.yaml; check --config."
+            f"No recipe {path}. Expected a YAML file, or a name that lspade-train recipes lists; "
+            "check --config."
         )
     if "nrecognized" in text and "--" in text and "." not in text.split("--", 1)[1].split("=")[0]:
         _usage(parser, text)

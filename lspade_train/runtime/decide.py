@@ -70,6 +70,12 @@ class Probe:
         ids, real = batch.choice_ids.to(where)[rows], batch.choice_mask.to(where)[rows]
         return unembed.tokens(state.to(where), ids).masked_fill(~real, -torch.inf)
 
+    def answer(
+        self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows tokens"]:
+        """The logits that a row answers from, once it has been through the last block."""
+        return self.read(state, batch, rows)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -159,7 +165,7 @@ class Ascent:
         if not ends:
             return
         rows = torch.cat([self.inside, self.outside])
-        logits = self.probe.read(torch.cat(ends), self.batch, rows)
+        logits = self.probe.answer(torch.cat(ends), self.batch, rows)
         through = len(self.inside)
         self.entropy[self.inside] = entropy(logits[:through]).float().cpu()
         self.answers.append((rows, logits))

@@ -1,0 +1,51 @@
+"""The example script and the README's notebook cells run as they stand, offline."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from lspade_train import ExitPolicy, LSpadeHeads
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("from_python", ROOT / "recipes/from_python.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.from_python
+
+
+def test_it_fits_heads_chooses_a_policy_and_answers(example, tmp_path, capsys):
+    example(output=tmp_path / "heads", epochs=1, limit=64)
+    printed = capsys.readouterr().out
+    assert re.findall(r"answer (\w) from layer (\d)", printed) == [
+        ("B", "9"),
+        ("B", "9"),
+        ("A", "9"),
+    ]
+    heads = LSpadeHeads.from_pretrained(tmp_path / "heads")
+    policy = ExitPolicy.load(tmp_path / "heads")
+    assert policy.heads_digest == heads.metadata["weights_sha256"]
+    assert policy.threshold is None  # 64 rows prove no promise of one point at 95%
+
+
+@pytest.mark.slow
+def test_with_all_the_data_it_answers_from_earlier_layers(example, tmp_path, capsys):
+    example(output=tmp_path / "heads")
+    answers = re.findall(r"answer (\w) from layer (\d)", capsys.readouterr().out)
+    assert [letter for letter, _ in answers] == ["B", "B", "A"]
+    assert min(int(layer) for _, layer in answers) < 9
+
+
+@pytest.mark.parametrize("code", [block for block in BLOCKS if "checkpoints/tiny-world" in block])
+def test_the_readmes_cells_run(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = {}
+    exec(compile(code, "README.md", "exec"), found)
+    assert [answer.text for answer in found["answers"]] == ["B", "A"]

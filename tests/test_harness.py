@@ -1,0 +1,260 @@
+"""The harness's own requests and tasks, with and without exits, against its `hf` model."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from toy import WORDS
+
+from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter, spade_logits
+from lspade_train.cli import main
+from lspade_train.errors import ArtifactError, PolicyError
+from lspade_train.harness import LSpadeLM
+from lspade_train.runtime.flops import count_flops, exit_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ROOT / "recipes/quickstart/lm_eval"
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def model(toy_root):
+    """A folder with a random Llama and its tokenizer."""
+    return str(toy_root / "model")
+
+
+@pytest.fixture(scope="module")
+def hf(model):
+    return HFLM(pretrained=model, device="cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def heads(model, tmp_path_factory) -> Path:
+    """A folder with heads of that model, a little off the identity."""
+    folder = tmp_path_factory.mktemp("heads")
+    adapter = ModelAdapter.from_pretrained(model)
+    heads = LSpadeHeads([1, 2, 3], adapter.hidden_size)
+    torch.nn.init.normal_(heads.weight, std=0.02)
+    heads.metadata = {"base_model": {"model_id": model, **adapter.identity}, "training": {}}
+    heads.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lspade(model, heads, tmp_path):
+    """Makes the model with a policy."""
+
+    def build(policy: ExitPolicy) -> LSpadeLM:
+        policy.save(tmp_path)
+        return LSpadeLM(
+            pretrained=model, heads=str(heads), policy=str(tmp_path), device="cpu", batch_size=4
+        )
+
+    return build
+
+
+def asked(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, a, n, (None, None, None)) for n, a in enumerate(arguments)]
+
+
+def questions(count=12, choices=("A", "B", "C")) -> list[Instance]:
+    """Contexts of mixed lengths with every choice of each, in no order."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS[:-1], k=draw.randint(1, 20))) for _ in range(count)]
+    pairs = [(f"{text} ? :", f" {choice}") for text in texts for choice in choices]
+    draw.shuffle(pairs)
+    return asked("loglikelihood", *pairs)
+
+
+def test_with_never_every_kind_of_request_gets_the_hf_models_own_numbers(model, hf):
+    never = LSpadeLM(pretrained=model, policy="never", device="cpu", batch_size=4)
+    texts = asked("loglikelihood_rolling", *[(r.args[0],) for r in questions(3)])
+    prompts = asked("generate_until", *[(r.args[0], {"max_gen_toks": 4}) for r in questions(2)])
+    for requests in (questions(), questions(4, ("A B", "C"))):
+        expected = hf.loglikelihood(requests, disable_tqdm=True)
+        assert never.loglikelihood(requests, disable_tqdm=True) == expected
+    assert never.loglikelihood_rolling(texts, True) == hf.loglikelihood_rolling(texts, True)
+    assert never.generate_until(prompts, True) == hf.generate_until(prompts, True)
+    assert never.get_model_info()["lspade"] == {
+        "questions": 0,
+        "full_model_requests": {
+            "continuations": 36 + 8,
+            "rolling windows": len(texts),
+            "generated texts": len(prompts),
+        },
+    }
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+def test_checks_that_never_fire_leave_the_full_models_likelihoods(lspade, hf, scope):
+    checking = lspade(ExitPolicy(layers=(1, 2, 3), threshold=0.0, scope=scope))
+    requests = questions()
+    found = checking.loglikelihood(requests, disable_tqdm=True)
+    for (score, greedy), (expected, most) in zip(
+        found, hf.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert score == pytest.approx(expected, abs=1e-5)
+        assert greedy == most
+    facts = checking.get_model_info()["lspade"]
+    assert facts["questions"] == 12
+    assert facts["exited"] == 0
+    assert facts["mean_exit_layer"] == 4
+    assert facts["flops_saved"] < 0  # the checks are paid for
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+def test_an_early_answer_is_the_log_likelihood_of_spade_at_that_layer(lspade, scope):
+    early = lspade(ExitPolicy.always(LAYER, scope=scope))
+    requests = questions()
+    found = early.loglikelihood(requests, disable_tqdm=True)
+    for request, (score, greedy) in zip(requests, found, strict=True):
+        context, choice = request.args
+        ids = torch.tensor([early.tok_encode(context)])
+        expected = spade_logits(early.model, ids, layers=[LAYER])[0, 0].log_softmax(-1)
+        token = early.tokenizer.convert_tokens_to_ids(choice.strip())
+        assert score == pytest.approx(float(expected[token]), abs=1e-5)
+        assert greedy == (int(expected.argmax()) == token)
+
+
+def test_the_results_say_how_early_and_what_it_saved(lspade):
+    policy = ExitPolicy.always(LAYER)
+    early = lspade(policy)
+    requests = questions()
+    early.loglikelihood(requests, disable_tqdm=True)
+    contexts = {request.args[0] for request in requests}
+    tokens = torch.tensor([len(early.tok_encode(context)) for context in contexts])
+    counts = count_flops(early.model, early.runtime.heads)
+    paid = exit_flops(counts, tokens, [LAYER], policy).sum() / counts.full(tokens).sum()
+    facts = early.get_model_info()["lspade"]
+    assert facts["flops_saved"] == pytest.approx(1 - float(paid))
+    assert facts == {
+        "questions": len(contexts),
+        "full_model_requests": {},
+        "num_layers": 4,
+        "exited": 1.0,
+        "mean_exit_layer": LAYER,
+        "flops_saved": facts["flops_saved"],
+    }
+
+
+def test_a_question_with_one_longer_choice_is_the_full_models_as_a_whole(lspade, hf):
+    early = lspade(ExitPolicy.always(LAYER))
+    mixed = questions(5, ("A", "B C"))
+    assert early.loglikelihood(mixed, disable_tqdm=True) == hf.loglikelihood(
+        mixed, disable_tqdm=True
+    )
+    assert early.get_model_info()["lspade"]["full_model_requests"] == {"continuations": 10}
+
+
+def test_rolling_likelihoods_and_texts_are_the_full_models(lspade, hf):
+    early = lspade(ExitPolicy.always(LAYER))
+    texts = asked("loglikelihood_rolling", ("w1 w2 w3",), ("w4",))
+    prompts = asked("generate_until", ("w1 w2", {"max_gen_toks": 3}))
+    assert early.loglikelihood_rolling(texts, True) == hf.loglikelihood_rolling(texts, True)
+    assert early.generate_until(prompts, True) == hf.generate_until(prompts, True)
+    assert early.get_model_info()["lspade"]["full_model_requests"] == {
+        "rolling windows": 2,
+        "generated texts": 1,
+    }
+
+
+def test_a_context_over_the_models_is_cut_on_the_left_as_hf_cuts_it(lspade, hf):
+    checking = lspade(ExitPolicy(layers=(1,), threshold=0.0))
+    long = asked("loglikelihood", *[(" ".join(WORDS[:40] * 20), f" {c}") for c in "AB"])
+    assert len(hf.tok_encode(long[0].args[0])) > hf.max_length
+    found = checking.loglikelihood(long, disable_tqdm=True)
+    expected = hf.loglikelihood(long, disable_tqdm=True)
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-5)
+    assert checking.get_model_info()["lspade"]["questions"] == 1
+
+
+def test_what_cannot_be_run_is_refused_with_the_remedy(model, heads, lspade, tmp_path):
+    with pytest.raises(PolicyError, match=r"neither heads nor a policy.*policy=never"):
+        LSpadeLM(pretrained=model, device="cpu")
+    with pytest.raises(PolicyError, match=r"policy\.json does not exist.*calibrate"):
+        LSpadeLM(pretrained=model, heads=str(heads), device="cpu")
+    with pytest.raises(PolicyError, match=r"no log-likelihoods.*calibrate"):
+        lspade(ExitPolicy.always(LAYER, scope="choices", decoder="l-spade"))
+    ExitPolicy.always(LAYER).save(tmp_path)
+    with pytest.raises(ArtifactError, match="another configuration"):
+        LSpadeLM(
+            pretrained=str(ROOT / "checkpoints/tiny-world"), heads=str(heads),
+            policy=str(tmp_path), device="cpu",
+        )  # fmt: skip
+
+
+def test_a_task_of_the_harness_scores_the_same_with_never_as_with_hf(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    scores = {}
+    for name, policy in (("hf", ""), ("lspade", ",policy=never")):
+        scores[name] = simple_evaluate(
+            model=name, model_args=f"pretrained=checkpoints/tiny-world{policy}",
+            tasks=["tiny_world"],
+            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+            device="cpu", batch_size=8, limit=24, bootstrap_iters=0,
+        )  # fmt: skip
+    hf, never = ([row["resps"] for row in s["samples"]["tiny_world"]] for s in scores.values())
+    assert never == hf
+    assert len(hf) == 24
+    assert scores["lspade"]["results"] == scores["hf"]["results"]
+    assert scores["lspade"]["results"]["tiny_world"]["acc,none"] > 0.9
+    assert scores["lspade"]["config"]["lspade"]["full_model_requests"]["continuations"] > 48
+
+
+def test_the_plain_command_finds_the_model_and_other_programs_do_not_load_the_harness():
+    names = "from lm_eval.api.registry import model_registry as known"
+    harness = f"{names}\nimport torch\nprint('lspade' in known, 'hf' in known)"
+    assert printed(harness) == "True True"
+    other = (
+        "import sys, torch\nprint('lspade_train.plugin' in sys.modules, 'lm_eval' in sys.modules)"
+    )
+    assert printed(other) == "True False"
+
+
+def printed(code: str) -> str:
+    """What a new process prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def harness(tmp_path: Path, model: str, arguments: str) -> dict:
+    """Run the harness's own command line; its results file and what it printed."""
+    output = tmp_path / model / "results.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments,
+            "--include_path", str(TASKS), "--tasks", "tiny_world", "--device", "cpu",
+            "--batch_size", "32", "--output_path", str(output),
+        ],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = output.parent.glob("results*.json")
+    return json.loads(file.read_text()) | {"printed": done.stdout + done.stderr}
+
+
+@pytest.mark.slow
+def test_the_command_line_keeps_the_calibrated_promise_and_reports_the_exits(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    heads = tmp_path / "heads"
+    monkeypatch.setattr("lspade_train.artifact.heads_folder", lambda recipe: heads)
+    recipe = ["--config=recipes/quickstart.yaml", f"--data.cache_dir={tmp_path / 'cache'}"]
+    assert main(["fit", *recipe, "--trainer.enable_progress_bar=false"]) == 0
+    assert main(["calibrate", *recipe, "--max_accuracy_drop", "0.01"]) == 0
+    full = harness(tmp_path, "hf", "pretrained=checkpoints/tiny-world")
+    early = harness(tmp_path, "lspade", f"pretrained=checkpoints/tiny-world,heads={heads}")
+    accuracy = [run["results"]["tiny_world"]["acc,none"] for run in (full, early)]
+    assert accuracy[0] - accuracy[1] <= 0.01
+    facts = early["config"]["lspade"]
+    assert facts["questions"] == 2000
+    assert facts["exited"] > 0.3
+    assert facts["flops_saved"] > 0.05
+    assert f"{facts['exited']:.1%} exited" in early["printed"]
