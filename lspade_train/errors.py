@@ -31,3 +31,11 @@ class PolicyError(LSpadeError):
 
 class NumericsError(LSpadeError):
     """NaN or Inf where finite numbers are needed."""
+
+
+class StoppedError(LSpadeError):
+    """Another process of the same run ended before its work was done."""
+
+
+class PeerError(LSpadeError):
+    """Another process of the same run has failed, and its error is told by the first process."""

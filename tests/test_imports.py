@@ -14,7 +14,7 @@ ROOT = Path(lspade_train.__file__).parent
 
 # Each may import what stands before it, and a package its own modules.
 ORDER = [
-    *("errors", "recipe", "storage", "metrics", "progress"),
+    *("errors", "recipe", "storage", "metrics", "progress", "parallel"),
     *("adapters", "tokenizer", "heads"),
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
     *("tasks", "cache", "runtime"),

@@ -1,7 +1,8 @@
 """Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -74,6 +75,18 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
         trainer = {name: trainer[name] for name in values["trainer"]}
     options = Namespace(**{k: v for k, v in vars(asked).items() if k not in {*names, "config"}})
     return Parsed(Recipe(**values), options, trainer)
+
+
+@contextmanager
+def refusals_named() -> Generator[None]:
+    """Settings that the Trainer refuses are the recipe's mistake."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as cause:
+        text = " ".join(str(cause).split())
+        raise RecipeError(f"The Trainer refuses: {text[:300]}\nCheck trainer.*.") from cause
 
 
 def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> NoReturn:
