@@ -21,6 +21,7 @@ from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.manifest import MANIFEST
 from lspade_train.errors import CacheError, TaskError
 from lspade_train.loader import RowLoader
+from lspade_train.parallel import first_alone, ranks, together
 from lspade_train.progress import track
 from lspade_train.recipe import DataConfig
 from lspade_train.spade import check_layers
@@ -203,10 +204,11 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _open_disk(self, split: Split) -> StateDataset:
         folder, identity = self.folder(split), self.identity(split)
-        self.reused[split] = (folder / MANIFEST).exists() and not self.overwrite
+        # The first process decides for all: a cache may be finished between two looks.
+        self.reused[split] = together((folder / MANIFEST).exists)[0] and not self.overwrite
         if not self.reused[split]:
             self._build(split, folder, identity)
-        manifest, dataset = cache.open_cache(folder, identity)
+        manifest, dataset = first_alone(lambda: cache.open_cache(folder, identity))
         self._require_prefix(split, manifest.answer_prefix)
         if self.reused[split]:
             log.info(
@@ -223,6 +225,12 @@ class HiddenStateDataModule(LightningDataModule):
             "%s: caching %s rows x %d bytes = %.3g GB in %s",
             split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, folder,
         )  # fmt: skip
+        rank, world = ranks()
+        if size.shards < world:
+            log.warning(
+                "%s: %d shards for %d processes; a smaller --data.shard_mb keeps all of them busy",
+                split, size.shards, world,
+            )  # fmt: skip
         cache.build(
             folder,
             self.adapter,
@@ -239,7 +247,7 @@ class HiddenStateDataModule(LightningDataModule):
                 "transformers": version("transformers"),
             },
             overwrite=self.overwrite,
-            track=lambda numbers: track(numbers, f"{split}: caching", size.shards),
+            track=lambda mine: mine if rank else track(mine, f"{split}: caching", len(mine)),
             say=log.info,
         )
 
@@ -271,14 +279,15 @@ class HiddenStateDataModule(LightningDataModule):
 
     # Lightning's hooks -----------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        """Build what is missing, on one process of each machine."""
-        if self.config.mode == "disk":
-            state = self.trainer.state if self.trainer else None
-            self.setup(str(state.fn.value) if state and state.fn else "fit")
-
     def setup(self, stage: str) -> None:
-        """Open the splits of a stage: fit, validate or test."""
+        """Open the splits of a stage: fit, validate or test; builds what is missing.
+
+        Here and not in `prepare_data`, which runs on one process of each machine: a cache is built
+        by all of them, and what is wrong is said by one.
+        """
+        together(lambda: self._setup(stage))
+
+    def _setup(self, stage: str) -> None:
         if stage == "fit":
             self.states("train")
         self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")

@@ -39,3 +39,11 @@ class NumericsError(LSpadeError):
 
 class UnsupportedVersionError(LSpadeError):
     """A package that is missing, or installed in a version outside the supported range."""
+
+
+class StoppedError(LSpadeError):
+    """Another process of the same run ended before its work was done."""
+
+
+class PeerError(LSpadeError):
+    """Another process of the same run has failed, and its error is told by the first process."""

@@ -512,7 +512,7 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
         calls.append(len(examples))
         return extract(adapter, examples, *rest)
 
-    monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
+    monkeypatch.setattr("lspade_train.cache.shards.extract", counted)
     build(damaged, shard_mb=TINY_SHARDS)
     assert len(calls) == 1
     assert contents(folder) == before
@@ -596,3 +596,81 @@ def test_two_processes_that_build_the_same_cache_end_with_one_good_one(project, 
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     assert contents(project.cache / "train") == contents(finished.cache / "train")
+
+
+# Several processes of one run
+
+MAIN = "import sys\nfrom lspade_train.cli import main\nsys.exit(main())\n"
+
+
+@contextlib.contextmanager
+def many(project, processes, *more, **settings):
+    """A real `lspade-train cache` of several processes, as Lightning starts them."""
+    script = project.home / "main.py"
+    script.write_text(MAIN)
+    sizes = {"data__shard_mb": TINY_SHARDS, "data__tokens_per_batch": 128}
+    recipe = project.recipe(trainer__devices=processes, **sizes | settings)
+    with subprocess.Popen(
+        [sys.executable, str(script), "cache", "--config", str(recipe), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
+    before = contents(finished.cache / "train")
+    with many(project, 2, "--splits", "[train]", data__tokens_per_batch=8192) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert contents(project.cache / "train") == before
+
+
+def test_an_error_of_one_process_is_told_once(project, tmp_path):
+    model = toy.save_model(tmp_path / "nan", poisoned=True)
+    rows = toy.questions(12)
+    rows[-1]["prompt"] = f"w1 {toy.POISON} ? :"
+    toy.write_jsonl(tmp_path / "rows/train.jsonl", rows)
+    with many(
+        project, 2, "--splits", "[train]",
+        data__model_id=str(model), data__dataset=str(tmp_path / "rows"),
+    ) as process:  # fmt: skip
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.count("error: NaN or Inf") == error.count("error:") == 1, error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_killed_process_is_a_named_error_and_the_run_goes_on_from_there(project, seed):
+    project.data = toy.write_data(project.home / "data", train=1500, validation=4)
+    draw, folder = random.Random(seed), project.cache / "train"
+    with many(project, 2, "--splits", "[train]") as process:
+        while len(list(folder.glob("shard-*"))) < draw.randint(3, 60):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        os.kill(child_of(process.pid), signal.SIGKILL)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert error.count("error:") == 1, error
+    assert "run the same command again" in error
+    assert "Traceback" not in error
+    with many(project, 2, "--splits", "[train]") as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    after = contents(folder)
+    calm = project.module(cache_dir=str(project.home / "calm"), shard_mb=TINY_SHARDS,
+                          tokens_per_batch=128)  # fmt: skip
+    calm.states("train")
+    assert after == contents(project.home / "calm/train")
+
+
+def child_of(pid: int) -> int:
+    """The process that Lightning started beside the first one (Linux)."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

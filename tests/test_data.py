@@ -103,7 +103,7 @@ def test_a_batch_size_below_one_is_a_named_error():
 
 def test_fit_opens_train_and_validation_and_nothing_else(project):
     data = project.module()
-    data.prepare_data()
+    data.setup("fit")
     assert data.reused == {"train": False, "validation": False}
     assert sorted(path.name for path in project.cache.iterdir()) == ["train", "validation"]
     data.setup("test")

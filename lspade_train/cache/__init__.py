@@ -10,7 +10,8 @@ from lspade_train.cache.reader import (
     split_folders,
     verify,
 )
-from lspade_train.cache.writer import build, discard, estimate
+from lspade_train.cache.shards import estimate
+from lspade_train.cache.writer import build, discard
 
 __all__ = [
     "Extraction",

@@ -3,8 +3,9 @@
 Knows nothing of files: the writer, the in-memory mode and the online mode all call this.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from lspade_train.errors import NumericsError
 from lspade_train.recipe import PositionIds, TargetKind
 from lspade_train.spade import collect_states, continue_states
 from lspade_train.tasks import Example
+
+Item = TypeVar("Item")
 
 SWEEP_ROWS = 16_384
 """Single-token rows in flight at once in the upward sweep; bounds its memory."""
@@ -78,17 +81,53 @@ def extract(
         NumericsError: a hidden state is NaN or Inf.
     """
     starts = np.cumsum([0] + [len(example.positions) for example in examples])
-    rows = int(starts[-1])
     out: dict[str, Tensor] = _labels(examples, what)
-    for batch in length_buckets(examples, tokens_per_batch):
-        chosen = [examples[i] for i in batch]
+
+    def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
+        for batch in length_buckets(examples, tokens_per_batch):
+            chosen = [examples[i] for i in batch]
+            yield batch, _to_host(_forward(adapter, chosen, what))
+
+    for batch, arrived in _one_behind(batches()):
         place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
-        for name, part in _forward(adapter, chosen, what).items():
+        parts = arrived()
+        for name, part in parts.items():
             if name not in out:
-                out[name] = torch.empty(rows, *part.shape[1:], dtype=part.dtype)
-            out[name][place] = part.cpu()
-    _refuse_non_finite(out, examples, starts, what.layers)
+                out[name] = torch.empty(int(starts[-1]), *part.shape[1:], dtype=part.dtype)
+            out[name][place] = part
+        _refuse_non_finite(parts, examples, batch, what.layers)
     return out
+
+
+def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """Each item once the next one is under way: the device computes while the host copies."""
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
+
+
+def _to_host(parts: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Start copying to the host's memory; what is returned waits for the end of it."""
+    copies: dict[str, Tensor] = {}
+    events: list[Any] = []
+    for name, part in parts.items():
+        if part.device.type != "cuda":
+            copies[name] = part.cpu()
+            continue
+        # Only pinned memory is copied to without the host waiting.
+        copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        copies[name].copy_(part, non_blocking=True)
+        events.append(torch.cuda.current_stream(part.device).record_event())
+
+    def arrived() -> dict[str, Tensor]:
+        for event in events:
+            event.synchronize()
+        return copies
+
+    return arrived
 
 
 def _forward(
@@ -178,17 +217,21 @@ def _labels(examples: Sequence[Example], what: Extraction) -> dict[str, Tensor]:
 
 
 def _refuse_non_finite(
-    out: dict[str, Tensor], examples: Sequence[Example], starts: np.ndarray, layers: tuple[int, ...]
+    parts: dict[str, Tensor],
+    examples: Sequence[Example],
+    batch: list[int],
+    layers: tuple[int, ...],
 ) -> None:
+    prompts = np.repeat(batch, [len(examples[i].positions) for i in batch])
     for name in ("hidden", "final", "target", "target_logits", "target_values"):
-        if name not in out or torch.isfinite(out[name]).all():
+        if name not in parts or torch.isfinite(parts[name]).all():
             continue
-        bad = ~torch.isfinite(out[name]).flatten(1).all(1)
+        bad = ~torch.isfinite(parts[name]).flatten(1).all(1)
         row = int(bad.nonzero()[0, 0])
-        prompt = int(np.searchsorted(starts, row, side="right")) - 1
+        prompt = int(prompts[row])
         where = ""
         if name != "final":
-            wrong = ~torch.isfinite(out[name][row]).all(-1)
+            wrong = ~torch.isfinite(parts[name][row]).all(-1)
             where = f" at layer {layers[int(wrong.nonzero()[0, 0])]}"
         raise NumericsError(
             f"NaN or Inf in the model's {name.replace('_', ' ')}{where}, prompt {prompt} of its "

@@ -1,13 +1,12 @@
-"""Write a cache: shard by shard, resumable, the manifest last. Knows nothing of recipes.
+"""Write a cache: identity first, then the shards, the manifest last; resumable.
 
-A shard is a function of its prompts alone: batches are formed inside it, so a killed run that is
-resumed ends with the bytes of an undisturbed one.
+Knows nothing of recipes, nor of who started the processes that share the work.
 """
 
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lspade_train.adapters import ModelAdapter
-from lspade_train.cache.extract import Extraction, extract, row_count
+from lspade_train.cache.extract import Extraction
 from lspade_train.cache.manifest import (
     IDENTITY,
     MANIFEST,
@@ -28,56 +27,15 @@ from lspade_train.cache.manifest import (
     require_same,
     write_identity,
 )
+from lspade_train.cache.shards import Estimate, Job, estimate, write_shards
 from lspade_train.errors import CacheError
+from lspade_train.parallel import ranks, together
 from lspade_train.spade import collect_states
-from lspade_train.storage import file_digest, file_tag, json_digest, read_json, write_tensors
+from lspade_train.storage import file_digest, file_tag, read_json, write_tensors
 from lspade_train.tasks import Encoded, Example
 
-Track = Callable[[Iterable[int]], Iterable[int]]
+Track = Callable[[Sequence[int]], Iterable[int]]
 """Wraps the shard numbers in a progress bar."""
-
-LABEL_BYTES = 40
-"""About what a row's labels and ids take beside its states."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a cache will take, known before the model runs.
-
-    Attributes:
-        rows: cached rows.
-        row_bytes: bytes per row, states and targets.
-        prompts_per_shard: prompts in one shard.
-        shards: number of shards.
-    """
-
-    rows: int
-    row_bytes: int
-    prompts_per_shard: int
-    shards: int
-
-    @property
-    def bytes(self) -> int:
-        """Size of the whole cache."""
-        return self.rows * self.row_bytes
-
-
-def estimate(
-    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, shard_mb: float
-) -> Estimate:
-    """Size and shards of a cache, without running the model."""
-    size = torch.empty(0, dtype=adapter.dtype).element_size()
-    layers, d = len(what.layers), adapter.hidden_size
-    target = {
-        "hidden": d * size,
-        "logits": adapter.vocab_size * 2,
-        "topk": min(what.topk, adapter.vocab_size) * 6,
-    }[what.targets]
-    row_bytes = (layers + 1) * d * size + layers * target + LABEL_BYTES + 4 * what.max_choices
-    rows = row_count(examples)
-    per_prompt = row_bytes * rows / max(len(examples), 1)
-    per_shard = max(int(shard_mb * 1_000_000 / per_prompt), 1)
-    return Estimate(rows, row_bytes, per_shard, -(-len(examples) // per_shard))
 
 
 def build(
@@ -96,46 +54,78 @@ def build(
 ) -> Manifest:
     """Run the frozen model over all prompts and write their states; resumes where it stopped.
 
+    The processes of one run deal the shards out among themselves; the first one does the rest.
     With `overwrite` an old cache goes once nothing but the model can still fail.
 
     Raises:
         CacheError: the folder holds another cache, the disk is too small or cannot be written.
         NumericsError: a hidden state is NaN or Inf.
+        StoppedError: another process of this run was killed.
     """
     plan = estimate(adapter, encoded.examples, what, shard_mb)
-    _make_folder(folder)
-    with _exclusive(folder, say):
-        if (folder / MANIFEST).exists() and not overwrite:
-            # Another process finished it while this one waited.
-            manifest = Manifest.read(folder)
-            require_same(manifest.identity, identity, folder)
-            return manifest
-        if (folder / IDENTITY).exists() and not overwrite:
-            require_same(read_json(folder / IDENTITY, CacheError, REBUILD), identity, folder)
-        _clear(folder, ".*.tmp")
-        _require_space(folder, plan)
-        if overwrite:
-            discard(folder)
-        write_identity(folder, identity)
-        digest = json_digest(identity)
-        shards = [
-            _shard(folder, number, adapter, encoded.examples, what, plan, digest, tokens_per_batch)
-            for number in track(range(plan.shards))
-        ]
-        _clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
-        _write_starts(folder, adapter, encoded.examples, what, digest)
-        manifest = Manifest(
-            identity=identity,
-            rows=plan.rows,
-            prompts=len(encoded.examples),
-            skipped=encoded.skipped,
-            answer_prefix=encoded.prefix,
-            groups=what.groups,
-            shards=tuple(shards),
-            starts_sha256=file_digest(folder / STARTS, CacheError),
-            provenance=provenance,
+    job = Job(folder, adapter, encoded.examples, what, identity, tokens_per_batch, plan)
+    rank, world = ranks()
+    with ExitStack() as held:
+
+        def begin() -> Manifest | None:
+            _make_folder(folder)
+            held.enter_context(_exclusive(folder, say))
+            return _prepare(job, overwrite)
+
+        finished = together(lambda: begin() if rank == 0 else None)[0]
+        if finished is not None:
+            return finished
+        mine = range(rank, plan.shards, world)
+        parts = together(lambda: write_shards(job, track(mine)))
+        shards = sorted(chain.from_iterable(parts), key=lambda shard: shard.file)
+        done = together(lambda: _finish(job, encoded, provenance, shards) if rank == 0 else None)[0]
+    assert done is not None
+    return done
+
+
+def _prepare(job: Job, overwrite: bool) -> Manifest | None:
+    """Make the folder ready for shards, or give the cache that is already in it."""
+    folder, identity = job.folder, job.identity
+    if (folder / MANIFEST).exists() and not overwrite:
+        # Another run finished it while this one waited.
+        manifest = Manifest.read(folder)
+        require_same(manifest.identity, identity, folder)
+        return manifest
+    if (folder / IDENTITY).exists() and not overwrite:
+        require_same(read_json(folder / IDENTITY, CacheError, REBUILD), identity, folder)
+    _clear(folder, ".*.tmp")
+    _require_space(folder, job.plan)
+    if overwrite:
+        discard(folder)
+    write_identity(folder, identity)
+    return None
+
+
+def _finish(
+    job: Job, encoded: Encoded, provenance: dict[str, Any], shards: list[Shard]
+) -> Manifest:
+    """Write what stands around the shards, the manifest last."""
+    folder = job.folder
+    absent = [shard.file for shard in shards if not (folder / shard.file).exists()]
+    if absent:
+        raise CacheError(
+            f"{folder} does not hold {absent[0]}, which another machine has written.\n"
+            "Set --data.cache_dir to a folder that all machines share."
         )
-        manifest.write(folder)
+    _clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
+    _write_starts(folder, job.adapter, job.examples, job.what, job.digest)
+    manifest = Manifest(
+        identity=job.identity,
+        rows=job.plan.rows,
+        prompts=len(job.examples),
+        skipped=encoded.skipped,
+        answer_prefix=encoded.prefix,
+        groups=job.what.groups,
+        shards=tuple(shards),
+        starts_sha256=file_digest(folder / STARTS, CacheError),
+        provenance=provenance,
+    )
+    manifest.write(folder)
     return manifest
 
 
@@ -159,28 +149,6 @@ def _clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:
         raise CacheError(
             f"{folder} cannot be cleared ({cause.strerror}). Choose another --data.cache_dir."
         ) from cause
-
-
-def _shard(
-    folder: Path,
-    number: int,
-    adapter: ModelAdapter,
-    examples: Sequence[Example],
-    what: Extraction,
-    plan: Estimate,
-    digest: str,
-    tokens_per_batch: int,
-) -> Shard:
-    first = number * plan.prompts_per_shard
-    mine = examples[first : first + plan.prompts_per_shard]
-    path = folder / f"shard-{number:05d}.safetensors"
-    # Rows and rounding depend on more than the identity: a resumed run may have other settings.
-    tag = f"{digest} prompts {first}:{first + len(mine)}, {tokens_per_batch} tokens per batch"
-    if file_tag(path) != tag:
-        adapter.check()
-        tensors = extract(adapter, mine, what, tokens_per_batch)
-        write_tensors(path, tensors, tag, CacheError)
-    return Shard(path.name, row_count(mine), path.stat().st_size, file_digest(path, CacheError))
 
 
 def _write_starts(

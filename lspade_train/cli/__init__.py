@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lspade_train.errors import LSpadeError
+from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
 COMMANDS = {
@@ -32,6 +32,9 @@ DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 # What Lightning warns of and nobody here can or need act on.
 NOTICES = ("exists and is not empty", "tensorboardX", "many workers", "LeafSpec", "GPU available")
+
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+"""Logs one thing: that a process was lost, before it ends the others."""
 
 HELP = """\
 usage: lspade-train COMMAND --config RECIPE [--dotted.key VALUE ...]
@@ -81,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
         return int(getattr(module, argv[0])(argv[1:]) or 0)
     except LSpadeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        return _told(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         return 130
@@ -91,6 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _disk_trouble(error)
+
+
+def _told(error: LSpadeError) -> int:
+    if not isinstance(error, PeerError):  # the first process tells it
+        sys.stderr.write(f"error: {error}\n")
+    return 1
 
 
 def _disk_trouble(error: OSError) -> int:
@@ -115,11 +123,26 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.getLogger("lspade_train").setLevel(logging.INFO if first else logging.ERROR)
-    for name in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "fabric.utilities.rank_zero",
+        "fabric.utilities.distributed",
+    ):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    launcher = logging.getLogger(LAUNCHER)
+    launcher.handlers, launcher.propagate = [logging.StreamHandler()], False
+    launcher.addFilter(_name_lost_process)
     for notice in NOTICES:
         warnings.filterwarnings("ignore", message=f".*{notice}.*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _name_lost_process(record: logging.LogRecord) -> bool:
+    record.msg = (
+        "error: A process of this run ended before its work was done; the others stop.\n"
+        "What is complete is kept: run the same command again to go on."
+    )
+    return True

@@ -1,7 +1,8 @@
 """Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -95,6 +96,18 @@ def _with_paths(arguments: Sequence[str]) -> Iterator[str]:
             yield f"--config={find_recipe(word.removeprefix('--config='))}"
         else:
             yield word
+
+
+@contextmanager
+def refusals_named() -> Generator[None]:
+    """Settings that the Trainer refuses are the recipe's mistake."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as cause:
+        text = " ".join(str(cause).split())
+        raise RecipeError(f"The Trainer refuses: {text[:300]}\nCheck trainer.*.") from cause
 
 
 def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> NoReturn:

@@ -2,10 +2,13 @@
 
 import logging
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -13,6 +16,7 @@ CACHE = """\
 Run the frozen model once over the task and write its hidden states and SPADE targets.
 The size is printed before anything runs. A run that was stopped resumes at its first missing
 shard and ends with the same bytes. fit and evaluate do this by themselves where it is missing.
+--trainer.devices and --trainer.num_nodes share the shards out among processes.
 
   lspade-train cache --config recipes/arc.yaml
   lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)"""
@@ -47,7 +51,7 @@ def cache(arguments: list[str]) -> int:
             f"data.mode is {recipe.data.mode}: that mode stores nothing. Set data.mode to disk."
         )
     data = HiddenStateDataModule(
-        recipe.data,
+        _launched(recipe.data, parsed.trainer),
         recipe.model.layers,
         seed=recipe.seed_everything,
         name=recipe.name,
@@ -57,6 +61,27 @@ def cache(arguments: list[str]) -> int:
         data.states(split)
         log.info("%s: complete in %s", split, data.folder(split))
     return 0
+
+
+def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:
+    """Start the processes that `trainer.*` asks for; the data section for this one's device.
+
+    Fabric, not `Trainer.predict`: it starts processes as the Trainer does (devices, nodes, SLURM,
+    torchrun) and leaves the frozen model alone, while the Trainer would cast it to
+    `trainer.precision` and run it under autocast, though `data.dtype` decides a cache's bytes.
+    What is left is a loop over shards, which `fit` runs too, inside a Trainer of its own.
+    """
+    from lightning.fabric import Fabric
+
+    asked: dict[str, Any] = {
+        name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer
+    }
+    if config.device_map is not None or config.device != "auto":
+        asked = {"accelerator": "cpu", "devices": 1} | asked
+    with refusals_named():
+        fabric = Fabric(**asked)
+        fabric.launch()
+    return replace(config, device=str(fabric.device)) if config.device == "auto" else config
 
 
 def _verify(arguments: list[str]) -> int:

@@ -1,14 +1,11 @@
 """`fit`, `validate` and `test`: Lightning's loops around the heads."""
 
 import logging
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from lspade_train.cli.parsing import Parsed, command_parser, parse
+from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +40,12 @@ def fit(arguments: list[str]) -> None:
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe)]
     if parsed.trainer.get("enable_checkpointing") is not False:
         callbacks.append(training_checkpoint(folder))
-    with _named_refusals():
+    with refusals_named():
         trainer = _trainer(parsed, folder, callbacks)
-        if "LOCAL_RANK" not in os.environ:
-            # Before Lightning starts further processes: what is wrong is then said by one.
+        if trainer.world_size == 1:
+            # What is wrong is said before a logger has made the folder of a run.
             data.trainer = trainer
-            data.prepare_data()
+            data.setup("fit")
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as stop:  # Lightning's own way out of an interrupt
@@ -84,22 +81,8 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = _modules(parsed, heads)
     heads.bind(data.adapter)
-    with _named_refusals():
+    with refusals_named():
         getattr(_trainer(parsed, folder, []), command)(module, data)
-
-
-@contextmanager
-def _named_refusals() -> Generator[None]:
-    """Settings that the Trainer refuses are the recipe's mistake."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lspade_train.errors import RecipeError
-
-    try:
-        yield
-    except MisconfigurationException as cause:
-        text = " ".join(str(cause).split())
-        raise RecipeError(f"The Trainer refuses: {text[:300]}\nCheck trainer.*.") from cause
 
 
 def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:

@@ -1,0 +1,150 @@
+"""The shards of a cache: which prompts each holds, how they are computed and written.
+
+A shard is a function of its prompts alone: batches are formed inside it, so neither a kill nor the
+number of processes changes its bytes. Knows nothing of the other shards or of the manifest.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lspade_train.adapters import ModelAdapter
+from lspade_train.cache.extract import Extraction, extract, row_count
+from lspade_train.cache.manifest import Identity, Shard
+from lspade_train.errors import CacheError
+from lspade_train.storage import file_digest, file_tag, json_digest, write_tensors
+from lspade_train.tasks import Example
+
+LABEL_BYTES = 40
+"""About what a row's labels and ids take beside its states."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cache will take, known before the model runs.
+
+    Attributes:
+        rows: cached rows.
+        row_bytes: bytes per row, states and targets.
+        prompts_per_shard: prompts in one shard.
+        shards: number of shards.
+    """
+
+    rows: int
+    row_bytes: int
+    prompts_per_shard: int
+    shards: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole cache."""
+        return self.rows * self.row_bytes
+
+
+def estimate(
+    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, shard_mb: float
+) -> Estimate:
+    """Size and shards of a cache, without running the model."""
+    size = torch.empty(0, dtype=adapter.dtype).element_size()
+    layers, d = len(what.layers), adapter.hidden_size
+    target = {
+        "hidden": d * size,
+        "logits": adapter.vocab_size * 2,
+        "topk": min(what.topk, adapter.vocab_size) * 6,
+    }[what.targets]
+    row_bytes = (layers + 1) * d * size + layers * target + LABEL_BYTES + 4 * what.max_choices
+    rows = row_count(examples)
+    per_prompt = row_bytes * rows / max(len(examples), 1)
+    per_shard = max(int(shard_mb * 1_000_000 / per_prompt), 1)
+    return Estimate(rows, row_bytes, per_shard, -(-len(examples) // per_shard))
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the shards of one split.
+
+    Attributes:
+        folder: where they go.
+        adapter: the frozen model.
+        examples: the tokenised prompts.
+        what: what is computed of each.
+        identity: what decides their bytes, as the manifest tells it.
+        tokens_per_batch: padded prompt tokens per forward.
+        plan: how the prompts are dealt out.
+    """
+
+    folder: Path
+    adapter: ModelAdapter
+    examples: Sequence[Example]
+    what: Extraction
+    identity: Identity
+    tokens_per_batch: int
+    plan: Estimate
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        return json_digest(self.identity)
+
+    def part(self, number: int) -> "Part":
+        """Shard `number`."""
+        first = number * self.plan.prompts_per_shard
+        examples = self.examples[first : first + self.plan.prompts_per_shard]
+        # Rows and rounding depend on more than the identity: a resumed run may have other settings.
+        tag = (
+            f"{self.digest} prompts {first}:{first + len(examples)}, "
+            f"{self.tokens_per_batch} tokens per batch"
+        )
+        return Part(self.folder / f"shard-{number:05d}.safetensors", examples, tag)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard: its file, its prompts, and the tag that tells it from another shard."""
+
+    path: Path
+    examples: Sequence[Example]
+    tag: str
+
+
+def write_shards(job: Job, numbers: Iterable[int]) -> list[Shard]:
+    """Compute and write the asked shards; those that are there already are only read through.
+
+    While the model computes a shard, a thread writes, syncs and hashes the one before: the device
+    does not wait for the disk, and no more than two shards are in memory.
+
+    Raises:
+        CacheError: one cannot be written; those before it are complete.
+        NumericsError: a hidden state is NaN or Inf; the shards before it are complete.
+    """
+    done: list[Shard] = []
+    writing: Future[Shard] | None = None
+    # Leaving the block, with an error or without, waits for the shard that is being written.
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as disk:
+        for number in numbers:
+            part = job.part(number)
+            tensors = None if file_tag(part.path) == part.tag else _compute(job, part)
+            if writing is not None:
+                done.append(writing.result())
+            writing = disk.submit(_store, part, tensors)
+        if writing is not None:
+            done.append(writing.result())
+    return done
+
+
+def _compute(job: Job, part: Part) -> dict[str, Tensor]:
+    job.adapter.check()
+    return extract(job.adapter, part.examples, job.what, job.tokens_per_batch)
+
+
+def _store(part: Part, tensors: dict[str, Tensor] | None) -> Shard:
+    path = part.path
+    if tensors is not None:
+        write_tensors(path, tensors, part.tag, CacheError)
+    digest = file_digest(path, CacheError)
+    return Shard(path.name, row_count(part.examples), path.stat().st_size, digest)
