@@ -21,6 +21,7 @@ from torch import Tensor
 from lspade_train.errors import LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+TAG_END = ", content sha256:"
 
 
 @contextlib.contextmanager
@@ -109,8 +110,8 @@ def write_tensors(
     Args:
         path: the file.
         tensors: by name.
-        tag: what the file was made for; `file_tag` reads it. One string, since safetensors writes
-            several metadata entries in random order.
+        tag: what the file was made for; `file_tag` reads it. Kept with a digest of the tensors, in
+            one string, since safetensors writes several metadata entries in random order.
         error: what to raise.
 
     Raises:
@@ -118,16 +119,28 @@ def write_tensors(
     """
     with atomic_path(path, error) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"tag": tag} if tag else None)
+        save_file(contiguous, temporary, metadata=_tagged(tag, contiguous) if tag else None)
 
 
 def file_tag(path: Path) -> str | None:
-    """The tag of a whole safetensors file; None where there is no such file or no tag."""
+    """The tag of a whole, undamaged safetensors file; None where there is no such file or tag.
+
+    Reads the file through: a bit that has flipped since it was written makes it damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("tag")
+            metadata = file.metadata() or {}
+            tag = metadata.get("tag", "").rpartition(TAG_END)[0]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tag if tag and metadata == _tagged(tag, tensors) else None
     except (OSError, SafetensorError):
         return None
+
+
+def _tagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    names = sorted(tensors)
+    content = tensor_digest(*(tensors[name] for name in names))
+    return {"tag": f"{tag}{TAG_END}{json_digest([names, content])}"}
 
 
 def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:

@@ -145,7 +145,8 @@ def verify(
         folder: holds the files.
         manifest: what they must be.
         track: wraps the shards in a progress bar.
-        trust_unchanged: skip files whose size and time are those of the last check.
+        trust_unchanged: skip files whose size and times are those of the last check. Times are only
+            compared for equality, so that a clock may jump.
 
     Raises:
         CacheError: a file is missing, truncated or changed; names it and the remedy.
@@ -161,7 +162,8 @@ def verify(
         if not path.is_file() or path.is_symlink():
             raise CacheError(_damaged(path, "is missing"))
         stat = path.stat()
-        seen[shard.file] = [stat.st_size, stat.st_mtime_ns]
+        # The time of the last change too: a copy may bring an older file's modification time along.
+        seen[shard.file] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         if known.get(shard.file) == seen[shard.file]:
             continue
         if shard.bytes not in (-1, stat.st_size):
