@@ -135,7 +135,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save on SIGTERM: only that is raised between steps; the rest may cut one in half."""
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
-            trainer.save_checkpoint(Path(str(self.dirpath)) / LAST.name)
+            trainer.save_checkpoint(Path(str(self.dirpath)) / LAST.name, weights_only=False)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -5,11 +5,13 @@
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +24,9 @@ import torch
 import toy
 
 from lspade_train import data, module  # noqa: F401
+from lspade_train.cache import open_cache, reader
 from lspade_train.cli import main
+from lspade_train.errors import CacheError
 from lspade_train.storage import file_digest
 
 KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
@@ -38,14 +42,14 @@ def _child(home: Path, arguments: list[str]) -> None:
     os.chdir(home)
     os.environ["WANDB_MODE"] = "disabled"
     with (home / "stderr").open("a", buffering=1) as log:
-        os.dup2(log.fileno(), 2)
         sys.stderr = log
+        logging.getLogger().handlers.clear()  # those of pytest, inherited
         sys.exit(main(arguments))
 
 
 def started(home: Path, arguments: list[str]):
     """A real process, forked from this one so that it need not import everything again."""
-    process = CONTEXT.Process(target=_child, args=(home, arguments))
+    process = CONTEXT.Process(target=_child, args=(home, arguments), daemon=True)
     process.start()
     return process
 
@@ -114,11 +118,14 @@ def steps_saved(home: Path) -> int:
     return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
 
 
+def steps_logged(log: Path) -> list[int]:
+    with log.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]
+
+
 def steps_taken_again(home: Path, saved) -> list[int]:
     logs = sorted((home / HEADS / "logs").glob("*/metrics.csv"), key=lambda p: p.stat().st_mtime)
-    with logs[-1].open(newline="") as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]
-    return [step for step in steps if step < saved]
+    return [step for step in steps_logged(logs[-1]) if step < saved]
 
 
 FIT = Job(
@@ -199,3 +206,150 @@ def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_byt
     finished(project.home, arguments)
     assert job.made(project.home) == made
     assert not job.lost(project.home, kept)
+
+
+def wait_for(what: Callable[[], object], process) -> None:
+    give_up = time.monotonic() + 60
+    while not what():
+        assert process.is_alive(), "it ended before that happened"
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+
+
+def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(project):
+    arguments = [*FIT.prepare(project), "--trainer.max_epochs", "2000"]
+    process = started(project.home, arguments)
+    log = project.home / HEADS / "logs/version_0/metrics.csv"
+    wait_for(log.exists, process)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    printed = (project.home / "stderr").read_text()
+    assert process.exitcode == 143, printed
+    assert printed.splitlines()[-2:] == [
+        "go on with --ckpt_path last (checkpoints/toy/training/last.ckpt)",
+        "terminated; run the same command again to go on",
+    ]
+    assert steps_saved(project.home) == max(steps_logged(log)) + 1
+    assert not list(project.home.glob("checkpoints/**/*.tmp"))
+
+
+def test_who_waits_for_a_builder_that_is_killed_goes_on_in_its_place(calm):
+    project, arguments = calm.prepared("cache")
+    log = project.home / "stderr"
+    first = started(project.home, arguments)
+    wait_for(lambda: len(shards(project.home)) > 2, first)
+    os.kill(first.pid or 0, signal.SIGSTOP)  # however long the second takes to come
+    second = started(project.home, arguments)
+    wait_for(lambda: "Another process is building" in log.read_text(), second)
+    os.kill(first.pid or 0, signal.SIGKILL)
+    for process, code in ((first, -signal.SIGKILL), (second, 0)):
+        process.join(60)
+        assert process.exitcode == code, log.read_text()
+    assert CACHE.made(project.home) == calm("cache")[1]
+
+
+# Damage before a run goes on
+
+
+@pytest.fixture(scope="module")
+def other(toy_root, tmp_path_factory):
+    """A cache of the same prompts with other numbers in it."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("other"))
+    finished(project.home, ["cache", *recipe(project, data__positions="compact")])
+    return project.cache / "train"
+
+
+@pytest.fixture
+def unfinished(calm, monkeypatch):
+    """A copy of the undisturbed cache that lacks its manifests, as a killed run leaves it."""
+    project, arguments = calm.prepared("cache")
+    shutil.copytree(calm("cache")[0].cache, project.cache)
+    for manifest in project.cache.glob("*/manifest.json"):
+        manifest.unlink()
+    monkeypatch.chdir(project.home)
+    return project.home, arguments
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "deleted": lambda path, _: path.unlink(),
+    "truncated": lambda path, _: os.truncate(path, path.stat().st_size // 2),
+    "bit flipped": lambda path, _: flip(path, -60),
+    "bit of the header flipped": lambda path, _: flip(path, 40),
+    "bit of the tag flipped": lambda path, _: flip(path, path.read_bytes().index(b"sha256:") + 9),
+    "another file's": lambda path, _: shutil.copy(path.with_name("shard-00003.safetensors"), path),
+    "another cache's": lambda path, other: shutil.copy(other / path.name, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "starts.safetensors"])
+def test_a_file_damaged_before_the_run_goes_on_is_made_again(calm, unfinished, other, damage, file):
+    home, arguments = unfinished
+    path = home / "cache/train" / file
+    before = path.read_bytes()
+    DAMAGES[damage](path, other)
+    assert not path.exists() or path.read_bytes() != before
+    assert main(arguments) == 0
+    assert CACHE.made(home) == calm("cache")[1]
+
+
+# Files that changed, clocks that jumped
+
+
+@pytest.fixture
+def reopened(calm, project):
+    """A copy of the undisturbed cache that was opened, and so checked, once."""
+    shutil.copytree(calm("cache")[0].cache / "train", project.cache)
+    open_cache(project.cache)
+    return project.cache
+
+
+def test_a_change_that_keeps_size_and_time_is_found(reopened):
+    shard = reopened / "shard-00001.safetensors"
+    stat = shard.stat()
+    flip(shard, -60)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors does not have its checksum"):
+        open_cache(reopened)
+
+
+@pytest.mark.parametrize("year", [1971, 2100])
+def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, monkeypatch, year):
+    for path in reopened.iterdir():
+        os.utime(path, times=((year - 1970) * 31_556_952,) * 2)
+    checked = []
+    monkeypatch.setattr(reader, "file_digest", lambda p, e: checked.append(p) or file_digest(p, e))
+    manifest, _ = open_cache(reopened)
+    assert len(checked) == len(manifest.shards) + 1
+    open_cache(reopened)
+    assert len(checked) == len(manifest.shards) + 1
+
+
+# Disks
+
+
+def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys):
+    calm("predict")
+    project, arguments = calm.prepared("predict")
+    place = project.home / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    monkeypatch.chdir(project.home)
+    arguments[arguments.index("answers.jsonl")] = "small/answers.jsonl"
+    try:
+        assert main(arguments) == 1
+        assert "No space left" in capsys.readouterr().err
+        grown = ["mount", "-o", "remount,size=16m", str(place)]
+        subprocess.run(grown, check=True)
+        assert main(arguments) == 0
+        assert answers(place) == answers(calm("predict")[0].home)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
