@@ -49,6 +49,7 @@ def _child(home: Path, arguments: list[str]) -> None:
 
 def started(home: Path, arguments: list[str]):
     """A real process, forked from this one so that it need not import everything again."""
+    (home / "stderr").touch()  # it may be stopped before it opens it
     process = CONTEXT.Process(target=_child, args=(home, arguments), daemon=True)
     process.start()
     return process
