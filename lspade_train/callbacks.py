@@ -8,15 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lspade_train.artifact import export
 from lspade_train.data import HiddenStateDataModule
+from lspade_train.errors import ArtifactError
 from lspade_train.heads import CONFIG, WEIGHTS
 from lspade_train.recipe import Recipe
-from lspade_train.storage import json_digest
+from lspade_train.storage import atomic_path, json_digest
+
+LAST = Path("training/last.ckpt")
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +38,26 @@ class ExportHeads(Callback):
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder = folder
         self.recipe = recipe
+        self.metrics: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the recipe with the run, so that a dashboard can filter by it."""
         for logger in trainer.loggers:
             logger.log_hyperparams(asdict(self.recipe))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics: a fit that is stopped after its last epoch exports when it goes on."""
+        if not trainer.sanity_checking:
+            found = sorted(trainer.callback_metrics.items())
+            self.metrics = {k: float(v) for k, v in found if k.startswith("val/")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into the checkpoint."""
+        return self.metrics
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Comes from the checkpoint."""
+        self.metrics = dict(state_dict)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on the first process."""
@@ -55,7 +76,7 @@ class ExportHeads(Callback):
                 split: json_digest(data.identity(split)) for split in ("train", "validation")
             },
             steps=trainer.global_step,
-            metrics={k: float(v) for k, v in sorted(trainer.logged_metrics.items())},
+            metrics=self.metrics,
         )
         for logger in trainer.loggers:
             _log_artifact(logger, self.folder, self.recipe.name)
@@ -104,8 +125,31 @@ def _log_artifact(logger: Logger, folder: Path, name: str) -> None:
     logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
 
-def training_checkpoint(folder: Path) -> ModelCheckpoint:
-    """Keeps `training/last.ckpt` after every epoch, for `fit --ckpt_path`."""
-    return ModelCheckpoint(
-        dirpath=folder / "training", filename="last", enable_version_counter=False
-    )
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `training/last.ckpt` after every epoch and on SIGTERM, for `fit --ckpt_path last`."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LAST
+        super().__init__(dirpath=path.parent, filename=path.stem, enable_version_counter=False)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save on SIGTERM: only that is raised between steps; the rest may cut one in half."""
+        if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
+            trainer.save_checkpoint(Path(str(self.dirpath)) / LAST.name, weights_only=False)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are complete or absent, also where the temporary folder is another disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write one in place of the last.
+
+        Raises:
+            ArtifactError: the disk is full, or the folder cannot be written.
+        """
+        with atomic_path(Path(path), ArtifactError) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)

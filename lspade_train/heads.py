@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,11 +24,22 @@ from lspade_train.storage import (
     file_digest,
     read_json,
     read_tensors,
+    require_kinds,
     write_json,
     write_tensors,
 )
 
 FORMAT_VERSION = 1
+AGAIN = "Fit or download it again."
+KINDS = {
+    "layers": list,
+    "hidden_size": int,
+    "form": str,
+    "rank": int | None,
+    "weights_sha256": str,
+    "base_model": dict,
+    "training": dict,
+}
 
 
 class LSpadeHeads(nn.Module):
@@ -219,6 +230,8 @@ class LSpadeHeads(nn.Module):
                 f"{folder / CONFIG} has format_version {config.get('format_version')!r}; this "
                 f"lspade-train reads {FORMAT_VERSION}. Install the version that wrote it."
             )
+        config = {"base_model": {}, "training": {}} | config
+        require_kinds(config, KINDS, folder / CONFIG, ArtifactError, AGAIN)
         tensors = read_tensors(folder / WEIGHTS, ArtifactError)
         if file_digest(folder / WEIGHTS) != config.get("weights_sha256"):
             raise ArtifactError(
@@ -226,20 +239,29 @@ class LSpadeHeads(nn.Module):
                 "changed. Fit or download it again."
             )
         try:
-            heads = cls(
-                config["layers"],
-                config["hidden_size"],
-                form=config["form"],
-                rank=config["rank"] or 0,
-            )
-            heads.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as cause:
+            heads = cls._described(config)
+            shapes = {name: value.shape for name, value in heads.state_dict().items()}
+            if shapes != {name: value.shape for name, value in tensors.items()}:
+                raise ValueError(f"expected {shapes!s:.60}")
+            heads.to_empty(device="cpu").load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
             raise ArtifactError(
                 f"{folder / CONFIG} does not describe {WEIGHTS} "
-                f"({(str(cause).splitlines() or ['?'])[0]}). Fit or download it again."
+                f"({(str(cause).splitlines() or ['?'])[0]}). {AGAIN}"
             ) from cause
         heads.metadata = config
         return heads.requires_grad_(False).eval()
+
+    @classmethod
+    def _described(cls, config: dict[str, Any]) -> Self:
+        """Heads as a config describes them, without memory: it may claim more than there is."""
+        layers, form = config["layers"], config["form"]
+        if not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise ValueError(f"layers is {layers!s:.40}")
+        if layers != sorted(set(layers)) or form not in get_args(Form):
+            raise ValueError(f"layers is {layers!s:.40}, form is {form!r:.40}")
+        with torch.device("meta"):
+            return cls(layers, config["hidden_size"], form=form, rank=config["rank"] or 0)
 
     def _delta(self, stacked: Tensor, which: slice) -> Tensor:
         """The learned part, (layers, rows, d) -> (layers, rows, d)."""

@@ -17,7 +17,7 @@ from lspade_train.errors import PolicyError
 from lspade_train.hub import POLICY, local_folder
 from lspade_train.metrics import entropy
 from lspade_train.recipe import PositionIds
-from lspade_train.storage import read_json, write_json
+from lspade_train.storage import read_json, require_kinds, write_json
 
 FORMAT_VERSION = 1
 REMEDY = "Choose one with lspade-train calibrate."
@@ -161,6 +161,7 @@ class ExitPolicy:
         if unknown or "layers" not in values:
             what = f"the unknown key {min(unknown)!r}" if unknown else "no 'layers'"
             raise PolicyError(f"{file} has {what}. {REMEDY}")
+        require_kinds(values, {"layers": list}, file, PolicyError, REMEDY)
         return cls(**values)
 
     @classmethod
@@ -229,8 +230,8 @@ def _check_thresholds(policy: ExitPolicy) -> None:
         )
     top = math.inf if policy.measure == "entropy" else 1.0
     for limit in limits:
-        number = isinstance(limit, int | float) and math.isfinite(limit)
-        if not number or not 0 <= limit <= top:
+        number = isinstance(limit, int | float) and 0 <= limit <= top and limit != math.inf
+        if not number:
             unit = "0 nats or more" if policy.measure == "entropy" else "0 to 1"
             raise PolicyError(
                 f"threshold {limit!r} is out of range for {policy.measure}: expected {unit}. "

@@ -8,10 +8,12 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,17 @@ from torch import Tensor
 from lspade_train.errors import LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+TAG_END = ", content sha256:"
+UNREADABLE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    OverflowError,
+)
+"""What safetensors and torch raise over a file that is not theirs."""
 
 
 @contextlib.contextmanager
@@ -84,9 +97,9 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
         error: the file is missing, unreadable, too large, or not a JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if _regular_size(path) > MAX_JSON_BYTES:
             raise error(_join(f"{path} is over 64 MB, which no such file is.", remedy))
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as cause:
         raise error(_join(_read_failure(path, cause), remedy)) from cause
     except (ValueError, RecursionError) as cause:
@@ -96,6 +109,27 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
             _join(f"{path} holds a JSON {type(value).__name__}, expected an object.", remedy)
         )
     return value
+
+
+def require_kinds(
+    value: Mapping[str, Any],
+    kinds: Mapping[str, type | UnionType],
+    path: Path,
+    error: type[LSpadeError],
+    remedy: str = "",
+) -> None:
+    """Refuse a JSON object that lacks one of the keys of `kinds`, or holds another kind there.
+
+    Raises:
+        error: names the first such key.
+    """
+    for name, kind in kinds.items():
+        found = value.get(name)
+        # In Python a bool is an int; in JSON it is not.
+        if name not in value or not isinstance(found, kind) or isinstance(found, bool):
+            got = type(found).__name__ if name in value else "nothing"
+            wanted = getattr(kind, "__name__", str(kind))
+            raise error(_join(f"{path} holds {got} under {name!r}, expected {wanted}.", remedy))
 
 
 def write_tensors(
@@ -109,8 +143,8 @@ def write_tensors(
     Args:
         path: the file.
         tensors: by name.
-        tag: what the file was made for; `file_tag` reads it. One string, since safetensors writes
-            several metadata entries in random order.
+        tag: what the file was made for; `file_tag` reads it. Kept with a digest of the tensors, in
+            one string, since safetensors writes several metadata entries in random order.
         error: what to raise.
 
     Raises:
@@ -118,16 +152,28 @@ def write_tensors(
     """
     with atomic_path(path, error) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"tag": tag} if tag else None)
+        save_file(contiguous, temporary, metadata=_tagged(tag, contiguous) if tag else None)
 
 
 def file_tag(path: Path) -> str | None:
-    """The tag of a whole safetensors file; None where there is no such file or no tag."""
+    """The tag of a whole, undamaged safetensors file; None where there is no such file or tag.
+
+    Reads the file through: a bit that has flipped since it was written makes it damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("tag")
-    except (OSError, SafetensorError):
+            metadata = file.metadata() or {}
+            tag = metadata.get("tag", "").rpartition(TAG_END)[0]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tag if tag and metadata == _tagged(tag, tensors) else None
+    except UNREADABLE:
         return None
+
+
+def _tagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    names = sorted(tensors)
+    content = tensor_digest(*(tensors[name] for name in names))
+    return {"tag": f"{tag}{TAG_END}{json_digest([names, content])}"}
 
 
 def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:
@@ -142,12 +188,12 @@ def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict
         error: the file is missing, unreadable, or its header does not describe its bytes.
     """
     try:
-        # Not `with`: the tensors keep the mapping alive.
+        _regular_size(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as cause:
         raise error(_join(_read_failure(path, cause), remedy)) from cause
-    except (SafetensorError, ValueError) as cause:
+    except UNREADABLE as cause:
         text = f"{path} is not a complete safetensors file ({_first_line(cause)})."
         raise error(_join(text, remedy)) from cause
 
@@ -159,6 +205,7 @@ def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
         error: the file cannot be read.
     """
     try:
+        _regular_size(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as cause:
@@ -199,6 +246,18 @@ def _read_failure(path: Path, cause: OSError) -> str:
     if isinstance(cause, FileNotFoundError):
         return f"{path} does not exist."
     return f"{path} cannot be read ({cause.strerror or _first_line(cause)})."
+
+
+def _regular_size(path: Path) -> int:
+    """A file's size. A pipe or a device would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not an ordinary file")
+    return status.st_size
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _join(message: str, remedy: str) -> str:

@@ -1,15 +1,10 @@
 """The cache: what is in it, what is refused, and what survives being killed."""
 
-import contextlib
 import multiprocessing
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -522,66 +517,6 @@ def test_an_unfinished_cache_of_another_recipe_is_refused(damaged):
     (damaged.cache / "train/manifest.json").unlink()
     with pytest.raises(CacheError, match="another positions"):
         build(damaged, positions="compact")
-
-
-@contextlib.contextmanager
-def cache_command(recipe):
-    """A real `lspade-train cache`; killed when the test is over, whatever happened."""
-    code = "import sys; from lspade_train.cli import main; sys.exit(main())"
-    with (
-        recipe.with_suffix(".stderr").open("ab") as log,
-        subprocess.Popen(
-            [sys.executable, "-c", code, "cache", "--config", str(recipe)],
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def succeeds(process, recipe):
-    assert process.wait() == 0, recipe.with_suffix(".stderr").read_text()
-
-
-def kill_after(shards, folder, recipe):
-    """Run it until `shards` more shards are there, then `kill -9` without further notice."""
-    count = lambda: len(list(folder.glob("shard-*")))  # noqa: E731
-    with cache_command(recipe) as process:
-        wanted, give_up = count() + shards, time.monotonic() + 60
-        while count() < wanted:
-            assert process.poll() is None, recipe.with_suffix(".stderr").read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (folder / "manifest.json").exists(), "killed too late to mean anything"
-
-
-def test_killed_at_three_random_moments_it_ends_with_the_bytes_of_an_undisturbed_run(
-    toy_root, tmp_path
-):
-    big = toy.write_data(tmp_path / "data", train=1500, validation=4)
-    undisturbed, disturbed = (toy.Project(toy_root, tmp_path / n) for n in ("calm", "killed"))
-    for project in (undisturbed, disturbed):
-        project.home.mkdir()
-        project.data = big
-    settings = {"data__shard_mb": TINY_SHARDS, "data__tokens_per_batch": 128}
-    recipe = disturbed.recipe(**settings)
-    draw = random.Random(20250717)
-    for _ in range(3):
-        kill_after(draw.randint(3, 40), disturbed.cache / "train", recipe)
-    with cache_command(recipe) as process:
-        for split in ("train", "validation"):
-            build(undisturbed, split, shard_mb=TINY_SHARDS, tokens_per_batch=128)
-        succeeds(process, recipe)
-    for split in ("train", "validation"):
-        assert contents(disturbed.cache / split) == contents(undisturbed.cache / split)
-    assert len(list((undisturbed.cache / "train").glob("shard-*"))) > 120
-    assert not list(disturbed.cache.glob("*/.*.tmp"))
 
 
 def test_two_processes_that_build_the_same_cache_end_with_one_good_one(project, finished):

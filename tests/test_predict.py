@@ -45,10 +45,11 @@ def test_answers_come_in_order_and_bad_lines_by_number(runtime):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_a_resumed_run_gives_the_rest(runtime):
-    whole = list(predict_lines(runtime, LINES))
-    rest = list(predict_lines(runtime, LINES, done=2))
-    assert [row["line"] for row in rest] == [row["line"] for row in whole[2:]]
+@pytest.mark.parametrize("window", [3, 256])
+def test_a_resumed_run_gives_the_rest_to_the_last_digit(runtime, window):
+    whole = list(predict_lines(runtime, LINES, window=window))
+    for done in range(len(whole) + 1):
+        assert list(predict_lines(runtime, LINES, done=done, window=window)) == whole[done:]
 
 
 def test_no_more_than_a_window_is_read_ahead(runtime):

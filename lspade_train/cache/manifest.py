@@ -3,17 +3,32 @@
 Knows nothing of models or tensors; `lspade-train info` reads a cache with this alone.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from lspade_train.errors import CacheError
-from lspade_train.storage import json_digest, read_json, write_json
+from lspade_train.storage import json_digest, read_json, require_kinds, write_json
 
 FORMAT_VERSION = 1
 MANIFEST, IDENTITY, STARTS = "manifest.json", "identity.json", "starts.safetensors"
 
 REBUILD = "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
+
+FIELDS = {
+    "identity": dict,
+    "rows": int,
+    "prompts": int,
+    "skipped": int,
+    "answer_prefix": str,
+    "groups": list,
+    "shards": list,
+    "starts_sha256": str,
+    "provenance": dict,
+}
+SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "sha256": str}
+SHARD_NAME = re.compile(r"shard-[\w-]+\.safetensors")
 
 Identity = dict[str, Any]
 """Flat and JSON: model, tokenizer, data, template, layers, positions, targets, format version."""
@@ -81,22 +96,32 @@ class Manifest:
         Raises:
             CacheError: missing, damaged, or of another format.
         """
-        value = read_json(folder / MANIFEST, CacheError, REBUILD)
+        path = folder / MANIFEST
+        value = read_json(path, CacheError, REBUILD)
         if value.pop("format_version", None) != FORMAT_VERSION:
-            raise CacheError(
-                f"{folder / MANIFEST} is not of cache format {FORMAT_VERSION}. {REBUILD}"
-            )
+            raise CacheError(f"{path} is not of cache format {FORMAT_VERSION}. {REBUILD}")
         digest = value.pop("digest", None)
+        require_kinds(value, FIELDS, path, CacheError, REBUILD)
         try:
             shards = tuple(Shard(**shard) for shard in value.pop("shards"))
             manifest = cls(shards=shards, groups=tuple(value.pop("groups")), **value)
-        except (KeyError, TypeError, AttributeError) as cause:
-            raise CacheError(f"{folder / MANIFEST} is no manifest ({cause}). {REBUILD}") from cause
-        if manifest.digest != digest:
-            raise CacheError(f"{folder / MANIFEST} was changed after it was written. {REBUILD}")
-        if any(Path(shard.file).name != shard.file for shard in manifest.shards):
-            raise CacheError(f"{folder / MANIFEST} names a file outside its folder. {REBUILD}")
+            same = manifest.digest == digest
+        except (TypeError, ValueError) as cause:
+            raise CacheError(f"{path} is no manifest ({cause}). {REBUILD}") from cause
+        if not same:
+            raise CacheError(f"{path} was changed after it was written. {REBUILD}")
+        _check_shards(manifest, path)
         return manifest
+
+
+def _check_shards(manifest: Manifest, path: Path) -> None:
+    for shard in manifest.shards:
+        require_kinds(asdict(shard), SHARD_FIELDS, path, CacheError, REBUILD)
+        if not SHARD_NAME.fullmatch(shard.file):
+            raise CacheError(f"{path} names a file outside its folder. {REBUILD}")
+    rows = [shard.rows for shard in manifest.shards]
+    if not rows or min(rows) < 1 or sum(rows) != manifest.rows:
+        raise CacheError(f"{path} has {manifest.rows} rows and shards of {rows[:5]}. {REBUILD}")
 
 
 def require_same(found: Identity, wanted: Identity, folder: Path) -> None:

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from lspade_train.cache.manifest import (
@@ -140,8 +141,35 @@ def open_cache(
     if identity is not None:
         require_same(manifest.identity, identity, folder)
     verify(folder, manifest, track=track, trust_unchanged=True)
+    layers = _layers(manifest, folder)
     shards = [read_tensors(folder / shard.file, CacheError, REBUILD) for shard in manifest.shards]
-    return manifest, StateDataset(shards, manifest.groups, manifest.identity["layers"])
+    first = _shapes(shards[0])
+    for shard, tensors in zip(manifest.shards, shards, strict=True):
+        right = _is_batch(tensors, shard.rows, len(layers)) and _shapes(tensors) == first
+        if not right:
+            raise CacheError(_damaged(folder / shard.file, "does not hold the rows of a cache"))
+    return manifest, StateDataset(shards, manifest.groups, layers)
+
+
+def _layers(manifest: Manifest, folder: Path) -> list[int]:
+    layers = manifest.identity.get("layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise CacheError(_damaged(folder / MANIFEST, "names no layers"))
+    return layers
+
+
+def _is_batch(tensors: dict[str, Tensor], rows: int, layers: int) -> bool:
+    """Whether tensors have the names, kinds and shapes of `StateBatch`."""
+    hints = get_type_hints(StateBatch)
+    if not tensors.keys() <= hints.keys():
+        return False
+    with jaxtyped("context"):  # one `rows`, one `d` for all of them
+        right = all(isinstance(tensors.get(name), hint) for name, hint in hints.items())
+    return right and tensors["hidden"].shape[:2] == (rows, layers)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: (value.dtype, value.shape[1:]) for name, value in tensors.items()}
 
 
 def verify(
@@ -153,7 +181,8 @@ def verify(
         folder: holds the files.
         manifest: what they must be.
         track: wraps the shards in a progress bar.
-        trust_unchanged: skip files whose size and time are those of the last check.
+        trust_unchanged: skip files whose size and times are those of the last check. Times are only
+            compared for equality, so that a clock may jump.
 
     Raises:
         CacheError: a file is missing, truncated or changed; names it and the remedy.
@@ -169,7 +198,8 @@ def verify(
         if not path.is_file() or path.is_symlink():
             raise CacheError(_damaged(path, "is missing"))
         stat = path.stat()
-        seen[shard.file] = [stat.st_size, stat.st_mtime_ns]
+        # The time of the last change too: a copy may bring an older file's modification time along.
+        seen[shard.file] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         if known.get(shard.file) == seen[shard.file]:
             continue
         if shard.bytes not in (-1, stat.st_size):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from lspade_train.cli.signals import TERMINATED, Terminated, sigterm_raises
 from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
@@ -52,7 +53,8 @@ A first run (lspade-train recipes says what each recipe costs):
   lspade-train evaluate --config pythia
 
 lspade-train COMMAND --help explains a command and lists the recipe's keys.
-Exit codes: 0 done, 1 a named error, 2 wrong usage.
+Exit codes: 0 done, 1 a named error, 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM);
+after the last two the same command goes on where it stopped (fit: with --ckpt_path last).
 """
 
 
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        0 done, 1 a named error (one or two lines on standard error), 2 wrong usage.
+        0 done, 1 a named error (one or two lines on standard error), 2 wrong usage,
+        130 interrupted, 143 terminated.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if not argv or argv[0] in {"-h", "--help", "help"}:
@@ -80,14 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _quiet()
     try:
-        check_versions()
-        module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
-        return int(getattr(module, argv[0])(argv[1:]) or 0)
+        with sigterm_raises():
+            check_versions()
+            module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
+            return int(getattr(module, argv[0])(argv[1:]) or 0)
     except LSpadeError as error:
         return _told(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        return 130
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        what = "terminated" if terminated else "interrupted"
+        sys.stderr.write(f"{what}; run the same command again to go on\n")
+        return TERMINATED if terminated else 130
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

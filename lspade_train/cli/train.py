@@ -6,6 +6,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
+from lspade_train.cli.signals import Terminated, leave_sigterm_to_lightning
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,8 @@ Train one linear head per layer by distillation and export them to checkpoints/N
 The frozen model runs once: its hidden states and SPADE targets are cached on disk and reused
 (see lspade-train cache). --trainer.KEY is Lightning's Trainer: epochs, devices, precision, logger.
 Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
-A run that was stopped goes on with --ckpt_path checkpoints/NAME/training/last.ckpt."""
+A run that was stopped goes on with --ckpt_path last, from its last whole epoch or, after SIGTERM
+(exit code 143), its last whole step. A job that a scheduler may requeue gives it from the start."""
 
 CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
 
@@ -22,37 +24,37 @@ CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split
 def fit(arguments: list[str]) -> None:
     """Train and export."""
     parser = command_parser("fit", FIT, with_trainer=True)
-    parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to go on from")
+    parser.add_argument(
+        "--ckpt_path", type=str, default=None,
+        help="checkpoint to go on from; last: this fit's own, or a new start where it has none",
+    )  # fmt: skip
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder
-    from lspade_train.callbacks import ExportHeads, training_checkpoint
-    from lspade_train.errors import RecipeError
+    from lspade_train.callbacks import LAST, ExportHeads, LastCheckpoint
 
     folder = heads_folder(parsed.recipe)
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
-    checkpoint: str | None = parsed.options.ckpt_path
-    if checkpoint is not None and not is_zipfile(checkpoint):
-        what = "is damaged or no checkpoint" if Path(checkpoint).exists() else "does not exist"
-        raise RecipeError(f"{checkpoint} {what}. Look in {folder / 'training'}.")
+    last = folder / LAST
+    checkpoint = _checkpoint(parsed.options.ckpt_path, last)
     module, data = _modules(parsed)
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe)]
     if parsed.trainer.get("enable_checkpointing") is not False:
-        callbacks.append(training_checkpoint(folder))
+        callbacks.append(LastCheckpoint(folder))
     with refusals_named():
         trainer = _trainer(parsed, folder, callbacks)
         if trainer.world_size == 1:
             # What is wrong is said before a logger has made the folder of a run.
             data.trainer = trainer
             data.setup("fit")
+        leave_sigterm_to_lightning()
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as stop:  # Lightning's own way out of an interrupt
-            last = folder / "training/last.ckpt"
             if last.exists():
-                log.info("go on with --ckpt_path %s", last)
-            raise KeyboardInterrupt from stop
+                log.info("go on with --ckpt_path last (%s)", last)
+            raise (Terminated if trainer.received_sigterm else KeyboardInterrupt) from stop
     log.info("heads: %s", folder)
     log.info("next:  lspade-train evaluate --config RECIPE.yaml")
 
@@ -85,6 +87,19 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
         getattr(_trainer(parsed, folder, []), command)(module, data)
 
 
+def _checkpoint(asked: str | None, last: Path) -> str | None:
+    """The checkpoint to go on from, checked to be one."""
+    if asked is None or (asked == "last" and not last.exists()):
+        return None
+    path = last if asked == "last" else Path(asked)
+    if not is_zipfile(path):
+        from lspade_train.errors import RecipeError
+
+        what = "is damaged or no checkpoint" if path.exists() else "does not exist"
+        raise RecipeError(f"{path} {what}. Look in {last.parent}.")
+    return str(path)
+
+
 def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
     from lightning.pytorch import seed_everything
 
@@ -105,7 +120,11 @@ def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
 def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
     from lightning.pytorch import Trainer
 
-    from lspade_train.callbacks import default_loggers, keep_wandb_from_asking
+    from lspade_train.callbacks import (
+        AtomicCheckpoints,
+        default_loggers,
+        keep_wandb_from_asking,
+    )
 
     arguments = dict(parsed.trainer)
     logger = arguments.pop("logger", None)
@@ -116,6 +135,8 @@ def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
     given = arguments.pop("callbacks", None) or []
     given = given if isinstance(given, list) else [given]
     defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
+    if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
+        defaults["plugins"] = AtomicCheckpoints()  # the others write their shards themselves
     return Trainer(
         **defaults | arguments,
         logger=logger,

@@ -34,7 +34,14 @@ def predict_lines(
         line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores.
     """
     numbered = ((n, line.rstrip("\n")) for n, line in enumerate(lines, 1) if line.strip())
-    waiting = islice(numbered, done, None)
+    # From the window's beginning: in another batch a number may round to another last digit.
+    given = done % window
+    yield from islice(_windows(runtime, islice(numbered, done - given, None), window), given, None)
+
+
+def _windows(
+    runtime: ExitRuntime, waiting: Iterator[tuple[int, str]], window: int
+) -> Iterator[Row]:
     while chunk := list(islice(waiting, window)):
         yield from _answer([_parse(number, text) for number, text in chunk], runtime)
 

@@ -1,0 +1,356 @@
+"""What survives real signals, sent to real processes at random moments, and damaged files.
+
+`LSPADE_KILLS=20 pytest tests/test_faults.py` sends twenty per command instead of two.
+"""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (the forked processes inherit what is imported here)
+import pytest
+import torch
+import toy
+
+from lspade_train import data, module  # noqa: F401
+from lspade_train.cache import open_cache, reader
+from lspade_train.cli import main
+from lspade_train.errors import CacheError
+from lspade_train.storage import file_digest
+
+KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+HEADS = Path("checkpoints/toy")
+RESUMABLE = (128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes of SIGTERM: told, or before anything had begun."""
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _child(home: Path, arguments: list[str]) -> None:
+    os.chdir(home)
+    os.environ["WANDB_MODE"] = "disabled"
+    with (home / "stderr").open("a", buffering=1) as log:
+        sys.stderr = log
+        logging.getLogger().handlers.clear()  # those of pytest, inherited
+        sys.exit(main(arguments))
+
+
+def started(home: Path, arguments: list[str]):
+    """A real process, forked from this one so that it need not import everything again."""
+    (home / "stderr").touch()  # it may be stopped before it opens it
+    process = CONTEXT.Process(target=_child, args=(home, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def finished(home: Path, arguments: list[str]) -> float:
+    """Run to the end; seconds that it took."""
+    began = time.monotonic()
+    process = started(home, arguments)
+    process.join(120)
+    assert process.exitcode == 0, (home / "stderr").read_text()
+    return time.monotonic() - began
+
+
+def stopped(home: Path, arguments: list[str], sent: signal.Signals, after: float) -> int | None:
+    """The exit code of a process that was sent a signal after so many seconds."""
+    process = started(home, arguments)
+    time.sleep(after)
+    os.kill(process.pid or 0, sent)
+    process.join(120)
+    return process.exitcode
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command: what it is given, what it makes, and what a kill may not cost."""
+
+    prepare: Callable[[toy.Project], list[str]]
+    made: Callable[[Path], dict[str, str]]
+    kept: Callable[[Path], object]
+    lost: Callable[[Path, object], object]
+
+
+def digests(home: Path, *patterns: str) -> dict[str, str]:
+    """Of files, by path; not of notes to oneself, such as the times of the last check."""
+    found = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
+    own = [path for path in found if not path.name.startswith(".") or path.suffix == ".tmp"]
+    return {str(path.relative_to(home)): file_digest(path) for path in own}
+
+
+def recipe(project: toy.Project, **changes) -> list[str]:
+    """Paths in it are relative, so that the recipe recorded with the heads is the same one."""
+    settings = {"data__shard_mb": 0.01, "data__tokens_per_batch": 128, "data__batch_size": 4}
+    path = project.recipe(data__cache_dir="cache", trainer__max_epochs=3, **settings | changes)
+    return ["--config", path.name]
+
+
+def shards(home: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_ino for p in home.glob("cache/*/shard-*.safetensors")}
+
+
+def shards_written_again(home: Path, before) -> list[str]:
+    after = shards(home)
+    return [path for path, node in before.items() if after.get(path) != node]
+
+
+CACHE = Job(
+    prepare=lambda project: ["cache", *recipe(project)],
+    made=lambda home: digests(home, "cache/*/*.json", "cache/*/*.safetensors", "cache/**/*.tmp"),
+    kept=shards,
+    lost=shards_written_again,
+)
+
+
+def steps_saved(home: Path) -> int:
+    path = home / HEADS / "training/last.ckpt"
+    return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
+
+
+def steps_logged(log: Path) -> list[int]:
+    with log.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]
+
+
+def steps_taken_again(home: Path, saved) -> list[int]:
+    logs = sorted((home / HEADS / "logs").glob("*/metrics.csv"), key=lambda p: p.stat().st_mtime)
+    return [step for step in steps_logged(logs[-1]) if step < saved]
+
+
+FIT = Job(
+    prepare=lambda project: ["fit", *recipe(project), "--ckpt_path", "last"],
+    made=lambda home: digests(home, f"{HEADS}/*", "cache/*/*.json", "cache/*/*.safetensors"),
+    kept=steps_saved,
+    lost=steps_taken_again,
+)
+
+
+def answers(home: Path) -> list[str]:
+    path = home / "answers.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def predict_arguments(project: toy.Project) -> list[str]:
+    prompts = [json.dumps(row) for row in toy.questions(3000, seed=9)]
+    (project.home / "prompts.jsonl").write_text("\n".join(prompts))
+    ends = ["--input", "prompts.jsonl", "--output", "answers.jsonl", "--resume"]
+    return ["predict", *recipe(project), "--threshold", "3.9", *ends]
+
+
+PREDICT = Job(
+    prepare=predict_arguments,
+    made=lambda home: digests(home, "answers.jsonl"),
+    kept=answers,
+    lost=lambda home, before: [a for a, b in zip(before, answers(home), strict=False) if a != b],
+)
+
+JOBS = {"cache": CACHE, "fit": FIT, "predict": PREDICT}
+
+
+@pytest.fixture(scope="module")
+def calm(toy_root, tmp_path_factory):
+    """Undisturbed runs of every command, by name: the project, what it made, the seconds."""
+    places = {}
+    questions = toy.write_data(tmp_path_factory.mktemp("more"), train=200, validation=30)
+
+    def prepared(name: str) -> tuple[toy.Project, list[str]]:
+        project = toy.Project(toy_root, tmp_path_factory.mktemp(name))
+        project.data = questions
+        if name == "predict" and "fit" in places:
+            shutil.copytree(places["fit"][0].home / HEADS, project.home / HEADS)
+        return project, JOBS[name].prepare(project)
+
+    def run(name: str):
+        if name == "predict":
+            run("fit")
+        if name not in places:
+            project, arguments = prepared(name)
+            seconds = finished(project.home, arguments)
+            places[name] = (project, JOBS[name].made(project.home), seconds)
+        return places[name]
+
+    run.prepared = prepared
+    return run
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+@pytest.mark.parametrize("name", JOBS)
+def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_bytes(
+    calm, name, seed
+):
+    job, sent = JOBS[name], SIGNALS[seed % 2]
+    _, made, seconds = calm(name)
+    assert made
+    part = random.Random(f"{name} {seed}").random()
+    while True:
+        project, arguments = calm.prepared(name)
+        code = stopped(project.home, arguments, sent, part * seconds)
+        if code != 0:
+            break
+        part *= 0.9  # it was done already
+    log = (project.home / "stderr").read_text()
+    assert code in (RESUMABLE if sent == signal.SIGTERM else (-signal.SIGKILL,)), log
+    kept = job.kept(project.home)
+    finished(project.home, arguments)
+    assert job.made(project.home) == made
+    assert not job.lost(project.home, kept)
+
+
+def wait_for(what: Callable[[], object], process) -> None:
+    give_up = time.monotonic() + 60
+    while not what():
+        assert process.is_alive(), "it ended before that happened"
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+
+
+def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(project):
+    arguments = [*FIT.prepare(project), "--trainer.max_epochs", "2000"]
+    process = started(project.home, arguments)
+    log = project.home / HEADS / "logs/version_0/metrics.csv"
+    wait_for(log.exists, process)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    printed = (project.home / "stderr").read_text()
+    assert process.exitcode == 143, printed
+    assert printed.splitlines()[-2:] == [
+        "go on with --ckpt_path last (checkpoints/toy/training/last.ckpt)",
+        "terminated; run the same command again to go on",
+    ]
+    assert steps_saved(project.home) == max(steps_logged(log)) + 1
+    assert not list(project.home.glob("checkpoints/**/*.tmp"))
+
+
+def test_who_waits_for_a_builder_that_is_killed_goes_on_in_its_place(calm):
+    project, arguments = calm.prepared("cache")
+    log = project.home / "stderr"
+    first = started(project.home, arguments)
+    wait_for(lambda: len(shards(project.home)) > 2, first)
+    os.kill(first.pid or 0, signal.SIGSTOP)  # however long the second takes to come
+    second = started(project.home, arguments)
+    wait_for(lambda: "Another process is building" in log.read_text(), second)
+    os.kill(first.pid or 0, signal.SIGKILL)
+    for process, code in ((first, -signal.SIGKILL), (second, 0)):
+        process.join(60)
+        assert process.exitcode == code, log.read_text()
+    assert CACHE.made(project.home) == calm("cache")[1]
+
+
+# Damage before a run goes on
+
+
+@pytest.fixture(scope="module")
+def other(toy_root, tmp_path_factory):
+    """A cache of the same prompts with other numbers in it."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("other"))
+    finished(project.home, ["cache", *recipe(project, data__positions="compact")])
+    return project.cache / "train"
+
+
+@pytest.fixture
+def unfinished(calm, monkeypatch):
+    """A copy of the undisturbed cache that lacks its manifests, as a killed run leaves it."""
+    project, arguments = calm.prepared("cache")
+    shutil.copytree(calm("cache")[0].cache, project.cache)
+    for manifest in project.cache.glob("*/manifest.json"):
+        manifest.unlink()
+    monkeypatch.chdir(project.home)
+    return project.home, arguments
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "deleted": lambda path, _: path.unlink(),
+    "truncated": lambda path, _: os.truncate(path, path.stat().st_size // 2),
+    "bit flipped": lambda path, _: flip(path, -60),
+    "bit of the header flipped": lambda path, _: flip(path, 40),
+    "bit of the tag flipped": lambda path, _: flip(path, path.read_bytes().index(b"sha256:") + 9),
+    "another file's": lambda path, _: shutil.copy(path.with_name("shard-00003.safetensors"), path),
+    "another cache's": lambda path, other: shutil.copy(other / path.name, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "starts.safetensors"])
+def test_a_file_damaged_before_the_run_goes_on_is_made_again(calm, unfinished, other, damage, file):
+    home, arguments = unfinished
+    path = home / "cache/train" / file
+    before = path.read_bytes()
+    DAMAGES[damage](path, other)
+    assert not path.exists() or path.read_bytes() != before
+    assert main(arguments) == 0
+    assert CACHE.made(home) == calm("cache")[1]
+
+
+# Files that changed, clocks that jumped
+
+
+@pytest.fixture
+def reopened(calm, project):
+    """A copy of the undisturbed cache that was opened, and so checked, once."""
+    shutil.copytree(calm("cache")[0].cache / "train", project.cache)
+    open_cache(project.cache)
+    return project.cache
+
+
+def test_a_change_that_keeps_size_and_time_is_found(reopened):
+    shard = reopened / "shard-00001.safetensors"
+    stat = shard.stat()
+    flip(shard, -60)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors does not have its checksum"):
+        open_cache(reopened)
+
+
+@pytest.mark.parametrize("year", [1971, 2100])
+def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, monkeypatch, year):
+    for path in reopened.iterdir():
+        os.utime(path, times=((year - 1970) * 31_556_952,) * 2)
+    checked = []
+    monkeypatch.setattr(reader, "file_digest", lambda p, e: checked.append(p) or file_digest(p, e))
+    manifest, _ = open_cache(reopened)
+    assert len(checked) == len(manifest.shards) + 1
+    open_cache(reopened)
+    assert len(checked) == len(manifest.shards) + 1
+
+
+# Disks
+
+
+def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys):
+    calm("predict")
+    project, arguments = calm.prepared("predict")
+    place = project.home / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    monkeypatch.chdir(project.home)
+    arguments[arguments.index("answers.jsonl")] = "small/answers.jsonl"
+    try:
+        assert main(arguments) == 1
+        assert "No space left" in capsys.readouterr().err
+        grown = ["mount", "-o", "remount,size=16m", str(place)]
+        subprocess.run(grown, check=True)
+        assert main(arguments) == 0
+        assert answers(place) == answers(calm("predict")[0].home)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
