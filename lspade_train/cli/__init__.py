@@ -15,7 +15,11 @@ COMMANDS = {
     "validate": ("train", "loss, KL, agreement and accuracy of fitted heads on validation"),
     "test": ("train", "the same on the test split"),
     "cache": ("store", "run the frozen model once, write hidden states and SPADE targets; resumes"),
-    "evaluate": ("measure", "accuracy, agreement, KL, entropy by layer for every lens"),
+    "evaluate": (
+        "measure",
+        "every lens at every layer, exits, equal FLOPs, other tasks, ablations",
+    ),
+    "compare": ("measure", "results of several heads folders in one table and one figure"),
     "calibrate": ("choose", "choose the exit policy on validation, within a risk budget"),
     "predict": ("answer", "prompts in, answers with exit layer and entropy out (JSONL)"),
     "profile": ("gain", "wall time, memory and FLOPs against the full model, on this machine"),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.errors import PolicyError
 from lspade_train.evaluation.readings import choice_logits, chunks, pick_answer
 from lspade_train.evaluation.summary import LEVEL, RESAMPLES, SEED, plain
-from lspade_train.errors import PolicyError
 from lspade_train.exits import ExitTable, Threshold, evaluate_policy, oracle_saving, pick
 from lspade_train.heads import LSpadeHeads
 from lspade_train.metrics import bootstrap_interval
