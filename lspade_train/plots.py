@@ -48,3 +48,34 @@ def accuracy_by_layer(results: dict[str, Any], folder: Path) -> Path:
     figure.savefig(path.with_suffix(".svg"))
     plt.close(figure)
     return path
+
+
+def write_figures(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Every figure of one evaluation."""
+    return [accuracy_by_layer(results, folder)]
+
+
+def compare_accuracy(results: list[dict[str, Any]], path: Path) -> Path:
+    """L-SPADE's accuracy (agreement, without labels) over relative depth, a line per result.
+
+    Args:
+        results: `results.json` of each, with a `label`.
+        path: the PNG.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = "accuracy" if all(one["n_labelled"] for one in results) else "agrees_model"
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for one in results:
+        depth = [layer / one["num_layers"] for layer in one["layers"]]
+        axes.plot(depth, one["lenses"]["l_spade"][metric], marker="o", label=one["label"])
+    axes.set_xlabel("depth (fraction of the blocks)")
+    axes.set_ylabel(f"L-SPADE: {metric}")
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lspade_train.adapters import ModelAdapter
+from lspade_train.adapters import ModelAdapter, Plan
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import PositionIds
 
@@ -120,23 +120,44 @@ def continue_states(
 
     Source: arXiv:2507.17618, SPADE (v1), SimLens (v2).
     """
-    rows, count, _ = hidden.shape
     asked = [layer for layer in layers if layer < adapter.num_layers]
     if positions == "compact":
         position_ids = torch.ones_like(position_ids)
     if not asked:
         return hidden.clone()
     plan = adapter.plan_step(start_ids.repeat(len(asked)), position_ids.repeat(len(asked)))
-    active, step = hidden.new_empty(0, 1, hidden.shape[-1]), plan
-    for block in range(asked[0], adapter.num_layers):
-        if block in asked:
-            joining = hidden[:, layers.index(block), None].to(active.device)
+    done = sweep(adapter, plan, hidden[:, : len(asked), None], asked)
+    # Layer L has no block above it: SPADE there is the model itself.
+    return torch.cat([done, hidden[:, len(asked) :]], dim=1)
+
+
+@torch.no_grad()
+def sweep(
+    adapter: ModelAdapter,
+    plan: Plan,
+    hidden: Float[Tensor, "rows layers tokens d"],
+    layers: Sequence[int],
+) -> Float[Tensor, "rows layers d"]:
+    """Run short sequences up the blocks, each from its own layer on.
+
+    Args:
+        adapter: the frozen model.
+        plan: of rows x layers sequences, the rows of the first layer first.
+        hidden: the sequences' states after each of `layers`.
+        layers: ascending, 0..L-1.
+
+    Returns:
+        Raw output of the last block at the last token.
+    """
+    active, step = hidden.new_empty(0, *hidden.shape[2:]), plan
+    for block in range(layers[0], adapter.num_layers):
+        if block in layers:
+            joining = hidden[:, layers.index(block)].to(active.device)
             active = torch.cat([active, joining])
             step = plan.select(slice(0, len(active)))
         active = adapter.run_block(step, block, active)
-    done = active.reshape(len(asked), rows, -1).transpose(0, 1).to(hidden.device)
-    # Layer L has no block above it: SPADE there is the model itself.
-    return torch.cat([done, hidden[:, len(asked) : count]], dim=1)
+    rows, count = hidden.shape[:2]
+    return active[:, -1].reshape(count, rows, -1).transpose(0, 1).to(hidden.device)
 
 
 @torch.no_grad()

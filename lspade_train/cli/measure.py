@@ -1,7 +1,9 @@
 """`evaluate` and `compare`: every experiment on cached states, printed, written and drawn."""
 
+import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from lspade_train.cli.parsing import command_parser, parse
 
@@ -9,41 +11,117 @@ log = logging.getLogger(__name__)
 
 EVALUATE = """\
 The logit lens, the tuned lens (where one was fitted with --model.target final), L-SPADE and SPADE
-against the full model, layer by layer: accuracy, agreement, KL, calibration, each with its
-interval; SPADE-EXIT over thresholds; accuracy at equal FLOPs.
-Reads cached states, builds the split's cache where it is missing, and writes results.json and
-figures/ into the heads folder.
+against the full model, layer by layer: accuracy, agreement, KL, calibration, with intervals;
+SPADE-EXIT over thresholds; accuracy at equal FLOPs. Reads cached states, builds the split's cache
+where it is missing, and writes results.json and figures/ into the heads folder.
 
   lspade-train evaluate --config recipes/arc.yaml
   lspade-train evaluate --config recipes/arc.yaml --cross recipes/boolq.yaml,recipes/text.yaml
   lspade-train evaluate --config recipes/arc.yaml --ablations true"""
+
+COMPARE = """\
+Results of several heads folders in one table and one figure. Each needs a results.json, which
+lspade-train evaluate writes."""
 
 
 def evaluate(arguments: list[str]) -> None:
     """Measure and write `results.json`."""
     parser = command_parser("evaluate", EVALUATE, with_trainer="--help" not in arguments)
     add = parser.add_argument
-    add("--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME")
+    add("--heads", type=str | None, default=None, help="heads folder; null: checkpoints/NAME")
     add(
         "--split",
-        type=str,
+        type=str | None,
         default=None,
         help="split to measure; null: test, or validation where test has no labels",
+    )
+    add(
+        "--cross",
+        type=str | None,
+        default=None,
+        help="recipes of other tasks with fitted heads, separated by commas: every task's heads "
+        "and threshold are used on every task",
+    )
+    add(
+        "--ablations",
+        type=bool,
+        default=False,
+        help="also change SPADE's start token, the heads' form and target and the number of "
+        "training rows, one at a time; trains small heads, resumes",
     )
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder, write_results
     from lspade_train.card import write_card
-    from lspade_train.cli.tables import print_results
+    from lspade_train.cli.tables import print_ablations, print_cross_task, print_results
     from lspade_train.evaluation.run import Subject, evaluate_recipe
-    from lspade_train.plots import accuracy_by_layer
+    from lspade_train.plots import write_figures
 
     recipe, options = parsed.recipe, parsed.options
     folder = Path(options.heads) if options.heads else heads_folder(recipe)
-    results = evaluate_recipe(Subject(recipe, folder, options.split))
+    subject = Subject(recipe, folder, options.split)
+    others = _others(options.cross)
+    results = evaluate_recipe(subject)
     print_results(results)
+    if others:
+        results["cross_task"] = _cross(subject, others)
+        print_cross_task(results["cross_task"])
+    if options.ablations:
+        results["ablations"] = _ablations(subject)
+        print_ablations(results["ablations"], results["layers"])
     write_results(folder, results)
-    figure = accuracy_by_layer(results, folder / "figures")
+    write_figures(results, folder / "figures")
     write_card(folder)
     log.info("results: %s", folder / "results.json")
-    log.info("figure:  %s", figure)
+    log.info("figures: %s", folder / "figures")
+
+
+def compare(arguments: list[str]) -> None:
+    """Several folders' `results.json` in one table and one figure."""
+    parser = argparse.ArgumentParser(prog="lspade-train compare", description=COMPARE)
+    parser.add_argument("folders", nargs="+", type=Path, help="heads folders that were evaluated")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the figure, PNG")
+    options = parser.parse_args(arguments)
+
+    from lspade_train.artifact import read_results
+    from lspade_train.cli.tables import print_comparison
+    from lspade_train.evaluation.comparison import comparable
+    from lspade_train.plots import compare_accuracy
+
+    results = comparable({str(folder): read_results(folder) for folder in options.folders})
+    print_comparison(results)
+    log.info("figure: %s", compare_accuracy(results, options.output))
+
+
+def _others(names: str | None) -> list[Any]:
+    """Subjects of the recipes in `--cross`."""
+    from lspade_train.artifact import heads_folder
+    from lspade_train.evaluation.run import Subject
+
+    found: list[Any] = []
+    for name in (names or "").split(","):
+        if name.strip():
+            parser = command_parser("evaluate", EVALUATE, with_trainer=True)
+            recipe = parse(parser, ["--config", name.strip()]).recipe
+            found.append(Subject(recipe, heads_folder(recipe)))
+    return found
+
+
+def _cross(subject: Any, others: list[Any]) -> dict[str, Any]:
+    from lspade_train.evaluation.cross import cross_task
+    from lspade_train.progress import track
+
+    def bar(items: Any) -> Any:
+        return track(items, "heads on other tasks", len(items))
+
+    return cross_task([subject, *others], bar)
+
+
+def _ablations(subject: Any) -> dict[str, Any]:
+    from lspade_train.evaluation.ablations import run_ablations
+    from lspade_train.progress import track
+
+    def bar(items: Any) -> Any:
+        return track(items, "ablations", len(items))
+
+    return run_ablations(subject, bar)

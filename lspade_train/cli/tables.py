@@ -33,7 +33,7 @@ def print_cross_task(cross: dict[str, Any]) -> None:
     tasks = [
         f"{task['name']}\n{_number(task['full_model'])}, n {task['n']:,}" for task in cross["tasks"]
     ]
-    title = "SPADE-EXIT on other tasks: accuracy / mean exit layer; under each task its full model"
+    title = "SPADE-EXIT: accuracy / mean exit layer; under a task's name its full model"
     table = _table("heads and threshold of", *tasks, title=title)
     for heads, cells in zip(cross["heads"], cross["cells"], strict=True):
         table.add_row(heads["name"], *(_cell(cell) for cell in cells))
@@ -42,15 +42,16 @@ def print_cross_task(cross: dict[str, Any]) -> None:
 
 
 def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
-    """Agreement with the full model, mean over the layers, under each change."""
-    table = _table(
-        "changed", "to", "accuracy", "agreement", "KL", "", title="ablations, mean over layers"
-    )
+    """What each change does, mean over the layers."""
+    title = f"ablations, mean over layers {layers[0]} to {layers[-1]}; against the full model"
+    table = _table("change", "accuracy", "same answer", "KL (nats)", title=title)
     for group, variants in ablations.items():
         for variant in variants:
             values = (variant[m] for m in ("accuracy", "answer_agrees_model", "kl_to_model"))
-            table.add_row(group, variant["label"], *(_number(_mean(value)) for value in values))
-    Console(width=WIDTH).print(table, f"layers {layers[0]} to {layers[-1]}")
+            table.add_row(
+                f"{group}: {variant['label']}", *(_number(_mean(value)) for value in values)
+            )
+    Console(width=WIDTH).print(table)
 
 
 def print_comparison(results: Sequence[dict[str, Any]]) -> None:

@@ -115,9 +115,9 @@ def _header(subject: Subject) -> dict[str, Any]:
             "form": heads.form,
             "rank": heads.rank if heads.form == "low_rank" else None,
             "layers": list(heads.layers),
-            "target": trained.get("model", {}).get("target"),
+            "target": heads.target,
             "trained_on": trained.get("data", {}).get("task"),
-            "weights_sha256": heads.metadata.get("weights_sha256"),
+            "weights_sha256": heads.digest,
         },
         "recipe": asdict(recipe),
         "provenance": {
