@@ -20,10 +20,10 @@ ORDER = [
     *("tasks", "cache", "runtime"),
     *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
     "inspection",
-    *("callbacks", "cli"),
+    *("callbacks", "tracking", "cli"),
 ]
 
-TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib"}
+TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib", "plotly"}
 SERVING = ["runtime", "heads", "spade", "policy", "tasks", "artifact", "lenses"]
 
 

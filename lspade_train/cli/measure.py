@@ -36,14 +36,19 @@ def evaluate(arguments: list[str]) -> None:
     from lspade_train.card import write_card
     from lspade_train.cli.tables import print_results
     from lspade_train.evaluation.run import Subject, evaluate_recipe
-    from lspade_train.plots import accuracy_by_layer
+    from lspade_train.plots import write_figures
+    from lspade_train.report import write_report
+    from lspade_train.tracking import log_results
 
     recipe, options = parsed.recipe, parsed.options
     folder = Path(options.heads) if options.heads else heads_folder(recipe)
     results = evaluate_recipe(Subject(recipe, folder, options.split))
     print_results(results)
     write_results(folder, results)
-    figure = accuracy_by_layer(results, folder / "figures")
+    figures = write_figures(results, folder / "figures")
     write_card(folder)
+    report = write_report(folder)
+    log_results(results, folder, figures)
     log.info("results: %s", folder / "results.json")
-    log.info("figure:  %s", figure)
+    log.info("figures: %s (%d files)", folder / "figures", len(figures))
+    log.info("report:  %s", report)
