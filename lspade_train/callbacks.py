@@ -85,7 +85,7 @@ class ExportHeads(Callback):
 def default_loggers(folder: Path, name: str) -> list[Logger]:
     """CSV always; W&B too where it is installed and a key, a login or WANDB_MODE is there."""
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
-    if importlib.util.find_spec("wandb") and _wandb_wanted():
+    if wandb_is_on():
         from lightning.pytorch.loggers import WandbLogger
 
         loggers.append(WandbLogger(project="lspade-train", name=name, save_dir=folder))
@@ -99,9 +99,11 @@ def keep_wandb_from_asking() -> None:
         log.warning("W&B: no key found, writing offline; send it later with `wandb sync`.")
 
 
-def _wandb_wanted() -> bool:
+def wandb_is_on() -> bool:
+    """Whether W&B is installed and a key, a login or WANDB_MODE is there; asks nobody."""
     mode = os.environ.get("WANDB_MODE")
-    return mode != "disabled" and (bool(mode) or _has_wandb_key())
+    wanted = mode != "disabled" and (bool(mode) or _has_wandb_key())
+    return wanted and importlib.util.find_spec("wandb") is not None
 
 
 def _has_wandb_key() -> bool:

@@ -23,7 +23,7 @@ ORDER = [
     *("callbacks", "cli"),
 ]
 
-TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib"}
+TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib", "plotly"}
 SERVING = ["runtime", "heads", "spade", "policy", "tasks", "artifact", "lenses"]
 
 

@@ -56,6 +56,8 @@ def evaluate(arguments: list[str]) -> None:
     from lspade_train.cli.tables import print_ablations, print_cross_task, print_results
     from lspade_train.evaluation.run import Subject, evaluate_recipe
     from lspade_train.plots import write_figures
+    from lspade_train.report import write_report
+    from lspade_train.tracking import log_results
 
     recipe, options = parsed.recipe, parsed.options
     folder = Path(options.heads) if options.heads else heads_folder(recipe)
@@ -70,10 +72,13 @@ def evaluate(arguments: list[str]) -> None:
         results["ablations"] = _ablations(subject)
         print_ablations(results["ablations"], results["layers"])
     write_results(folder, results)
-    write_figures(results, folder / "figures")
+    figures = write_figures(results, folder / "figures")
     write_card(folder)
+    report = write_report(folder)
+    log_results(results, folder, figures)
     log.info("results: %s", folder / "results.json")
     log.info("figures: %s", folder / "figures")
+    log.info("report:  %s", report)
 
 
 def compare(arguments: list[str]) -> None:
