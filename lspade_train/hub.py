@@ -15,7 +15,7 @@ from lspade_train.errors import HubError
 
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
-FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, CARD, "report.html")
+FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, "profile.json", CARD, "report.html")
 PATTERNS = [*FILES, "figures/*.png", "figures/*.svg"]
 
 LOGIN = "hf auth login"

@@ -87,6 +87,12 @@ def test_model_index_holds_the_measured_numbers(folder):
     assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
 
 
+def test_model_index_leaves_out_what_was_measured_on_other_data(folder):
+    change(folder / "results.json", dataset="someone/other-questions")
+    splits = {result.dataset_split for result in ModelCard(card(folder)).data.eval_results}
+    assert splits == {"validation"}
+
+
 def test_a_base_model_that_is_a_folder_is_no_hub_id_and_shows_no_path(folder):
     text = card(folder, repo="someone/heads")
     assert ModelCard(text).data.base_model is None
