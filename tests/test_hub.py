@@ -278,6 +278,19 @@ def test_a_dropped_connection_in_the_middle_of_an_upload_is_tried_again(hub, fol
     artifact.pull(REPO, Path("back"))
 
 
+@pytest.mark.slow  # the client waits longer before each of its five tries
+def test_a_connection_that_drops_every_time_ends_in_a_named_error_and_no_commit(
+    hub, folder, recipe, capsys
+):
+    def pull_the_cable(_oid, _data):
+        raise ConnectionAbortedError
+
+    hub.on_upload = pull_the_cable
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "someone/toy-heads broke off" in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
+
+
 def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_again(
     hub, folder, recipe, capsys
 ):
