@@ -152,11 +152,14 @@ def test_nothing_but_known_files_is_fetched(hub, folder):
 def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_files(hub, folder):
     artifact.push(folder, REPO)
     there = hub.repos[REPO]
-    there.commit("main", there.at("main") | {"LICENSE": b"terms"})
-    (folder / "policy.json").unlink()
+    foreign = {"LICENSE": b"terms", "figures/poster.pdf": b"x", "old/policy.json": b"{}"}
+    there.commit("main", there.at("main") | foreign)
+    for name in ("policy.json", "figures/loss.png"):
+        (folder / name).unlink()
     artifact.push(folder, REPO)
-    assert "policy.json" not in there.at("main")
-    assert there.at("main")["LICENSE"] == b"terms"
+    now = there.at("main")
+    assert not {"policy.json", "figures/loss.png"} & set(now)
+    assert foreign.items() <= now.items()
 
 
 def test_heads_push_themselves_with_config_and_card(hub, folder):
