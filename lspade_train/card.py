@@ -61,6 +61,10 @@ def card(folder: Path, *, repo: str | None = None, license: str | None = None) -
     on_hub = base.get("revision") is not None  # of a folder no commit is recorded
     base_name = base["model_id"] if on_hub else Path(base.get("model_id", "the model")).name
     name = repo.split("/")[-1] if repo else recipe.get("name") or folder.name
+    # model-index names the training's data set: what was measured on another stays in the table.
+    same = all(
+        results.get(key) == recipe["data"].get(key) for key in ("task", "dataset") if results
+    )
     metadata = ModelCardData(
         library_name="lspade-train",
         license=license or licence or NO_LICENCE,
@@ -70,7 +74,7 @@ def card(folder: Path, *, repo: str | None = None, license: str | None = None) -
         pipeline_tag="text-generation",
         tags=TAGS,
         model_name=name,
-        eval_results=_measured(recipe, data, results, policy) or None,
+        eval_results=_measured(recipe, data, results if same else {}, policy) or None,
     )
     text = ModelCard.from_template(
         metadata,

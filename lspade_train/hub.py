@@ -8,15 +8,16 @@ Tokens are the client's matter: its login, or HF_TOKEN.
 import errno
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lspade_train.errors import HubError
 
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
-FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, CARD, "report.html")
-PATTERNS = [*FILES, "figures/*.png", "figures/*.svg"]
+FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, "profile.json", CARD, "report.html")
+PICTURES = (".png", ".svg")  # of figures/
+PATTERNS = [*FILES, *(f"figures/*{suffix}" for suffix in PICTURES)]
 
 LOGIN = "hf auth login"
 NO_REVISION = (
@@ -38,11 +39,11 @@ NO_XET = (
 )
 BROKEN_OFF = (
     "The exchange with {repo} broke off ({said}).\n"
-    "Nothing was changed; run it again: what has arrived is not sent twice."
+    "Nothing is half done; run it again: what has arrived is not sent twice."
 )
 NOT_TAKEN = (
     "The Hub does not take this ({said}).\n"
-    "Nothing was changed; correct what it names (a licence: --license) and run it again."
+    "Nothing was committed; correct what it names (a licence: --license) and run it again."
 )
 REFUSED = {
     401: "The Hub refuses the token ({said}).\nLog in again, with a valid one: {login}",
@@ -117,16 +118,14 @@ def upload(
     with _named(repo, branch):
         if not create_pr:
             _open(api, repo, private, branch)
-        there = set(api.list_repo_files(repo, revision=branch))
-        gone = {name for name in there if Path(name).match("figures/*") or name in FILES} - set(
-            files
-        )
+        there = api.list_repo_files(repo, revision=branch)
+        gone = sorted(name for name in there if _is_known(name) and name not in files)
         # Not upload_folder: that may commit a folder in several parts.
         commit = api.create_commit(
             repo,
             [
                 *(CommitOperationAdd(name, path) for name, path in files.items()),
-                *(CommitOperationDelete(name) for name in sorted(gone)),
+                *(CommitOperationDelete(name) for name in gone),
             ],
             commit_message=message or "Upload L-SPADE heads",
             revision=branch,
@@ -191,6 +190,12 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
             "Leave revision out, or name a repository of the Hub (org/name)."
         )
     return folder
+
+
+def _is_known(name: str) -> bool:
+    """Whether a path in a repository is one that a heads folder may have."""
+    path = PurePosixPath(name)
+    return name in FILES or (str(path.parent) == "figures" and path.suffix in PICTURES)
 
 
 def _open(api: Any, repo: str, private: bool, branch: str | None) -> None:

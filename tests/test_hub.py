@@ -152,11 +152,14 @@ def test_nothing_but_known_files_is_fetched(hub, folder):
 def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_files(hub, folder):
     artifact.push(folder, REPO)
     there = hub.repos[REPO]
-    there.commit("main", there.at("main") | {"LICENSE": b"terms"})
-    (folder / "policy.json").unlink()
+    foreign = {"LICENSE": b"terms", "figures/poster.pdf": b"x", "old/policy.json": b"{}"}
+    there.commit("main", there.at("main") | foreign)
+    for name in ("policy.json", "figures/loss.png"):
+        (folder / name).unlink()
     artifact.push(folder, REPO)
-    assert "policy.json" not in there.at("main")
-    assert there.at("main")["LICENSE"] == b"terms"
+    now = there.at("main")
+    assert not {"policy.json", "figures/loss.png"} & set(now)
+    assert foreign.items() <= now.items()
 
 
 def test_heads_push_themselves_with_config_and_card(hub, folder):
@@ -276,6 +279,19 @@ def test_a_dropped_connection_in_the_middle_of_an_upload_is_tried_again(hub, fol
     hub.on_upload = pull_the_cable
     artifact.push(folder, REPO)
     artifact.pull(REPO, Path("back"))
+
+
+@pytest.mark.slow  # the client waits longer before each of its five tries
+def test_a_connection_that_drops_every_time_ends_in_a_named_error_and_no_commit(
+    hub, folder, recipe, capsys
+):
+    def pull_the_cable(_oid, _data):
+        raise ConnectionAbortedError
+
+    hub.on_upload = pull_the_cable
+    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "someone/toy-heads broke off" in said
+    assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
 def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_again(

@@ -12,9 +12,10 @@ log = logging.getLogger(__name__)
 
 PUSH = """\
 Send a heads folder to the Hugging Face Hub, in one commit or not at all: heads.safetensors,
-config.json, policy.json, results.json, figures/, report.html and README.md, the model card, which
-is written anew from them. Nothing else of the folder is sent. Log in before: hf auth login.
+config.json, policy.json, results.json, profile.json, figures/, report.html and README.md, the
+model card, which is written anew from them. Nothing else of the folder is sent.
 The card states the licence that you give; none is taken over from the base model.
+Log in before, with a write token: hf auth login.
 
   lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --license apache-2.0
   lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --dry_run"""
