@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lspade_train.errors import PolicyError, UnsupportedModelError
 from lspade_train.heads import LSpadeHeads, local_folder
-from lspade_train.policy import POLICY, REMEDY, ExitPolicy
+from lspade_train.policy import POLICY, ExitPolicy
 from lspade_train.runtime import ExitRuntime
 from lspade_train.runtime.decide import Probe, decide_batch
 from lspade_train.runtime.flops import count_flops, exit_flops
@@ -261,6 +261,6 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
     if policy.scope == "choices" and policy.decoder != "spade" and policy.check_layers:
         raise PolicyError(
             f"A policy of scope choices and decoder {policy.decoder} has no log-likelihoods over "
-            f"the vocabulary. {REMEDY}"
+            "the vocabulary.\nChoose one with lspade-train calibrate --scope vocabulary."
         )
     return policy

@@ -72,9 +72,7 @@ def from_python(
     _say("KL to SPADE, mean over layers:", f"{trainer.logged_metrics['val/kl/mean']:.3f} nats")
 
     # The policy that saves most of those that keep the promise, and the runtime that follows it.
-    policy = ExitPolicy(
-        layers=heads.layers, scope="choices", heads_digest=heads.metadata["weights_sha256"]
-    )
+    policy = ExitPolicy(layers=heads.layers, scope="choices", heads_digest=heads.digest)
     table = exit_table(states.stored("validation"), states.adapter, heads, policy)
     chosen = calibrate([(table, table.grid())], "accuracy_drop", max_accuracy_drop, 0.95)
     policy = replace(policy, threshold=chosen.chosen.threshold, calibration=chosen.to_json())

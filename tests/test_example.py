@@ -31,7 +31,7 @@ def test_it_fits_heads_chooses_a_policy_and_answers(example, tmp_path, capsys):
     ]
     heads = LSpadeHeads.from_pretrained(tmp_path / "heads")
     policy = ExitPolicy.load(tmp_path / "heads")
-    assert policy.heads_digest == heads.metadata["weights_sha256"]
+    assert policy.heads_digest == heads.digest
     assert policy.threshold is None  # 64 rows prove no promise of one point at 95%
 
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_run_is_refused_with_the_remedy(model, heads, lspade, tmp
         LSpadeLM(pretrained=model, device="cpu")
     with pytest.raises(PolicyError, match=r"policy\.json does not exist.*calibrate"):
         LSpadeLM(pretrained=model, heads=str(heads), device="cpu")
-    with pytest.raises(PolicyError, match=r"no log-likelihoods.*calibrate"):
+    with pytest.raises(PolicyError, match=r"no log-likelihoods.*\n.*calibrate --scope vocabulary"):
         lspade(ExitPolicy.always(LAYER, scope="choices", decoder="l-spade"))
     ExitPolicy.always(LAYER).save(tmp_path)
     with pytest.raises(ArtifactError, match="another configuration"):
