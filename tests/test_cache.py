@@ -1,5 +1,6 @@
 """The cache: what is in it, what is refused, and what survives being killed."""
 
+import contextlib
 import multiprocessing
 import os
 import re
