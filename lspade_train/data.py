@@ -85,6 +85,7 @@ class HiddenStateDataModule(LightningDataModule):
             dtype=config.dtype,
             device=device,
             device_map=config.device_map,
+            quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             check=False,
         )

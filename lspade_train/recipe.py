@@ -8,6 +8,7 @@ from lspade_train.errors import RecipeError
 Mode = Literal["disk", "memory", "online"]
 TargetKind = Literal["hidden", "logits", "topk"]
 PositionIds = Literal["original", "compact"]
+Quantization = Literal["int8", "int4"]
 Form = Literal["full", "low_rank", "bias"]
 
 
@@ -83,6 +84,8 @@ class DataConfig:
         dtype: precision the frozen model runs and is cached in; auto takes the checkpoint's.
         device: where the frozen model runs; auto takes a GPU when there is one.
         device_map: accelerate's map for models too large for one device, such as `auto`.
+        quantization: int8 (LLM.int8) or int4 (NF4) quantises the blocks while loading, by
+            bitsandbytes; null loads the checkpoint as it is, quantised or not.
         trust_remote_code: run code from the model's repository. Leave off unless you read it.
     """
 
@@ -107,6 +110,7 @@ class DataConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: str | None = None
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

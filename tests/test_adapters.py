@@ -56,10 +56,12 @@ def test_the_fast_unembedding_gives_the_models_logits(family):
         torch.testing.assert_close(adapter.unembed(hidden), adapter.model_unembed(hidden))
 
 
+# As many rows as tokens, as many as heads.
+@pytest.mark.parametrize("lengths", [(5, 5, 3, 4, 2), (5, 5, 3, 4)], ids=["tokens", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_dropped_halfway_leave_the_others_as_they_were(family):
+def test_rows_dropped_halfway_leave_the_others_as_they_were(family, lengths):
     adapter = ModelAdapter(tiny(family))
-    ids, mask = padded_batch("left", lengths=(5, 5, 3, 4, 2))  # as many rows as tokens
+    ids, mask = padded_batch("left", lengths=lengths)
     with torch.no_grad():
         plan = adapter.plan(ids, mask)
         everything = run_all(adapter, plan)
@@ -109,6 +111,14 @@ def test_a_bidirectional_model_is_refused():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnsupportedModelError, match="decoder-only"):
         ModelAdapter(model)
+
+
+def test_a_bias_with_one_entry_per_head_is_taken_for_what_it_is():
+    plans = {
+        name: ModelAdapter(tiny(name)).plan(*padded_batch("left")) for name in ("bloom", "mpt")
+    }
+    assert plans["bloom"].per_row["alibi"] == 4  # heads
+    assert plans["mpt"].per_row["position_bias"] == 0  # shared by all rows
 
 
 def test_an_encoder_decoder_is_refused():

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 from test_adapters import positions_of
-from test_spade import blocks_of
-from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
+from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, blocks_of, tiny
 
 from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import ArtifactError, NumericsError, PolicyError, TaskError

@@ -3,15 +3,10 @@
 import pytest
 import torch
 from test_adapters import padded_batch, positions_of
-from tiny_models import FAMILIES, LAYERS, tiny
+from tiny_models import FAMILIES, LAYERS, blocks_of, tiny
 
 from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import RecipeError
-
-
-def blocks_of(model):
-    decoder = model.get_decoder()
-    return decoder.h if hasattr(decoder, "h") else decoder.layers
 
 
 def hidden_states(model, ids):
@@ -117,6 +112,16 @@ def test_layers_come_back_in_the_order_asked_for():
         spade_logits(model, ids, mask, layers=[3, 0, 3]), every[:, [3, 0, 3]]
     )
     assert spade_logits(model, ids, mask).shape[1] == LAYERS
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon_alibi"])
+@torch.no_grad()
+def test_with_alibi_the_two_tokens_are_neighbours_whatever_the_position_ids(family):
+    model, (ids, mask) = tiny(family), padded_batch("left")
+    original, compact = (
+        spade_logits(model, ids, mask, positions=kind) for kind in ("original", "compact")
+    )
+    assert torch.equal(original, compact)
 
 
 @pytest.mark.parametrize("layers", [[-1], [LAYERS + 1], []])

@@ -1,6 +1,7 @@
 """Any Hugging Face decoder, driven block by block by its own code."""
 
-from lspade_train.adapters.adapter import ModelAdapter, resolve_device
+from lspade_train.adapters.adapter import ModelAdapter
+from lspade_train.adapters.loading import resolve_device
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.unembedding import Unembedding
 

@@ -7,22 +7,21 @@ it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, head
 """
 
 import inspect
-import threading
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lspade_train.adapters.check import check_adapter
+from lspade_train.adapters.identity import model_identity
+from lspade_train.adapters.loading import load_model
 from lspade_train.adapters.plan import Plan, StartCache
+from lspade_train.adapters.structure import Stage, find_decoder
 from lspade_train.adapters.unembedding import find_unembedding
-from lspade_train.errors import RecipeError, UnsupportedModelError
-from lspade_train.storage import json_digest, tensor_digest
+from lspade_train.recipe import Quantization
 
 
 class ModelAdapter:
@@ -39,13 +38,11 @@ class ModelAdapter:
 
     def __init__(self, model: PreTrainedModel, *, check: bool = True) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.decoder: nn.Module = _decoder(model)
-        self.blocks: nn.ModuleList = _blocks(self.decoder, model)
+        self.decoder, self.blocks = find_decoder(model)
         self.unembed = find_unembedding(model, self.decoder)
-        self.tuple_size: int | None = None  # length of a block's output where it is a tuple
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self._stage = Stage(self.blocks, self._call_padded)
         self._starts: dict[int, DynamicCache] = {}
-        self._lock = threading.RLock()  # recording swaps the blocks' forwards
         self._checked = False
         if check:
             self.check()
@@ -69,6 +66,7 @@ class ModelAdapter:
         dtype: str = "auto",
         device: str = "auto",
         device_map: str | None = None,
+        quantization: Quantization | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
     ) -> Self:
@@ -80,27 +78,24 @@ class ModelAdapter:
             dtype: auto (the checkpoint's), float32, bfloat16 or float16.
             device: auto (a GPU when there is one) or a torch device.
             device_map: accelerate's map for models too large for one device; replaces `device`.
+            quantization: int8 or int4 quantises the blocks while loading; None leaves the
+                checkpoint as it is, quantised or not.
             trust_remote_code: run code from the model's repository.
             check: run the load-time check.
 
         Raises:
             UnsupportedModelError: nothing there, no decoder, or the check fails.
+            RecipeError: no such device, or no bitsandbytes here.
         """
-        from transformers import AutoModelForCausalLM
-
-        options: dict[str, Any] = {"device_map": device_map} if device_map else {}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_id,
-                revision=revision,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-                **options,
-            )
-        except (OSError, ValueError, ImportError) as cause:
-            raise UnsupportedModelError(_load_failure(model_id, cause)) from cause
-        if not device_map:
-            nn.Module.to(model, resolve_device(device))
+        model = load_model(
+            model_id,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
         return cls(model, check=check)
 
     def check(self) -> None:
@@ -138,7 +133,9 @@ class ModelAdapter:
     @property
     def max_length(self) -> int | None:
         """Longest prompt in tokens, or None where the positions have no end."""
-        return getattr(self.text_config, "max_position_embeddings", None)
+        config = self.text_config
+        named = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+        return next((getattr(config, name) for name in named if hasattr(config, name)), None)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -163,23 +160,8 @@ class ModelAdapter:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What tells this model from another: digests of configuration, weights, unembedding.
-
-        The weights are sampled (64 values of every parameter): a fine-tuned or merged model
-        differs in nearly all of them, and 140 GB need not be read.
-        """
-        config = {
-            name: value
-            for name, value in self.model.config.to_dict().items()
-            if not name.startswith("_") and name not in {"transformers_version", "dtype"}
-        }
-        samples = [_sample(parameter) for _, parameter in sorted(self.model.named_parameters())]
-        return {
-            "model_config": json_digest(_jsonable(config)),
-            "model_weights": tensor_digest(*samples),
-            "unembedding": self.unembed.digest,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        """What tells this model from another: digests, dtype and quantisation."""
+        return model_identity(self.model, self.unembed.digest)
 
     # Recording and replaying ----------------------------------------------------------------
 
@@ -252,14 +234,13 @@ class ModelAdapter:
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
 
-        def replace(state: Tensor, *_: Any, **__: Any) -> Any:
-            return self._as_output(state)
+        def pass_on(state: Tensor, *_: Any, **__: Any) -> Any:
+            return self._stage.as_output(state)
 
         def last(*_: Any, **__: Any) -> Any:
-            return self._as_output(hidden)
+            return self._stage.as_output(hidden)
 
-        replacements = [replace] * (self.num_layers - 1) + [last]
-        with self._blocks_replaced(replacements):
+        with self._stage.replaced([pass_on] * (self.num_layers - 1) + [last]):
             return self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
@@ -267,15 +248,23 @@ class ModelAdapter:
     def _record(
         self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
     ) -> Plan:
+        per_row = self._stage.signature.per_row
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             seen.append((hidden, args, kwargs))
-            return self._as_output(hidden)
+            return self._stage.as_output(hidden)
 
-        with self._blocks_replaced([recorder] * self.num_layers):
+        with self._stage.replaced([recorder] * self.num_layers):
             self._call_decoder(input_ids, mask, positions, cache, use_cache=cache is not None)
-        return Plan(seen[0][0], tuple((args, kwargs) for _, args, kwargs in seen))
+        return Plan(seen[0][0], tuple((args, kwargs) for _, args, kwargs in seen), per_row)
+
+    def _call_padded(self, rows: int) -> None:
+        """Run the decoder on a few tokens, some of them padding, so that every mask is there."""
+        ids = torch.ones(rows, 5, dtype=torch.long, device=self.device)
+        mask = torch.ones_like(ids)
+        mask[1:, -1] = 0
+        self._call_decoder(ids, mask, (mask.cumsum(-1) - 1), None, use_cache=False)
 
     def _call_decoder(
         self,
@@ -305,96 +294,9 @@ class ModelAdapter:
         if token not in self._starts:
             cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([[token]], device=self.device)
-            with self._lock:
+            with self._stage.lock:
                 self._call_decoder(
                     ids, torch.ones_like(ids), torch.zeros_like(ids), cache, use_cache=True
                 )
             self._starts[token] = cache
         return self._starts[token]
-
-    def _as_output(self, hidden: Tensor) -> Any:
-        if self.tuple_size is None:
-            return hidden
-        return (hidden, *[None] * (self.tuple_size - 1))
-
-    @contextmanager
-    def _blocks_replaced(self, forwards: Sequence[Callable[..., Any]]) -> Generator[None]:
-        with self._lock:
-            # accelerate's hooks are instance attributes named `forward` too: put them back.
-            kept = [block.__dict__.get("forward") for block in self.blocks]
-            try:
-                for block, forward in zip(self.blocks, forwards, strict=True):
-                    block.__dict__["forward"] = forward
-                yield
-            finally:
-                for block, forward in zip(self.blocks, kept, strict=True):
-                    if forward is None:
-                        del block.__dict__["forward"]
-                    else:
-                        block.__dict__["forward"] = forward
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one.
-
-    Raises:
-        RecipeError: no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as cause:
-        text = str(cause).splitlines()[0]
-        raise RecipeError(
-            f"data.device is {device!r}, which cannot be used here ({text[:200]}).\n"
-            "Expected auto, cpu or a device such as cuda:0."
-        ) from cause
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder; expected a decoder-only model "
-            "such as Llama, Qwen or GPT-2. Set data.model_id to one."
-        )
-    return model.get_decoder()
-
-
-def _blocks(decoder: nn.Module, model: PreTrainedModel) -> nn.ModuleList:
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == layers:
-            return child
-    raise UnsupportedModelError(
-        f"No list of {layers} blocks in {type(decoder).__name__} ({model.config.model_type}); "
-        "expected a decoder-only model. Set data.model_id to one."
-    )
-
-
-def _load_failure(model_id: str, cause: Exception) -> str:
-    text = (str(cause).splitlines() or [type(cause).__name__])[0]
-    if "Unrecognized configuration class" in text:
-        return (
-            f"{model_id} is not a decoder-only causal language model "
-            "(AutoModelForCausalLM has no class for it). Set data.model_id to one."
-        )
-    return (
-        f"No model could be loaded from {model_id!r}: {text}\n"
-        "Expected a Hub id that you can reach or a folder with config.json and weights; "
-        "check data.model_id."
-    )
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
-    stride = max(len(flat) // 64, 1)
-    return flat[::stride][:64].cpu()
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _jsonable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return value if isinstance(value, str | int | bool | None) else repr(value)

@@ -1,9 +1,9 @@
 """The load-time check: every path of an adapter against the model's own forward."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lspade_train.errors import UnsupportedModelError
 
@@ -26,7 +26,7 @@ def check_adapter(adapter: "ModelAdapter") -> None:
     mask = torch.ones_like(ids)
     mask[1, 3] = mask[2, 2:] = 0
     try:
-        expected, adapter.tuple_size = _model_forward(adapter, ids, mask)
+        expected = _model_forward(adapter, ids, mask)
         _compare(adapter, ids, mask, expected)
     except UnsupportedModelError:
         raise
@@ -35,21 +35,10 @@ def check_adapter(adapter: "ModelAdapter") -> None:
         raise _refused(adapter, f"the probe failed with {type(cause).__name__}: {text}") from cause
 
 
-def _model_forward(adapter: "ModelAdapter", ids: Tensor, mask: Tensor) -> tuple[Tensor, int | None]:
-    sizes: list[int | None] = []
-
-    def spy(_: nn.Module, __: Any, output: Any) -> None:
-        sizes.append(len(output) if isinstance(output, tuple) else None)
-
-    hook = adapter.blocks[0].register_forward_hook(spy)
-    try:
-        extra = (
-            {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if adapter.takes_positions else {}
-        )
-        logits = adapter.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
-    finally:
-        hook.remove()
-    return logits, sizes[0]
+def _model_forward(adapter: "ModelAdapter", ids: Tensor, mask: Tensor) -> Tensor:
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    extra = positions if adapter.takes_positions else {}
+    return adapter.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
 
 
 def _compare(adapter: "ModelAdapter", ids: Tensor, mask: Tensor, expected: Tensor) -> None:

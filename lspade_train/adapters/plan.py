@@ -1,7 +1,7 @@
 """What a model's decoder gave each block, kept to be replayed. Knows nothing of models."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,30 +58,54 @@ class Plan:
     Attributes:
         hidden: input of the first block, (rows, tokens, d).
         calls: per block, the further arguments and keyword arguments.
+        per_row: entries per row in the first dimension of an argument, where it is not one.
     """
 
     hidden: Float[Tensor, "rows tokens d"]
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    per_row: Mapping[str | int, int] = field(default_factory=dict[str | int, int])
 
     def select(self, rows: Rows) -> "Plan":
-        """The plan of a subset of the rows: every batch-first tensor is indexed, once each."""
-        batch = self.hidden.shape[0]
-        done: dict[int, Any] = {}
+        """The plan of a subset of the rows: every tensor that has rows is indexed, once each."""
+        chosen = _Selection(rows, self.hidden.shape[0])
 
-        def pick(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(pick(item) for item in value)
-            if isinstance(value, dict):
-                return {name: pick(item) for name, item in value.items()}
-            if isinstance(value, StartCache):
-                return done.setdefault(id(value), value.select(rows))
-            # One-dimensional tensors run over tokens, whatever their length.
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-                if id(value) not in done:
-                    index = rows.to(value.device) if isinstance(rows, Tensor) else rows
-                    done[id(value)] = value[index]
-                return done[id(value)]
+        def picked(name: str | int, value: Any) -> Any:
+            return chosen.of(value, self.per_row.get(name, 1))
+
+        calls = tuple(
+            (
+                tuple(picked(place, value) for place, value in enumerate(args)),
+                {name: picked(name, value) for name, value in kwargs.items()},
+            )
+            for args, kwargs in self.calls
+        )
+        return Plan(chosen.of(self.hidden, 1), calls, self.per_row)
+
+
+class _Selection:
+    """Some rows of whatever a block is given; what several blocks share is indexed once."""
+
+    def __init__(self, rows: Rows, batch: int) -> None:
+        self.rows, self.batch = rows, batch
+        self.done: dict[int, Any] = {}
+
+    def of(self, value: Any, count: int) -> Any:
+        """The rows of a value that has `count` entries per row."""
+        if isinstance(value, tuple | list):
+            return type(value)(self.of(item, count) for item in value)
+        if isinstance(value, dict):
+            return {name: self.of(item, count) for name, item in value.items()}
+        if id(value) not in self.done:
+            self.done[id(value)] = self._pick(value, count)
+        return self.done[id(value)]
+
+    def _pick(self, value: Any, count: int) -> Any:
+        if isinstance(value, StartCache):
+            return value.select(self.rows)
+        # One-dimensional tensors run over tokens, whatever their length.
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.batch * count:
             return value
-
-        calls = tuple((pick(args), pick(kwargs)) for args, kwargs in self.calls)
-        return Plan(pick(self.hidden), calls)
+        rows = self.rows.to(value.device) if isinstance(self.rows, Tensor) else self.rows
+        if count == 1:
+            return value[rows]
+        return value.unflatten(0, (self.batch, count))[rows].flatten(0, 1)

@@ -86,6 +86,7 @@ def runtime_model(parsed: Parsed) -> tuple[Path, Any, Any]:
         dtype=recipe.data.dtype,
         device=recipe.data.device,
         device_map=recipe.data.device_map,
+        quantization=recipe.data.quantization,
         trust_remote_code=recipe.data.trust_remote_code,
     )
     return folder, heads, adapter

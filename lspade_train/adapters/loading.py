@@ -1,0 +1,104 @@
+"""A frozen model from the Hub or a folder, in the precision and on the device asked for."""
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.recipe import Quantization
+
+
+def load_model(
+    model_id: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    quantization: Quantization | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Load a Hub id or a folder; `ModelAdapter.from_pretrained` says what the arguments are.
+
+    Raises:
+        RecipeError: no such device, or no bitsandbytes for a quantised model.
+        UnsupportedModelError: nothing there, or no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where: Any = device_map or resolve_device(device)
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if quantization is not None:
+        # Quantised weights are made where they stay: they cannot be moved like others.
+        options = {
+            "quantization_config": _bitsandbytes(quantization, dtype),
+            "device_map": device_map or {"": where},
+        }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_id,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as cause:
+        raise UnsupportedModelError(_load_failure(model_id, cause)) from cause
+    if not options:
+        nn.Module.to(model, where)
+    return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        text = str(cause).splitlines()[0]
+        raise RecipeError(
+            f"data.device is {device!r}, which cannot be used here ({text[:200]}).\n"
+            "Expected auto, cpu or a device such as cuda:0."
+        ) from cause
+
+
+def _bitsandbytes(quantization: Quantization, dtype: str) -> Any:
+    missing = [n for n in ("bitsandbytes", "accelerate") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise RecipeError(
+            f"data.quantization is {quantization}, which needs {' and '.join(missing)}.\n"
+            "Install with: pip install 'lspade-train[quantization]', or set it to null."
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        # It tells of a cast to half precision at every product of every block.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def _load_failure(model_id: str, cause: Exception) -> str:
+    text = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if "Unrecognized configuration class" in text:
+        return (
+            f"{model_id} is not a decoder-only causal language model "
+            "(AutoModelForCausalLM has no class for it). Set data.model_id to one."
+        )
+    return (
+        f"No model could be loaded from {model_id!r}: {text}\n"
+        "Expected a Hub id that you can reach or a folder with config.json and weights; "
+        "check data.model_id."
+    )
