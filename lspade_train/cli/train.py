@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -92,12 +93,25 @@ def _checkpoint(asked: str | None, last: Path) -> str | None:
     if asked is None or (asked == "last" and not last.exists()):
         return None
     path = last if asked == "last" else Path(asked)
-    if not is_zipfile(path):
+    if not _is_checkpoint(path):
         from lspade_train.errors import RecipeError
 
         what = "is damaged or no checkpoint" if path.exists() else "does not exist"
         raise RecipeError(f"{path} {what}. Look in {last.parent}.")
     return str(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether Lightning can go on from it. Mapped, not read; code in it is not run."""
+    import torch
+
+    if not is_zipfile(path):
+        return False
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError):
+        return False
+    return isinstance(found, dict) and {"state_dict", "loops", "optimizer_states"} <= found.keys()
 
 
 def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
