@@ -27,7 +27,7 @@ def inspect(arguments: list[str]) -> None:
     parser = command_parser("inspect", INSPECT)
     parser.usage = 'lspade-train inspect ["PROMPT"] --config RECIPE.yaml [--dotted.key VALUE ...]'
     add = parser.add_argument
-    add("prompt", type=str, nargs="?", default="-", help="the prompt; - or none: standard input")
+    add("prompt", type=str, nargs="?", help="the prompt; - or none: standard input")
     add("--lens", type=str, default="l_spade", help="logit_lens, tuned_lens, l_spade or spade")
     add("--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME")
     add("--last", type=int, default=64, help="positions, counted from the prompt's end")
@@ -67,10 +67,10 @@ def inspect(arguments: list[str]) -> None:
         log.info("view: %s", render_html(view, Path(options.html), model=data.model_id))
 
 
-def _prompt(given: str) -> str:
+def _prompt(given: str | None) -> str:
     from lspade_train.errors import TaskError
 
-    prompt = sys.stdin.read().rstrip("\n") if given == "-" else given
+    prompt = sys.stdin.read().rstrip("\n") if given in (None, "-") else given
     if not prompt.strip():
         raise TaskError(
             'No prompt; expected text. Give it as lspade-train inspect "PROMPT" --config '
