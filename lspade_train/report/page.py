@@ -8,12 +8,11 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from lspade_train.artifact import CARD, RESULTS, read_results
+from lspade_train.artifact import read_results
 from lspade_train.errors import ArtifactError
-from lspade_train.heads import CONFIG
+from lspade_train.hub import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.plots import Omitted, all_figures
 from lspade_train.plots.interactive import plotly
-from lspade_train.policy import POLICY
 from lspade_train.report.tables import Value, all_tables
 from lspade_train.storage import read_json, write_text
 
