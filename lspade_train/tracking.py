@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lspade_train.artifact import RESULTS
 from lspade_train.callbacks import wandb_is_on
+from lspade_train.hub import RESULTS
 from lspade_train.report import all_tables
 from lspade_train.report.page import REPORT
 from lspade_train.report.tables import METRICS

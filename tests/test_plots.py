@@ -1,0 +1,283 @@
+"""Figures: they hold the results' numbers, read in grey, and leave out what cannot be shown."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import toy
+from PIL import Image
+from results import evaluated
+
+from lspade_train.plots import (
+    Bars,
+    Chart,
+    Heatmap,
+    Omitted,
+    all_figures,
+    compare_accuracy,
+    comparison,
+    write_figures,
+)
+from lspade_train.plots.charts import CYCLE, LENSES
+from lspade_train.plots.interactive import plotly
+from lspade_train.plots.static import draw
+
+
+@pytest.fixture(scope="module")
+def measured(toy_root, tmp_path_factory):
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("plotted"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(project.home)
+        return evaluated(project)[1]
+
+
+@pytest.fixture
+def results(measured):
+    return copy.deepcopy(measured)
+
+
+def row(**changes):
+    values = {
+        "threshold": 0.5, "accuracy": 0.8, "accuracy_interval": [0.7, 0.9], "drop": 0.1,
+        "drop_interval": [0.0, 0.2], "disagreement": 0.2, "disagreement_interval": [0.1, 0.3],
+        "mean_exit_layer": 2.5, "compute_saved": 0.3, "efficiency": 0.5,
+        "exit_counts": [3, 4, 1, 4],
+    }  # fmt: skip
+    return values | changes
+
+
+def variant(results, name, rows=None):
+    count = len(results["layers"])
+    numbers = {m: [0.5] * count for m in ("accuracy", "agrees_model", "answer_agrees_model")}
+    intervals = {f"{m}_interval": [[0.4, 0.6]] * count for m in numbers}
+    kl = {m: [0.1 * (i + 1) for i in range(count)] for m in ("kl_to_model", "kl_to_spade")}
+    sizes = {"rows": rows, "parameters": 10}
+    return {"name": name, "label": name, **sizes, **numbers, **intervals, **kl}
+
+
+def with_extras(results):
+    """What `--cross` and `--ablations` add, in the documented shape."""
+    task = {"name": "toy", "n": 12, "full_model": 0.9}
+    results["cross_task"] = {
+        "tasks": [task, {**task, "name": "other", "full_model": None}],
+        "heads": [{"name": "toy"}, {"name": "other"}],
+        "cells": [
+            [{"policy": row()}, {"policy": row(accuracy=None)}],
+            [{"policy": row(disagreement=0.4)}, None],
+        ],
+    }
+    results["ablations"] = {
+        "start": [variant(results, "original"), variant(results, "no start token")],
+        "heads": [variant(results, "spade"), variant(results, "final")],
+        "rows": [variant(results, f"{n} rows", n) for n in (12, 24, 48)],
+    }
+    return results
+
+
+def by_name(results):
+    return {f.name: f for f in all_figures(results) if not isinstance(f, Omitted)}
+
+
+def test_the_figures_hold_the_numbers_of_the_results(results):
+    figures = by_name(results)
+    for name, metric in {
+        "accuracy_by_layer": "accuracy",
+        "agreement_by_layer": "agrees_model",
+        "kl_by_layer": "kl_to_model",
+        "calibration_by_layer": "ece",
+    }.items():
+        drawn = {series.label: series for series in figures[name].series}
+        for lens, values in results["lenses"].items():
+            series = drawn[LENSES[lens][0]]
+            assert list(series.x) == results["layers"]
+            assert list(series.y) == values[metric]
+            if f"{metric}_interval" in values:
+                pairs = [list(p) for p in zip(series.low, series.high, strict=True)]
+                assert pairs == values[f"{metric}_interval"]
+    level = figures["accuracy_by_layer"].levels[0]
+    assert level.value == results["full_model"]["accuracy"]
+
+
+def test_the_sweep_charges_what_the_results_charge(results):
+    grid = by_name(results)["exits_by_flops"].series[0]
+    rows = results["exits"]["grid"]
+    assert list(grid.x) == [1 - row["compute_saved"] for row in rows]
+    assert list(grid.y) == [row["accuracy"] for row in rows]
+    paper = by_name(results)["exits_by_layer"].series[1]
+    assert paper.texts == ["0.5", "1", "1.5", "2"]
+    assert list(paper.x) == [row["mean_exit_layer"] for row in results["exits"]["paper"]]
+
+
+def test_the_policy_is_marked_and_its_exits_are_counted(results):
+    results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
+    figures = by_name(results)
+    marked = {series.label: series for series in figures["exits_by_layer"].series}
+    assert (marked["policy.json"].x, marked["policy.json"].y) == ([2.5], [0.8])
+    assert figures["exit_histogram"].groups["policy"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
+
+
+def test_the_matrix_says_where_heads_cannot_be_used(results):
+    matrix = by_name(with_extras(results))["cross_task"]
+    assert isinstance(matrix, Heatmap)
+    assert [list(values) for values in matrix.values] == [[0.8, 0.8], [0.6, None]]
+    assert matrix.texts[0][0] == "0.800\naccuracy 0.800\nsaves 30%"
+    assert matrix.texts[1][1] == "cannot\nbe used"
+
+
+def test_the_learning_curve_is_over_training_rows(results):
+    curve = by_name(with_extras(results))["learning_curve"]
+    assert [list(series.x) for series in curve.series] == [[12, 24, 48]] * 3
+    assert [series.label for series in curve.series] == ["layer 1", "layer 2", "layer 3"]
+
+
+def test_every_figure_has_labelled_axes_n_and_seed(results):
+    for figure in by_name(with_extras(results)).values():
+        assert figure.x_label
+        assert figure.y_label
+        assert "seed 0" in figure.note
+        sizes = figure.columns if isinstance(figure, Heatmap) else [figure.note]
+        assert all("n = 12" in text for text in sizes)
+        banded = isinstance(figure, Chart) and any(s.low is not None for s in figure.series)
+        assert not banded or "95% bootstrap intervals" in figure.note or "quartiles" in figure.note
+
+
+def test_no_two_series_of_a_figure_differ_by_colour_alone(results):
+    for figure in by_name(with_extras(results)).values():
+        if isinstance(figure, Chart):
+            joined = [(s.look.marker, s.look.dash) for s in figure.series if s.joined]
+            assert len(joined) == len(set(joined)), figure.name
+    for looks in (CYCLE, tuple(style for _, style in LENSES.values())):
+        assert len({(one.marker, one.dash) for one in looks}) == len(looks)
+
+
+def test_they_are_written_as_png_and_svg_and_replace_those_of_before(results, tmp_path):
+    (tmp_path / "of_an_earlier_run.png").write_bytes(b"old")
+    (tmp_path / "kept.txt").write_text("mine")
+    paths = write_figures(with_extras(results), tmp_path)
+    names = set(by_name(results))
+    assert {path.name for path in paths} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in paths} | {"kept.txt"}
+    for path in paths:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert image.size == (1024, 672)
+                assert len(image.convert("L").getcolors(1 << 16)) > 20  # not blank
+        else:
+            assert path.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_equal_results_give_equal_files(results, tmp_path):
+    figure = by_name(results)["accuracy_by_layer"]
+    one, two = draw(figure, tmp_path / "one"), draw(figure, tmp_path / "two")
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_plotly_accepts_every_figure_on_its_own_terms(results):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
+    for figure in by_name(with_extras(results)).values():
+        text = json.dumps(plotly(figure), allow_nan=False).replace('"ink"', '"#000"')
+        graph_objects.Figure(json.loads(text))  # raises on an unknown key or a wrong value
+
+
+# What cannot be shown
+
+
+def unlabelled(results):
+    results["n_labelled"] = 0
+    for one in (results["full_model"], *results["lenses"].values()):
+        for key in list(one):
+            if key.startswith(("accuracy", "ece", "auroc", "risk", "aurc", "entropy_histogram")):
+                one[key] = None
+    exits = results["exits"]
+    for one in (exits["never"], *exits["paper"], *exits["grid"]):
+        for key in ("accuracy", "accuracy_interval", "drop", "drop_interval"):
+            one[key] = None
+    results["groups"] = {}
+    results["iso_compute"]["metric"] = "answer_agrees_model"
+    return results
+
+
+def one_layer(results):
+    for lens in results["lenses"].values():
+        for key, value in lens.items():
+            if key == "entropy_histogram":
+                lens[key] = {kind: counts[:1] for kind, counts in value.items()}
+            elif isinstance(value, list):
+                lens[key] = value[:1]
+    results["layers"] = results["layers"][:1]
+    for group in results["groups"].values():
+        group["lenses"] = {lens: values[:1] for lens, values in group["lenses"].items()}
+    return results
+
+
+def all_right(results):
+    for lens in results["lenses"].values():
+        lens["auroc"] = [None] * len(results["layers"])
+        lens["entropy_histogram"]["wrong"] = [[0] * 40 for _ in results["layers"]]
+    return results
+
+
+def no_heads(results):
+    for lens in ("l_spade", "spade"):
+        results["lenses"].pop(lens, None)
+    return results | {"exits": None, "iso_compute": None}
+
+
+@pytest.mark.parametrize("reduce", [unlabelled, one_layer, all_right, no_heads])
+def test_reduced_results_give_reduced_figures_and_say_why(results, reduce):
+    reduced = reduce(results)
+    reasons = [figure.why for figure in all_figures(reduced) if isinstance(figure, Omitted)]
+    assert all(reason.endswith(".") for reason in reasons)
+    assert ("These rows have no right answers." in reasons) == (reduce is unlabelled)
+    for figure in by_name(reduced).values():
+        json.dumps(plotly(figure), allow_nan=False)
+
+
+def test_one_layer_without_labels_can_still_be_drawn(results, tmp_path):
+    assert len(write_figures(one_layer(unlabelled(results)), tmp_path)) > 8
+
+
+def test_without_labels_the_answers_are_compared_with_the_models(results):
+    figures = by_name(unlabelled(results))
+    assert "accuracy_by_layer" not in figures
+    series = figures["answer_agreement_by_layer"].series[0]
+    assert list(series.y) == results["lenses"]["logit_lens"]["answer_agrees_model"]
+
+
+def test_the_histogram_is_of_shares_and_ends_with_the_last_row(results):
+    figure = by_name(results)["entropy_histogram"]
+    assert isinstance(figure, Bars)
+    assert all(sum(shares) == pytest.approx(1.0) for shares in figure.groups.values())
+
+
+# Several heads folders
+
+
+def test_folders_are_compared_in_one_figure(results, tmp_path):
+    several = [{**results, "label": "toy"}, {**copy.deepcopy(results), "label": "again"}]
+    png = compare_accuracy(several, tmp_path / "compare.png")
+    assert png.exists()
+    assert png.with_suffix(".svg").exists()
+    chart = comparison(several)
+    assert [series.label for series in chart.series] == ["toy", "again"]
+    assert list(chart.series[1].y) == results["lenses"]["l_spade"]["accuracy"]
+
+
+def test_models_of_other_depth_are_compared_by_relative_depth(results):
+    deeper = {**copy.deepcopy(results), "label": "deep", "num_layers": 8, "model_id": "org/deep"}
+    chart = comparison([{**results, "label": "toy"}, deeper])
+    assert chart.x_label.startswith("layer (fraction")
+    assert [max(series.x) for series in chart.series] == [3 / 4, 3 / 8]
+
+
+def test_what_figures_show_is_known_without_loading_a_library_that_draws():
+    code = (
+        "import sys, lspade_train.plots, lspade_train.plots.interactive\n"
+        "print({n.split('.')[0] for n in sys.modules} & {'matplotlib', 'plotly', 'torch'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,210 @@
+"""The report: one file, drawn by a real browser, with the numbers of results.json."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import toy
+from results import evaluated
+
+from lspade_train.cli import main
+from lspade_train.errors import ArtifactError
+from lspade_train.plots import Omitted, all_figures
+from lspade_train.report import all_tables, write_report
+from lspade_train.report.tables import METRICS
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(autouse=True)
+def _wandb_off(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def measured(toy_root, tmp_path_factory):
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("reported"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(project.home)
+        return (project, *evaluated(project))
+
+
+@pytest.fixture
+def written(measured, tmp_path):
+    """A heads folder of the test's own, and its results."""
+    _, folder, results = measured
+    mine = tmp_path / "toy"
+    shutil.copytree(folder, mine)
+    return mine, results
+
+
+def browse(page, *, scheme="light"):
+    """The page's document after its scripts ran, and what the browser logged."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on PATH")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={page.parent / 'browser'}", "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+        "--virtual-time-budget=20000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
+    logged = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, logged
+
+
+class Tables(HTMLParser):
+    """The page's tables by id: rows of cells' texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[list[str]]] = {}
+        self.rows: list[list[str]] = []
+        self.cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        name = dict(attrs).get("id") or ""
+        if tag == "details" and name.startswith("table-"):
+            self.rows = self.found.setdefault(name.removeprefix("table-"), [])
+        elif tag == "tr":
+            self.rows.append([])
+        self.cell = tag in {"td", "th"}
+
+    def handle_data(self, data):
+        if self.cell:
+            self.rows[-1].append(data)
+            self.cell = False
+
+
+def without_scripts(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_every_plot_and_logs_no_error(written, scheme):
+    folder, results = written
+    page, logged = browse(folder / "report.html", scheme=scheme)
+    assert logged == []
+    drawn = [f for f in all_figures(results) if not isinstance(f, Omitted)]
+    for figure in drawn:
+        place = re.search(rf'<div [^>]*id="plot-{figure.name}"[^>]*>', page)
+        assert place is not None
+        assert "js-plotly-plot" in place[0]
+    assert page.count('class="main-svg"') >= len(drawn)
+    assert len(re.findall(r'class="trace scatter', page)) > 2 * len(drawn)
+    ink = "232, 232, 232" if scheme == "dark" else "26, 26, 26"
+    assert f"fill: rgb({ink})" in page  # the plots' text follows the page
+
+
+def test_it_asks_nothing_of_a_network(written):
+    folder, _ = written
+    page = without_scripts(folder)
+    assert not re.search(r"<link|<iframe|<img|@import|url\(|<script[^>]* src", page)
+    assert not re.search(r'(src|href)="(?!figures/|README|[a-z]+\.json)', page)
+
+
+def test_what_it_links_to_is_beside_it(written):
+    folder, _ = written
+    page = without_scripts(folder)
+    links = re.findall(r'<a href="([^"]+)"', page)
+    assert {"README.md", "results.json", "config.json"} <= set(links)
+    assert any(link.startswith("figures/") and link.endswith(".svg") for link in links)
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_its_tables_are_the_results_rounded(written):
+    folder, results = written
+    shown = Tables((folder / "report.html").read_text(encoding="utf-8")).found
+    assert {"accuracy", "agrees_model", "kl_to_model", "exits"} <= set(shown)
+    for table in all_tables(results):
+        head, *rows = shown[table.name]
+        assert tuple(head) == table.columns
+        for cells, values in zip(rows, table.rows, strict=True):
+            for cell, value in zip(cells, values, strict=True):
+                expected = f"{value:.3f}" if isinstance(value, float) else str(value)
+                assert cell == ("-" if value is None else expected)
+
+
+def test_the_tables_round_nothing(measured):
+    _, _, results = measured
+    tables = {table.name: table for table in all_tables(results)}
+    for metric in METRICS:
+        columns = dict(
+            zip(tables[metric].columns, zip(*tables[metric].rows, strict=True), strict=True)
+        )
+        assert list(columns["layer"]) == results["layers"]
+        assert list(columns["L-SPADE"]) == results["lenses"]["l_spade"][metric]
+
+
+def test_its_plots_hold_every_digit_of_the_results(written):
+    folder, results = written
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    specs = json.loads(re.search(r'id="specs">(.*?)</script>', page, re.S)[1])
+    drawn = {trace["name"]: trace for trace in specs["accuracy_by_layer"]["data"]}
+    assert drawn["L-SPADE"]["y"] == results["lenses"]["l_spade"]["accuracy"]
+    assert drawn["full model"]["y"] == [results["full_model"]["accuracy"]] * 2
+    intervals = results["lenses"]["spade"]["accuracy_interval"]
+    assert drawn["SPADE"]["customdata"] == intervals
+
+
+def test_the_printed_tables_are_the_reports(measured, capsys, monkeypatch):
+    project, folder, _ = measured
+    monkeypatch.chdir(project.home)
+    monkeypatch.setenv("COLUMNS", "200")
+    recipe = project.recipe(trainer__max_epochs=1, trainer__logger=False)
+    assert main(["evaluate", "--config", str(recipe)]) == 0
+    printed = set(re.findall(r"[0-9]+\.[0-9]{3}", capsys.readouterr().out))
+    shown = Tables((folder / "report.html").read_text(encoding="utf-8")).found
+    assert printed
+    for cells in shown["accuracy"][1:]:
+        assert set(cells[1::3]) <= printed  # every lens's accuracy, without its interval
+
+
+def test_recipe_and_provenance_are_on_it(written):
+    folder, results = written
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "max_epochs: 1" in page
+    assert results["provenance"]["versions"]["torch"] in page
+    assert results["heads"]["weights_sha256"] in page
+
+
+def test_it_is_built_from_the_files_alone(written):
+    folder, _ = written
+    first = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert write_report(folder).read_bytes() == first
+
+
+def test_a_name_from_outside_cannot_bring_script_into_it(written):
+    folder, results = written
+    results = {**results, "name": "</script><script>alert(1)</script>"}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+
+
+def test_what_was_not_measured_is_said(written):
+    folder, _ = written
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Transfer between tasks: Not measured" in page
+    assert "No exit policy was measured: choose one with lspade-train calibrate." in page
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"results\.json"):
+        write_report(tmp_path)
+
+
+def test_results_of_another_format_are_refused(written):
+    folder, results = written
+    (folder / "results.json").write_text(json.dumps({**results, "format_version": 1}))
+    with pytest.raises(ArtifactError, match=r"format_version 1; a report needs 2.*evaluate"):
+        write_report(folder)

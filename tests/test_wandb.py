@@ -1,0 +1,104 @@
+"""An offline W&B run, read back from its file: it holds what results.json holds."""
+
+import json
+import struct
+
+import pytest
+import toy
+from results import evaluated
+
+from lspade_train.report import all_tables
+from lspade_train.report.tables import METRICS
+from lspade_train.tracking import log_results
+
+wandb = pytest.importorskip("wandb")
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(path):
+    """The records of a run file: LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, offset, whole = path.read_bytes(), HEADER, b""
+    while offset + HEADER <= len(data):
+        room = BLOCK - offset % BLOCK
+        if room < HEADER:
+            offset += room
+            continue
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        whole += data[offset + HEADER : offset + HEADER + length]
+        offset += HEADER + length
+        if kind in {1, 4}:  # a record, or the last part of one
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def values_of(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture(scope="module")
+def logged(toy_root, tmp_path_factory):
+    """Results, and the history, summary and media folder of the run they were logged to."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("tracked"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.chdir(project.home)
+        folder, results = evaluated(project)
+    wandb.teardown()  # the service writes the file's end when it stops
+    [run] = (folder / "wandb").glob("offline-run-*")
+    [file] = run.glob("*.wandb")
+    history, summary = [], {}
+    for record in records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            history.append(values_of(record.history.item))
+        elif kind == "summary":
+            summary |= values_of(record.summary.update)
+    return results, history, summary, run / "files"
+
+
+def test_every_metric_of_every_lens_is_logged_by_layer(logged):
+    results, history, _, _ = logged
+    rows = [row for row in history if "eval/layer" in row]
+    assert [row["eval/layer"] for row in rows] == results["layers"]
+    for lens, values in results["lenses"].items():
+        for metric in METRICS:
+            found = [row.get(f"eval/{metric}/{lens}") for row in rows]
+            assert found == (values[metric] or [None] * len(rows))
+
+
+def test_the_full_model_is_in_the_summary(logged):
+    results, _, summary, _ = logged
+    full = {f"eval/full_model/{m}": results["full_model"].get(m) for m in METRICS}
+    for name, value in full.items():
+        assert summary.get(name) == value
+
+
+def test_the_tables_are_the_reports(logged):
+    results, history, _, files = logged
+    media = {key: value for row in history for key, value in row.items()}
+    for table in all_tables(results):
+        stored = json.loads((files / media[f"tables/{table.name}/path"]).read_text())
+        assert tuple(stored["columns"]) == table.columns
+        assert [tuple(row) for row in stored["data"]] == list(table.rows)
+
+
+def test_the_figures_are_the_files(logged):
+    _, history, _, files = logged
+    media = {key: value for row in history for key, value in row.items()}
+    drawn = list((files.parents[2] / "figures").glob("*.png"))
+    assert len(drawn) > 8
+    for path in drawn:
+        stored = files / media[f"figures/{path.stem}/path"]
+        assert stored.read_bytes() == path.read_bytes()
+
+
+def test_nothing_is_logged_where_wandb_is_off(logged, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log_results(logged[0], tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
