@@ -51,6 +51,7 @@ def inspect(arguments: list[str]) -> None:
         dtype=data.dtype,
         device=data.device,
         device_map=data.device_map,
+        quantization=data.quantization,
         trust_remote_code=data.trust_remote_code,
     )
     tokenizer = load_tokenizer(
