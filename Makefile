@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 RUN    := --config recipes/quickstart.yaml
+FIVE   := $(BIN)/python recipes/quickstart/five.py
 
 LOWEST := .venv-lowest
 TORCH  ?= 2.8.0
@@ -25,8 +26,7 @@ quickstart: $(READY)  ## fit, evaluate, calibrate and predict on the model that 
 	$(BIN)/lspade-train fit $(RUN) --model.target final
 	$(BIN)/lspade-train evaluate $(RUN)
 	$(BIN)/lspade-train calibrate $(RUN)
-	grep -m 5 multiple_choice recipes/quickstart/data/test.jsonl | \
-		$(BIN)/lspade-train predict $(RUN)
+	$(FIVE) ask | $(BIN)/lspade-train predict $(RUN) | $(FIVE) show checkpoints/quickstart
 
 test: $(READY)  ## the default test suite, offline
 	$(BIN)/pytest -n auto -m "not slow and not gpu"
