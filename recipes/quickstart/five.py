@@ -1,6 +1,6 @@
 """Five test questions of one to three hops for `predict`, and its answers as a table.
 
-python recipes/quickstart/five.py ask | lspade-train predict ... | python .../five.py show FOLDER
+`five.py ask | lspade-train predict ... | five.py show FOLDER`; see the Makefile.
 """
 
 import json
