@@ -165,10 +165,11 @@ def check_folder(folder: Path) -> LSpadeHeads:
     if (folder / POLICY).exists():
         ExitPolicy.load(folder).check_heads(digest)
     if (folder / RESULTS).exists():
-        measured = read_results(folder).get("heads", {}).get("weights_sha256", digest)
+        about = read_results(folder).get("heads")
+        measured = about.get("weights_sha256") if isinstance(about, dict) else None
         if measured != digest:
             raise ArtifactError(
-                f"{folder / RESULTS} was measured with heads {measured[:12]}..., these are "
+                f"{folder / RESULTS} was measured with heads {measured!s:.12}..., these are "
                 f"{digest[:12]}...\nMeasure these with lspade-train evaluate."
             )
     return heads

@@ -49,8 +49,20 @@ def card(folder: Path, *, repo: str | None = None, license: str | None = None) -
     """The card that `write_card` would write: YAML metadata and Markdown.
 
     Raises:
-        ArtifactError: a JSON file of the folder is damaged.
+        ArtifactError: a JSON file of the folder is damaged, or not as this package writes it.
     """
+    from jinja2 import TemplateError
+
+    try:
+        return _card(folder, repo, license)
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as cause:
+        raise ArtifactError(
+            f"The JSON files in {folder} are not as lspade-train writes them ({cause!r:.100}).\n"
+            "Write them again with lspade-train fit, evaluate and calibrate."
+        ) from cause
+
+
+def _card(folder: Path, repo: str | None, license: str | None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     config = read_json(folder / CONFIG, ArtifactError)
@@ -62,9 +74,8 @@ def card(folder: Path, *, repo: str | None = None, license: str | None = None) -
     base_name = base["model_id"] if on_hub else Path(base.get("model_id", "the model")).name
     name = repo.split("/")[-1] if repo else recipe.get("name") or folder.name
     # model-index names the training's data set: what was measured on another stays in the table.
-    same = all(
-        results.get(key) == recipe["data"].get(key) for key in ("task", "dataset") if results
-    )
+    asked = recipe.get("data", {})
+    same = all(results.get(key) == asked.get(key) for key in ("task", "dataset"))
     metadata = ModelCardData(
         library_name="lspade-train",
         license=license or licence or NO_LICENCE,

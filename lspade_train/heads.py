@@ -169,7 +169,8 @@ class LSpadeHeads(nn.Module):
                 "form": self.form,
                 "rank": self.rank if self.form == "low_rank" else None,
                 "weights_sha256": file_digest(weights),
-                **{k: v for k, v in self.metadata.items() if k in {"base_model", "training"}},
+                "base_model": self.metadata.get("base_model", {}),
+                "training": self.metadata.get("training", {}),
             }
             # While the weights wait under another name: a disk that fills up here keeps the old.
             write_json(folder / CONFIG, config, ArtifactError)

@@ -259,6 +259,26 @@ def test_a_damaged_file_is_named_with_what_to_do(folder):
         write_card(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("results.json", {"lenses": 3}),
+        ("results.json", {"layers": 3}),
+        ("results.json", {"full_model": {"accuracy": "high"}}),
+        ("results.json", {"heads": [1]}),
+        ("policy.json", {"threshold": {"a": 1}}),
+        ("policy.json", {"calibration": {"chosen": {"accuracy": 1}}}),
+        ("config.json", {"layers": None}),
+        ("config.json", {"training": {"recipe": "arc"}}),
+        ("config.json", {"base_model": "llama"}),
+    ],
+)
+def test_json_of_another_shape_is_a_named_error(folder, name, values):
+    change(folder / name, **values)
+    with pytest.raises(ArtifactError, match=r"not as lspade-train writes them(.|\n)*evaluate"):
+        write_card(folder)
+
+
 @pytest.mark.parametrize("policy", [True, False])
 def test_the_five_statements_run_as_they_stand(made, folder, monkeypatch, policy):
     project, _ = made
