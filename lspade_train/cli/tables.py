@@ -13,7 +13,7 @@ METRICS = {
     "agrees_model": "agree",
     "kl_to_spade": "KL",
 }
-LEGEND = "agree: best token is the full model's; KL to SPADE in nats; logit lens, tuned lens"
+LEGEND = "acc.: right answer; agree: best token is the full model's; KL to SPADE in nats"
 LAYERS_SHOWN = 16
 WIDTH = 100
 
