@@ -168,7 +168,8 @@ def _layer_table(results: Json) -> Json:
     rows: list[list[str]] = []
     for place, layer in enumerate(results["layers"]):
         cells = [_cell(lens, metric, place) for lens in lenses.values()]
-        rows.append([str(layer), *cells, f"{lenses['l_spade']['kl_to_spade'][place]:.3f}"])
+        kl = lenses["l_spade"]["kl_to_spade"][place]
+        rows.append([str(layer), *cells, "-" if kl is None else f"{kl:.3f}"])
     header = ["layer", *(LENSES[name] for name in lenses), "KL of L-SPADE to SPADE (nats)"]
     what = "Accuracy" if metric == "accuracy" else "Agreement with the full model"
     level = (results.get("interval") or {}).get("level")

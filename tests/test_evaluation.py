@@ -20,6 +20,7 @@ from lspade_train.evaluation.exits import measure_exits, measure_policy
 from lspade_train.evaluation.run import Subject
 from lspade_train.evaluation.starts import spade_states
 from lspade_train.exits import ExitTable, evaluate_policy
+from lspade_train.heads import LSpadeHeads
 from lspade_train.policy import ExitPolicy
 from lspade_train.spade import collect_states
 
@@ -453,6 +454,22 @@ def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeyp
         run("evaluate", project.recipe())
     assert list(results_of(project)["lenses"]) == ["logit_lens", "l_spade", "spade"]
     assert "tuned lens left out: it has layers [1]" in caplog.text
+
+
+def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, caplog):
+    monkeypatch.chdir(project.home)
+    run("fit", project.recipe(), *QUIET)
+    folder = project.home / "checkpoints/toy"
+    heads = LSpadeHeads.from_pretrained(folder)
+    heads.bias[1] = torch.nan
+    heads.save_pretrained(folder)
+    with caplog.at_level("WARNING", "lspade_train"):
+        run("evaluate", project.recipe())
+    found = results_of(project)
+    assert found["exits"] is None
+    assert "no exits measured: The confidence of row 0 at layer 2 is nan" in caplog.text
+    kl = found["lenses"]["l_spade"]["kl_to_spade"]
+    assert [value is None for value in kl] == [False, True, False]
 
 
 def test_heads_without_a_layer_of_the_recipe_are_named(fitted, capsys, monkeypatch):

@@ -13,7 +13,7 @@ METRICS = {
     "agrees_model": "agree",
     "kl_to_spade": "KL",
 }
-LEGEND = "agree: best token is the full model's; KL to SPADE in nats; logit lens, tuned lens"
+LEGEND = "acc.: right answer; agree: best token is the full model's; KL to SPADE in nats"
 LAYERS_SHOWN = 16
 WIDTH = 100
 
@@ -57,9 +57,11 @@ def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
 def print_comparison(results: Sequence[dict[str, Any]]) -> None:
     """One row per heads folder: L-SPADE and SPADE, mean over their layers, and their policy."""
     table = _table(
-        "heads", "model", "task", "split, n", "form", "full model", "L-SPADE", "SPADE",
-        "KL to SPADE", "policy", "FLOPs saved", title="means over the layers",
+        "heads", "model", "task", "split", "n", "model's", "L-SPADE", "SPADE", "KL to SPADE",
+        "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
     )  # fmt: skip
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for one in results:
         table.add_row(*_compared(one))
     console = Console()
@@ -145,8 +147,8 @@ def _compared(results: dict[str, Any]) -> list[str]:
         results["label"],
         str(results["model_id"]).rstrip("/").rsplit("/", 1)[-1],
         results["task"],
-        f"{results['split']}, {results['n']:,}",
-        results["heads"]["form"],
+        results["split"],
+        f"{results['n']:,}",
         _number(results["full_model"]["accuracy"]),
         _number(_mean(heads[metric])),
         _number(_mean(spade[metric])),

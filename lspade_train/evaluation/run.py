@@ -12,7 +12,7 @@ from typing import Any
 from lspade_train import tasks
 from lspade_train.artifact import source_state, versions
 from lspade_train.data import HiddenStateDataModule
-from lspade_train.errors import RecipeError
+from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.evaluation.compute import iso_compute
 from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
 from lspade_train.evaluation.readings import read_lenses
@@ -81,17 +81,28 @@ def evaluate_recipe(subject: Subject) -> dict[str, Any]:
     dataset = data.stored(subject.split)
     readings = read_lenses(dataset, adapter.unembed, subject.lenses(), subject.layers)
     results = _header(subject) | summarise(readings, adapter.vocab_size)
-    policy = ExitPolicy(layers=tuple(subject.layers), positions=subject.recipe.data.positions)
-    exits = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
-    saved = subject.folder / POLICY
-    exits["policy"] = (
-        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
-    )
-    results["exits"] = exits
+    results["exits"] = _exits(subject)
     tuned = subject.tuned_lens()
     trained = {"l_spade": heads} | ({} if tuned is None else {"tuned_lens": tuned})
     results["iso_compute"] = iso_compute(results, dataset, adapter, trained)
     return plain(results | {"cross_task": None, "ablations": None})
+
+
+def _exits(subject: Subject) -> dict[str, Any] | None:
+    """The threshold sweep and the saved policy; None for heads that give no finite entropy."""
+    heads, adapter = subject.heads, subject.data.adapter
+    dataset = subject.data.stored(subject.split)
+    policy = ExitPolicy(layers=tuple(subject.layers), positions=subject.recipe.data.positions)
+    try:
+        found = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
+    except NumericsError as broken:
+        log.warning("no exits measured: %s", str(broken).split(". ")[0])
+        return None
+    saved = subject.folder / POLICY
+    found["policy"] = (
+        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
+    )
+    return found
 
 
 def _header(subject: Subject) -> dict[str, Any]:

@@ -121,15 +121,16 @@ def _confidence(
     """How well a lens knows when it is right, (layers, labelled rows)."""
 
     def per_layer(metric: Callable[[Tensor, Tensor], Any], score: Tensor) -> list[Any]:
-        return [metric(*pair) for pair in zip(score, right, strict=True)]
+        pairs = zip(score, right, strict=True)
+        return [metric(s, r) if s.isfinite().all() else None for s, r in pairs]
 
-    curves: list[Tensor] = per_layer(risk_coverage, -entropies)
+    curves: list[Tensor | None] = per_layer(risk_coverage, -entropies)
     return {
         "ece": per_layer(expected_calibration_error, confidence),
         "auroc": per_layer(auroc, -entropies),
         "auroc_confidence": per_layer(auroc, confidence),
-        "risk": [at_coverage(curve, COVERAGE).tolist() for curve in curves],
-        "aurc": [float(curve.mean()) for curve in curves],
+        "risk": [c if c is None else at_coverage(c, COVERAGE).tolist() for c in curves],
+        "aurc": [c if c is None else float(c.mean()) for c in curves],
         "entropy_histogram": {
             "correct": [_histogram(e[r], edges) for e, r in zip(entropies, right, strict=True)],
             "wrong": [_histogram(e[~r], edges) for e, r in zip(entropies, right, strict=True)],
@@ -138,8 +139,8 @@ def _confidence(
 
 
 def _histogram(values: Tensor, edges: Tensor) -> list[int]:
-    """Rows per bin; rounding may take an entropy past either end by a hair."""
-    inside = values.double().clamp(edges[0], edges[-1])
+    """Rows per bin; rounding may take an entropy past either end by a hair, and NaN has no bin."""
+    inside = values[values.isfinite()].double().clamp(edges[0], edges[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
 
 
