@@ -166,7 +166,7 @@ def entropy_histogram(results: dict[str, Any]) -> Bars | Omitted:
         note=run_note(results, labelled=True, interval=False) + f", AUROC {auroc:.3f}",
         caption="The layer where low entropy predicts a right answer best. Each colour sums to 1.",
         x_label="entropy (nats)",
-        y_label="share of the right, or of the wrong, answers",
+        y_label="share of the answers of a kind",
         places=[(low + high) / 2 for low, high in pairwise(edges)][:last],
         groups=groups,
         looks=(look(0), look(1)),
