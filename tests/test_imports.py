@@ -18,9 +18,9 @@ ORDER = [
     *("remote", "hub", "card", "adapters", "tokenizer", "heads"),
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
     *("parallel", "tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report", "tracking"),
+    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
     *("inspection", "harness", "plugin"),
-    *("callbacks", "cli"),
+    *("callbacks", "tracking", "cli"),
 ]
 
 TRAINING_ONLY = {"lightning", "datasets", "wandb", "matplotlib", "plotly"}

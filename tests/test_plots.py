@@ -211,7 +211,7 @@ def unlabelled(results):
 def one_layer(results):
     for lens in results["lenses"].values():
         for key, value in lens.items():
-            if key == "entropy_histogram":
+            if key == "entropy_histogram" and value:
                 lens[key] = {kind: counts[:1] for kind, counts in value.items()}
             elif isinstance(value, list):
                 lens[key] = value[:1]
