@@ -561,7 +561,9 @@ VALUES = [
 
 
 @pytest.mark.parametrize("change", VALUES, ids=str)
-def test_every_value_of_every_option_fits_and_evaluates(project, change):
+def test_every_value_of_every_option_fits_and_evaluates(project, monkeypatch, change):
+    # No option changes how figures are drawn (test_plots does that), and drawing is what is slow.
+    monkeypatch.setattr("lspade_train.plots.write_figures", lambda results, folder: [])
     recipe = project.recipe(trainer__max_epochs=1, **change)
     assert main(["fit", "--config", str(recipe)]) == 0
     if "trainer__fast_dev_run" in change:

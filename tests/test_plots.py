@@ -183,6 +183,13 @@ def test_plotly_accepts_every_figure_on_its_own_terms(results):
         graph_objects.Figure(json.loads(text))  # raises on an unknown key or a wrong value
 
 
+def test_a_band_on_screen_passes_over_layers_without_an_interval(results):
+    chart = by_name(all_right(results))["entropy_by_correctness"]
+    bands = {t["name"]: t for t in plotly(chart)["data"] if t.get("fill") == "toself"}
+    assert len(bands["right"]["x"]) == 2 * len(results["layers"])
+    assert bands["wrong"]["x"] == []
+
+
 # What cannot be shown
 
 
@@ -204,7 +211,7 @@ def unlabelled(results):
 def one_layer(results):
     for lens in results["lenses"].values():
         for key, value in lens.items():
-            if key == "entropy_histogram":
+            if key == "entropy_histogram" and value:
                 lens[key] = {kind: counts[:1] for kind, counts in value.items()}
             elif isinstance(value, list):
                 lens[key] = value[:1]

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from lspade_train.plots.certainty import LAYER
 from lspade_train.plots.charts import Chart, Heatmap, Omitted, Series, look, run_note
 
-LAYER = "layer (block that the answer is read after)"
 NO_ABLATIONS = "Not measured: ask for it with lspade-train evaluate --ablations true."
 
 

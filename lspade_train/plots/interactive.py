@@ -53,12 +53,15 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "%{x:.4~g}: %{y:.4f} [%{customdata[0]:.4f}, %{customdata[1]:.4f}]"
         "<extra>%{fullData.name}</extra>"
     )
+    ends = zip(series.x, series.low, series.high, strict=True)
+    known = [(x, low, high) for x, low, high in ends if low is not None and high is not None]
+    across, lows, highs = ([point[i] for point in known] for i in range(3))
     band = {
         "type": "scatter",
         "name": series.label,
         "legendgroup": series.label,
-        "x": [*series.x, *reversed(series.x)],
-        "y": [*series.high, *reversed(series.low)],
+        "x": [*across, *reversed(across)],
+        "y": [*highs, *reversed(lows)],
         "fill": "toself",
         "fillcolor": look.colour,
         "opacity": 0.15,

@@ -89,6 +89,8 @@ def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
         axes.set_ylabel(figure.y_label)
         DRAWERS[type(figure)](axes, figure)
         png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")  # the layout is the same for both files: found once
         canvas.savefig(png, dpi=DPI)
         canvas.savefig(svg, metadata={"Date": None})
     return png, svg

@@ -86,10 +86,10 @@ def iso_compute(results: dict[str, Any]) -> Chart | Omitted:
     return Chart(
         name="iso_compute",
         title="Equal compute",
-        note=run_note(results, labelled=labelled, interval=False)
-        + f", full model: {iso['full_flops']:.3g} FLOPs a row",
-        caption="A lens answers every row at the deepest layer within the budget. Blocks, maps, "
-        "norm, unembedding, SPADE's continuation and SPADE-EXIT's probes are all charged.",
+        note=run_note(results, labelled=labelled, interval=False),
+        caption=f"100% is {iso['full_flops']:.3g} FLOPs. A lens answers every row at the deepest "
+        "layer within the budget. Blocks, maps, norm, unembedding, SPADE's continuation and "
+        "SPADE-EXIT's probes are all charged.",
         x_label="FLOPs per row (share of the full model's)",
         y_label=_what(labelled),
         series=series,
