@@ -334,3 +334,13 @@ def test_a_wandb_run_is_written_offline_without_key_or_network(project, no_login
     folder = project.home / "checkpoints/toy"
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert json.loads((folder / "config.json").read_text())["training"]["recipe"]["name"] == "toy"
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_nearly_the_same_heads(project, precision):
+    full, _ = fit(project)
+    half, _ = fit(project, precision=precision)
+    kept = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    for name, value in weights(full).items():
+        assert weights(half)[name].dtype == kept
+        assert (weights(half)[name].float() - value).abs().mean() < 0.2 * value.abs().mean()

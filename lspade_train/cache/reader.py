@@ -24,6 +24,9 @@ from lspade_train.storage import file_digest, read_json, read_tensors, write_jso
 
 VERIFIED = ".verified.json"
 
+STATES = {"hidden", "final", "target", "target_logits", "target_values", "target_tokens"}
+"""What makes a row large; the rest are labels."""
+
 Track = Callable[[Iterable[Shard]], Iterable[Shard]]
 
 
@@ -91,6 +94,12 @@ class StateDataset:
         self.layers = tuple(layers)
         sizes = torch.tensor([len(shard["final"]) for shard in self.shards])
         self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        # A few bytes a row: in one piece, since a call per shard would cost more than the reading.
+        self.labels = {
+            name: torch.cat([shard[name] for shard in self.shards])
+            for name in self.shards[0]
+            if name not in STATES
+        }
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -107,16 +116,18 @@ class StateDataset:
         """The asked rows in the asked order, copied out of the maps once."""
         rows = rows.contiguous()
         which = torch.bucketize(rows, self.starts, right=True) - 1
-        out = {
-            name: torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
-            for name, value in self.shards[0].items()
-        }
+        out = {name: label.index_select(0, rows) for name, label in self.labels.items()}
+        states = {name: value for name, value in self.shards[0].items() if name in STATES}
+        for name, value in states.items():
+            out[name] = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
         for number in which.unique().tolist():
             place = (which == number).nonzero()[:, 0]
             local = rows[place] - self.starts[number]
-            for name, value in self.shards[number].items():
-                if len(place) == len(rows):  # all from one shard: no second copy
-                    torch.index_select(value, 0, local, out=out[name])
+            first, last = int(place[0]), int(place[-1]) + 1
+            for name in states:
+                value = self.shards[number][name]
+                if last - first == len(place):  # one piece of the batch: no second copy
+                    torch.index_select(value, 0, local, out=out[name][first:last])
                 else:
                     out[name][place] = value[local]
         return StateBatch(**out)

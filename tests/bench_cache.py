@@ -1,0 +1,198 @@
+"""The cache: extraction against the plain forward, its size, its reading, its peak memory."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_timing import Row, interleaved, peak_memory, ratio, seconds
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lspade_train import cache
+from lspade_train.adapters import ModelAdapter
+from lspade_train.cache import Extraction, Manifest, StateDataset
+from lspade_train.errors import CacheError
+from lspade_train.loader import RowLoader
+from lspade_train.storage import read_tensors, write_tensors
+from lspade_train.tasks import Encoded, Example
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+WIDTH, LAYERS, VOCAB = (4096, 32, 32_000) if GPU else (512, 16, 32_000)
+PROMPTS = 256 if GPU else 64
+TOKENS_PER_BATCH = 32_768 if GPU else 8192
+
+
+def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> ModelAdapter:
+    """A random Llama; on a GPU the shape of the 7B one in bf16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
+        intermediate_size=11_008 if width == 4096 else width * 43 // 16,
+        num_attention_heads=max(width // 128, 4), max_position_embeddings=512,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        return ModelAdapter(LlamaForCausalLM(config).to(DTYPE).eval())
+
+
+def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
+    """Random prompts of one length, behind the same first token, with four choices."""
+    ids = np.random.default_rng(0).integers(3, vocab, (count, tokens), dtype=np.int32)
+    ids[:, 0] = 1
+    last, answer = np.array([tokens - 1]), np.array([4])
+    return [Example(row, last, answer, (4, 5, 6, 7)) for row in ids]
+
+
+def build(
+    folder: Path, adapter: ModelAdapter, examples: list[Example], shard_mb: float, tokens: int
+) -> Manifest:
+    """A whole cache of all layers and SPADE targets, as the command builds it."""
+    layers = tuple(range(1, adapter.num_layers))
+    what = Extraction(layers, "original", "hidden", 64, 4, ("",))
+    identity = {"layers": list(layers)}
+    return cache.build(
+        folder, adapter, Encoded(examples, 0, ""), what, identity,
+        tokens_per_batch=tokens, shard_mb=shard_mb, provenance={}, overwrite=True,
+    )  # fmt: skip
+
+
+def row_bytes() -> int:
+    """2 x layers x d x bytes: what a row should take."""
+    return 2 * LAYERS * WIDTH * torch.empty(0, dtype=DTYPE).element_size()
+
+
+def extraction(rounds: int = 3) -> list[Row]:
+    """Extraction with writing against the model's forward over the same batches."""
+    adapter, rows = llama(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for tokens, most in ((256, 1.15),) if GPU else ((256, 1.20), (128, 1.35)):
+            examples = prompts(PROMPTS, tokens)
+            ids = torch.from_numpy(np.stack([e.input_ids for e in examples])).long().to(DEVICE)
+            batches = ids.split(TOKENS_PER_BATCH // tokens)
+
+            @torch.no_grad()
+            def forward(batches: Any = batches) -> None:
+                # The strictest baseline: unembeds the last position only.
+                for ids in batches:
+                    mask = torch.ones_like(ids)
+                    adapter.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+            def extract(examples: Any = examples) -> Manifest:
+                # Two shards: the second is computed while the first is written.
+                half = row_bytes() * PROMPTS / 2e6
+                return build(Path(folder), adapter, examples, half, TOKENS_PER_BATCH)
+
+            taken = interleaved({"forward": forward, "extraction": extract}, rounds)
+            times = [seconds(taken, name) for name in ("extraction", "forward")]
+            rows.append(
+                (
+                    f"extraction and writing / plain forward, T={tokens}",
+                    f"{ratio(taken, 'extraction', 'forward'):.3f}",
+                    f"at most {most:.2f}; {times[0]:.2f} s / {times[1]:.2f} s, {PROMPTS} prompts "
+                    f"({PROMPTS / times[0]:.1f}/s), d={WIDTH}, L={LAYERS}, V={VOCAB:,}, {DTYPE}; "
+                    "the forward unembeds the last position only",
+                )
+            )
+        size = Manifest.read(Path(folder)).bytes / PROMPTS
+    return [
+        *rows,
+        (
+            "bytes per prompt / (2 x layers x d x bytes)",
+            f"{size / row_bytes():.3f}",
+            f"within 5%; {size / 1e3:.1f} kB / {row_bytes() / 1e3:.1f} kB",
+        ),
+        (
+            "bytes per prompt / fp16 logits of all layers",
+            f"{size / (2 * LAYERS * VOCAB):.3f}",
+            f"{size / 1e3:.1f} kB / {2 * LAYERS * VOCAB / 1e3:,.0f} kB",
+        ),
+    ]
+
+
+def reading(rounds: int = 7, rows: int = 4096, shards: int = 4) -> list[Row]:
+    """A shuffled epoch from mapped shards against copying the same bytes."""
+    per_shard = rows // shards
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = [folder / f"{number}.safetensors" for number in range(shards)]
+        for file in files:
+            _write_rows(file, per_shard)
+        maps = [read_tensors(file, CacheError) for file in files]
+        dataset = StateDataset(maps, ("",), range(1, LAYERS))
+        loader = RowLoader(dataset, 64, seed=0)
+        source = [value for shard in maps for value in shard.values()]
+        size = sum(value.nbytes for value in source)
+        there = [torch.empty_like(value) for value in source]
+        pieces = [piece for value in source for piece in value.split(64)]
+
+        def epoch() -> None:
+            for _ in loader:
+                pass
+
+        def copy() -> None:
+            for to, value in zip(there, source, strict=True):
+                to.copy_(value)
+
+        def copy_in_pieces() -> None:
+            for value in pieces:
+                value.clone()
+
+        cases = {"shuffled": epoch, "copy": copy, "pieces": copy_in_pieces}
+        taken = interleaved(cases, rounds)
+    where = f"warm pages, {rows:,} rows, {shards} shards, batches of 64"
+    rate = {name: size / seconds(taken, name) / 1e9 for name in cases}
+    return [
+        (
+            "shuffled cache reading / memory copy, rate",
+            f"{1 / ratio(taken, 'shuffled', 'copy'):.2f}",
+            f"at least 0.70; {rate['shuffled']:.2f} GB/s / {rate['copy']:.2f} GB/s, {where}",
+        ),
+        (
+            "shuffled cache reading / copy in batches, rate",
+            f"{1 / ratio(taken, 'shuffled', 'pieces'):.2f}",
+            f"{rate['shuffled']:.2f} GB/s / {rate['pieces']:.2f} GB/s; the copies stay in the "
+            "processor's cache",
+        ),
+    ]
+
+
+def _write_rows(file: Path, rows: int) -> None:
+    states = torch.randn(rows, LAYERS - 1, WIDTH).to(DTYPE)
+    number = torch.arange(rows, dtype=torch.int32)
+    ids = ("start_id", "position_id", "answer_id", "choice_count", "group")
+    labels = {name: number.clone() for name in ids}
+    labels |= {"labelled": number > 0, "choice_ids": number[:, None].repeat(1, 4)}
+    content = {"hidden": states, "target": states.clone(), "final": states[:, 0].clone()}
+    write_tensors(file, content | labels)
+
+
+def build_tiny(count: int) -> None:
+    """A cache of `count` prompts of a tiny model, in small shards."""
+    adapter = llama(64, 4, 128)
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder), adapter, prompts(count, 32, 128), 0.25, 2048)
+
+
+def memory() -> list[Row]:
+    """Peak memory of building a cache of 1,000 and of 10,000 prompts."""
+    few, many = (
+        peak_memory("bench_cache", "None", f"build_tiny({count})", whole=True)
+        for count in (1000, 10_000)
+    )
+    return [
+        (
+            "peak memory of cache, 10,000 / 1,000 prompts",
+            f"{many / few:.3f}",
+            f"{many:,.0f} MB / {few:,.0f} MB, whole process, shards of 0.25 MB",
+        )
+    ]
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "extraction": extraction,
+    "reading": reading,
+    "memory": memory,
+}

@@ -1,0 +1,93 @@
+"""Timing and memory for the benchmarks: cases in turn, ratios in pairs, peaks in own processes."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Row = tuple[str, str, str]
+"""Figure, its value, and what it was measured on."""
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case, taken in turn so that a slow minute slows all; the first round warms.
+
+    On a GPU the times are those between two CUDA events around the case.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, run in cases.items():
+            taken[name].append(_seconds(run))
+    return {name: seconds[1:] for name, seconds in taken.items()}
+
+
+def ratio(taken: dict[str, list[float]], case: str, base: str) -> float:
+    """Median over the rounds of a case's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(taken[case], taken[base], strict=True))
+
+
+def seconds(taken: dict[str, list[float]], case: str) -> float:
+    """Median seconds of a case."""
+    return statistics.median(taken[case])
+
+
+def peak_memory(module: str, prepare: str, run: str, *, whole: bool = False) -> float:
+    """Peak MB of a run in a process of its own: the device's memory on a GPU, else resident.
+
+    Args:
+        module: a benchmark beside this file.
+        prepare: expression whose value the run may use as `it`.
+        run: expression that is measured.
+        whole: count the whole process instead of what the run adds.
+    """
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import bench_timing
+from {module} import *
+it = {prepare}
+start = bench_timing.forget_peak()
+{run}
+print((bench_timing.peak() - {"0" if whole else "start"}) / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def forget_peak() -> int:
+    """Begin a new peak; the bytes in use now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    return _resident("VmRSS:")
+
+
+def peak() -> int:
+    """Most bytes in use since `forget_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM:")
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1000
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
