@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
-from lspade_train import cache, tasks
+from lspade_train import cache, remote, tasks
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.manifest import MANIFEST
@@ -160,10 +160,18 @@ class HiddenStateDataModule(LightningDataModule):
 
     def folder(self, split: Split) -> Path:
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
+        url = self._url(split)
+        if url is not None:
+            return remote.mirror(url)
         if self.config.cache_dir is not None:
             return Path(self.config.cache_dir) / split
         digest = json_digest(self.identity(split))
         return default_cache_root() / f"{self.name}-{digest[:12]}" / split
+
+    def _url(self, split: Split) -> str | None:
+        """Where the cache lies, if that is not on this machine."""
+        place = self.config.cache_dir
+        return f"{place.rstrip('/')}/{split}" if place and remote.is_remote(place) else None
 
     def _load_rows(self, split: Split) -> Rows:
         if split not in self._rows:
@@ -204,12 +212,16 @@ class HiddenStateDataModule(LightningDataModule):
                 )
 
     def _open_disk(self, split: Split) -> StateDataset:
-        folder, identity = self.folder(split), self.identity(split)
+        folder, identity, url = self.folder(split), self.identity(split), self._url(split)
+        if url and not self.overwrite:
+            remote.fetch(url, MANIFEST, CacheError)
         # The first process decides for all: a cache may be finished between two looks.
         self.reused[split] = together((folder / MANIFEST).exists)[0] and not self.overwrite
         if not self.reused[split]:
             self._build(split, folder, identity)
         manifest, dataset = first_alone(lambda: cache.open_cache(folder, identity))
+        if url:
+            remote.publish(url, MANIFEST, CacheError)
         self._require_prefix(split, manifest.answer_prefix)
         if self.reused[split]:
             log.info(

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lspade_train.errors import HubError
+from lspade_train.remote import fetch, is_remote
 
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
@@ -169,11 +170,13 @@ def download(repo: str, revision: str | None = None) -> Path:
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """A local heads folder as it is; anything else is downloaded from the Hub.
+    """A local heads folder as it is; a URL's mirror; anything else is downloaded from the Hub.
 
     Raises:
         HubError: neither a folder nor a repository that can be read, or a revision of a folder.
     """
+    if is_remote(path):
+        return fetch(str(path), CONFIG, HubError)
     folder = Path(path)
     if not folder.is_dir():
         try:

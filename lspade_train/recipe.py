@@ -73,7 +73,8 @@ class DataConfig:
         text: settings of the `text` task.
         limit: rows used per split; null uses all.
         overlong: what a prompt over the model's context does: stop with an error, or skip the row.
-        cache_dir: folder of the cache; null derives one from the recipe under the user's cache.
+        cache_dir: folder of the cache, or a URL such as s3://bucket/path, which is read and written
+            through a mirror here; null derives a folder from the recipe under the user's cache.
         positions: position ids of SPADE's two tokens: the prompt's own, or 0 and 1.
         targets: what is stored of SPADE's answer: hidden state (exact, small), logits or top-k.
         topk: tokens kept with `targets: topk`.
