@@ -16,11 +16,11 @@ from typing import Any
 from lspade_train import hub
 from lspade_train.card import ranges, write_card
 from lspade_train.errors import ArtifactError
-from lspade_train.heads import CONFIG, LSpadeHeads
+from lspade_train.heads import AGAIN, CONFIG, KINDS, LSpadeHeads
 from lspade_train.hub import POLICY, RESULTS
 from lspade_train.policy import ExitPolicy
 from lspade_train.recipe import Recipe
-from lspade_train.storage import read_json, write_json
+from lspade_train.storage import read_json, require_kinds, write_json
 
 PACKAGES = ("lspade-train", "torch", "transformers", "lightning", "datasets", "safetensors")
 
@@ -134,17 +134,22 @@ def describe(folder: Path) -> dict[str, str]:
         ArtifactError: missing or damaged.
     """
     config = read_json(folder / CONFIG, ArtifactError)
-    base, training = config.get("base_model", {}), config.get("training", {})
-    recipe = training.get("recipe", {})
-    rows = {
-        "heads": f"{config.get('form')}, layers {ranges(config.get('layers', []))}",
-        "base model": f"{base.get('model_id')} @ {base.get('revision') or 'local files'}",
-        "precision": str(base.get("dtype")),
-        "task": str(recipe.get("data", {}).get("task")),
-        "target": str(recipe.get("model", {}).get("target")),
-        "steps": str(training.get("steps")),
-        "made with": ", ".join(f"{k} {v}" for k, v in training.get("versions", {}).items()),
-    }
+    config = {"base_model": {}, "training": {}} | config
+    require_kinds(config, KINDS, folder / CONFIG, ArtifactError, AGAIN)
+    try:
+        base, training = config.get("base_model", {}), config.get("training", {})
+        recipe = training.get("recipe", {})
+        rows = {
+            "heads": f"{config.get('form')}, layers {ranges(config.get('layers', []))}",
+            "base model": f"{base.get('model_id')} @ {base.get('revision') or 'local files'}",
+            "precision": str(base.get("dtype")),
+            "task": str(recipe.get("data", {}).get("task")),
+            "target": str(recipe.get("model", {}).get("target")),
+            "steps": str(training.get("steps")),
+            "made with": ", ".join(f"{k} {v}" for k, v in training.get("versions", {}).items()),
+        }
+    except (TypeError, ValueError, AttributeError) as cause:
+        raise ArtifactError(f"{folder / CONFIG} is no heads' config ({cause}). {AGAIN}") from cause
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return rows | {"files": ", ".join(files)}
 

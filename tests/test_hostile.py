@@ -7,12 +7,12 @@ import ast
 import contextlib
 import copy
 import json
-import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -448,9 +448,7 @@ def test_remote_code_is_run_only_where_the_recipe_asks():
     assert lspade_train.recipe.DataConfig(model_id="x", task="arc_easy").trust_remote_code is False
 
 
-def _commands(home, environment):
-    os.environ.update(environment)
-    os.chdir(home)
+def _commands(home):
     with (home / "printed").open("w", buffering=1) as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
@@ -458,26 +456,27 @@ def _commands(home, environment):
         recipe = ["--config", "recipe.yaml"]
         done = [
             main(["fit", *recipe, "--trainer.max_epochs", "1"]),
-            main(["evaluate", *recipe]),
             main(["predict", *recipe, "--threshold", "1", "--input", "prompts.jsonl"]),
             main(["info", "checkpoints/toy"]),
         ]
     sys.exit(any(done))
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_printed_or_written(project):
     secret = "0123456789SECRET0123456789SECRET01234567"
     names = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
     environment = dict.fromkeys(names, secret) | {"WANDB_MODE": "offline"}
     project.recipe()
     toy.write_jsonl(project.home / "prompts.jsonl", toy.questions(3))
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_commands, args=(project.home, environment), daemon=True)
-    process.start()
-    process.join(120)
+    code = "from test_hostile import _commands; import pathlib; _commands(pathlib.Path.cwd())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.home, timeout=300, check=False,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
     printed = (project.home / "printed").read_text()
-    assert process.exitcode == 0, printed
-    assert "l_spade" in printed or "L-SPADE" in printed or '"token_id"' in printed
+    assert done.returncode == 0, printed
+    assert '"token_id"' in printed
     written = [path for path in project.home.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written), "W&B wrote nothing to look into"
     assert {"config.json", "README.md", "manifest.json"} <= {path.name for path in written}
