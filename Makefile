@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## fit, evaluate, calibrate and predict on the model that ships here, offline
 	$(BIN)/lspade-train fit $(RUN)
 	$(BIN)/lspade-train fit $(RUN) --model.target final
-	$(BIN)/lspade-train evaluate $(RUN)
 	$(BIN)/lspade-train calibrate $(RUN)
+	$(BIN)/lspade-train evaluate $(RUN)
 	$(FIVE) ask | $(BIN)/lspade-train predict $(RUN) | $(FIVE) show checkpoints/quickstart
 
 test: $(READY)  ## the default test suite, offline

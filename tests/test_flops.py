@@ -5,6 +5,7 @@ import torch
 from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
 from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
 
+from lspade_train.adapters import ModelAdapter
 from lspade_train.policy import ExitPolicy
 from lspade_train.runtime.decide import decide_batch
 from lspade_train.runtime.flops import count_flops, counter, exit_costs, exit_flops
@@ -61,3 +62,9 @@ def test_costs_rise_with_the_exit_layer_and_no_exit_pays_the_checks():
     assert (costs[:, -1] > 1).all()
     free = exit_costs(counts, [8, 40], [LAYERS], policy, checks=())
     torch.testing.assert_close(free, torch.ones_like(free))
+
+
+def test_a_model_that_was_not_checked_yet_costs_the_same():
+    adapter = ModelAdapter(tiny("llama"), check=False)
+    first, second = count_flops(adapter), count_flops(adapter)
+    assert torch.equal(first.full(torch.tensor([9])), second.full(torch.tensor([9])))

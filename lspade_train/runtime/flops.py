@@ -86,6 +86,7 @@ def count_flops(
         heads: its heads; None where no head is used.
     """
     adapter = ModelAdapter.of(model)
+    adapter.check()  # once per model, and it runs the model: not while its work is counted
     first, second, third = (_prompt_flops(adapter, tokens) for tokens in PROBES)
     row = torch.zeros(1, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
     row = row.to(adapter.unembed.weight.device)
