@@ -44,6 +44,7 @@ def values_of(items):
 def logged(toy_root, tmp_path_factory):
     """Results, and the history, summary and media folder of the run they were logged to."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("tracked"))
+    wandb.teardown()  # another test's settings would outlive the environment's
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
