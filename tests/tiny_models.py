@@ -92,6 +92,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": _LLAMA4, "vision_config": _VISION},
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# One of each kind, for tests that go through many settings: the table of families has them all.
+KINDS = ("llama", "gpt2", "bloom", "mpt", "falcon_alibi", "gemma2", "deepseek_v3", "gpt_oss")
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
