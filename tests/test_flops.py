@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
-from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
+from tiny_models import KINDS, LAYERS, VOCAB, WIDTH, tiny
 
 from lspade_train.adapters import ModelAdapter
 from lspade_train.policy import ExitPolicy
@@ -19,7 +19,7 @@ def counted(runtime, batch):
 
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_formula_counts_what_a_real_run_counts(family, decoder):
     model, prompts = tiny(family), prompts_of([9, 4, 7, 9, 6, 8])
     policy = mixed_policy(model, prompts, decoder=decoder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_adapters import padded_batch, positions_of
-from tiny_models import FAMILIES, LAYERS, blocks_of, tiny
+from tiny_models import FAMILIES, KINDS, LAYERS, blocks_of, tiny
 
 from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import RecipeError
@@ -55,7 +55,7 @@ def naive_spade(model, prompt, layer, *, positions="original", zero_start=False)
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @torch.no_grad()
 def test_every_layer_of_every_prompt_equals_the_naive_two_token_forward(family, side, positions):
     model = tiny(family)

@@ -52,6 +52,8 @@ _VISION = {
     "projector_output_dim": 16,
 }  # fmt: skip
 
+_OURS = {"model_type", "dtype"}
+
 # Name -> settings; `model_type` where the name is not one, `text_config` where the decoder is the
 # text tower of a multimodal model, None for what the family derives itself.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -90,6 +92,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": _LLAMA4, "vision_config": _VISION},
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# One of each kind, for tests that go through many settings: the table of families has them all.
+KINDS = ("llama", "gpt2", "bloom", "mpt", "falcon_alibi", "gemma2", "deepseek_v3", "gpt_oss")
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
@@ -103,6 +107,8 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
     whole = family == "llama4"
     build = Llama4ForConditionalGeneration if whole else AutoModelForCausalLM.from_config
     model = build(config).eval()
+    for parameter in model.parameters():  # not the rotary buffers, which loading keeps exact
+        parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
     # Spread the logits: with the default initialisation they are nearly equal everywhere.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,5 +134,5 @@ def _config(kind: str, settings: dict[str, Any]) -> Any:
         vision = _config(default.vision_config.model_type, {**settings["vision_config"]})
         return AutoConfig.for_model(kind, text_config=text, vision_config=vision)
     common = _COMMON if hasattr(default, "vocab_size") else {}
-    asked = {k: v for k, v in (common | settings).items() if v is not None and k != "model_type"}
+    asked = {k: v for k, v in (common | settings).items() if v is not None and k not in _OURS}
     return AutoConfig.for_model(kind, **{k: v for k, v in asked.items() if hasattr(default, k)})

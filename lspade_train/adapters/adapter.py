@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lspade_train.adapters.check import check_adapter
-from lspade_train.adapters.identity import model_identity
+from lspade_train.adapters.identity import model_identity, quantization
 from lspade_train.adapters.loading import load_model
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.structure import Stage, find_decoder
@@ -44,6 +44,9 @@ class ModelAdapter:
         self._stage = Stage(self.blocks, self._call_padded)
         self._starts: dict[int, DynamicCache] = {}
         self._checked = False
+        if quantization(model) is not None:
+            # Now: bitsandbytes rounds 4-bit scales when their first product on a CPU repacks them.
+            _ = self.identity
         if check:
             self.check()
 

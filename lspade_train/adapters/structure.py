@@ -22,11 +22,11 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     Raises:
         UnsupportedModelError: the model is no decoder-only one.
     """
-    kind = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{kind} is an encoder-decoder; expected a decoder-only model "
-            "such as Llama, Qwen or GPT-2. Set data.model_id to one."
+            f"{type(model).__name__} is an encoder-decoder: its answer is the decoder's first "
+            "token, so that start token and answer are one and SPADE has nothing to leave out.\n"
+            "Set data.model_id to a decoder-only model such as Llama, Qwen or GPT-2."
         )
     decoder = model.get_decoder()
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
