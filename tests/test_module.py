@@ -321,8 +321,10 @@ def test_wandb_is_used_where_its_mode_or_a_login_says_so(project, no_login, monk
 
 
 def test_a_wandb_run_is_written_offline_without_key_or_network(project, no_login):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from lspade_train.cli import main
+
+    wandb.teardown()  # another test's settings would outlive the environment's
 
     recipe = project.recipe()
     here = Path.cwd()
