@@ -134,13 +134,13 @@ def describe(folder: Path) -> dict[str, str]:
         ArtifactError: missing or damaged.
     """
     config = read_json(folder / CONFIG, ArtifactError)
-    config = {"base_model": {}, "training": {}} | config
+    config: dict[str, Any] = {"base_model": {}, "training": {}, "layers": []} | config
     require_kinds(config, KINDS, folder / CONFIG, ArtifactError, AGAIN)
     try:
-        base, training = config.get("base_model", {}), config.get("training", {})
+        base, training = config["base_model"], config["training"]
         recipe = training.get("recipe", {})
         rows = {
-            "heads": f"{config.get('form')}, layers {ranges(config.get('layers', []))}",
+            "heads": f"{config.get('form')}, layers {ranges(config['layers'])}",
             "base model": f"{base.get('model_id')} @ {base.get('revision') or 'local files'}",
             "precision": str(base.get("dtype")),
             "task": str(recipe.get("data", {}).get("task")),
