@@ -456,6 +456,7 @@ def _commands(home):
         recipe = ["--config", "recipe.yaml"]
         done = [
             main(["fit", *recipe, "--trainer.max_epochs", "1"]),
+            main(["evaluate", *recipe]),
             main(["predict", *recipe, "--threshold", "1", "--input", "prompts.jsonl"]),
             main(["info", "checkpoints/toy"]),
         ]
