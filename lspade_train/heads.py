@@ -7,12 +7,11 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.card import write_card
@@ -28,6 +27,9 @@ from lspade_train.storage import (
     write_json,
     write_tensors,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
 AGAIN = "Fit or download it again."
@@ -134,7 +136,7 @@ class LSpadeHeads(nn.Module):
             )
         return self.layers.index(layer)
 
-    def bind(self, model: PreTrainedModel | ModelAdapter) -> Self:
+    def bind(self, model: "PreTrainedModel | ModelAdapter") -> Self:
         """Take the final norm and unembedding of `model`.
 
         Raises:

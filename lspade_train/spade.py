@@ -5,15 +5,18 @@ Paper v2 calls it SimLens. Knows nothing of heads, tasks or files.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lspade_train.adapters import ModelAdapter, Plan
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import PositionIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def sweep(
 
 @torch.no_grad()
 def spade_logits(
-    model: PreTrainedModel | ModelAdapter,
+    model: "PreTrainedModel | ModelAdapter",
     input_ids: Int[Tensor, "rows tokens"],
     attention_mask: Int[Tensor, "rows tokens"] | None = None,
     *,

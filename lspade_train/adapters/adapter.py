@@ -8,12 +8,12 @@ it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, head
 
 import inspect
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from lspade_train.adapters.check import check_adapter
 from lspade_train.adapters.identity import model_identity, quantization
@@ -22,6 +22,9 @@ from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.structure import Stage, find_decoder
 from lspade_train.adapters.unembedding import find_unembedding
 from lspade_train.recipe import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelAdapter:
@@ -36,7 +39,7 @@ class ModelAdapter:
         UnsupportedModelError: the model is no decoder, or fails the check.
     """
 
-    def __init__(self, model: PreTrainedModel, *, check: bool = True) -> None:
+    def __init__(self, model: "PreTrainedModel", *, check: bool = True) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder, self.blocks = find_decoder(model)
         self.unembed = find_unembedding(model, self.decoder)

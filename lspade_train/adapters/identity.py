@@ -1,16 +1,18 @@
 """What tells one frozen model from another, without reading all of its weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lspade_train.storage import json_digest, tensor_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOLATILE = {"transformers_version", "dtype"}  # of the configuration; the dtype has its own entry
 
 
-def model_identity(model: PreTrainedModel, unembedding: str) -> dict[str, str]:
+def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]:
     """Digests of configuration, weights and unembedding, with dtype and quantisation.
 
     The weights are sampled (64 values of every tensor): a fine-tuned or merged model differs in
@@ -34,7 +36,7 @@ def model_identity(model: PreTrainedModel, unembedding: str) -> dict[str, str]:
     }
 
 
-def quantization(model: PreTrainedModel) -> str | None:
+def quantization(model: "PreTrainedModel") -> str | None:
     """How the blocks' weights are quantised, such as `bitsandbytes int8`; None where they aren't.
 
     Norms and unembedding stay as they are by the libraries' defaults; the check proves it.

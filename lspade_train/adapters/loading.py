@@ -2,14 +2,16 @@
 
 import importlib.util
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lspade_train.errors import RecipeError, UnsupportedModelError
 from lspade_train.recipe import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_model(
@@ -21,7 +23,7 @@ def load_model(
     device_map: str | None,
     quantization: Quantization | None,
     trust_remote_code: bool,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Load a Hub id or a folder; `ModelAdapter.from_pretrained` says what the arguments are.
 
     Raises:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lspade_train.errors import UnsupportedModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+
+def find_decoder(model: "PreTrainedModel") -> tuple[nn.Module, nn.ModuleList]:
     """The decoder and its blocks; in a multimodal model, those of its text tower.
 
     Raises:

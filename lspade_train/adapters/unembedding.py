@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.storage import tensor_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm")
 """Where the families keep the norm after the last block; the load-time check proves the guess."""
@@ -69,7 +72,7 @@ class Unembedding:
         return tensor_digest(self.weight, self.bias, *norms, extras)
 
 
-def find_unembedding(model: PreTrainedModel, decoder: nn.Module) -> Unembedding:
+def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembedding:
     """The final norm, head and scaling of a model.
 
     Raises:

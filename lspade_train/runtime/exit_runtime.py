@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import PolicyError, TaskError
@@ -14,6 +15,9 @@ from lspade_train.policy import REMEDY, ExitPolicy
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 from lspade_train.runtime.prompts import Choices, Prompt, Query, batches, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ExitRuntime:
@@ -35,7 +39,7 @@ class ExitRuntime:
 
     def __init__(
         self,
-        model: PreTrainedModel | ModelAdapter,
+        model: "PreTrainedModel | ModelAdapter",
         heads: LSpadeHeads | None,
         *,
         policy: ExitPolicy,

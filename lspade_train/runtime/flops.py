@@ -6,17 +6,19 @@ count for all lengths, whatever the family. Knows nothing of policies' choice or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PreTrainedModel
 
 from lspade_train.adapters import ModelAdapter
 from lspade_train.heads import LSpadeHeads
 from lspade_train.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBES = (2, 3, 4)  # prompt lengths that are counted: the three points of a parabola
 
@@ -77,7 +79,7 @@ def counter() -> FlopCounterMode:
 
 @torch.no_grad()
 def count_flops(
-    model: PreTrainedModel | ModelAdapter, heads: LSpadeHeads | None = None
+    model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | None = None
 ) -> FlopCounts:
     """Count the model's parts on three short prompts; a few tokens' work in all.
 
