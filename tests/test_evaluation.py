@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -362,7 +363,7 @@ def test_the_printed_numbers_are_those_of_results_json(fitted, monkeypatch, caps
 
 
 def test_the_results_say_where_they_come_from(results):
-    assert results["provenance"]["versions"]["torch"] == torch.__version__
+    assert results["provenance"]["versions"]["torch"] == version("torch")
     assert results["recipe"]["name"] == results["name"] == "toy"
     assert results["heads"]["target"] == "spade"
     assert len(results["heads"]["weights_sha256"]) == 64
