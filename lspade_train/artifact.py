@@ -115,7 +115,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: missing or damaged.
     """
-    return read_json(folder / RESULTS, ArtifactError)
+    return read_json(
+        folder / RESULTS, ArtifactError, "Write it: lspade-train evaluate --config RECIPE"
+    )
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
