@@ -3,10 +3,13 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
