@@ -139,6 +139,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save on SIGTERM: only that is raised between steps; the rest may cut one in half."""
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
+            # Written, not read: with the optimiser, without which a resumed fit is another one.
             trainer.save_checkpoint(Path(str(self.dirpath)) / LAST.name, weights_only=False)
 
 
