@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.cli.signals import sigterm
 from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:
         asked = {"accelerator": "cpu", "devices": 1} | asked
     with refusals_named():
         fabric = Fabric(**asked)
+        sigterm.launcher = fabric.strategy.launcher
         fabric.launch()
     return replace(config, device=str(fabric.device)) if config.device == "auto" else config
 
