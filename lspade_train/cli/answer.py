@@ -39,6 +39,9 @@ def predict(arguments: list[str]) -> None:
     from lspade_train.tokenizer import load_tokenizer
 
     options, recipe = parsed.options, parsed.recipe
+    output = Path(options.output)
+    if options.output != "-":
+        _require_output(output)
     if options.input != "-" and not Path(options.input).is_file():
         raise TaskError(f"No input file {options.input}. Give a JSONL or text file with --input.")
     folder, heads, adapter = runtime_model(parsed)
@@ -51,7 +54,6 @@ def predict(arguments: list[str]) -> None:
     )
     tokenizer = load_tokenizer(recipe.data.model_id, revision=recipe.data.revision)
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
-    output = Path(options.output)
     done = 0
     if options.resume and options.output != "-" and output.exists():
         done = _keep_whole_lines(output)
@@ -60,6 +62,7 @@ def predict(arguments: list[str]) -> None:
         if options.output == "-":
             _write(answers, sys.stdout)
         else:
+            output.parent.mkdir(parents=True, exist_ok=True)
             with output.open("a" if done else "w", encoding="utf-8") as file:
                 _write(answers, file)
 
@@ -96,6 +99,17 @@ def _lines(name: str) -> Any:
     from contextlib import nullcontext
 
     return nullcontext(sys.stdin) if name == "-" else Path(name).open(encoding="utf-8")
+
+
+def _require_output(path: Path) -> None:
+    """Refuse what cannot be written, before the model is loaded."""
+    from lspade_train.errors import TaskError
+    from lspade_train.storage import require_writable
+
+    if not path.exists():
+        require_writable(path.parent, TaskError)
+    elif path.is_dir() or not os.access(path, os.W_OK):
+        raise TaskError(f"{path} cannot be written. Give another file with --output.")
 
 
 def _write(answers: Iterator[dict[str, Any]], file: Any) -> None:

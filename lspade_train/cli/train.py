@@ -35,10 +35,13 @@ def fit(arguments: list[str]) -> None:
     from lspade_train.artifact import heads_folder
     from lspade_train.callbacks import LAST, ExportHeads, LastCheckpoint
     from lspade_train.cli.ending import early_end_named
+    from lspade_train.errors import ArtifactError
+    from lspade_train.storage import require_writable
 
     folder = heads_folder(parsed.recipe)
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
+    require_writable(folder, ArtifactError)
     last = folder / LAST
     checkpoint = _checkpoint(parsed.options.ckpt_path, last)
     module, data = _modules(parsed)
