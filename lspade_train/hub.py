@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lspade_train.errors import HubError
-from lspade_train.remote import fetch, is_remote
+from lspade_train.remote import Mirror, is_remote
 
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
@@ -173,11 +173,10 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """A local heads folder as it is; a URL's mirror; anything else is downloaded from the Hub.
 
     Raises:
-        HubError: neither a folder nor a repository that can be read, or a revision of a folder.
+        HubError: neither a folder nor a repository that can be read, a URL without heads, or a
+            revision of what has none.
     """
-    if is_remote(path):
-        return fetch(str(path), CONFIG, HubError)
-    folder = Path(path)
+    folder = _mirrored(str(path)) if is_remote(path) else Path(path)
     if not folder.is_dir():
         try:
             return download(str(path), revision)
@@ -189,8 +188,18 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
             ) from cause
     if revision is not None:
         raise HubError(
-            f"{path} is a folder here, which has no revision {revision!r}.\n"
+            f"{path} is a folder, which has no revision {revision!r}.\n"
             "Leave revision out, or name a repository of the Hub (org/name)."
+        )
+    return folder
+
+
+def _mirrored(url: str) -> Path:
+    folder = Mirror(url, CONFIG, HubError).fetch()
+    if not (folder / WEIGHTS).is_file():
+        raise HubError(
+            f"{url} holds no {WEIGHTS}: there are no L-SPADE heads.\n"
+            "Check the URL; it is that of the folder itself, such as s3://bucket/heads/arc."
         )
     return folder
 

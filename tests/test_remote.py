@@ -120,10 +120,10 @@ def test_heads_are_read_from_a_url_and_follow_what_changes_there(place, tmp_path
     for value in (1.0, 2.0):
         with torch.no_grad():
             heads.bias.fill_(value)
-        heads.save_pretrained(remote.mirror(place))
-        remote.publish(place, CONFIG)
+        heads.save_pretrained(remote.Mirror(place, CONFIG).folder)
+        remote.Mirror(place, CONFIG).publish()
         forget_mirrors(tmp_path)
-        remote.fetch(place, CONFIG)
+        remote.Mirror(place, CONFIG).fetch()
         assert torch.equal(LSpadeHeads.from_pretrained(place).bias, heads.bias)
 
 
@@ -133,7 +133,7 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
     system.store.clear()
     for name in ("config.json", "heads.safetensors", "evil.py", "training.ckpt"):
         system.pipe_file(f"/far/{name}", b"{}")
-    folder = remote.fetch("memory://far", CONFIG)
+    folder = remote.Mirror("memory://far", CONFIG).fetch()
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {
         "config.json",
         "heads.safetensors",
@@ -144,7 +144,7 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
 def test_a_bucket_that_is_not_there_is_a_named_error(project, place):
     with pytest.raises(CacheError, match="that the bucket exists, and your credentials"):
         project.module(cache_dir="s3://no-such-bucket/toy").states("train")
-    assert not list(remote.mirror("s3://no-such-bucket/toy/train").glob("shard-*"))
+    assert not list(remote.Mirror("s3://no-such-bucket/toy/train", CONFIG).folder.glob("shard-*"))
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
@@ -155,17 +155,17 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(LSpadeError, match=r"your credentials for it") as caught:
-        remote.fetch(place, CONFIG)
+        remote.Mirror(place, CONFIG).fetch()
     assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     with pytest.raises(LSpadeError, match="which no installed package reads"):
-        remote.fetch("nosuch://x/y", CONFIG)
+        remote.Mirror("nosuch://x/y", CONFIG).fetch()
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(LSpadeError, match="gs:// needs a package that is not here"):
-        remote.fetch("gs://x/y", CONFIG)
+        remote.Mirror("gs://x/y", CONFIG).fetch()
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
