@@ -74,9 +74,9 @@ class Mirror:
             changed = there.keys() - self._settled(there)
             gone = self._here() - there.keys()
             if changed or gone:
-                (self.folder / self.index).unlink(missing_ok=True)
-            for name in gone:
-                (self.folder / name).unlink()
+                changed.add(self.index)
+            for name in changed & {self.index} | gone:
+                (self.folder / name).unlink(missing_ok=True)
             for name in self._in_order(changed):
                 self._get(files, root, name, there[name])
         return self.folder

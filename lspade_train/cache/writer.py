@@ -104,7 +104,8 @@ def _prepare(job: Job) -> Manifest | None:
     _require_space(folder, job.plan)
     if job.overwrite:
         discard(folder)
-    write_identity(folder, identity)
+    if not (folder / IDENTITY).exists():
+        write_identity(folder, identity)
     job.elsewhere.send(folder / IDENTITY)
     return None
 
