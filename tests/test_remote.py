@@ -93,7 +93,6 @@ def place(request, tmp_path, monkeypatch):
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
     system = fsspec.filesystem("s3")
     if not system.exists(BUCKET):
         system.mkdir(BUCKET)
@@ -429,6 +428,7 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(LSpadeError, match=r"your credentials for it") as caught:
         remote.Mirror(place, CONFIG).fetch()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert len(str(caught.value).splitlines()) == 2
 
 
