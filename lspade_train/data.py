@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lspade_train import cache, tasks
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache import Extraction, Manifest, OnlineDataset, StateDataset
-from lspade_train.cache.manifest import MANIFEST
+from lspade_train.cache.manifest import FILES, MANIFEST
 from lspade_train.errors import CacheError, TaskError
 from lspade_train.loader import RowLoader
 from lspade_train.parallel import first_alone, ranks, together
@@ -174,7 +174,7 @@ class HiddenStateDataModule(LightningDataModule):
         place = self.config.cache_dir
         if place is None or not is_remote(place):
             return None
-        return Mirror(f"{place.rstrip('/')}/{split}", MANIFEST, CacheError)
+        return Mirror(f"{place.rstrip('/')}/{split}", FILES, CacheError)
 
     def _load_rows(self, split: Split) -> Rows:
         if split not in self._rows:

@@ -1,4 +1,4 @@
-"""Heads folders to and from the Hugging Face Hub, through its own client. Knows nothing of heads.
+"""Heads folders to and from the Hugging Face Hub, through its own client, and to and from URLs.
 
 Only the files that a heads folder has by name are ever sent or fetched, so that neither logs nor
 checkpoints leave the machine and nothing but safetensors, JSON, text and pictures enters it.
@@ -19,6 +19,7 @@ CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
 FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, "profile.json", CARD, "report.html")
 PICTURES = (".png", ".svg")  # of figures/
 PATTERNS = [*FILES, *(f"figures/*{suffix}" for suffix in PICTURES)]
+BEHIND_URLS = [CONFIG, *PATTERNS, f"tuned_lens/{CONFIG}", f"tuned_lens/{WEIGHTS}"]
 
 LOGIN = "hf auth login"
 NO_REVISION = (
@@ -195,7 +196,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
 
 
 def _mirrored(url: str) -> Path:
-    folder = Mirror(url, CONFIG, HubError).fetch()
+    folder = Mirror(url, BEHIND_URLS, HubError).fetch()
     if not (folder / WEIGHTS).is_file():
         raise HubError(
             f"{url} holds no {WEIGHTS}: there are no L-SPADE heads.\n"

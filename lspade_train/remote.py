@@ -9,9 +9,9 @@ nothing: whoever opens the mirror compares its files with the digests in the ind
 import errno
 import hashlib
 import os
-import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from lspade_train.errors import LSpadeError
 from lspade_train.storage import atomic_path, read_json, write_json
 
 NOTES = ".transfers.json"
-FOLDERS = ("figures", "tuned_lens")
-NAME = re.compile(r"\w[\w.-]*\.(safetensors|json|md|html|png|svg)")
-"""What a cache or a heads folder may hold; nothing else is brought here or sent."""
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -41,7 +38,8 @@ class Mirror:
 
     Args:
         url: the remote folder.
-        index: its last file.
+        patterns: names of its files, or globs, the index first; one folder deep at most. No other
+            file is brought, sent or removed.
         error: what to raise.
 
     Attributes:
@@ -52,8 +50,11 @@ class Mirror:
             here is full.
     """
 
-    def __init__(self, url: str, index: str, error: type[LSpadeError] = LSpadeError) -> None:
-        self.url, self.index, self.error = url.rstrip("/"), index, error
+    def __init__(
+        self, url: str, patterns: Sequence[str], error: type[LSpadeError] = LSpadeError
+    ) -> None:
+        self.url, self.patterns, self.error = url.rstrip("/"), patterns, error
+        self.index = patterns[0]
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lspade-train"
         key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.folder = Path(os.environ.get("LSPADE_CACHE", home)) / "mirrors" / key
@@ -66,7 +67,7 @@ class Mirror:
             The mirror.
         """
         with self._reached() as (files, root), self._lock:
-            there = _listing(files, root)
+            there = self._listing(files, root)
             if self.index not in there:
                 _require_bucket(files, root)  # said before the work that is to be stored there
                 (self.folder / self.index).unlink(missing_ok=True)
@@ -84,7 +85,7 @@ class Mirror:
     def publish(self) -> None:
         """Make the remote folder what the mirror is."""
         with self._reached() as (files, root), self._lock:
-            there, here = _listing(files, root), self._here()
+            there, here = self._listing(files, root), self._here()
             settled = self._settled(there)
             if here == settled == there.keys():
                 return
@@ -98,7 +99,7 @@ class Mirror:
     def bring(self, *paths: Path) -> None:
         """Make files what they are in the remote folder, finished or not, if they are there."""
         with self._reached() as (files, root):
-            there = _listing(files, root)
+            there = self._listing(files, root)
             wanted = {path.name for path in paths} & there.keys()
             for name in sorted(wanted - self._settled(there)):
                 self._get(files, root, name, there[name])
@@ -106,7 +107,7 @@ class Mirror:
     def send(self, path: Path) -> None:
         """Put one file of the mirror into the remote folder, which is unfinished from then on."""
         with self._reached() as (files, root):
-            there = _listing(files, root)
+            there = self._listing(files, root)
             if path.name in self._settled(there):
                 return
             if self.index in there:
@@ -142,7 +143,7 @@ class Mirror:
         if "file" in files.protocol:  # the others need no folders, and a bucket is not ours to make
             files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         files.put_file(str(self.folder / name), f"{root}/{name}")
-        self._note(name, _listing(files, root).get(name), stat)
+        self._note(name, self._listing(files, root).get(name), stat)
 
     def _note(self, name: str, stamp: str | None, stat: list[int]) -> None:
         with self._lock:  # processes of this machine share the mirror
@@ -168,33 +169,33 @@ class Mirror:
         return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _here(self) -> set[str]:
-        found = [*self.folder.glob("*"), *(p for f in FOLDERS for p in self.folder.glob(f"{f}/*"))]
+        found = [path for pattern in self.patterns for path in self.folder.glob(pattern)]
+        return {path.relative_to(self.folder).as_posix() for path in found if path.is_file()}
+
+    def _listing(self, files: Any, root: str) -> dict[str, str]:
+        """What tells the present version of each remote file from any other, by name."""
+        files.invalidate_cache()  # others write there too
+        try:
+            entries = _entries(files, root)
+            for folder in {pattern.split("/")[0] for pattern in self.patterns if "/" in pattern}:
+                if folder in entries:
+                    inside = _entries(files, f"{root}/{folder}")
+                    entries |= {f"{folder}/{name}": entry for name, entry in inside.items()}
+        except FileNotFoundError:
+            return {}
         return {
-            path.relative_to(self.folder).as_posix()
-            for path in found
-            if path.is_file() and NAME.fullmatch(path.name)
+            name: hashlib.sha256(str(entry).encode()).hexdigest()
+            for name, entry in entries.items()
+            if entry["type"] == "file" and any(fnmatchcase(name, p) for p in self.patterns)
         }
 
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: (name == self.index, name))
 
 
-def _listing(files: Any, root: str) -> dict[str, str]:
-    """What tells the present version of each remote file from any other, by name."""
-    files.invalidate_cache()  # others write there too
-    try:
-        entries = {entry["name"].rpartition("/")[2]: entry for entry in files.ls(root, detail=True)}
-    except FileNotFoundError:
-        return {}
-    for folder in FOLDERS:
-        if entries.get(folder, {}).get("type") == "directory":
-            for entry in files.ls(f"{root}/{folder}", detail=True):
-                entries[f"{folder}/{entry['name'].rpartition('/')[2]}"] = entry
-    return {
-        name: hashlib.sha256(str(entry).encode()).hexdigest()
-        for name, entry in entries.items()
-        if entry["type"] == "file" and NAME.fullmatch(name.rpartition("/")[2])
-    }
+def _entries(files: Any, folder: str) -> dict[str, Any]:
+    """A remote folder's entries by their last name, which holds no slash whatever it was given."""
+    return {entry["name"].rpartition("/")[2]: entry for entry in files.ls(folder, detail=True)}
 
 
 def _require_bucket(files: Any, root: str) -> None:

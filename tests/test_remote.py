@@ -18,10 +18,11 @@ import torch
 import toy
 
 from lspade_train import cache, remote
-from lspade_train.cache.manifest import IDENTITY, MANIFEST, STARTS
+from lspade_train.cache.manifest import FILES, IDENTITY, MANIFEST, STARTS
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, LSpadeError
-from lspade_train.heads import CONFIG, LSpadeHeads
+from lspade_train.heads import LSpadeHeads
+from lspade_train.hub import BEHIND_URLS
 
 BUCKET = "states"
 
@@ -300,7 +301,7 @@ def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
     server.seen.clear()
     killed_at(server, f"GET {at}", project, place)
     first = server.files("GET")
-    folder = remote.Mirror(f"{place}/train", MANIFEST).folder
+    folder = remote.Mirror(f"{place}/train", FILES).folder
     assert not (folder / MANIFEST).exists()
     finished(project, started(project, place))
     assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, MANIFEST]
@@ -325,7 +326,7 @@ def test_a_rebuild_takes_the_old_manifest_away_first_and_what_is_left_over_in_th
 def test_a_changed_file_is_brought_again_whichever_side_changed(
     project, place, server, calm, computed
 ):
-    folder = remote.Mirror(f"{place}/train", MANIFEST).folder
+    folder = remote.Mirror(f"{place}/train", FILES).folder
     project.module(cache_dir=place, **SIZES).states("train")
     flipped = bytearray(calm[SHARDS[3]])
     flipped[-60] ^= 1
@@ -347,7 +348,7 @@ def test_a_changed_file_is_brought_again_whichever_side_changed(
 @on_s3
 @pytest.mark.parametrize("notes", ["{", "[]", '{"manifest.json": 3, "x": null}', "another's"])
 def test_damaged_notes_cost_a_transfer_and_nothing_else(project, place, server, calm, notes):
-    mirror = remote.Mirror(f"{place}/train", MANIFEST)
+    mirror = remote.Mirror(f"{place}/train", FILES)
     project.module(cache_dir=place, **SIZES).states("train")
     path = mirror.folder / remote.NOTES
     if notes == "another's":
@@ -392,10 +393,10 @@ def test_heads_are_read_from_a_url_and_follow_what_changes_there(place, tmp_path
     for value in (1.0, 2.0):
         with torch.no_grad():
             heads.bias.fill_(value)
-        heads.save_pretrained(remote.Mirror(place, CONFIG).folder)
-        remote.Mirror(place, CONFIG).publish()
+        heads.save_pretrained(remote.Mirror(place, BEHIND_URLS).folder)
+        remote.Mirror(place, BEHIND_URLS).publish()
         forget_mirrors(tmp_path)
-        remote.Mirror(place, CONFIG).fetch()
+        remote.Mirror(place, BEHIND_URLS).fetch()
         assert torch.equal(LSpadeHeads.from_pretrained(place).bias, heads.bias)
 
 
@@ -405,7 +406,7 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
     system.store.clear()
     for name in ("config.json", "heads.safetensors", "evil.py", "training.ckpt"):
         system.pipe_file(f"/far/{name}", b"{}")
-    folder = remote.Mirror("memory://far", CONFIG).fetch()
+    folder = remote.Mirror("memory://far", BEHIND_URLS).fetch()
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {
         "config.json",
         "heads.safetensors",
@@ -416,7 +417,7 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
 def test_a_bucket_that_is_not_there_is_a_named_error(project, place):
     with pytest.raises(CacheError, match="that the bucket exists, and your credentials"):
         project.module(cache_dir="s3://no-such-bucket/toy").states("train")
-    assert not list(remote.Mirror("s3://no-such-bucket/toy/train", CONFIG).folder.glob("shard-*"))
+    assert not list(remote.Mirror("s3://no-such-bucket/toy/train", FILES).folder.glob("shard-*"))
 
 
 @on_s3
@@ -427,7 +428,7 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(LSpadeError, match=r"your credentials for it") as caught:
-        remote.Mirror(place, CONFIG).fetch()
+        remote.Mirror(place, BEHIND_URLS).fetch()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert len(str(caught.value).splitlines()) == 2
 
@@ -435,10 +436,10 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
 def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     with pytest.raises(LSpadeError, match="which no installed package reads"):
-        remote.Mirror("nosuch://x/y", CONFIG).fetch()
+        remote.Mirror("nosuch://x/y", BEHIND_URLS).fetch()
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(LSpadeError, match="gs:// needs a package that is not here"):
-        remote.Mirror("gs://x/y", CONFIG).fetch()
+        remote.Mirror("gs://x/y", BEHIND_URLS).fetch()
 
 
 @on_s3

@@ -17,6 +17,7 @@ from torch import Tensor
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction
 from lspade_train.cache.manifest import (
+    FILES,
     IDENTITY,
     MANIFEST,
     REBUILD,
@@ -146,7 +147,7 @@ def discard(folder: Path) -> None:
         CacheError: the folder cannot be written.
     """
     # The manifest first: without it nothing reads the rest.
-    _clear(folder, MANIFEST, "shard-*.safetensors", STARTS, IDENTITY, ".verified.json", ".*.tmp")
+    _clear(folder, *FILES, ".verified.json", ".*.tmp")
 
 
 def _clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:
