@@ -41,9 +41,7 @@ class Mirror:
         patterns: names of its files, or globs, the index first; one folder deep at most. No other
             file is brought, sent or removed.
         error: what to raise.
-
-    Attributes:
-        folder: the local folder, under `$LSPADE_CACHE` or the user's cache.
+        folder: the local folder; None: one under `$LSPADE_CACHE` or the user's cache.
 
     Raises:
         error: by every method: the remote folder cannot be reached, read or written, or the disk
@@ -51,13 +49,15 @@ class Mirror:
     """
 
     def __init__(
-        self, url: str, patterns: Sequence[str], error: type[LSpadeError] = LSpadeError
+        self,
+        url: str,
+        patterns: Sequence[str],
+        error: type[LSpadeError] = LSpadeError,
+        folder: Path | None = None,
     ) -> None:
         self.url, self.patterns, self.error = url.rstrip("/"), patterns, error
         self.index = patterns[0]
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lspade-train"
-        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.folder = Path(os.environ.get("LSPADE_CACHE", home)) / "mirrors" / key
+        self.folder = folder or _own_folder(self.url)
         self._lock = FileLock(self.folder / ".mirror.lock")
 
     def fetch(self) -> Path:
@@ -175,14 +175,11 @@ class Mirror:
     def _listing(self, files: Any, root: str) -> dict[str, str]:
         """What tells the present version of each remote file from any other, by name."""
         files.invalidate_cache()  # others write there too
-        try:
-            entries = _entries(files, root)
-            for folder in {pattern.split("/")[0] for pattern in self.patterns if "/" in pattern}:
-                if folder in entries:
-                    inside = _entries(files, f"{root}/{folder}")
-                    entries |= {f"{folder}/{name}": entry for name, entry in inside.items()}
-        except FileNotFoundError:
-            return {}
+        entries = _entries(files, root)
+        for folder in {pattern.split("/")[0] for pattern in self.patterns if "/" in pattern}:
+            if folder in entries:
+                inside = _entries(files, f"{root}/{folder}")
+                entries |= {f"{folder}/{name}": entry for name, entry in inside.items()}
         return {
             name: hashlib.sha256(str(entry).encode()).hexdigest()
             for name, entry in entries.items()
@@ -193,9 +190,18 @@ class Mirror:
         return sorted(names, key=lambda name: (name == self.index, name))
 
 
+def _own_folder(url: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lspade-train"
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Path(os.environ.get("LSPADE_CACHE", home)) / "mirrors" / key
+
+
 def _entries(files: Any, folder: str) -> dict[str, Any]:
     """A remote folder's entries by their last name, which holds no slash whatever it was given."""
-    return {entry["name"].rpartition("/")[2]: entry for entry in files.ls(folder, detail=True)}
+    try:
+        return {entry["name"].rpartition("/")[2]: entry for entry in files.ls(folder, detail=True)}
+    except FileNotFoundError:
+        return {}
 
 
 def _require_bucket(files: Any, root: str) -> None:

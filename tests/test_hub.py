@@ -368,7 +368,7 @@ def test_a_missing_revision_is_named(hub, folder, capsys):
 
 
 def test_a_revision_of_a_local_folder_is_refused(folder):
-    with pytest.raises(HubError, match=r"folder, which has no revision 'v1'"):
+    with pytest.raises(HubError, match=r"folder here, which has no revision 'v1'"):
         LSpadeHeads.from_pretrained(folder, revision="v1")
 
 

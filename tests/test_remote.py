@@ -8,72 +8,26 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from pathlib import PurePosixPath
-from threading import Thread
 
 import fsspec
 import pytest
+import s3_server
 import torch
 import toy
+from s3_server import BUCKET
 
 from lspade_train import cache, remote
 from lspade_train.cache.manifest import FILES, IDENTITY, MANIFEST, STARTS
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, LSpadeError
-from lspade_train.heads import LSpadeHeads
-from lspade_train.hub import BEHIND_URLS
-
-BUCKET = "states"
-
-
-class Gate:
-    """moto's S3 behind a gate that notes what passes, and where something may happen.
-
-    Attributes:
-        seen: requests for files, as `PUT shard-00001.safetensors`.
-        cut: by request: called in place of answering it once.
-    """
-
-    def __init__(self, moto):
-        self.inner = moto.DomainDispatcherApplication(moto.create_backend_app)
-        self.seen: list[str] = []
-        self.cut: dict[str, Callable[[], object]] = {}
-        self.port = 0
-
-    def __call__(self, environ, start_response):
-        path = PurePosixPath(environ["PATH_INFO"])
-        request = f"{environ['REQUEST_METHOD']} {path.name}"
-        if path.suffix:
-            self.seen.append(request)
-        if request in self.cut:
-            self.cut.pop(request)()
-            start_response("503 Slow Down", [])
-            return []
-        return self.inner(environ, start_response)
-
-    def files(self, method: str) -> list[str]:
-        """Files asked for with a method, in order, since the last look; forgets everything seen."""
-        found = [name for verb, name in map(str.split, self.seen) if verb == method]
-        self.seen.clear()
-        return found
+from lspade_train.hub import PATTERNS
 
 
 @pytest.fixture(scope="module")
 def server():
     """An S3-compatible server on this machine."""
-    moto = pytest.importorskip("moto.server", reason="needs moto, of the dev extra")
-    werkzeug = pytest.importorskip("werkzeug", reason="needs moto, of the dev extra")
-    pytest.importorskip("s3fs", reason="needs s3fs, of the s3 extra")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    gate = Gate(moto)
-    running = werkzeug.serving.make_server("127.0.0.1", 0, gate, threaded=True)
-    gate.port = running.server_port
-    thread = Thread(target=running.serve_forever)
-    thread.start()
-    yield gate
-    running.shutdown()
-    thread.join()
+    with s3_server.serve() as gate:
+        yield gate
 
 
 @pytest.fixture
@@ -85,19 +39,7 @@ def place(request, tmp_path, monkeypatch):
         return "memory://states/toy"
     if request.param == "file":
         return f"file://{tmp_path}/far/toy"
-    gate = request.getfixturevalue("server")
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    system = fsspec.filesystem("s3")
-    if not system.exists(BUCKET):
-        system.mkdir(BUCKET)
-    gate.seen.clear()
+    s3_server.point_client_at(request.getfixturevalue("server"), monkeypatch)
     return f"s3://{BUCKET}/{tmp_path.name}"
 
 
@@ -387,26 +329,13 @@ def test_two_machines_without_a_shared_folder_build_one_cache(
         assert content(str(folder)) == calm
 
 
-@every_system
-def test_heads_are_read_from_a_url_and_follow_what_changes_there(place, tmp_path):
-    heads = LSpadeHeads((1, 3), 8, form="bias")
-    for value in (1.0, 2.0):
-        with torch.no_grad():
-            heads.bias.fill_(value)
-        heads.save_pretrained(remote.Mirror(place, BEHIND_URLS).folder)
-        remote.Mirror(place, BEHIND_URLS).publish()
-        forget_mirrors(tmp_path)
-        remote.Mirror(place, BEHIND_URLS).fetch()
-        assert torch.equal(LSpadeHeads.from_pretrained(place).bias, heads.bias)
-
-
 def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
     system = fsspec.filesystem("memory")
     system.store.clear()
     for name in ("config.json", "heads.safetensors", "evil.py", "training.ckpt"):
         system.pipe_file(f"/far/{name}", b"{}")
-    folder = remote.Mirror("memory://far", BEHIND_URLS).fetch()
+    folder = remote.Mirror("memory://far", PATTERNS).fetch()
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {
         "config.json",
         "heads.safetensors",
@@ -428,7 +357,7 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(LSpadeError, match=r"your credentials for it") as caught:
-        remote.Mirror(place, BEHIND_URLS).fetch()
+        remote.Mirror(place, PATTERNS).fetch()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert len(str(caught.value).splitlines()) == 2
 
@@ -436,10 +365,10 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
 def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     with pytest.raises(LSpadeError, match="which no installed package reads"):
-        remote.Mirror("nosuch://x/y", BEHIND_URLS).fetch()
+        remote.Mirror("nosuch://x/y", PATTERNS).fetch()
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(LSpadeError, match="gs:// needs a package that is not here"):
-        remote.Mirror("gs://x/y", BEHIND_URLS).fetch()
+        remote.Mirror("gs://x/y", PATTERNS).fetch()
 
 
 @on_s3
