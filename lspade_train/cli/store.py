@@ -20,7 +20,8 @@ shard and ends with the same bytes. fit and evaluate do this by themselves where
 --trainer.devices and --trainer.num_nodes share the shards out among processes.
 
   lspade-train cache --config recipes/arc.yaml
-  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)"""
+  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
+  lspade-train cache --verify s3://bucket/path    the same, of what a mirror here brings"""
 
 
 def cache(arguments: list[str]) -> int:
@@ -91,14 +92,14 @@ def _verify(arguments: list[str]) -> int:
     if len(rest) != 1:
         sys.stderr.write(
             "usage: lspade-train cache --verify DIR\n"
-            "DIR holds manifest.json, or one folder per split\n"
+            "DIR, a folder or a URL, holds manifest.json, or one folder per split\n"
         )
         return 2
 
-    from lspade_train.cache import Manifest, split_folders, verify
+    from lspade_train.cache import Manifest, verify
     from lspade_train.progress import track
 
-    for folder in split_folders(Path(rest[0])):
+    for folder in _split_folders(rest[0]):
         manifest = Manifest.read(folder)
         watch = partial(track, description=str(folder), total=len(manifest.shards) + 1)
         verify(folder, manifest, track=watch)
@@ -107,3 +108,24 @@ def _verify(arguments: list[str]) -> int:
             folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
         )  # fmt: skip
     return 0
+
+
+def _split_folders(place: str) -> list[Path]:
+    """The split caches in a folder, or the mirrors of those behind a URL."""
+    from lspade_train.cache import split_folders
+    from lspade_train.cache.manifest import FILES, MANIFEST
+    from lspade_train.errors import CacheError
+    from lspade_train.remote import Mirror, is_remote
+    from lspade_train.tasks import SPLITS
+
+    if not is_remote(place):
+        return split_folders(Path(place))
+    urls = [f"{place.rstrip('/')}/{part}" for part in ("", *SPLITS)]
+    found = [Mirror(url, FILES, CacheError).fetch() for url in urls]
+    finished = [folder for folder in found if (folder / MANIFEST).exists()]
+    if not finished:
+        raise CacheError(
+            f"No finished cache in {place} (no {MANIFEST}). "
+            "Build one: lspade-train cache --config RECIPE.yaml"
+        )
+    return finished

@@ -6,6 +6,7 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+from lspade_train.cli.answer import heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
 
 log = logging.getLogger(__name__)
@@ -77,9 +78,7 @@ def test(arguments: list[str]) -> None:
 
 def _check(command: str, split: str, arguments: list[str]) -> None:
     parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
-    parser.add_argument(
-        "--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME"
-    )
+    heads_option(parser)
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder
