@@ -93,6 +93,17 @@ class LSpadeHeads(nn.Module):
         stacked = states.transpose(0, 1)  # (layers, rows, d): one batched product
         return states + self._delta(stacked, slice(None)).transpose(0, 1)
 
+    def part(self, which: slice) -> "LSpadeHeads":
+        """Heads of some of the layers: the same numbers in the same memory, as leaves of their own.
+
+        What is learned in the part is learned here; gradients stay with the part.
+        """
+        with torch.device("meta"):
+            part = LSpadeHeads(self.layers[which], self.hidden_size, form=self.form, rank=self.rank)
+        for name, parameter in self.named_parameters():
+            setattr(part, name, nn.Parameter(parameter.detach()[which], parameter.requires_grad))
+        return part
+
     def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
         """Map h^layer to where the frozen norm and head can read it.
 
