@@ -15,15 +15,16 @@ import torch
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
-from lspade_train import cache, remote, tasks
+from lspade_train import cache, tasks
 from lspade_train.adapters import ModelAdapter
-from lspade_train.cache import Extraction, OnlineDataset, StateDataset
-from lspade_train.cache.manifest import MANIFEST
+from lspade_train.cache import Extraction, Manifest, OnlineDataset, StateDataset
+from lspade_train.cache.manifest import FILES, MANIFEST
 from lspade_train.errors import CacheError, TaskError
 from lspade_train.loader import RowLoader
 from lspade_train.parallel import first_alone, ranks, together
 from lspade_train.progress import track
 from lspade_train.recipe import DataConfig
+from lspade_train.remote import Mirror, is_remote
 from lspade_train.spade import check_layers
 from lspade_train.storage import json_digest
 from lspade_train.tasks import Encoded, Example, Rows, Split
@@ -160,18 +161,20 @@ class HiddenStateDataModule(LightningDataModule):
 
     def folder(self, split: Split) -> Path:
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
-        url = self._url(split)
-        if url is not None:
-            return remote.mirror(url)
+        far = self._far(split)
+        if far is not None:
+            return far.folder
         if self.config.cache_dir is not None:
             return Path(self.config.cache_dir) / split
         digest = json_digest(self.identity(split))
         return default_cache_root() / f"{self.name}-{digest[:12]}" / split
 
-    def _url(self, split: Split) -> str | None:
+    def _far(self, split: Split) -> Mirror | None:
         """Where the cache lies, if that is not on this machine."""
         place = self.config.cache_dir
-        return f"{place.rstrip('/')}/{split}" if place and remote.is_remote(place) else None
+        if place is None or not is_remote(place):
+            return None
+        return Mirror(f"{place.rstrip('/')}/{split}", FILES, CacheError)
 
     def _load_rows(self, split: Split) -> Rows:
         if split not in self._rows:
@@ -212,16 +215,26 @@ class HiddenStateDataModule(LightningDataModule):
                 )
 
     def _open_disk(self, split: Split) -> StateDataset:
-        folder, identity, url = self.folder(split), self.identity(split), self._url(split)
-        if url and not self.overwrite:
-            remote.fetch(url, MANIFEST, CacheError)
+        folder, identity, far = self.folder(split), self.identity(split), self._far(split)
+
+        def finished() -> bool:
+            if far and not self.overwrite:
+                far.fetch()
+            return (folder / MANIFEST).exists() and not self.overwrite
+
+        def opened() -> tuple[Manifest, StateDataset]:
+            if far and ranks()[0]:
+                far.fetch()  # what other machines have written
+            found = cache.open_cache(folder, identity)
+            if far and not ranks()[0]:
+                far.publish()
+            return found
+
         # The first process decides for all: a cache may be finished between two looks.
-        self.reused[split] = together((folder / MANIFEST).exists)[0] and not self.overwrite
+        self.reused[split] = together(finished)[0]
         if not self.reused[split]:
             self._build(split, folder, identity)
-        manifest, dataset = first_alone(lambda: cache.open_cache(folder, identity))
-        if url:
-            remote.publish(url, MANIFEST, CacheError)
+        manifest, dataset = first_alone(opened)
         self._require_prefix(split, manifest.answer_prefix)
         if self.reused[split]:
             log.info(
@@ -260,6 +273,7 @@ class HiddenStateDataModule(LightningDataModule):
                 "transformers": version("transformers"),
             },
             overwrite=self.overwrite,
+            elsewhere=self._far(split),
             track=lambda mine: mine if rank else track(mine, f"{split}: caching", len(mine)),
             say=log.info,
         )

@@ -1,7 +1,8 @@
-"""Heads folders to and from the Hugging Face Hub, through its own client. Knows nothing of heads.
+"""Heads folders to and from the Hugging Face Hub, through its own client, or a URL.
 
-Only the files that a heads folder has by name are ever sent or fetched, so that neither logs nor
-checkpoints leave the machine and nothing but safetensors, JSON, text and pictures enters it.
+Knows nothing of heads. Only the files that a heads folder has by name are ever sent or fetched, so
+that neither logs nor checkpoints leave the machine and nothing but safetensors, JSON, text and
+pictures enters it.
 Tokens are the client's matter: its login, or HF_TOKEN.
 """
 
@@ -12,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lspade_train.errors import HubError
-from lspade_train.remote import fetch, is_remote
+from lspade_train.remote import Mirror, is_remote
 
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
-FILES = (WEIGHTS, CONFIG, POLICY, RESULTS, "profile.json", CARD, "report.html")
+FILES = (CONFIG, WEIGHTS, POLICY, RESULTS, "profile.json", CARD, "report.html")
 PICTURES = (".png", ".svg")  # of figures/
 PATTERNS = [*FILES, *(f"figures/*{suffix}" for suffix in PICTURES)]
 
@@ -33,6 +34,10 @@ NO_REPOSITORY = (
 UNREACHABLE = (
     "The Hub at {endpoint} cannot be reached for {repo} ({said}).\n"
     "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run it again."
+)
+NO_REVISIONS = (
+    "{path} is {what}, which has no revision {revision!r}.\n"
+    "Leave revision out, or name a repository of the Hub (org/name)."
 )
 NO_XET = (
     "The Hub at {endpoint} did not take {repo}'s files over Xet ({said}).\n"
@@ -61,11 +66,13 @@ def known_files(folder: Path) -> dict[str, Path]:
 
 
 def check_name(repo: str) -> None:
-    """Refuse what cannot be a repository, before anything is sent or asked.
+    """Refuse what cannot be a repository or a URL, before anything is sent or asked.
 
     Raises:
         HubError: not `org/name`, or characters that the Hub does not allow.
     """
+    if is_remote(repo):
+        return
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -97,14 +104,15 @@ def upload(
 
     Args:
         folder: a heads folder.
-        repo: `org/name`; made where it is missing, except for a pull request.
+        repo: `org/name`, made where it is missing, except for a pull request; or a URL, where
+            config.json goes last.
         private: whether a new repository is private.
         branch: branch to commit to, made where it is missing; None: main.
         create_pr: propose the commit as a pull request instead.
         message: the commit's; None: "Upload L-SPADE heads".
 
     Returns:
-        Address of the commit or of the pull request.
+        Address of the commit or of the pull request, or the URL.
 
     Raises:
         HubError: no login, no right, no such repository, no network, or a public repository where
@@ -113,6 +121,14 @@ def upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     check_name(repo)
+    if is_remote(repo):
+        if private or branch or create_pr or message:
+            raise HubError(
+                f"{repo} is a URL, which has no --private, --branch, --create_pr or --message.\n"
+                "Leave them out, or name a repository of the Hub (org/name)."
+            )
+        Mirror(repo, PATTERNS, HubError, folder).publish()
+        return repo
     if get_token() is None:
         raise HubError(f"Nobody is logged in to the Hub.\nLog in with a write token: {LOGIN}")
     api, files = HfApi(library_name="lspade-train"), known_files(folder)
@@ -136,13 +152,13 @@ def upload(
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """The known files of one commit, in the client's own cache.
+    """The known files of one commit, in the client's own cache; those behind a URL, in a mirror.
 
     Where the Hub cannot be reached, the latest copy in that cache is taken.
 
     Args:
-        repo: `org/name`.
-        revision: branch, tag or commit; None: main.
+        repo: `org/name`, or a URL.
+        revision: branch, tag or commit; None: main. A URL has none.
 
     Raises:
         HubError: no such repository or revision, no right, no network, or no heads in it.
@@ -150,6 +166,8 @@ def download(repo: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     check_name(repo)
+    if is_remote(repo):
+        return _mirrored(repo, revision)
     with _named(repo, revision):
         # No "..": a listing is the server's word, and its paths become files here.
         folder = Path(
@@ -173,10 +191,11 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """A local heads folder as it is; a URL's mirror; anything else is downloaded from the Hub.
 
     Raises:
-        HubError: neither a folder nor a repository that can be read, or a revision of a folder.
+        HubError: neither a folder nor a repository that can be read, a URL without heads, or a
+            revision of what has none.
     """
     if is_remote(path):
-        return fetch(str(path), CONFIG, HubError)
+        return _mirrored(str(path), revision)
     folder = Path(path)
     if not folder.is_dir():
         try:
@@ -188,9 +207,18 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
                 f"Fit heads first (lspade-train fit --config RECIPE.yaml). From the Hub: {remedy}"
             ) from cause
     if revision is not None:
+        raise HubError(NO_REVISIONS.format(path=path, what="a folder here", revision=revision))
+    return folder
+
+
+def _mirrored(url: str, revision: str | None) -> Path:
+    if revision is not None:
+        raise HubError(NO_REVISIONS.format(path=url, what="a URL", revision=revision))
+    folder = Mirror(url, PATTERNS, HubError).fetch()
+    if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
         raise HubError(
-            f"{path} is a folder here, which has no revision {revision!r}.\n"
-            "Leave revision out, or name a repository of the Hub (org/name)."
+            f"{url} holds no {WEIGHTS} and {CONFIG}: there are no L-SPADE heads.\n"
+            "Check the URL; heads are put there with lspade-train push --repo URL."
         )
     return folder
 

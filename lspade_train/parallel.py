@@ -4,14 +4,25 @@ Whoever starts the processes (Lightning, torchrun, SLURM) has set up the process
 a process is alone, and everything here is a plain call.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import re
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
 from torch import distributed
 
 from lspade_train.errors import LSpadeError, PeerError, StoppedError
 
 Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for each other's work, which may be to hash a terabyte."""
+
+LOST = re.compile(r"gloo/transport|connectFullMesh|ncclRemoteError|collective operation timeout")
+"""What the backends' errors of a lost peer say; their types are those of any other error."""
 
 
 def ranks() -> tuple[int, int]:
@@ -67,13 +78,39 @@ def first_alone(work: Callable[[], Result]) -> Result:
     return kept[0]
 
 
+@contextmanager
+def lost_peers_named(advice: str) -> Generator[None]:
+    """Give a backend's error of a lost peer its name; every other error passes.
+
+    Args:
+        advice: what to do then, one line.
+
+    Raises:
+        StoppedError: another process of this run ended without a word.
+    """
+    try:
+        yield
+    except RuntimeError as cause:
+        if not LOST.search(str(cause)):
+            raise
+        what = "Another process of this run ended before its work was done."
+        raise StoppedError(f"{what}\n{advice}") from cause
+
+
 def _exchange(mine: object, world: int) -> list:
     answers: list = [None] * world
-    try:
-        distributed.all_gather_object(answers, mine)
-    except RuntimeError as cause:  # the backends' errors of a lost peer, and of waiting in vain
-        raise StoppedError(
-            "Another process of this run ended before its work was done.\n"
-            "What is complete is kept: run the same command again to go on."
-        ) from cause
+    with lost_peers_named("What is complete is kept: run the same command again to go on."):
+        group = _group(distributed.group.WORLD)
+        # Asked again and again, since a signal is not heard inside a call that waits.
+        everyone: Any = distributed.barrier(group, async_op=True)
+        while not everyone.is_completed():
+            time.sleep(0.002)
+        everyone.wait()
+        distributed.all_gather_object(answers, mine, group)
     return answers
+
+
+@cache
+def _group(_: Any) -> Any:
+    """Over gloo, which notices a lost peer at once, whatever carries the gradients."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)

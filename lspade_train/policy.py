@@ -17,6 +17,7 @@ from lspade_train.errors import PolicyError
 from lspade_train.hub import POLICY, local_folder
 from lspade_train.metrics import entropy
 from lspade_train.recipe import PositionIds
+from lspade_train.remote import is_remote
 from lspade_train.storage import read_json, require_kinds, write_json
 
 FORMAT_VERSION = 1
@@ -142,12 +143,13 @@ class ExitPolicy:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a `policy.json`, or the one in a heads folder.
+        """Read a `policy.json`, or the one in a heads folder, which may be a URL.
 
         Raises:
             PolicyError: missing, malformed, or of an unknown format.
         """
-        file = Path(path) / POLICY if Path(path).is_dir() else Path(path)
+        place = local_folder(path) if is_remote(path) else Path(path)
+        file = place / POLICY if place.is_dir() else place
         if not file.exists():
             raise PolicyError(f"{file} does not exist. {REMEDY}")
         values = read_json(file, PolicyError)

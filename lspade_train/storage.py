@@ -66,6 +66,21 @@ def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path, error: type[LSpadeError] = LSpadeError) -> None:
+    """Refuse a folder, there or still to be made, that cannot be written; changes nothing.
+
+    Asked before hours of work for it; what only writing can tell, such as a full disk, remains.
+
+    Raises:
+        error: the folder cannot be written.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise error(f"{folder} cannot be made: {there} is a file. Choose another folder.")
+    if not os.access(there, os.W_OK):
+        raise error(f"{folder} cannot be written. Choose a folder that you can write to.")
+
+
 def write_text(path: Path, text: str, error: type[LSpadeError] = LSpadeError) -> None:
     """Write `text` as UTF-8, atomically.
 
@@ -232,7 +247,7 @@ def tensor_digest(*tensors: Tensor | None) -> str:
 
 
 def _write_failure(path: Path, cause: Exception) -> str:
-    text = _first_line(cause)
+    text = getattr(cause, "strerror", None) or _first_line(cause)
     full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in text
     if full:
         return (

@@ -3,27 +3,32 @@
 `LSPADE_KILLS=20 pytest tests/test_faults.py` sends twenty per command instead of two.
 """
 
-import csv
 import json
-import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning.pytorch  # noqa: F401  (the forked processes inherit what is imported here)
 import pytest
-import torch
 import toy
+from processes import (
+    HEADS,
+    cache_digests,
+    digests,
+    finished,
+    recipe,
+    shards,
+    started,
+    steps_logged,
+    steps_saved,
+    stopped,
+    wait_for,
+)
 
-from lspade_train import data, module  # noqa: F401
 from lspade_train.cache import open_cache, reader
 from lspade_train.cli import main
 from lspade_train.errors import CacheError
@@ -31,46 +36,8 @@ from lspade_train.storage import file_digest
 
 KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-HEADS = Path("checkpoints/toy")
 RESUMABLE = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit codes of SIGTERM: told, or before anything had begun."""
-
-CONTEXT = multiprocessing.get_context("fork")
-
-
-def _child(home: Path, arguments: list[str]) -> None:
-    os.chdir(home)
-    os.environ["WANDB_MODE"] = "disabled"
-    with (home / "stderr").open("a", buffering=1) as log:
-        sys.stderr = log
-        logging.getLogger().handlers.clear()  # those of pytest, inherited
-        sys.exit(main(arguments))
-
-
-def started(home: Path, arguments: list[str]):
-    """A real process, forked from this one so that it need not import everything again."""
-    (home / "stderr").touch()  # it may be stopped before it opens it
-    process = CONTEXT.Process(target=_child, args=(home, arguments), daemon=True)
-    process.start()
-    return process
-
-
-def finished(home: Path, arguments: list[str]) -> float:
-    """Run to the end; seconds that it took."""
-    began = time.monotonic()
-    process = started(home, arguments)
-    process.join(120)
-    assert process.exitcode == 0, (home / "stderr").read_text()
-    return time.monotonic() - began
-
-
-def stopped(home: Path, arguments: list[str], sent: signal.Signals, after: float) -> int | None:
-    """The exit code of a process that was sent a signal after so many seconds."""
-    process = started(home, arguments)
-    time.sleep(after)
-    os.kill(process.pid or 0, sent)
-    process.join(120)
-    return process.exitcode
 
 
 @dataclass(frozen=True)
@@ -83,24 +50,6 @@ class Job:
     lost: Callable[[Path, object], object]
 
 
-def digests(home: Path, *patterns: str) -> dict[str, str]:
-    """Of files, by path; not of notes to oneself, such as the times of the last check."""
-    found = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
-    own = [path for path in found if not path.name.startswith(".") or path.suffix == ".tmp"]
-    return {str(path.relative_to(home)): file_digest(path) for path in own}
-
-
-def recipe(project: toy.Project, **changes) -> list[str]:
-    """Paths in it are relative, so that the recipe recorded with the heads is the same one."""
-    settings = {"data__shard_mb": 0.01, "data__tokens_per_batch": 128, "data__batch_size": 4}
-    path = project.recipe(data__cache_dir="cache", trainer__max_epochs=3, **settings | changes)
-    return ["--config", path.name]
-
-
-def shards(home: Path) -> dict[str, int]:
-    return {str(p): p.stat().st_ino for p in home.glob("cache/*/shard-*.safetensors")}
-
-
 def shards_written_again(home: Path, before) -> list[str]:
     after = shards(home)
     return [path for path, node in before.items() if after.get(path) != node]
@@ -108,20 +57,10 @@ def shards_written_again(home: Path, before) -> list[str]:
 
 CACHE = Job(
     prepare=lambda project: ["cache", *recipe(project)],
-    made=lambda home: digests(home, "cache/*/*.json", "cache/*/*.safetensors", "cache/**/*.tmp"),
+    made=cache_digests,
     kept=shards,
     lost=shards_written_again,
 )
-
-
-def steps_saved(home: Path) -> int:
-    path = home / HEADS / "training/last.ckpt"
-    return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
-
-
-def steps_logged(log: Path) -> list[int]:
-    with log.open(newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]
 
 
 def steps_taken_again(home: Path, saved) -> list[int]:
@@ -131,7 +70,7 @@ def steps_taken_again(home: Path, saved) -> list[int]:
 
 FIT = Job(
     prepare=lambda project: ["fit", *recipe(project), "--ckpt_path", "last"],
-    made=lambda home: digests(home, f"{HEADS}/*", "cache/*/*.json", "cache/*/*.safetensors"),
+    made=lambda home: digests(home, f"{HEADS}/*") | cache_digests(home),
     kept=steps_saved,
     lost=steps_taken_again,
 )
@@ -207,14 +146,6 @@ def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_byt
     finished(project.home, arguments)
     assert job.made(project.home) == made
     assert not job.lost(project.home, kept)
-
-
-def wait_for(what: Callable[[], object], process) -> None:
-    give_up = time.monotonic() + 60
-    while not what():
-        assert process.is_alive(), "it ended before that happened"
-        assert time.monotonic() < give_up
-        time.sleep(0.002)
 
 
 def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(project):

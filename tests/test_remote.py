@@ -1,30 +1,33 @@
 """Caches and heads behind URLs: a real S3-compatible server, fsspec's memory and local systems."""
 
 import json
+import logging
+import multiprocessing
+import os
 import shutil
+import signal
+import socket
+import sys
 
 import fsspec
 import pytest
+import s3_server
 import torch
+import toy
+from s3_server import BUCKET
 
-from lspade_train import remote
-from lspade_train.cache.manifest import MANIFEST
+from lspade_train import cache, remote
+from lspade_train.cache.manifest import FILES, IDENTITY, MANIFEST, STARTS
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, LSpadeError
-from lspade_train.heads import CONFIG, LSpadeHeads
-
-BUCKET = "states"
+from lspade_train.hub import PATTERNS
 
 
 @pytest.fixture(scope="module")
 def server():
-    """An S3-compatible server on this machine; its port."""
-    moto = pytest.importorskip("moto.server", reason="needs moto, of the dev extra")
-    pytest.importorskip("s3fs", reason="needs s3fs, of the s3 extra")
-    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    yield running.get_host_and_port()[1]
-    running.stop()
+    """An S3-compatible server on this machine."""
+    with s3_server.serve() as gate:
+        yield gate
 
 
 @pytest.fixture
@@ -36,26 +39,81 @@ def place(request, tmp_path, monkeypatch):
         return "memory://states/toy"
     if request.param == "file":
         return f"file://{tmp_path}/far/toy"
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{request.getfixturevalue('server')}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    system = fsspec.filesystem("s3")
-    if not system.exists(BUCKET):
-        system.mkdir(BUCKET)
+    s3_server.point_client_at(request.getfixturevalue("server"), monkeypatch)
     return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 every_system = pytest.mark.parametrize("place", ["memory", "file", "s3"], indirect=True)
+on_s3 = pytest.mark.parametrize("place", ["s3"], indirect=True)
+
+SIZES = {"shard_mb": 0.01, "tokens_per_batch": 128}
+SHARDS = [f"shard-{number:05d}.safetensors" for number in range(5)]
 
 
 def forget_mirrors(tmp_path):
     shutil.rmtree(tmp_path / "mirrors")
+
+
+def content(url: str) -> dict[str, bytes]:
+    """The files of a folder, here or far away; not a mirror's notes to itself."""
+    files, root = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    found = {path.rsplit("/", 1)[-1]: path for path in files.ls(root, detail=False)}
+    return {name: files.cat_file(path) for name, path in found.items() if name[0] != "."}
+
+
+@pytest.fixture(scope="module")
+def calm(toy_root, tmp_path_factory):
+    """The files of the training split as one process builds them in a folder of this machine."""
+    home = tmp_path_factory.mktemp("calm")
+    toy.Project(toy_root, home).module(**SIZES).states("train")
+    found = content(str(home / "cache/train"))
+    assert sorted(found) == sorted([*SHARDS, IDENTITY, MANIFEST, STARTS])
+    return found
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Sizes of the shards that the model computed."""
+    sizes, extract = [], cache.extract
+
+    def counted(adapter, examples, *rest):
+        sizes.append(len(examples))
+        return extract(adapter, examples, *rest)
+
+    monkeypatch.setattr("lspade_train.cache.shards.extract", counted)
+    return sizes
+
+
+def started(project, place, *more, **environment):
+    """A real `lspade-train cache`, forked so that it need not import everything again."""
+    recipe = project.recipe(data__cache_dir=place, **{f"data.{k}": v for k, v in SIZES.items()})
+
+    def child():
+        os.environ.update(environment)
+        with (project.home / "stderr").open("a", buffering=1) as log:
+            sys.stderr = log
+            logging.getLogger().handlers.clear()  # those of pytest, inherited
+            sys.exit(main(["cache", "--config", str(recipe), "--splits", "[train]", *more]))
+
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    return process
+
+
+def finished(project, *processes):
+    for process in processes:
+        process.join(60)
+    said = project.home / "stderr"
+    assert [process.exitcode for process in processes] == [0] * len(processes), said.read_text()
+
+
+def killed_at(server, request, project, place):
+    """A real process that is killed while the server is at a request of it."""
+    process = started(project, place)
+    server.cut[request] = lambda: os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (project.home / "stderr").read_text()
 
 
 def forbidden(*_, **__):
@@ -115,16 +173,160 @@ def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, pla
 
 
 @every_system
-def test_heads_are_read_from_a_url_and_follow_what_changes_there(place, tmp_path):
-    heads = LSpadeHeads((1, 3), 8, form="bias")
-    for value in (1.0, 2.0):
-        with torch.no_grad():
-            heads.bias.fill_(value)
-        heads.save_pretrained(remote.mirror(place))
-        remote.publish(place, CONFIG)
-        forget_mirrors(tmp_path)
-        remote.fetch(place, CONFIG)
-        assert torch.equal(LSpadeHeads.from_pretrained(place).bias, heads.bias)
+def test_a_machine_that_has_nothing_computes_only_what_another_had_not_sent(
+    project, place, tmp_path, calm, computed
+):
+    project.module(cache_dir=place, **SIZES).states("train")
+    files, root = fsspec.core.url_to_fs(f"{place}/train")
+    for name in (MANIFEST, SHARDS[2]):
+        files.rm_file(f"{root}/{name}")
+    forget_mirrors(tmp_path)
+    computed.clear()
+    project.module(cache_dir=place, **SIZES).states("train")
+    assert len(computed) == 1
+    assert content(f"{place}/train") == calm
+
+
+@every_system
+def test_an_unfinished_cache_of_another_recipe_is_not_written_over(project, place, tmp_path):
+    project.module(cache_dir=place, **SIZES).states("train")
+    files, root = fsspec.core.url_to_fs(f"{place}/train")
+    files.rm_file(f"{root}/{MANIFEST}")
+    forget_mirrors(tmp_path)
+    with pytest.raises(CacheError, match="built for another positions"):
+        project.module(cache_dir=place, positions="compact").states("train")
+
+
+@on_s3
+def test_each_file_goes_up_once_the_shards_while_others_are_computed_the_manifest_last(
+    project, place, server, calm, computed
+):
+    done = []
+    server.cut[f"PUT {SHARDS[1]}"] = lambda: done.extend(computed)  # and the client tries again
+    project.module(cache_dir=place, **SIZES).states("train")
+    assert len(done) < len(SHARDS) == len(computed)
+    sent = server.files("PUT")
+    assert sent == [IDENTITY, SHARDS[0], SHARDS[1], *SHARDS[1:], STARTS, MANIFEST]
+    assert content(f"{place}/train") == calm
+
+
+@on_s3
+def test_what_is_the_same_on_both_sides_is_not_transferred(project, place, server):
+    project.module(cache_dir=place, **SIZES).states("train")
+    server.seen.clear()
+    project.module(cache_dir=place, **SIZES).states("train")
+    assert server.seen == []
+
+
+@on_s3
+@pytest.mark.parametrize("at", [IDENTITY, SHARDS[3], STARTS, MANIFEST])
+def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
+    project, place, server, calm, at
+):
+    killed_at(server, f"PUT {at}", project, place)
+    sent = server.files("PUT")
+    assert sent[-1] == at
+    assert MANIFEST not in sent[:-1]
+    finished(project, started(project, place))
+    order = [IDENTITY, *SHARDS, STARTS, MANIFEST]
+    assert server.files("PUT") == order[order.index(at) :]
+    assert content(f"{place}/train") == calm
+
+
+@on_s3
+@pytest.mark.parametrize("at", [SHARDS[0], SHARDS[3], MANIFEST])
+def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
+    project, place, server, tmp_path, calm, at
+):
+    project.module(cache_dir=place, **SIZES).states("train")
+    forget_mirrors(tmp_path)
+    server.seen.clear()
+    killed_at(server, f"GET {at}", project, place)
+    first = server.files("GET")
+    folder = remote.Mirror(f"{place}/train", FILES).folder
+    assert not (folder / MANIFEST).exists()
+    finished(project, started(project, place))
+    assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, MANIFEST]
+    assert content(str(folder)) == calm
+
+
+@on_s3
+def test_a_rebuild_takes_the_old_manifest_away_first_and_what_is_left_over_in_the_end(
+    project, place, server, calm
+):
+    project.module(cache_dir=place, shard_mb=0.005).states("train")
+    assert len(content(f"{place}/train")) > len(calm)
+    server.seen.clear()
+    project.module(cache_dir=place, overwrite=True, **SIZES).states("train")
+    changes = [request for request in server.seen if request.split()[0] in {"PUT", "DELETE"}]
+    assert changes[0] == f"DELETE {MANIFEST}"
+    assert changes[-1] == f"PUT {MANIFEST}"
+    assert content(f"{place}/train") == calm
+
+
+@on_s3
+def test_a_changed_file_is_brought_again_whichever_side_changed(
+    project, place, server, calm, computed
+):
+    folder = remote.Mirror(f"{place}/train", FILES).folder
+    project.module(cache_dir=place, **SIZES).states("train")
+    flipped = bytearray(calm[SHARDS[3]])
+    flipped[-60] ^= 1
+    (folder / SHARDS[3]).write_bytes(flipped)
+    computed.clear()
+    server.seen.clear()
+    project.module(cache_dir=place, **SIZES).states("train")
+    assert server.seen == [f"GET {SHARDS[3]}", f"GET {MANIFEST}"]
+    assert content(str(folder)) == calm
+    files, root = fsspec.core.url_to_fs(f"{place}/train")
+    files.pipe_file(f"{root}/{SHARDS[1]}", bytes(flipped))
+    server.seen.clear()
+    with pytest.raises(CacheError, match="does not have its checksum"):
+        project.module(cache_dir=place, **SIZES).states("train")
+    assert server.seen == [f"GET {SHARDS[1]}", f"GET {MANIFEST}"]
+    assert not computed
+
+
+@on_s3
+@pytest.mark.parametrize("notes", ["{", "[]", '{"manifest.json": 3, "x": null}', "another's"])
+def test_damaged_notes_cost_a_transfer_and_nothing_else(project, place, server, calm, notes):
+    mirror = remote.Mirror(f"{place}/train", FILES)
+    project.module(cache_dir=place, **SIZES).states("train")
+    path = mirror.folder / remote.NOTES
+    if notes == "another's":
+        known = json.loads(path.read_text())
+        names = sorted(known)
+        notes = json.dumps(dict(zip(names, (known[name] for name in names[::-1]), strict=True)))
+    path.write_text(notes)
+    server.seen.clear()
+    project.module(cache_dir=place, **SIZES).states("train")
+    assert MANIFEST in server.files("GET")
+    assert content(str(mirror.folder)) == calm
+
+
+@on_s3
+def test_two_machines_without_a_shared_folder_build_one_cache(
+    project, place, server, calm, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [
+        started(
+            project, place, "--trainer.num_nodes", "2", "--trainer.devices", "1",
+            LSPADE_CACHE=str(tmp_path / f"machine{rank}"), NODE_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    finished(project, *both)
+    sent = server.files("PUT")
+    assert sorted(sent) == sorted([IDENTITY, *SHARDS, STARTS, MANIFEST])
+    assert sent[-1] == MANIFEST
+    assert content(f"{place}/train") == calm
+    for rank in range(2):
+        [folder] = (tmp_path / f"machine{rank}/mirrors").iterdir()
+        assert content(str(folder)) == calm
 
 
 def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, monkeypatch):
@@ -133,21 +335,21 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
     system.store.clear()
     for name in ("config.json", "heads.safetensors", "evil.py", "training.ckpt"):
         system.pipe_file(f"/far/{name}", b"{}")
-    folder = remote.fetch("memory://far", CONFIG)
+    folder = remote.Mirror("memory://far", PATTERNS).fetch()
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {
         "config.json",
         "heads.safetensors",
     }
 
 
-@pytest.mark.parametrize("place", ["s3"], indirect=True)
+@on_s3
 def test_a_bucket_that_is_not_there_is_a_named_error(project, place):
     with pytest.raises(CacheError, match="that the bucket exists, and your credentials"):
         project.module(cache_dir="s3://no-such-bucket/toy").states("train")
-    assert not list(remote.mirror("s3://no-such-bucket/toy/train").glob("shard-*"))
+    assert not list(remote.Mirror("s3://no-such-bucket/toy/train", FILES).folder.glob("shard-*"))
 
 
-@pytest.mark.parametrize("place", ["s3"], indirect=True)
+@on_s3
 def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -155,20 +357,21 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(LSpadeError, match=r"your credentials for it") as caught:
-        remote.fetch(place, CONFIG)
+        remote.Mirror(place, PATTERNS).fetch()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     with pytest.raises(LSpadeError, match="which no installed package reads"):
-        remote.fetch("nosuch://x/y", CONFIG)
+        remote.Mirror("nosuch://x/y", PATTERNS).fetch()
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(LSpadeError, match="gs:// needs a package that is not here"):
-        remote.fetch("gs://x/y", CONFIG)
+        remote.Mirror("gs://x/y", PATTERNS).fetch()
 
 
-@pytest.mark.parametrize("place", ["s3"], indirect=True)
+@on_s3
 def test_fit_caches_and_reads_through_a_url(project, place, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(project.home)

@@ -13,6 +13,7 @@ from lspade_train.storage import json_digest, read_json, require_kinds, write_js
 
 FORMAT_VERSION = 1
 MANIFEST, IDENTITY, STARTS = "manifest.json", "identity.json", "starts.safetensors"
+FILES = (MANIFEST, IDENTITY, STARTS, "shard-*.safetensors")
 
 REBUILD = "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
 

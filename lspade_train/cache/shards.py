@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,26 @@ from lspade_train.tasks import Example
 
 LABEL_BYTES = 40
 """About what a row's labels and ids take beside its states."""
+
+
+class Elsewhere(Protocol):
+    """A place beyond the folder that finished files go to, and may be had from."""
+
+    def bring(self, *paths: Path) -> None:
+        """Make files what they are there, if they are there."""
+
+    def send(self, path: Path) -> None:
+        """Take a file that is complete."""
+
+
+class Nowhere:
+    """The folder is all there is."""
+
+    def bring(self, *paths: Path) -> None:
+        """Nothing to bring."""
+
+    def send(self, path: Path) -> None:
+        """Nobody to send to."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,8 @@ class Job:
         identity: what decides their bytes, as the manifest tells it.
         tokens_per_batch: padded prompt tokens per forward.
         plan: how the prompts are dealt out.
+        elsewhere: where else they go as soon as they are complete.
+        overwrite: compute also what is there already.
     """
 
     folder: Path
@@ -85,6 +108,8 @@ class Job:
     identity: Identity
     tokens_per_batch: int
     plan: Estimate
+    elsewhere: Elsewhere
+    overwrite: bool
 
     @cached_property
     def digest(self) -> str:
@@ -115,8 +140,8 @@ class Part:
 def write_shards(job: Job, numbers: Iterable[int]) -> list[Shard]:
     """Compute and write the asked shards; those that are there already are only read through.
 
-    While the model computes a shard, a thread writes, syncs and hashes the one before: the device
-    does not wait for the disk, and no more than two shards are in memory.
+    While the model computes a shard, a thread writes, syncs, hashes and sends the one before: the
+    device waits for no disk or network, and no more than two shards are in memory.
 
     Raises:
         CacheError: one cannot be written; those before it are complete.
@@ -128,13 +153,20 @@ def write_shards(job: Job, numbers: Iterable[int]) -> list[Shard]:
     with ThreadPoolExecutor(1, thread_name_prefix="shards") as disk:
         for number in numbers:
             part = job.part(number)
-            tensors = None if file_tag(part.path) == part.tag else _compute(job, part)
+            tensors = None if _is_there(job, part) else _compute(job, part)
             if writing is not None:
                 done.append(writing.result())
-            writing = disk.submit(_store, part, tensors)
+            writing = disk.submit(_store, job, part, tensors)
         if writing is not None:
             done.append(writing.result())
     return done
+
+
+def _is_there(job: Job, part: Part) -> bool:
+    if job.overwrite:
+        return False
+    job.elsewhere.bring(part.path)
+    return file_tag(part.path) == part.tag
 
 
 def _compute(job: Job, part: Part) -> dict[str, Tensor]:
@@ -142,9 +174,10 @@ def _compute(job: Job, part: Part) -> dict[str, Tensor]:
     return extract(job.adapter, part.examples, job.what, job.tokens_per_batch)
 
 
-def _store(part: Part, tensors: dict[str, Tensor] | None) -> Shard:
+def _store(job: Job, part: Part, tensors: dict[str, Tensor] | None) -> Shard:
     path = part.path
     if tensors is not None:
         write_tensors(path, tensors, part.tag, CacheError)
     digest = file_digest(path, CacheError)
+    job.elsewhere.send(path)
     return Shard(path.name, row_count(part.examples), path.stat().st_size, digest)

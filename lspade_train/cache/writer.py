@@ -1,6 +1,6 @@
 """Write a cache: identity first, then the shards, the manifest last; resumable.
 
-Knows nothing of recipes, nor of who started the processes that share the work.
+Knows nothing of recipes or URLs, nor of who started the processes that share the work.
 """
 
 import shutil
@@ -17,6 +17,7 @@ from torch import Tensor
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction
 from lspade_train.cache.manifest import (
+    FILES,
     IDENTITY,
     MANIFEST,
     REBUILD,
@@ -27,7 +28,7 @@ from lspade_train.cache.manifest import (
     require_same,
     write_identity,
 )
-from lspade_train.cache.shards import Estimate, Job, estimate, write_shards
+from lspade_train.cache.shards import Elsewhere, Estimate, Job, Nowhere, estimate, write_shards
 from lspade_train.errors import CacheError
 from lspade_train.parallel import ranks, together
 from lspade_train.spade import collect_states
@@ -49,13 +50,15 @@ def build(
     shard_mb: float,
     provenance: dict[str, Any],
     overwrite: bool = False,
+    elsewhere: Elsewhere | None = None,
     track: Track = iter,
     say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Run the frozen model over all prompts and write their states; resumes where it stopped.
 
     The processes of one run deal the shards out among themselves; the first one does the rest.
-    With `overwrite` an old cache goes once nothing but the model can still fail.
+    With `overwrite` an old cache goes once nothing but the model can still fail. Shards, and before
+    them the identity, also go `elsewhere`, and are had from there where they are not here.
 
     Raises:
         CacheError: the folder holds another cache, the disk is too small or cannot be written.
@@ -63,14 +66,17 @@ def build(
         StoppedError: another process of this run was killed.
     """
     plan = estimate(adapter, encoded.examples, what, shard_mb)
-    job = Job(folder, adapter, encoded.examples, what, identity, tokens_per_batch, plan)
+    job = Job(
+        folder, adapter, encoded.examples, what, identity, tokens_per_batch, plan,
+        elsewhere or Nowhere(), overwrite,
+    )  # fmt: skip
     rank, world = ranks()
     with ExitStack() as held:
 
         def begin() -> Manifest | None:
             _make_folder(folder)
             held.enter_context(_exclusive(folder, say))
-            return _prepare(job, overwrite)
+            return _prepare(job)
 
         finished = together(lambda: begin() if rank == 0 else None)[0]
         if finished is not None:
@@ -83,21 +89,25 @@ def build(
     return done
 
 
-def _prepare(job: Job, overwrite: bool) -> Manifest | None:
+def _prepare(job: Job) -> Manifest | None:
     """Make the folder ready for shards, or give the cache that is already in it."""
     folder, identity = job.folder, job.identity
-    if (folder / MANIFEST).exists() and not overwrite:
+    if (folder / MANIFEST).exists() and not job.overwrite:
         # Another run finished it while this one waited.
         manifest = Manifest.read(folder)
         require_same(manifest.identity, identity, folder)
         return manifest
-    if (folder / IDENTITY).exists() and not overwrite:
+    if not job.overwrite:
+        job.elsewhere.bring(folder / IDENTITY)
+    if (folder / IDENTITY).exists() and not job.overwrite:
         require_same(read_json(folder / IDENTITY, CacheError, REBUILD), identity, folder)
     _clear(folder, ".*.tmp")
     _require_space(folder, job.plan)
-    if overwrite:
+    if job.overwrite:
         discard(folder)
-    write_identity(folder, identity)
+    if not (folder / IDENTITY).exists():
+        write_identity(folder, identity)
+    job.elsewhere.send(folder / IDENTITY)
     return None
 
 
@@ -106,11 +116,12 @@ def _finish(
 ) -> Manifest:
     """Write what stands around the shards, the manifest last."""
     folder = job.folder
+    job.elsewhere.bring(*(folder / shard.file for shard in shards))
     absent = [shard.file for shard in shards if not (folder / shard.file).exists()]
     if absent:
         raise CacheError(
             f"{folder} does not hold {absent[0]}, which another machine has written.\n"
-            "Set --data.cache_dir to a folder that all machines share."
+            "Set --data.cache_dir to a folder that all machines share, or to a URL such as s3://."
         )
     _clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
     _write_starts(folder, job.adapter, job.examples, job.what, job.digest)
@@ -136,7 +147,7 @@ def discard(folder: Path) -> None:
         CacheError: the folder cannot be written.
     """
     # The manifest first: without it nothing reads the rest.
-    _clear(folder, MANIFEST, "shard-*.safetensors", STARTS, IDENTITY, ".verified.json", ".*.tmp")
+    _clear(folder, *FILES, ".verified.json", ".*.tmp")
 
 
 def _clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lspade_train.cli.signals import TERMINATED, Terminated, sigterm_raises
+from lspade_train.cli.signals import TERMINATED, Terminated, sigterm
 from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
@@ -83,22 +83,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _quiet()
     try:
-        with sigterm_raises():
+        with sigterm.caught():
             check_versions()
             module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
             return int(getattr(module, argv[0])(argv[1:]) or 0)
     except LSpadeError as error:
         return _told(error)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        what = "terminated" if terminated else "interrupted"
-        sys.stderr.write(f"{what}; run the same command again to go on\n")
-        return TERMINATED if terminated else 130
+        return _stopped(isinstance(stop, Terminated))
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         return _disk_trouble(error)
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for its run: each launcher counts by a name of its own."""
+    counts = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(count, "0") == "0" for count in counts)
+
+
+def _stopped(terminated: bool) -> int:
+    if _is_first():
+        what = "terminated" if terminated else "interrupted"
+        sys.stderr.write(f"{what}; run the same command again to go on\n")
+    return TERMINATED if terminated else 130
 
 
 def _told(error: LSpadeError) -> int:
@@ -127,12 +137,12 @@ def _help() -> str:
 def _quiet() -> None:
     """Our own lines only: libraries' notices are for their developers."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.getLogger("lspade_train").setLevel(logging.INFO if first else logging.ERROR)
+    logging.getLogger("lspade_train").setLevel(logging.INFO if _is_first() else logging.ERROR)
     for name in (
         "pytorch.utilities.rank_zero",
         "fabric.utilities.rank_zero",
         "fabric.utilities.distributed",
+        "pytorch.trainer.connectors.signal_connector",
     ):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     launcher = logging.getLogger(LAUNCHER)
@@ -149,6 +159,7 @@ def _quiet() -> None:
 def _name_lost_process(record: logging.LogRecord) -> bool:
     record.msg = (
         "error: A process of this run ended before its work was done; the others stop.\n"
-        "What is complete is kept: run the same command again to go on."
+        "What is complete is kept: run the same command again to go on "
+        "(fit: with --ckpt_path last)."
     )
     return True

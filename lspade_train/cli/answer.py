@@ -39,9 +39,13 @@ def predict(arguments: list[str]) -> None:
     from lspade_train.tokenizer import load_tokenizer
 
     options, recipe = parsed.options, parsed.recipe
+    output = Path(options.output)
+    if options.output != "-":
+        _require_output(output)
     if options.input != "-" and not Path(options.input).is_file():
         raise TaskError(f"No input file {options.input}. Give a JSONL or text file with --input.")
-    folder, heads, adapter = runtime_model(parsed)
+    folder = heads_given(parsed)
+    heads, adapter = runtime_model(parsed, folder)
     policy = (
         ExitPolicy.load(folder / "policy.json")
         if options.threshold is None
@@ -51,7 +55,6 @@ def predict(arguments: list[str]) -> None:
     )
     tokenizer = load_tokenizer(recipe.data.model_id, revision=recipe.data.revision)
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
-    output = Path(options.output)
     done = 0
     if options.resume and options.output != "-" and output.exists():
         done = _keep_whole_lines(output)
@@ -60,6 +63,7 @@ def predict(arguments: list[str]) -> None:
         if options.output == "-":
             _write(answers, sys.stdout)
         else:
+            output.parent.mkdir(parents=True, exist_ok=True)
             with output.open("a" if done else "w", encoding="utf-8") as file:
                 _write(answers, file)
 
@@ -67,18 +71,44 @@ def predict(arguments: list[str]) -> None:
 def heads_option(parser: Any) -> None:
     """`--heads`: where the heads are."""
     parser.add_argument(
-        "--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME"
+        "--heads", type=str | None, default=None, help="heads folder or URL; null: checkpoints/NAME"
     )
 
 
-def runtime_model(parsed: Parsed) -> tuple[Path, Any, Any]:
+def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
+    """The folder that `--heads` names: a URL's is its mirror, which no command writes into.
+
+    Args:
+        parsed: the command line.
+        written_by: the command, if it writes into the folder.
+
+    Raises:
+        HubError: a URL that cannot be read, or that would be written.
+    """
+    from lspade_train.artifact import heads_folder
+    from lspade_train.errors import HubError
+    from lspade_train.hub import local_folder
+    from lspade_train.remote import is_remote
+
+    given = parsed.options.heads
+    if given is None:
+        return heads_folder(parsed.recipe)
+    if not is_remote(given):
+        return Path(given)
+    if written_by is not None:
+        raise HubError(
+            f"{written_by} writes into the heads folder, and {given} is not on this machine.\n"
+            f"Bring it here (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
+        )
+    return local_folder(given)
+
+
+def runtime_model(parsed: Parsed, folder: Path) -> tuple[Any, Any]:
     """The model without the data module: predict does not load Lightning."""
     from lspade_train.adapters import ModelAdapter
-    from lspade_train.artifact import heads_folder
     from lspade_train.heads import LSpadeHeads
 
     recipe = parsed.recipe
-    folder = Path(parsed.options.heads) if parsed.options.heads else heads_folder(recipe)
     heads = LSpadeHeads.from_pretrained(folder)
     adapter = ModelAdapter.from_pretrained(
         recipe.data.model_id,
@@ -89,13 +119,24 @@ def runtime_model(parsed: Parsed) -> tuple[Path, Any, Any]:
         quantization=recipe.data.quantization,
         trust_remote_code=recipe.data.trust_remote_code,
     )
-    return folder, heads, adapter
+    return heads, adapter
 
 
 def _lines(name: str) -> Any:
     from contextlib import nullcontext
 
     return nullcontext(sys.stdin) if name == "-" else Path(name).open(encoding="utf-8")
+
+
+def _require_output(path: Path) -> None:
+    """Refuse what cannot be written, before the model is loaded."""
+    from lspade_train.errors import TaskError
+    from lspade_train.storage import require_writable
+
+    if not path.exists():
+        require_writable(path.parent, TaskError)
+    elif path.is_dir() or not os.access(path, os.W_OK):
+        raise TaskError(f"{path} cannot be written. Give another file with --output.")
 
 
 def _write(answers: Iterator[dict[str, Any]], file: Any) -> None:

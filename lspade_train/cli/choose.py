@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lspade_train.cli.answer import heads_option
+from lspade_train.cli.answer import heads_given, heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 
 if TYPE_CHECKING:
@@ -134,13 +134,15 @@ def _budget(options: Any) -> tuple[Any, float]:
 
 
 def _model(parsed: Parsed) -> tuple[Path, Any, Any]:
-    from lspade_train.artifact import heads_folder
     from lspade_train.data import HiddenStateDataModule
+    from lspade_train.errors import ArtifactError
     from lspade_train.heads import LSpadeHeads
+    from lspade_train.storage import require_writable
 
     recipe = parsed.recipe
-    folder = Path(parsed.options.heads) if parsed.options.heads else heads_folder(recipe)
+    folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
+    require_writable(folder, ArtifactError)
     data = HiddenStateDataModule(
         recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
     )

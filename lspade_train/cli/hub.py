@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lspade_train.cli.answer import heads_given, heads_option
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,8 @@ The card states the licence that you give; none is taken over from the base mode
 Log in before, with a write token: hf auth login.
 
   lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --license apache-2.0
-  lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --dry_run"""
+  lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --dry_run
+  lspade-train push --config recipes/arc.yaml --repo s3://bucket/arc   (any URL of fsspec's)"""
 
 PULL = """\
 Download heads with all that belongs to them, checked as local folders are: checksums, format,
@@ -34,8 +36,13 @@ def push(arguments: list[str]) -> int:
     parser = command_parser("push", PUSH)
     add = parser.add_argument
     flag: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
-    add("--repo", type=str, default=None, help="org/name on the Hub; made where it is missing")
-    add("--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME")
+    add(
+        "--repo",
+        type=str,
+        default=None,
+        help="org/name on the Hub, made where it is missing; or a URL",
+    )
+    heads_option(parser)
     add("--license", type=str, default=None, help="the heads' licence, as the Hub names it: mit")
     add("--branch", type=str, default=None, help="branch, made where it is missing; null: main")
     add("--message", type=str, default=None, help="commit message")
@@ -45,14 +52,16 @@ def push(arguments: list[str]) -> int:
     parsed = parse(parser, arguments)
     options = parsed.options
     if options.repo is None:
-        sys.stderr.write(f"usage: {parser.usage}\n{parser.prog}: give the repository with --repo\n")
+        sys.stderr.write(
+            f"usage: {parser.usage}\n{parser.prog}: give the repository or URL with --repo\n"
+        )
         return 2
 
     from lspade_train import artifact
     from lspade_train.card import NO_LICENCE, card
     from lspade_train.hub import CARD, check_name, known_files
 
-    folder = Path(options.heads) if options.heads else artifact.heads_folder(parsed.recipe)
+    folder = heads_given(parsed)
     for text in artifact.machine_paths(folder):
         log.warning("readers will see a path of this machine in %s", text)
     if options.dry_run:
@@ -77,11 +86,11 @@ def pull(arguments: list[str]) -> None:
     """Download a heads folder."""
     parser = argparse.ArgumentParser(
         prog="lspade-train pull",
-        usage="lspade-train pull ORG/NAME [--revision REVISION] [--to DIR]",
+        usage="lspade-train pull ORG/NAME|URL [--revision REVISION] [--to DIR]",
         description=PULL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("repo", metavar="ORG/NAME|URL", help="repository on the Hub, or a URL")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")
     parser.add_argument("--to", metavar="DIR", help="new folder; default: checkpoints/NAME")
     options = parser.parse_args(arguments)
@@ -90,7 +99,7 @@ def pull(arguments: list[str]) -> None:
     from lspade_train.hub import check_name
 
     check_name(options.repo)
-    folder = Path(options.to or Path("checkpoints") / options.repo.split("/")[1])
+    folder = Path(options.to or Path("checkpoints") / options.repo.rstrip("/").split("/")[-1])
     artifact.pull(options.repo, folder, options.revision)
     log.info("heads: %s", folder)
     log.info("next:  lspade-train info %s", folder)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lspade_train.cli.answer import heads_option
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def inspect(arguments: list[str]) -> None:
     add = parser.add_argument
     add("prompt", type=str, nargs="?", help="the prompt; - or none: standard input")
     add("--lens", type=str, default="l_spade", help="logit_lens, tuned_lens, l_spade or spade")
-    add("--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME")
+    heads_option(parser)
     add("--last", type=int, default=64, help="positions, counted from the prompt's end")
     add("--top_k", type=int, default=5, help="tokens listed per cell")
     add("--html", type=str, default=None, help="also write one self-contained HTML file here")
@@ -85,6 +86,7 @@ def _heads(parsed: Any) -> Any:
     from lspade_train.artifact import heads_folder
     from lspade_train.errors import ArtifactError, RecipeError
     from lspade_train.heads import LSpadeHeads
+    from lspade_train.remote import is_remote
 
     lens = parsed.options.lens
     if lens in UNTRAINED:
@@ -94,6 +96,8 @@ def _heads(parsed: Any) -> Any:
         raise RecipeError(f"No lens {lens!r}; expected one of {known}. Set --lens.")
     target, place = TRAINED[lens]
     given = parsed.options.heads
+    if given and is_remote(given):
+        return LSpadeHeads.from_pretrained(f"{given}/{place}".removesuffix("/."))
     folder = (Path(given) if given else heads_folder(parsed.recipe)) / place
     if not folder.is_dir() and (lens == "tuned_lens" or not given):
         raise ArtifactError(

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lspade_train.cli.answer import heads_given, heads_option
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def evaluate(arguments: list[str]) -> None:
     """Measure and write `results.json`."""
     parser = command_parser("evaluate", EVALUATE, with_trainer="--help" not in arguments)
     add = parser.add_argument
-    add("--heads", type=str | None, default=None, help="heads folder; null: checkpoints/NAME")
+    heads_option(parser)
     add(
         "--split",
         type=str | None,
@@ -51,18 +52,21 @@ def evaluate(arguments: list[str]) -> None:
     )
     parsed = parse(parser, arguments)
 
-    from lspade_train.artifact import heads_folder, write_results
+    from lspade_train.artifact import write_results
     from lspade_train.card import write_card
     from lspade_train.cli.tables import print_ablations, print_cross_task, print_results
+    from lspade_train.errors import ArtifactError
     from lspade_train.evaluation.run import Subject, evaluate_recipe
     from lspade_train.plots import write_figures
     from lspade_train.report import write_report
+    from lspade_train.storage import require_writable
     from lspade_train.tracking import log_results
 
     recipe, options = parsed.recipe, parsed.options
-    folder = Path(options.heads) if options.heads else heads_folder(recipe)
+    folder = heads_given(parsed, written_by="evaluate")
     subject = Subject(recipe, folder, options.split)
     others = _others(options.cross)
+    require_writable(folder, ArtifactError)
     results = evaluate_recipe(subject)
     print_results(results)
     if others:
@@ -84,16 +88,21 @@ def evaluate(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Several folders' `results.json` in one table and one figure."""
     parser = argparse.ArgumentParser(prog="lspade-train compare", description=COMPARE)
-    parser.add_argument("folders", nargs="+", type=Path, help="heads folders that were evaluated")
+    parser.add_argument("folders", nargs="+", help="heads folders or URLs that were evaluated")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the figure, PNG")
     options = parser.parse_args(arguments)
 
     from lspade_train.artifact import read_results
     from lspade_train.cli.tables import print_comparison
     from lspade_train.evaluation.comparison import comparable
+    from lspade_train.hub import local_folder
     from lspade_train.plots import compare_accuracy
+    from lspade_train.remote import is_remote
 
-    results = comparable({str(folder): read_results(folder) for folder in options.folders})
+    places = {
+        given: local_folder(given) if is_remote(given) else Path(given) for given in options.folders
+    }
+    results = comparable({given: read_results(folder) for given, folder in places.items()})
     print_comparison(results)
     log.info("figure: %s", compare_accuracy(results, options.output))
 

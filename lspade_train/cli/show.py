@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 INFO = """\
 usage: lspade-train info PATH
 
 What a heads folder, a cache or a model is. Heads and caches are read from their files alone;
-a model (folder or Hub id) is loaded and its load-time check is run.
+a model (folder or Hub id) is loaded and its load-time check is run. Heads and caches may be URLs.
 
   lspade-train info checkpoints/arc
   lspade-train info checkpoints/tiny-world
@@ -19,19 +20,42 @@ def info(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] in {"-h", "--help"}:
         sys.stdout.write(INFO)
         return 0 if arguments and arguments[0] in {"-h", "--help"} else 2
+
+    from lspade_train.remote import is_remote
+
     path = Path(arguments[0])
-    if (path / "heads.safetensors").exists():
+    if is_remote(arguments[0]):
+        _show_remote(arguments[0].rstrip("/"))
+    elif (path / "heads.safetensors").exists():
         from lspade_train.artifact import describe
 
         _show({"heads folder": str(path), **describe(path)})
     elif any(path.glob("manifest.json")) or any(path.glob("*/manifest.json")):
-        _show_cache(path)
+        _show_cache(path, str(path))
     else:
         _show_model(str(path) if path.exists() else arguments[0])
     return 0
 
 
-def _show_cache(path: Path) -> None:
+def _show_remote(url: str) -> None:
+    """A cache from its manifests alone, or heads."""
+    from lspade_train.artifact import describe
+    from lspade_train.cache.manifest import MANIFEST
+    from lspade_train.errors import CacheError
+    from lspade_train.hub import local_folder
+    from lspade_train.remote import Mirror
+    from lspade_train.tasks import SPLITS
+
+    with TemporaryDirectory() as place:
+        for part in ("", *SPLITS):
+            Mirror(f"{url}/{part}", [MANIFEST], CacheError, Path(place) / part).fetch()
+        if any(Path(place).rglob(MANIFEST)):
+            _show_cache(Path(place), url)
+        else:
+            _show({"heads folder": url, **describe(local_folder(url))})
+
+
+def _show_cache(path: Path, name: str) -> None:
     from lspade_train.cache.manifest import Manifest
 
     for folder in sorted(
@@ -41,7 +65,7 @@ def _show_cache(path: Path) -> None:
         identity = manifest.identity
         _show(
             {
-                "cache": str(folder),
+                "cache": f"{name}/{folder.relative_to(path)}".removesuffix("/."),
                 "rows": f"{manifest.rows:,} of {manifest.prompts:,} prompts "
                 f"({manifest.skipped:,} skipped)",
                 "size": f"{manifest.bytes / 1e9:.3g} GB in {len(manifest.shards)} shards",

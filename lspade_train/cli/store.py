@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.cli.signals import sigterm
 from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ shard and ends with the same bytes. fit and evaluate do this by themselves where
 --trainer.devices and --trainer.num_nodes share the shards out among processes.
 
   lspade-train cache --config recipes/arc.yaml
-  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)"""
+  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
+  lspade-train cache --verify s3://bucket/path    the same, of what a mirror here brings"""
 
 
 def cache(arguments: list[str]) -> int:
@@ -80,6 +82,7 @@ def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:
         asked = {"accelerator": "cpu", "devices": 1} | asked
     with refusals_named():
         fabric = Fabric(**asked)
+        sigterm.launcher = fabric.strategy.launcher
         fabric.launch()
     return replace(config, device=str(fabric.device)) if config.device == "auto" else config
 
@@ -89,14 +92,14 @@ def _verify(arguments: list[str]) -> int:
     if len(rest) != 1:
         sys.stderr.write(
             "usage: lspade-train cache --verify DIR\n"
-            "DIR holds manifest.json, or one folder per split\n"
+            "DIR, a folder or a URL, holds manifest.json, or one folder per split\n"
         )
         return 2
 
-    from lspade_train.cache import Manifest, split_folders, verify
+    from lspade_train.cache import Manifest, verify
     from lspade_train.progress import track
 
-    for folder in split_folders(Path(rest[0])):
+    for folder in _split_folders(rest[0]):
         manifest = Manifest.read(folder)
         watch = partial(track, description=str(folder), total=len(manifest.shards) + 1)
         verify(folder, manifest, track=watch)
@@ -105,3 +108,24 @@ def _verify(arguments: list[str]) -> int:
             folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
         )  # fmt: skip
     return 0
+
+
+def _split_folders(place: str) -> list[Path]:
+    """The split caches in a folder, or the mirrors of those behind a URL."""
+    from lspade_train.cache import split_folders
+    from lspade_train.cache.manifest import FILES, MANIFEST
+    from lspade_train.errors import CacheError
+    from lspade_train.remote import Mirror, is_remote
+    from lspade_train.tasks import SPLITS
+
+    if not is_remote(place):
+        return split_folders(Path(place))
+    urls = [f"{place.rstrip('/')}/{part}" for part in ("", *SPLITS)]
+    found = [Mirror(url, FILES, CacheError).fetch() for url in urls]
+    finished = [folder for folder in found if (folder / MANIFEST).exists()]
+    if not finished:
+        raise CacheError(
+            f"No finished cache in {place} (no {MANIFEST}). "
+            "Build one: lspade-train cache --config RECIPE.yaml"
+        )
+    return finished

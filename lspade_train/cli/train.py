@@ -6,8 +6,8 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+from lspade_train.cli.answer import heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
-from lspade_train.cli.signals import Terminated, leave_sigterm_to_lightning
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ The frozen model runs once: its hidden states and SPADE targets are cached on di
 Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
 A run that was stopped goes on with --ckpt_path last, from its last whole epoch or, after SIGTERM
 (exit code 143), its last whole step. A job that a scheduler may requeue gives it from the start."""
+
+LOST = "Run it again with --ckpt_path last: it goes on from the last whole epoch."
 
 CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
 
@@ -33,10 +35,14 @@ def fit(arguments: list[str]) -> None:
 
     from lspade_train.artifact import heads_folder
     from lspade_train.callbacks import LAST, ExportHeads, LastCheckpoint
+    from lspade_train.cli.ending import early_end_named
+    from lspade_train.errors import ArtifactError
+    from lspade_train.storage import require_writable
 
     folder = heads_folder(parsed.recipe)
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
+    require_writable(folder, ArtifactError)
     last = folder / LAST
     checkpoint = _checkpoint(parsed.options.ckpt_path, last)
     module, data = _modules(parsed)
@@ -49,13 +55,13 @@ def fit(arguments: list[str]) -> None:
             # What is wrong is said before a logger has made the folder of a run.
             data.trainer = trainer
             data.setup("fit")
-        leave_sigterm_to_lightning()
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as stop:  # Lightning's own way out of an interrupt
+            with early_end_named(trainer, LOST):
+                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except KeyboardInterrupt:
             if last.exists():
                 log.info("go on with --ckpt_path last (%s)", last)
-            raise (Terminated if trainer.received_sigterm else KeyboardInterrupt) from stop
+            raise
     log.info("heads: %s", folder)
     log.info("next:  lspade-train evaluate --config RECIPE.yaml")
 
@@ -72,12 +78,11 @@ def test(arguments: list[str]) -> None:
 
 def _check(command: str, split: str, arguments: list[str]) -> None:
     parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
-    parser.add_argument(
-        "--heads", type=str, default=None, help="heads folder; null: checkpoints/NAME"
-    )
+    heads_option(parser)
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder
+    from lspade_train.cli.ending import early_end_named
     from lspade_train.heads import LSpadeHeads
 
     folder = heads_folder(parsed.recipe)
@@ -85,7 +90,9 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
     module, data = _modules(parsed, heads)
     heads.bind(data.adapter)
     with refusals_named():
-        getattr(_trainer(parsed, folder, []), command)(module, data)
+        trainer = _trainer(parsed, folder, [])
+        with early_end_named(trainer, "Run the same command again."):
+            getattr(trainer, command)(module, data)
 
 
 def _checkpoint(asked: str | None, last: Path) -> str | None:
@@ -139,6 +146,7 @@ def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
         default_loggers,
         keep_wandb_from_asking,
     )
+    from lspade_train.cli.ending import StopTogether
 
     arguments = dict(parsed.trainer)
     logger = arguments.pop("logger", None)
@@ -154,5 +162,5 @@ def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
     return Trainer(
         **defaults | arguments,
         logger=logger,
-        callbacks=[*given, *callbacks],
+        callbacks=[*given, *callbacks, StopTogether()],
     )

@@ -78,6 +78,8 @@ def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
+    from lspade_train.storage import atomic_path
+
     with rc_context(SETTINGS):
         canvas = Canvas(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(canvas)
@@ -91,8 +93,10 @@ def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
         png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
         canvas.draw_without_rendering()
         canvas.set_layout_engine("none")  # the layout is the same for both files: found once
-        canvas.savefig(png, dpi=DPI)
-        canvas.savefig(svg, metadata={"Date": None})
+        with atomic_path(png) as path:
+            canvas.savefig(path, format="png", dpi=DPI)
+        with atomic_path(svg) as path:
+            canvas.savefig(path, format="svg", metadata={"Date": None})
     return png, svg
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lspade_train.exits import Threshold
+from lspade_train.storage import atomic_path
 
 if TYPE_CHECKING:
     from lspade_train.profiling.forward import Profile
@@ -48,7 +49,7 @@ def draw(found: "Profile", folder: Path) -> None:
     panels[0][0].set_ylabel("speed-up over the model's forward")
     panels[0][-1].legend(frameon=False, title="threshold")
     figure.suptitle(f"{found.device}, {found.dtype}, {found.prompts} prompts", fontsize=10)
-    folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"speedup.{suffix}", dpi=160)
+        with atomic_path(folder / f"speedup.{suffix}") as path:
+            figure.savefig(path, format=suffix, dpi=160)
     plt.close(figure)

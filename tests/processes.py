@@ -1,0 +1,139 @@
+"""Real processes that run commands: forked from this one, so that they need not import again."""
+
+import csv
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (what is imported here, the forked processes inherit)
+import torch
+import toy
+
+from lspade_train import data, module  # noqa: F401
+from lspade_train.cli import main
+from lspade_train.storage import file_digest
+
+HEADS = Path("checkpoints/toy")
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _child(home: Path, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.chdir(home)
+    os.environ |= {"WANDB_MODE": "disabled"} | environment
+    with (home / log).open("a", buffering=1) as file:
+        sys.stderr = file
+        logging.getLogger().handlers.clear()  # those of pytest, inherited
+        sys.exit(main(arguments))
+
+
+def started(
+    home: Path, arguments: list[str], log: str = "stderr", environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """A process that runs a command in `home`; what it says goes to `log` there."""
+    (home / log).touch()  # it may be stopped before it opens it
+    process = CONTEXT.Process(
+        target=_child, args=(home, arguments, log, environment or {}), daemon=True
+    )
+    process.start()
+    return process
+
+
+def finished(home: Path, arguments: list[str]) -> float:
+    """Run to the end; seconds that it took."""
+    began = time.monotonic()
+    process = started(home, arguments)
+    process.join(120)
+    assert process.exitcode == 0, (home / "stderr").read_text()
+    return time.monotonic() - began
+
+
+def stopped(home: Path, arguments: list[str], sent: signal.Signals, after: float) -> int | None:
+    """The exit code of a process that was sent a signal after so many seconds."""
+    process = started(home, arguments)
+    time.sleep(after)
+    os.kill(process.pid or 0, sent)
+    process.join(120)
+    return process.exitcode
+
+
+def wait_for(what: Callable[[], object], *processes: BaseProcess) -> None:
+    """Wait until something is so, which only running processes can bring about."""
+    give_up = time.monotonic() + 60
+    while not what():
+        assert all(process.is_alive() for process in processes), "it ended before that happened"
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+
+
+def slurm(home: Path, arguments: list[str]) -> list[BaseProcess]:
+    """Two tasks of a job on one node, by the environment that srun gives them; logs err0, err1."""
+    job = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NNODES": "1",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    asked = [*arguments, "--trainer.devices", "2"]
+    return [
+        started(home, asked, f"err{n}", job | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)})
+        for n in range(2)
+    ]
+
+
+def codes(processes: list[BaseProcess]) -> list[int | None]:
+    """Their exit codes, once they have ended."""
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def recipe(project: toy.Project, **changes) -> list[str]:
+    """Paths in it are relative, so that the recipe recorded with the heads is the same one."""
+    settings = {
+        "data__cache_dir": "cache", "data__shard_mb": 0.01, "data__tokens_per_batch": 128,
+        "data__batch_size": 4, "trainer__max_epochs": 3,
+    }  # fmt: skip
+    path = project.recipe(**settings | changes)
+    return ["--config", path.name]
+
+
+def digests(home: Path, *patterns: str) -> dict[str, str]:
+    """Of files, by path; not of notes to oneself, such as the times of the last check."""
+    found = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
+    own = [path for path in found if not path.name.startswith(".") or path.suffix == ".tmp"]
+    return {str(path.relative_to(home)): file_digest(path) for path in own}
+
+
+def cache_digests(home: Path) -> dict[str, str]:
+    """Of the caches in `home`."""
+    return digests(home, "cache/*/*.json", "cache/*/*.safetensors", "cache/**/*.tmp")
+
+
+def shards(home: Path) -> dict[str, int]:
+    """The complete shards: path and inode."""
+    return {str(p): p.stat().st_ino for p in home.glob("cache/*/shard-*.safetensors")}
+
+
+def steps_saved(home: Path) -> int:
+    """Steps that the last checkpoint stands for."""
+    path = home / HEADS / "training/last.ckpt"
+    return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
+
+
+def steps_logged(log: Path) -> list[int]:
+    """Steps whose loss was logged."""
+    with log.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]

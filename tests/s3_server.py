@@ -1,0 +1,82 @@
+"""moto's S3 on loopback, behind a gate that notes what passes and where something may happen."""
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from threading import Thread
+
+import fsspec
+import pytest
+
+BUCKET = "states"
+
+
+class Gate:
+    """Every request goes through it.
+
+    Attributes:
+        seen: requests for files, as `PUT shard-00001.safetensors`.
+        cut: by request: called once in place of answering it; may return a status.
+        port: where it listens.
+    """
+
+    def __init__(self, inner: Callable) -> None:
+        self.inner = inner
+        self.seen: list[str] = []
+        self.cut: dict[str, Callable[[], str | None]] = {}
+        self.port = 0
+
+    def __call__(self, environ, start_response):
+        """Note a request, then pass it on or cut it."""
+        path = PurePosixPath(environ["PATH_INFO"])
+        request = f"{environ['REQUEST_METHOD']} {path.name}"
+        if path.suffix:
+            self.seen.append(request)
+        if request in self.cut:
+            start_response(self.cut.pop(request)() or "503 Slow Down", [])
+            return []
+        return self.inner(environ, start_response)
+
+    def files(self, method: str) -> list[str]:
+        """Files asked for with a method, in order, since the last look; forgets everything seen."""
+        found = [name for verb, name in map(str.split, self.seen) if verb == method]
+        self.seen.clear()
+        return found
+
+
+@contextmanager
+def serve() -> Generator[Gate]:
+    """A running server."""
+    moto = pytest.importorskip("moto.server", reason="needs moto, of the dev extra")
+    pytest.importorskip("s3fs", reason="needs s3fs, of the s3 extra")
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    gate = Gate(moto.DomainDispatcherApplication(moto.create_backend_app))
+    running = make_server("127.0.0.1", 0, gate, threaded=True)
+    gate.port = running.server_port
+    thread = Thread(target=running.serve_forever)
+    thread.start()
+    try:
+        yield gate
+    finally:
+        running.shutdown()
+        thread.join()
+
+
+def point_client_at(gate: Gate, monkeypatch) -> None:
+    """Address and credentials in the environment, where the client looks; a bucket is there."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    system = fsspec.filesystem("s3")
+    if not system.exists(BUCKET):
+        system.mkdir(BUCKET)
+    gate.seen.clear()

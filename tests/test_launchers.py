@@ -1,0 +1,269 @@
+"""Several processes of one run: however they are launched, and whichever of them is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from processes import (
+    HEADS,
+    cache_digests,
+    codes,
+    digests,
+    finished,
+    free_port,
+    recipe,
+    shards,
+    slurm,
+    steps_logged,
+    steps_saved,
+    wait_for,
+)
+from safetensors.torch import load_file
+
+# However they are launched
+
+
+def torchrun(home: Path, arguments: list[str], *nodes: list[str]) -> str:
+    """Run a command by one torchrun, or by one per node; what they say."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--local_addr", "127.0.0.1"]
+    launchers = [
+        subprocess.Popen(
+            [*command, *node, "-m", "lspade_train", *arguments],
+            cwd=home, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for node in nodes
+    ]  # fmt: skip
+    said = "".join(launcher.communicate(timeout=120)[1] for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0] * len(nodes), said
+    return said
+
+
+def by_torchrun(home: Path, arguments: list[str]) -> str:
+    one = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return torchrun(home, [*arguments, "--trainer.devices", "2"], one)
+
+
+def by_torchrun_on_two_nodes(home: Path, arguments: list[str]) -> str:
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    node = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "toy", *meet]
+    here = ["--trainer.num_nodes", "2", "--trainer.devices", "1"]
+    return torchrun(home, [*arguments, *here], node, node)
+
+
+def by_slurm(home: Path, arguments: list[str]) -> str:
+    ended = codes(slurm(home, arguments))
+    said = "".join((home / f"err{n}").read_text() for n in range(2))
+    assert ended == [0, 0], said
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(toy_root, tmp_path_factory):
+    """A fit of one process with the global batch that two have together; read only."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("alone"))
+    finished(project.home, ["fit", *recipe(project, data__batch_size=8)])
+    return project.home
+
+
+@pytest.mark.parametrize(
+    "launched",
+    [
+        by_slurm,
+        pytest.param(by_torchrun, marks=pytest.mark.slow),
+        pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, project, launched):
+    said = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
+    assert said.count("train: caching 48 rows") == said.count("heads: checkpoints/toy") == 1, said
+    assert cache_digests(project.home) == cache_digests(alone)
+    expected, heads = (
+        load_file(home / HEADS / "heads.safetensors") for home in (alone, project.home)
+    )
+    assert heads.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(heads[name], value, rtol=0, atol=1e-6)
+
+
+# Whichever is lost
+
+LOST = [
+    "error: Another process of this run ended before its work was done.",
+    "Run it again with --ckpt_path last: it goes on from the last whole epoch.",
+]
+
+
+@pytest.fixture(scope="module")
+def calm(toy_root, tmp_path_factory):
+    """What an undisturbed fit of two processes makes."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("calm"))
+    by_slurm(project.home, fit_of_two(project))
+    return digests(project.home, f"{HEADS}/*")
+
+
+def fit_of_two(project: toy.Project) -> list[str]:
+    return ["fit", *recipe(project, trainer__max_epochs=10), "--ckpt_path", "last"]
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_fit_that_lost_a_process_is_a_named_error_and_goes_on(calm, project, lost):
+    arguments = fit_of_two(project)
+    both = slurm(project.home, arguments)
+    wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
+    os.kill(both[lost].pid or 0, signal.SIGKILL)
+    ended = codes(both)
+    said = (project.home / f"err{1 - lost}").read_text()
+    assert ended[1 - lost] == 1, said
+    assert ended[lost] == -signal.SIGKILL
+    assert said.splitlines()[-2:] == LOST
+    assert "Traceback" not in said
+    assert steps_saved(project.home) < 10 * 6
+    by_slurm(project.home, arguments)
+    assert digests(project.home, f"{HEADS}/*") == calm
+
+
+# Whichever is told to stop
+
+
+@pytest.fixture(scope="module")
+def large(toy_root, tmp_path_factory):
+    """More questions, whose cache takes a while."""
+    return toy.write_data(tmp_path_factory.mktemp("more"), train=700, validation=4)
+
+
+@pytest.fixture(scope="module")
+def large_cache(toy_root, large, tmp_path_factory):
+    """What an undisturbed `cache` of one process makes of them."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("large"))
+    project.data = large
+    finished(project.home, ["cache", *recipe(project)])
+    return cache_digests(project.home)
+
+
+@pytest.mark.parametrize("command", [pytest.param("cache", marks=pytest.mark.slow), "fit"])
+def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
+    large_cache, project, large, command
+):
+    project.data = large
+    arguments = recipe(project)
+    both = slurm(project.home, [command, *arguments])
+    wait_for(lambda: len(shards(project.home)) > 9, *both)
+    for process in both:
+        process.terminate()
+    began = time.monotonic()
+    assert codes(both) == [143, 143]
+    assert time.monotonic() - began < 10
+    said = [(project.home / f"err{n}").read_text() for n in range(2)]
+    assert said[0].endswith("terminated; run the same command again to go on\n"), said
+    assert not said[1]
+    kept = shards(project.home)
+    assert 9 < len(kept) < len(large_cache)
+    finished(project.home, ["cache", *arguments])
+    assert cache_digests(project.home) == large_cache
+    assert kept.items() <= shards(project.home).items()
+
+
+def test_sigterm_is_heard_by_a_process_that_waits_for_another(large_cache, project, large):
+    project.data = large
+    first, second = slurm(project.home, ["cache", *recipe(project)])
+    wait_for(lambda: len(shards(project.home)) > 9, first, second)
+    os.kill(second.pid or 0, signal.SIGSTOP)
+    of_first = sorted(path for path in large_cache if "train/shard-" in path)[::2]
+    wait_for(lambda: all((project.home / path).exists() for path in of_first), first)
+    time.sleep(0.3)
+    first.terminate()
+    assert codes([first]) == [143]
+    os.kill(second.pid or 0, signal.SIGCONT)
+    assert codes([second]) == [1]
+    said = (project.home / "err1").read_text()
+    assert said.startswith("error: Another process of this run ended"), said
+
+
+def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
+    both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
+    log = project.home / HEADS / "logs/version_0/metrics.csv"
+    wait_for(log.exists, *both)
+    both[1].terminate()
+    assert codes(both) == [143, 143]
+    said = [(project.home / f"err{n}").read_text() for n in range(2)]
+    assert said[0].splitlines()[-2:] == [
+        "go on with --ckpt_path last (checkpoints/toy/training/last.ckpt)",
+        "terminated; run the same command again to go on",
+    ]
+    assert not said[1]
+    assert steps_saved(project.home) == max(steps_logged(log)) + 1
+
+
+# By Lightning itself, which starts the second process and watches over it
+
+
+@contextmanager
+def by_lightning(home: Path, arguments: list[str]) -> Generator[subprocess.Popen]:
+    """The first of two processes."""
+    with (home / "said").open("w") as said:
+        first = subprocess.Popen(
+            [sys.executable, "-m", "lspade_train", *arguments, "--trainer.devices", "2"],
+            cwd=home, stdout=said, stderr=said,
+            env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            yield first
+        finally:
+            first.kill()
+            first.wait()
+
+
+def second_of(first: subprocess.Popen) -> int:
+    """The process that Lightning has started beside the first one (Linux)."""
+    return int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[0])
+
+
+def has_ended(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["first", "second"])
+def test_a_process_that_loses_the_other_one_does_not_outlive_it(project, lost):
+    arguments = ["fit", *recipe(project, trainer__max_epochs=2000)]
+    with by_lightning(project.home, arguments) as first:
+        wait_for((project.home / HEADS / "training/last.ckpt").exists)
+        second = second_of(first)
+        os.kill(first.pid if lost == "first" else second, signal.SIGKILL)
+        assert first.wait(60) == (-signal.SIGKILL if lost == "first" else 1)
+        wait_for(lambda: has_ended(second))
+    assert (project.home / "said").read_text().splitlines()[-2:] == LOST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "phase"), [("cache", "caching"), ("fit", "caching"), ("fit", "training")]
+)
+def test_sigterm_to_the_first_process_reaches_the_one_that_it_has_started(
+    project, large, command, phase
+):
+    project.data = large
+    arguments = [command, *recipe(project, trainer__max_epochs=2000)]
+    begun = {
+        "caching": lambda: len(shards(project.home)) > 9,
+        "training": (project.home / HEADS / "training/last.ckpt").exists,
+    }
+    with by_lightning(project.home, arguments) as first:
+        wait_for(begun[phase])
+        second = second_of(first)
+        first.terminate()
+        assert first.wait(20) == 143
+        wait_for(lambda: has_ended(second))
+    said = (project.home / "said").read_text()
+    assert said.count("terminated; run the same command again to go on") == 1, said
+    assert "error" not in said
+    assert "Traceback" not in said
