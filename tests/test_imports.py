@@ -18,7 +18,7 @@ ORDER = [
     *("remote", "hub", "card", "adapters", "tokenizer", "heads"),
     *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
     *("parallel", "tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
+    *("loader", "frozen", "data", "module", "evaluation", "profiling", "plots", "report"),
     *("inspection", "harness", "plugin"),
     *("callbacks", "tracking", "cli"),
 ]

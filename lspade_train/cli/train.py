@@ -78,12 +78,12 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder
-    from lspade_train.heads import LSpadeHeads
+    from lspade_train.heads import LSpadeHeads, check_same_model
 
     folder = heads_folder(parsed.recipe)
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = _modules(parsed, heads)
-    heads.bind(data.adapter)
+    check_same_model(heads.metadata.get("base_model", {}), data.frozen.facts.identity)
     with refusals_named():
         getattr(_trainer(parsed, folder, []), command)(module, data)
 
