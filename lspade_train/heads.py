@@ -5,7 +5,7 @@ Knows nothing of training, tasks or policies.
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -155,7 +155,7 @@ class LSpadeHeads(nn.Module):
         """
         adapter = ModelAdapter.of(model)
         base = self.metadata.get("base_model", {})
-        check_same_model(base, adapter)
+        check_same_model(base, adapter.identity)
         if self.hidden_size != adapter.hidden_size:
             raise ArtifactError(
                 f"These heads are for d={self.hidden_size}, the model has "
@@ -287,8 +287,8 @@ class LSpadeHeads(nn.Module):
         return bias.expand(-1, stacked.shape[1], -1)
 
 
-def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
-    """Refuse a model other than the one in `base` (a config's `base_model`).
+def check_same_model(base: dict[str, Any], identity: Mapping[str, str]) -> None:
+    """Refuse a model of another `identity` than the one in `base` (a config's `base_model`).
 
     The unembedding decides: heads are read through it, whatever the precision.
 
@@ -297,8 +297,8 @@ def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
     """
     for field, what in (("model_config", "configuration"), ("unembedding", "unembedding")):
         expected = base.get(field)
-        got = adapter.identity[field]
-        same_precision = base.get("dtype") == adapter.identity["dtype"]
+        got = identity[field]
+        same_precision = base.get("dtype") == identity["dtype"]
         if expected is None or (field == "unembedding" and not same_precision):
             continue
         if expected != got:

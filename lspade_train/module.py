@@ -81,10 +81,10 @@ class LSpadeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._unembed = data.adapter.unembed
+        self._unembed = data.unembed
         if self.heads is None:
             self.heads = LSpadeHeads(
-                data.layers, data.adapter.hidden_size, form=self.config.form, rank=self.config.rank
+                data.layers, data.hidden_size, form=self.config.form, rank=self.config.rank
             )
 
     def losses(self, batch: StateBatch, sums: list[LayerSums] | None = None) -> Tensor:

@@ -28,7 +28,7 @@ ORDER = [
         "calibration",
     ),
     *("parallel", "tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
+    *("loader", "frozen", "data", "module", "evaluation", "profiling", "plots", "report"),
     *("inspection", "harness", "plugin"),
     *("callbacks", "tracking", "cli"),
 ]

@@ -83,12 +83,12 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
 
     from lspade_train.artifact import heads_folder
     from lspade_train.cli.ending import early_end_named
-    from lspade_train.heads import LSpadeHeads
+    from lspade_train.heads import LSpadeHeads, check_same_model
 
     folder = heads_folder(parsed.recipe)
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = _modules(parsed, heads)
-    heads.bind(data.adapter)
+    check_same_model(heads.metadata.get("base_model", {}), data.frozen.facts.identity)
     with refusals_named():
         trainer = _trainer(parsed, folder, [])
         with early_end_named(trainer, "Run the same command again."):
