@@ -6,6 +6,7 @@ Knows nothing of training, tasks or policies.
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -74,8 +75,12 @@ class LSpadeHeads(nn.Module):
             self.weight = nn.Parameter(torch.zeros(count, d, d))
         elif form == "low_rank":
             # One factor random, the other zero: the product starts at zero and has a gradient.
-            self.down = nn.Parameter(torch.randn(count, d, rank) / math.sqrt(d))
+            self.down = nn.Parameter(torch.empty(count, d, rank))
             self.up = nn.Parameter(torch.zeros(count, rank, d))
+            for layer, down in zip(self.layers, self.down.detach(), strict=True):
+                # By the run's seed and the layer: it starts as it would alone.
+                seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
+                down.copy_(torch.randn(d, rank, generator=seeded, device="cpu") / math.sqrt(d))
 
     @property
     def target(self) -> str | None:
@@ -98,11 +103,24 @@ class LSpadeHeads(nn.Module):
 
         What is learned in the part is learned here; gradients stay with the part.
         """
-        with torch.device("meta"):
-            part = LSpadeHeads(self.layers[which], self.hidden_size, form=self.form, rank=self.rank)
-        for name, parameter in self.named_parameters():
-            setattr(part, name, nn.Parameter(parameter.detach()[which], parameter.requires_grad))
+        part = copy(self)
+        part.layers = self.layers[which]
+        part._parameters = {
+            name: nn.Parameter(parameter.detach()[which], parameter.requires_grad)
+            for name, parameter in self.named_parameters()
+        }
         return part
+
+    @classmethod
+    def joined(cls, parts: Sequence["LSpadeHeads"]) -> "LSpadeHeads":
+        """Heads of all layers from those of groups of layers, in ascending order of layer."""
+        whole = copy(parts[0])
+        whole.layers = tuple(layer for part in parts for layer in part.layers)
+        whole._parameters = {
+            name: nn.Parameter(torch.cat([getattr(part, name).detach() for part in parts]))
+            for name in parts[0]._parameters
+        }
+        return whole
 
     def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
         """Map h^layer to where the frozen norm and head can read it.

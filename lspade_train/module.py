@@ -17,7 +17,7 @@ from lspade_train.adapters import Unembedding
 from lspade_train.cache import StateBatch
 from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.heads import LSpadeHeads
-from lspade_train.layerwise import layer_losses
+from lspade_train.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.losses import (
     Distilled,
     TargetLogits,
@@ -64,16 +64,20 @@ class LSpadeModule(LightningModule):
     Args:
         config: form, target and optimiser of the heads.
         heads: heads to continue from; None starts at the identity.
+        group: the layers that are trained, of those in the batches.
 
     Logs `{train,val,test}/{loss,kl,agreement,accuracy}/layer_NN` and their means over the layers,
     `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
     choices, or over the vocabulary where it has none).
     """
 
-    def __init__(self, config: HeadConfig, heads: LSpadeHeads | None = None) -> None:
+    def __init__(
+        self, config: HeadConfig, heads: LSpadeHeads | None = None, group: LayerGroup = ALL_LAYERS
+    ) -> None:
         super().__init__()
         self.config = config
         self.heads = heads
+        self.group = group
         self._unembed: Unembedding | None = None
         self._epoch: dict[str, LayerSums] = {}
         self._latest: tuple[int, Tensor] | None = None
@@ -83,8 +87,14 @@ class LSpadeModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
         if self.heads is None:
+            layers = data.layers[self.group.among(len(data.layers))]
+            if not layers:
+                raise RecipeError(
+                    f"model.layer_groups is {self.group.count}, and there are {len(data.layers)} "
+                    "layers; expected no more groups than layers. Lower --model.layer_groups."
+                )
             self.heads = LSpadeHeads(
-                data.layers, data.hidden_size, form=self.config.form, rank=self.config.rank
+                layers, data.hidden_size, form=self.config.form, rank=self.config.rank
             )
 
     def losses(self, batch: StateBatch, sums: list[LayerSums] | None = None) -> Tensor:
@@ -92,12 +102,13 @@ class LSpadeModule(LightningModule):
 
         Args:
             batch: cached rows.
-            sums: gets the metrics of each group of layers, which cost a little more.
+            sums: gets the metrics of each piece of the layers, which cost a little more.
         """
         assert self.heads is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
 
-        def of_group(heads: LSpadeHeads, group: slice) -> Tensor:
-            part = batch.of_layers(group)
+        def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
+            part = batch.of_layers(piece)
             if sums is None:
                 loss = cross_entropy(*self._sides(heads, part))
             else:
@@ -106,7 +117,7 @@ class LSpadeModule(LightningModule):
                 loss = result.loss
             return loss.reshape(len(batch), -1).mean(0)
 
-        return layer_losses(self.heads, self._groups(batch), of_group)
+        return layer_losses(self.heads, self._pieces(batch), of_piece)
 
     def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
         """One step on all layers: the sum of the layers' mean losses."""
@@ -194,8 +205,8 @@ class LSpadeModule(LightningModule):
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
 
-    def _groups(self, batch: StateBatch) -> list[slice]:
-        """The layers, in groups whose logits make about one chunk of the loss."""
+    def _pieces(self, batch: StateBatch) -> list[slice]:
+        """The layers, in pieces whose logits make about one chunk of the loss."""
         assert self._unembed is not None
         size = max(chunk_rows(self._unembed) // max(len(batch), 1), 1)
         layers = batch.hidden.shape[1]
@@ -229,10 +240,11 @@ class LSpadeModule(LightningModule):
 
     def _accumulate(self, stage: str, batch: StateBatch) -> None:
         assert self.heads is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
         found: list[LayerSums] = []
-        for group in self._groups(batch):
-            part = batch.of_layers(group)
-            found.append(self._sums(part, self._distil(self.heads.part(group), part)))
+        for piece in self._pieces(batch):
+            part = batch.of_layers(piece)
+            found.append(self._sums(part, self._distil(self.heads.part(piece), part)))
         sums = LayerSums.beside(found)
         self._epoch[stage] = self._epoch[stage] + sums if stage in self._epoch else sums
 
