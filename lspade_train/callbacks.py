@@ -1,9 +1,11 @@
 """Lightning callbacks: export at the end of fit, and loggers that work without key or network."""
 
 import importlib.util
+import json
 import logging
 import netrc
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lspade_train.artifact import export
 from lspade_train.data import HiddenStateDataModule
 from lspade_train.errors import ArtifactError
-from lspade_train.heads import CONFIG, WEIGHTS
+from lspade_train.heads import CONFIG, WEIGHTS, LSpadeHeads
+from lspade_train.layerwise import ALL_LAYERS, LayerGroup
 from lspade_train.recipe import Recipe
 from lspade_train.storage import atomic_path, json_digest
 
-LAST = Path("training/last.ckpt")
+LAST = "last.ckpt"
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +33,18 @@ log = logging.getLogger(__name__)
 class ExportHeads(Callback):
     """Write the heads folder when fit ends, and hand it to W&B where that is on.
 
+    The heads of a group of layers wait in `training/` for the last group.
+
     Args:
         folder: the heads folder.
         recipe: recorded in it.
+        group: the layers that are fitted.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, group: LayerGroup = ALL_LAYERS) -> None:
         self.folder = folder
         self.recipe = recipe
+        self.group = group
         self.metrics: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,11 +70,33 @@ class ExportHeads(Callback):
         """Export on the first process."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
         heads: Any = pl_module.heads
+        if self.group != ALL_LAYERS:
+            self._export(trainer, heads, group_folder(self.folder, self.group))
+            if not self.group.is_last:
+                return
+            heads = self._join()
+        self._export(trainer, heads, self.folder)
+        forget_groups(self.folder)
+        for logger in trainer.loggers:
+            _log_artifact(logger, self.folder, self.recipe.name)
+
+    def _join(self) -> LSpadeHeads:
+        """The heads of all groups, and their metrics together."""
+        groups = (LayerGroup(number, self.group.count) for number in range(self.group.count))
+        parts = [LSpadeHeads.from_pretrained(group_folder(self.folder, g)) for g in groups]
+        for part in parts:
+            self.metrics |= part.metadata["training"]["metrics"]
+        for name in {name.rpartition("/")[0] for name in self.metrics}:
+            layers = [v for k, v in self.metrics.items() if k.startswith(f"{name}/layer_")]
+            self.metrics[f"{name}/mean"] = sum(layers) / len(layers)
+        return LSpadeHeads.joined(parts)
+
+    def _export(self, trainer: Trainer, heads: LSpadeHeads, folder: Path) -> None:
+        data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
         identity = data.identity("train")
         export(
-            self.folder,
+            folder,
             heads,
             base_model=data.base_model,
             recipe=self.recipe,
@@ -78,8 +107,32 @@ class ExportHeads(Callback):
             steps=trainer.global_step,
             metrics=self.metrics,
         )
-        for logger in trainer.loggers:
-            _log_artifact(logger, self.folder, self.recipe.name)
+
+
+def group_folder(folder: Path, group: LayerGroup) -> Path:
+    """Where a group's checkpoint and heads wait; all layers' checkpoint lies there for itself."""
+    training = folder / "training"
+    return training if group == ALL_LAYERS else training / f"group-{group.number}"
+
+
+def finished_groups(folder: Path, recipe: Recipe) -> int:
+    """How many groups were fitted by this very recipe, from the first on."""
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    for number in range(recipe.model.layer_groups):
+        place = group_folder(folder, LayerGroup(number, recipe.model.layer_groups))
+        try:
+            found = LSpadeHeads.from_pretrained(place).metadata["training"]["recipe"]
+        except (ArtifactError, KeyError):
+            return number
+        if found != wanted:
+            return number
+    return recipe.model.layer_groups
+
+
+def forget_groups(folder: Path) -> None:
+    """Delete what groups of an earlier fit have left."""
+    for place in (folder / "training").glob("group-*"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def default_loggers(folder: Path, name: str) -> list[Logger]:
@@ -128,11 +181,11 @@ def _log_artifact(logger: Logger, folder: Path, name: str) -> None:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `training/last.ckpt` after every epoch and on SIGTERM, for `fit --ckpt_path last`."""
+    """Keeps `last.ckpt` after every epoch and on SIGTERM, for `fit --ckpt_path last`."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LAST
-        super().__init__(dirpath=path.parent, filename=path.stem, enable_version_counter=False)
+        name = Path(LAST).stem
+        super().__init__(dirpath=folder, filename=name, enable_version_counter=False)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -140,7 +193,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Save on SIGTERM: only that is raised between steps; the rest may cut one in half."""
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
             # Written, not read: with the optimiser, without which a resumed fit is another one.
-            trainer.save_checkpoint(Path(str(self.dirpath)) / LAST.name, weights_only=False)
+            trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=False)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -5,7 +5,6 @@ nothing of heads or losses.
 """
 
 import logging
-import os
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,19 +15,19 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
-from lspade_train.adapters import ModelAdapter
+from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.cache import Extraction, Manifest, OnlineDataset, StateDataset
 from lspade_train.cache.manifest import FILES, MANIFEST
 from lspade_train.errors import CacheError, TaskError
+from lspade_train.frozen import FrozenModel
 from lspade_train.loader import RowLoader
 from lspade_train.parallel import first_alone, ranks, together
 from lspade_train.progress import track
 from lspade_train.recipe import DataConfig
 from lspade_train.remote import Mirror, is_remote
 from lspade_train.spade import check_layers
-from lspade_train.storage import json_digest
+from lspade_train.storage import default_cache_root, json_digest
 from lspade_train.tasks import Encoded, Example, Rows, Split
-from lspade_train.tokenizer import load_tokenizer, tokenizer_digest
 
 CACHE_FORMAT = 1
 
@@ -64,6 +63,7 @@ class HiddenStateDataModule(LightningDataModule):
         self.seed = seed
         self.name = name
         self.overwrite = overwrite
+        self.frozen = FrozenModel(config, self._device)
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
         self._prefixes: dict[Split, str] = {}
@@ -73,33 +73,25 @@ class HiddenStateDataModule(LightningDataModule):
 
     # The frozen model ------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def adapter(self) -> ModelAdapter:
-        """The frozen model, loaded on first use; its load-time check waits for its first block."""
-        config = self.config
-        device = config.device
-        if device == "auto" and self.trainer is not None:
-            device = str(self.trainer.strategy.root_device)
-        return ModelAdapter.from_pretrained(
-            config.model_id,
-            revision=config.revision,
-            dtype=config.dtype,
-            device=device,
-            device_map=config.device_map,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-            check=False,
-        )
+        """The frozen model with its blocks, loaded on first use."""
+        return self.frozen.adapter
 
-    @cached_property
+    @property
+    def unembed(self) -> Unembedding:
+        """Its final norm and head; loaded alone where the caches hold all that its blocks say."""
+        return self.frozen.unembed
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of its residual stream."""
+        return self.frozen.facts.hidden_size
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The frozen model's tokenizer."""
-        config = self.config
-        return load_tokenizer(
-            config.model_id,
-            revision=self.adapter.revision or config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        """Its tokenizer."""
+        return self.frozen.tokenizer
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -108,19 +100,20 @@ class HiddenStateDataModule(LightningDataModule):
         Raises:
             RecipeError: a layer out of range.
         """
-        top = self.adapter.num_layers - 1
+        top = self.frozen.facts.num_layers - 1
         asked = range(1, top + 1) if self.asked_layers == "all" else self.asked_layers
         return tuple(sorted(set(check_layers(list(asked), top + 1, last=top))))  # type: ignore[arg-type]
 
-    @cached_property
+    @property
     def base_model(self) -> dict[str, Any]:
         """What an artifact records of the frozen model."""
-        return {
-            "model_id": self.config.model_id,
-            "revision": self.adapter.revision,
-            **self.adapter.identity,
-            "tokenizer": tokenizer_digest(self.tokenizer),
-        }
+        return self.frozen.description
+
+    def _device(self) -> str:
+        trainer = self.trainer
+        if self.config.device != "auto" or trainer is None:
+            return self.config.device
+        return str(trainer.strategy.root_device)
 
     # Splits ----------------------------------------------------------------------------------
 
@@ -195,7 +188,7 @@ class HiddenStateDataModule(LightningDataModule):
     def _in_memory(self, split: Split, online: OnlineDataset) -> StateDataset:
         examples = online.examples
         size = cache.estimate(self.adapter, examples, online.what, self.config.shard_mb)
-        _require_memory(size.bytes)
+        cache.require_memory(size)
         log.info("%s: %s rows = %.3g GB in memory", split, f"{size.rows:,}", size.bytes / 1e9)
         starts = range(0, len(examples), size.prompts_per_shard)
         parts = track(starts, f"{split}: states", len(starts))
@@ -279,7 +272,7 @@ class HiddenStateDataModule(LightningDataModule):
         )
 
     def _encode(self, split: Split) -> Encoded:
-        limit = self.adapter.max_length or 2**31
+        limit = self.frozen.facts.max_length or 2**31
         encoded = tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
         if not encoded.examples:
             raise TaskError(
@@ -355,18 +348,3 @@ class HiddenStateDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-
-
-def _require_memory(needed: int) -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > total:
-        raise CacheError(
-            f"These states take {needed / 1e9:.3g} GB and this machine has {total / 1e9:.3g} GB of "
-            "memory.\nUse --data.mode disk, fewer --model.layers, or --data.limit."
-        )
-
-
-def default_cache_root() -> Path:
-    """`$LSPADE_CACHE`, or a folder under the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(os.environ.get("LSPADE_CACHE", Path(home) / "lspade-train"))

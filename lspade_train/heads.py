@@ -5,7 +5,8 @@ Knows nothing of training, tasks or policies.
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -74,8 +75,12 @@ class LSpadeHeads(nn.Module):
             self.weight = nn.Parameter(torch.zeros(count, d, d))
         elif form == "low_rank":
             # One factor random, the other zero: the product starts at zero and has a gradient.
-            self.down = nn.Parameter(torch.randn(count, d, rank) / math.sqrt(d))
+            self.down = nn.Parameter(torch.empty(count, d, rank))
             self.up = nn.Parameter(torch.zeros(count, rank, d))
+            for layer, down in zip(self.layers, self.down.detach(), strict=True):
+                # By the run's seed and the layer: it starts as it would alone.
+                seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
+                down.copy_(torch.randn(d, rank, generator=seeded, device="cpu") / math.sqrt(d))
 
     @property
     def target(self) -> str | None:
@@ -92,6 +97,30 @@ class LSpadeHeads(nn.Module):
         states = hidden.to(self.bias.dtype)
         stacked = states.transpose(0, 1)  # (layers, rows, d): one batched product
         return states + self._delta(stacked, slice(None)).transpose(0, 1)
+
+    def part(self, which: slice) -> "LSpadeHeads":
+        """Heads of some of the layers: the same numbers in the same memory, as leaves of their own.
+
+        What is learned in the part is learned here; gradients stay with the part.
+        """
+        part = copy(self)
+        part.layers = self.layers[which]
+        part._parameters = {
+            name: nn.Parameter(parameter.detach()[which], parameter.requires_grad)
+            for name, parameter in self.named_parameters()
+        }
+        return part
+
+    @classmethod
+    def joined(cls, parts: Sequence["LSpadeHeads"]) -> "LSpadeHeads":
+        """Heads of all layers from those of groups of layers, in ascending order of layer."""
+        whole = copy(parts[0])
+        whole.layers = tuple(layer for part in parts for layer in part.layers)
+        whole._parameters = {
+            name: nn.Parameter(torch.cat([getattr(part, name).detach() for part in parts]))
+            for name in parts[0]._parameters
+        }
+        return whole
 
     def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
         """Map h^layer to where the frozen norm and head can read it.
@@ -144,7 +173,7 @@ class LSpadeHeads(nn.Module):
         """
         adapter = ModelAdapter.of(model)
         base = self.metadata.get("base_model", {})
-        check_same_model(base, adapter)
+        check_same_model(base, adapter.identity)
         if self.hidden_size != adapter.hidden_size:
             raise ArtifactError(
                 f"These heads are for d={self.hidden_size}, the model has "
@@ -276,8 +305,8 @@ class LSpadeHeads(nn.Module):
         return bias.expand(-1, stacked.shape[1], -1)
 
 
-def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
-    """Refuse a model other than the one in `base` (a config's `base_model`).
+def check_same_model(base: dict[str, Any], identity: Mapping[str, str]) -> None:
+    """Refuse a model of another `identity` than the one in `base` (a config's `base_model`).
 
     The unembedding decides: heads are read through it, whatever the precision.
 
@@ -286,8 +315,8 @@ def check_same_model(base: dict[str, Any], adapter: ModelAdapter) -> None:
     """
     for field, what in (("model_config", "configuration"), ("unembedding", "unembedding")):
         expected = base.get(field)
-        got = adapter.identity[field]
-        same_precision = base.get("dtype") == adapter.identity["dtype"]
+        got = identity[field]
+        same_precision = base.get("dtype") == identity["dtype"]
         if expected is None or (field == "unembedding" and not same_precision):
             continue
         if expected != got:

@@ -1,4 +1,8 @@
-"""`RowLoader`: batches of rows in a seeded order that survives interruption. Knows no files."""
+"""`RowLoader`: batches of rows in a seeded order that survives interruption. Knows no files.
+
+A shuffled epoch reads several batches at once, shard by shard, and deals them out like cards: the
+cost of finding a batch's rows is shared, and a batch is a view.
+"""
 
 from collections.abc import Iterator
 
@@ -16,7 +20,7 @@ class RowLoader:
     global batches do not depend on the number of processes.
 
     Args:
-        dataset: has `__len__` and `gather`.
+        dataset: finds the rows; says how many are best read at once, and in which order.
         batch_size: rows per batch and process.
         seed: seed of the permutation; None keeps the order.
         rank: this process.
@@ -48,13 +52,29 @@ class RowLoader:
     def __iter__(self) -> Iterator[StateBatch]:
         order = self._order()
         step = self.batch_size * self.world
-        first, self._resume_at = self._resume_at, 0
-        for number in range(first, len(self)):
-            part = order[number * step : (number + 1) * step]
-            self._batch = number + 1
-            # Ascending within the batch: a shard's rows are then read in one piece.
-            yield self.dataset.gather(part[self.rank :: self.world].sort().values)
+        resume_at, self._resume_at = self._resume_at, 0
+        for first, count in self._blocks():
+            if first + count <= resume_at:
+                continue
+            rows = self.dataset.arrange(order[first * step : (first + count) * step])
+            # Batch j is rows[j::count]; of that, this process has every world-th row.
+            turn = torch.arange(len(rows)) // count % self.world
+            skip = max(resume_at - first, 0)
+            for number, batch in enumerate(self.dataset.deal(rows[turn == self.rank], count)):
+                if number >= skip:
+                    self._batch = first + number + 1
+                    yield batch
         self.set_epoch(self.epoch + 1)
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """First batch and number of batches of what is read at once; a smaller last one alone."""
+        step = self.batch_size * self.world
+        whole = self._usable // step
+        size = max(self.dataset.rows_at_once // step, 1) if self.seed is not None else 1
+        for first in range(0, whole, size):
+            yield first, min(size, whole - first)
+        if len(self) > whole:
+            yield whole, 1
 
     @property
     def sampler(self) -> "RowLoader":

@@ -7,7 +7,7 @@ the hidden state needs a gradient, `(p_student - p_target) W`. Knows nothing of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lspade_train.adapters import Unembedding
 
-CHUNK_BYTES = 24 * 1024 * 1024
-"""One chunk of logits: large enough to amortise reading W, small enough to stay in cache."""
+CHUNK_MB = {"cpu": 24, "cuda": 512}
+"""One chunk of fp32 logits: on a CPU it stays in the cache, on a GPU it fills the cores."""
 
 ABSENT = -1.0e4
 """Logit of a token that a top-k target does not hold: its probability is exactly zero."""
@@ -50,27 +50,53 @@ def distillation(
     unembed: Unembedding,
     *,
     watch: Int[Tensor, "rows watched"] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk: int | None = None,
 ) -> Distilled:
-    """Cross-entropy of the student's distribution against the target's.
+    """Cross-entropy of the student's distribution against the target's, with its statistics.
 
     Args:
         student: translated hidden states, before the final norm.
         target: gives the target's logits for a slice of the rows.
         unembed: the frozen norm and head of the student's side.
         watch: tokens whose student logits are returned, such as the task's choices.
-        chunk_bytes: upper bound of one chunk of fp32 logits.
+        chunk: rows whose logits exist at once; None: `chunk_rows`.
 
     Returns:
         Per-row loss and statistics; memory does not grow with rows x vocab.
     """
-    normed = unembed.norm(student).to(unembed.weight.dtype)
     tokens = watch if watch is not None else torch.empty(len(student), 0, dtype=torch.long)
-    rows = max(chunk_bytes // (4 * unembed.weight.shape[0]), 1)
-    loss, kl, best, agrees, watched = _ChunkedCrossEntropy.apply(
-        normed, target, unembed, tokens.to(student.device), rows
+    return Distilled(*_apply(student, target, unembed, tokens.to(student.device), chunk))
+
+
+def cross_entropy(
+    student: Float[Tensor, "rows d"],
+    target: TargetLogits,
+    unembed: Unembedding,
+    *,
+    chunk: int | None = None,
+) -> Float[Tensor, " rows"]:
+    """The loss of `distillation` alone, in nats: fewer passes over the logits."""
+    return _apply(student, target, unembed, None, chunk)[0]
+
+
+def chunk_rows(unembed: Unembedding) -> int:
+    """Rows whose logits exist at once."""
+    vocab = unembed.weight.shape[0]
+    return max(CHUNK_MB.get(unembed.weight.device.type, 24) * 2**20 // (4 * vocab), 1)
+
+
+def _apply(
+    student: Tensor,
+    target: TargetLogits,
+    unembed: Unembedding,
+    watch: Tensor | None,
+    chunk: int | None,
+) -> tuple[Tensor, ...]:
+    normed = unembed.norm(student).to(unembed.weight.dtype)
+    chunk = chunk or chunk_rows(unembed)
+    return cast(
+        tuple[Tensor, ...], _ChunkedCrossEntropy.apply(normed, target, unembed, watch, chunk)
     )
-    return Distilled(loss, kl, best, agrees, watched)
 
 
 def hidden_target(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> TargetLogits:
@@ -105,39 +131,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         normed: Tensor,
         target: TargetLogits,
         unembed: Unembedding,
-        watch: Tensor,
-        chunk_rows: int,
+        watch: Tensor | None,
+        chunk: int,
     ) -> tuple[Tensor, ...]:
-        rows = len(normed)
         wide = torch.promote_types(normed.dtype, torch.float32)
-        loss = normed.new_empty(rows, dtype=wide)
-        kl = torch.empty_like(loss)
-        best = torch.empty(rows, dtype=torch.long, device=normed.device)
-        agrees = torch.empty(rows, dtype=torch.bool, device=normed.device)
-        watched = normed.new_empty(rows, watch.shape[1], dtype=wide)
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(normed) if wants_gradient else None
-
-        for start in range(0, rows, chunk_rows):
-            part = slice(start, start + chunk_rows)
-            logits = unembed.finish(unembed.head(normed[part])).to(wide)
-            goal = target(part).to(wide)
-            watched[part] = logits.gather(-1, watch[part])
-            p, log_z, best[part] = _softmax(logits)
-            p_goal, goal_z, goal_best = _softmax(goal)
-            agrees[part] = best[part] == goal_best
-            loss[part] = log_z - _dot(p_goal, logits)
-            kl[part] = loss[part] - (goal_z - _dot(p_goal, goal))
-            if gradient is not None:
-                residual = p.sub_(p_goal)
-                if unembed.softcap is not None:
-                    # d(capped)/d(raw), from the capped logits.
-                    residual.mul_(1 - (logits / unembed.softcap) ** 2)
-                gradient[part] = (residual.to(normed.dtype) @ unembed.weight).mul_(unembed.scale)
-
+        gradient = torch.empty_like(normed) if ctx.needs_input_grad[0] else None
+        # Made once: small tensors kept between those of a chunk would break the heap into pieces.
+        kinds = [wide] if watch is None else [wide, wide, torch.long, torch.bool]
+        out = [normed.new_empty(len(normed), dtype=kind) for kind in kinds]
+        if watch is not None:
+            out.append(normed.new_empty(watch.shape, dtype=wide))
+        for start in range(0, len(normed), chunk):
+            part = slice(start, start + chunk)
+            into = gradient[part] if gradient is not None else None
+            watched = watch[part] if watch is not None else None
+            found = _cross(normed[part], target(part), unembed, watched, into)
+            for whole, value in zip(out, found, strict=True):
+                whole[part] = value
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(kl, best, agrees, watched)
-        return loss, kl, best, agrees, watched
+        ctx.mark_non_differentiable(*out[1:])
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -145,13 +158,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, log partition and best token of each row, in two passes over the logits."""
-    top, best = logits.max(-1)
-    p = logits.softmax(-1)
-    return p, top - p.gather(-1, best[:, None]).squeeze(-1).log(), best
+def _cross(
+    normed: Tensor,
+    target: Tensor,
+    unembed: Unembedding,
+    watch: Tensor | None,
+    gradient: Tensor | None,
+) -> list[Tensor]:
+    """Loss of one chunk, and its statistics where tokens are watched; fills in the gradient.
+
+    Three tensors of logits at most exist at once.
+    """
+    goal = target.to(torch.promote_types(normed.dtype, torch.float32))
+    p_goal, scratch = goal.softmax(-1), torch.empty_like(goal)
+    found: list[Tensor] = []
+    if watch is not None:
+        entropy = _log_z(goal, p_goal) - _dot(p_goal, goal, scratch)
+        found = [entropy, goal.argmax(-1)]
+    del target, goal
+    logits = unembed.finish(unembed.head(normed)).to(p_goal.dtype)
+    crossed = _dot(p_goal, logits, scratch)
+    p = torch.softmax(logits, -1, out=scratch)
+    loss = _log_z(logits, p) - crossed
+    if watch is not None:
+        entropy, goal_best = found
+        best = logits.argmax(-1)
+        found = [loss - entropy, best, best == goal_best, logits.gather(-1, watch)]
+    if gradient is not None:
+        residual = p.sub_(p_goal)
+        if unembed.softcap is not None:
+            # d(capped)/d(raw), from the capped logits.
+            residual.mul_(1 - (logits / unembed.softcap) ** 2)
+        torch.mm(residual.to(normed.dtype), unembed.weight, out=gradient).mul_(unembed.scale)
+    return [loss, *found]
 
 
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Row-wise inner products, without the tensor of products."""
-    return torch.bmm(first[:, None], second[..., None]).flatten()
+def _dot(first: Tensor, second: Tensor, scratch: Tensor) -> Tensor:
+    """Row-wise inner products."""
+    return torch.mul(first, second, out=scratch).sum(-1)
+
+
+def _log_z(logits: Tensor, p: Tensor) -> Tensor:
+    """Log partition of each row, from its likeliest token: that one cannot underflow."""
+    return logits.amax(-1) - p.amax(-1).log()

@@ -5,6 +5,7 @@ default are ours: the paper does not give them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,12 @@ from lspade_train.adapters import Unembedding
 from lspade_train.cache import StateBatch
 from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.heads import LSpadeHeads
+from lspade_train.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.losses import (
     Distilled,
     TargetLogits,
+    chunk_rows,
+    cross_entropy,
     distillation,
     hidden_target,
     logits_target,
@@ -39,6 +43,11 @@ class LayerSums:
     def __add__(self, other: "LayerSums") -> "LayerSums":
         return LayerSums(self.sums + other.sums, self.rows + other.rows)
 
+    @classmethod
+    def beside(cls, parts: "Sequence[LayerSums]") -> "LayerSums":
+        """The sums of all layers from those of groups of layers, over the same rows."""
+        return cls(torch.cat([part.sums for part in parts], 1), parts[0].rows)
+
     def means(self) -> dict[str, Tensor]:
         """Mean per layer by metric; accuracy only where rows have labels."""
         counts = [self.rows[0]] * 3 + [self.rows[1]]
@@ -55,60 +64,79 @@ class LSpadeModule(LightningModule):
     Args:
         config: form, target and optimiser of the heads.
         heads: heads to continue from; None starts at the identity.
+        group: the layers that are trained, of those in the batches.
 
     Logs `{train,val,test}/{loss,kl,agreement,accuracy}/layer_NN` and their means over the layers,
     `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
     choices, or over the vocabulary where it has none).
     """
 
-    def __init__(self, config: HeadConfig, heads: LSpadeHeads | None = None) -> None:
+    def __init__(
+        self, config: HeadConfig, heads: LSpadeHeads | None = None, group: LayerGroup = ALL_LAYERS
+    ) -> None:
         super().__init__()
         self.config = config
         self.heads = heads
+        self.group = group
         self._unembed: Unembedding | None = None
         self._epoch: dict[str, LayerSums] = {}
+        self._latest: tuple[int, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._unembed = data.adapter.unembed
+        self._unembed = data.unembed
         if self.heads is None:
+            layers = data.layers[self.group.among(len(data.layers))]
+            if not layers:
+                raise RecipeError(
+                    f"model.layer_groups is {self.group.count}, and there are {len(data.layers)} "
+                    "layers; expected no more groups than layers. Lower --model.layer_groups."
+                )
             self.heads = LSpadeHeads(
-                data.layers, data.adapter.hidden_size, form=self.config.form, rank=self.config.rank
+                layers, data.hidden_size, form=self.config.form, rank=self.config.rank
             )
 
-    def distil(self, batch: StateBatch) -> Distilled:
-        """The loss of every row at every layer, flattened row by row."""
+    def losses(self, batch: StateBatch, sums: list[LayerSums] | None = None) -> Tensor:
+        """Mean loss over the rows, per layer, nats; differentiable in the heads.
+
+        Args:
+            batch: cached rows.
+            sums: gets the metrics of each piece of the layers, which cost a little more.
+        """
         assert self.heads is not None
-        assert self._unembed is not None
-        translated = self.heads(batch.hidden)
-        rows, layers, d = translated.shape
-        watch = batch.choice_ids[:, None].expand(-1, layers, -1).reshape(rows * layers, -1)
-        return distillation(
-            translated.reshape(-1, d),
-            target_logits(batch, self.config.target, self._unembed),
-            self._unembed,
-            watch=watch.long(),
-        )
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+
+        def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
+            part = batch.of_layers(piece)
+            if sums is None:
+                loss = cross_entropy(*self._sides(heads, part))
+            else:
+                result = self._distil(heads, part)
+                sums.append(self._sums(part, result))
+                loss = result.loss
+            return loss.reshape(len(batch), -1).mean(0)
+
+        return layer_losses(self.heads, self._pieces(batch), of_piece)
 
     def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
         """One step on all layers: the sum of the layers' mean losses."""
-        assert self.heads is not None
-        result = self.distil(batch)
-        # A sum over layers, so that each head trains as it would alone.
-        loss = result.loss.mean() * len(self.heads.layers)
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"The loss is {float(loss.detach())} at step {self.global_step}; expected a finite "
-                "number.\n"
-                "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
-            )
+        self._require_finite()
         # Dozens of values: only on the steps that Lightning would write.
         trainer: Any = self.trainer
-        if (self.global_step + 1) % trainer.log_every_n_steps == 0:
-            self._log("train", self._sums(batch, result).means())
-        self.log("loss", result.loss.detach().mean(), prog_bar=True, logger=False)
-        return loss
+        logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        sums: list[LayerSums] = []
+        losses = self.losses(batch, sums if logs else None)
+        if logs:
+            self._log("train", LayerSums.beside(sums).means())
+        self._latest = self.global_step, losses.detach()
+        self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
+        # A sum over layers, so that each head trains as it would alone.
+        return losses.sum()
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the last step's loss before a checkpoint is made of it."""
+        self._require_finite()
 
     def validation_step(self, batch: StateBatch, batch_idx: int) -> None:
         """Add a batch to the epoch's sums."""
@@ -166,6 +194,35 @@ class LSpadeModule(LightningModule):
 
     # Metrics ---------------------------------------------------------------------------------
 
+    def _require_finite(self) -> None:
+        """Look at the last step's loss: one step late, so that a GPU is not waited for."""
+        if self._latest is None:
+            return
+        (step, losses), self._latest = self._latest, None
+        if not torch.isfinite(losses).all():
+            raise NumericsError(
+                f"The loss is {float(losses.mean())} at step {step}; expected a finite number.\n"
+                "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
+            )
+
+    def _pieces(self, batch: StateBatch) -> list[slice]:
+        """The layers, in pieces whose logits make about one chunk of the loss."""
+        assert self._unembed is not None
+        size = max(chunk_rows(self._unembed) // max(len(batch), 1), 1)
+        layers = batch.hidden.shape[1]
+        return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
+
+    def _sides(self, heads: LSpadeHeads, batch: StateBatch) -> tuple[Tensor, TargetLogits, Any]:
+        """Student, target and unembedding of rows x layers, flattened row by row."""
+        assert self._unembed is not None
+        student = heads(batch.hidden).flatten(0, 1)
+        return student, target_logits(batch, self.config.target, self._unembed), self._unembed
+
+    def _distil(self, heads: LSpadeHeads, batch: StateBatch) -> Distilled:
+        """Loss and statistics of rows x layers, flattened row by row."""
+        watch = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
+        return distillation(*self._sides(heads, batch), watch=watch.long())
+
     def _sums(self, batch: StateBatch, result: Distilled) -> LayerSums:
         rows, layers = len(batch), batch.hidden.shape[1]
         right = answers(batch, result).reshape(rows, layers) == batch.answer_id[:, None]
@@ -182,7 +239,13 @@ class LSpadeModule(LightningModule):
         return LayerSums(values.reshape(len(METRICS), rows, layers).sum(1), counts)
 
     def _accumulate(self, stage: str, batch: StateBatch) -> None:
-        sums = self._sums(batch, self.distil(batch))
+        assert self.heads is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+        found: list[LayerSums] = []
+        for piece in self._pieces(batch):
+            part = batch.of_layers(piece)
+            found.append(self._sums(part, self._distil(self.heads.part(piece), part)))
+        sums = LayerSums.beside(found)
         self._epoch[stage] = self._epoch[stage] + sums if stage in self._epoch else sums
 
     def _log_epoch(self, stage: str) -> None:

@@ -129,6 +129,8 @@ class HeadConfig:
         layers: `all` (1..L-1) or a list of layers, 0..L-1.
         form: full (d x d per layer), low_rank, or bias.
         rank: rank of `form: low_rank`.
+        layer_groups: fit the layers in so many groups, one after another. The same heads with the
+            memory of one group; the cached rows are read once per group.
         target: distil SPADE's distribution (`spade`) or the model's own (`final`, a tuned lens).
         lr: peak learning rate of AdamW.
         weight_decay: decay of the residual maps towards zero, that is of the heads to identity.
@@ -138,6 +140,7 @@ class HeadConfig:
     layers: Literal["all"] | list[int] = "all"
     form: Form = "full"
     rank: int = 64
+    layer_groups: int = 1
     target: Literal["spade", "final"] = "spade"
     lr: float = 1.0e-3
     weight_decay: float = 1.0e-2
@@ -146,6 +149,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that no run can have."""
         _require(self.rank >= 1, "model.rank", self.rank, "1 or more")
+        _require(self.layer_groups >= 1, "model.layer_groups", self.layer_groups, "1 or more")
         _require(self.lr > 0, "model.lr", self.lr, "more than 0")
         _require(self.weight_decay >= 0, "model.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup <= 1, "model.warmup", self.warmup, "0 to 1")

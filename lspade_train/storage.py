@@ -36,6 +36,12 @@ UNREADABLE = (
 """What safetensors and torch raise over a file that is not theirs."""
 
 
+def default_cache_root() -> Path:
+    """`$LSPADE_CACHE`, or a folder under the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("LSPADE_CACHE", Path(home) / "lspade-train"))
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.

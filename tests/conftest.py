@@ -39,6 +39,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing is kept under the home of whoever runs the tests."""
+    os.environ["LSPADE_CACHE"] = str(tmp_path_factory.mktemp("user-cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder beside the clone that holds a real model and the real benchmarks."""

@@ -11,20 +11,23 @@ from lspade_train.loader import RowLoader
 
 
 class Numbers:
-    """A data set whose rows are their own index."""
+    """A data set whose rows are their own index, in two shards."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, rows_at_once):
+        self.rows, self.rows_at_once = rows, rows_at_once
 
     def __len__(self):
         return self.rows
 
-    def gather(self, rows):
-        return rows.tolist()
+    def arrange(self, rows):
+        return rows[(rows >= self.rows // 2).long().argsort(stable=True)]
+
+    def deal(self, rows, count):
+        return (rows[first::count].tolist() for first in range(count))
 
 
-def loader(rows=23, batch_size=4, **options):
-    return RowLoader(Numbers(rows), batch_size, **{"seed": 1} | options)
+def loader(rows=23, batch_size=4, at_once=8, **options):
+    return RowLoader(Numbers(rows, at_once), batch_size, **{"seed": 1} | options)
 
 
 def test_an_epoch_holds_every_row_once_in_another_order_than_the_next():
@@ -34,6 +37,15 @@ def test_an_epoch_holds_every_row_once_in_another_order_than_the_next():
         assert sorted(sum(epoch, [])) == list(range(23))
         assert [len(batch) for batch in epoch] == [4] * 5 + [3]
     assert first != second
+
+
+def test_rows_read_together_are_dealt_out_evenly_and_anew_in_every_epoch():
+    found = loader(rows=1000, batch_size=10, at_once=1000)
+    first, second = list(found), list(found)
+    assert sorted(sum(first, [])) == list(range(1000))
+    assert all(sum(row < 500 for row in batch) == 5 for batch in first)
+    kept = [len(set(a) & set(b)) for a, b in zip(first, second, strict=True)]
+    assert sum(kept) < 30  # 10 by chance
 
 
 def test_the_same_seed_gives_the_same_order_and_another_seed_another():
@@ -47,11 +59,14 @@ def test_without_a_seed_rows_come_in_order_each_time():
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 40), size=st.integers(1, 7), stop=st.integers(0, 30))
-def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, stop):
-    whole = loader(rows, size)
+@given(
+    rows=st.integers(1, 40), size=st.integers(1, 7), at_once=st.integers(1, 50),
+    stop=st.integers(0, 30),
+)  # fmt: skip
+def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, at_once, stop):
+    whole = loader(rows, size, at_once)
     expected = [*whole, *whole, *whole]
-    first, got = loader(rows, size), []
+    first, got = loader(rows, size, at_once), []
     for _ in range(3):
         for batch in first:
             got.append(batch)
@@ -59,7 +74,7 @@ def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, stop
                 break
         if len(got) > stop:
             break
-    second = loader(rows, size)
+    second = loader(rows, size, at_once)
     second.load_state_dict(first.state_dict())
     # A state taken at an epoch's last batch belongs to that epoch: its rest is empty.
     while len(got) < len(expected):
@@ -79,10 +94,12 @@ def test_an_epoch_cut_short_is_not_gone_on_with_in_the_next():
 
 @pytest.mark.parametrize(("rows", "size"), [(24, 3), (23, 4), (5, 2), (2, 8)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_the_batches_that_one_process_would_have(rows, size, world):
-    parts = [list(loader(rows, size, rank=rank, world=world)) for rank in range(world)]
-    alone = list(loader(rows - rows % world, size * world))
-    order = list(loader(rows, size * world))
+@pytest.mark.parametrize("at_once", [1, 12, 100])
+def test_processes_share_the_batches_that_one_process_would_have(rows, size, world, at_once):
+    parts = [list(loader(rows, size, at_once, rank=rank, world=world)) for rank in range(world)]
+    assert all(len({len(batch) for batch in batches}) == 1 for batches in zip(*parts, strict=True))
+    alone = list(loader(rows - rows % world, size * world, at_once))
+    order = list(loader(rows, size * world, at_once))
     assert len({len(part) for part in parts}) == 1
     together = [sorted(sum(batches, [])) for batches in zip(*parts, strict=True)]
     assert sum(map(len, together)) == rows - rows % world

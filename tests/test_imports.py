@@ -16,9 +16,19 @@ ROOT = Path(lspade_train.__file__).parent
 ORDER = [
     *("errors", "recipe", "requirements", "shipped", "storage", "metrics", "progress"),
     *("remote", "hub", "card", "adapters", "tokenizer", "heads"),
-    *("spade", "lenses", "losses", "policy", "artifact", "exits", "pvalues", "calibration"),
+    *(
+        "layerwise",
+        "spade",
+        "lenses",
+        "losses",
+        "policy",
+        "artifact",
+        "exits",
+        "pvalues",
+        "calibration",
+    ),
     *("parallel", "tasks", "cache", "runtime"),
-    *("loader", "data", "module", "evaluation", "profiling", "plots", "report"),
+    *("loader", "frozen", "data", "module", "evaluation", "profiling", "plots", "report"),
     *("inspection", "harness", "plugin"),
     *("callbacks", "tracking", "cli"),
 ]

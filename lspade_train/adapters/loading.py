@@ -2,11 +2,15 @@
 
 import importlib.util
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lspade_train.adapters.structure import find_decoder
+from lspade_train.adapters.unembedding import Unembedding, find_unembedding
 from lspade_train.errors import RecipeError, UnsupportedModelError
 from lspade_train.recipe import Quantization
 
@@ -53,6 +57,53 @@ def load_model(
     if not options:
         nn.Module.to(model, where)
     return model
+
+
+def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:
+    """The final norm and head of a model, its blocks left unread.
+
+    The family's own class is made without blocks, so that its own code finds and names the rest.
+    Whoever calls compares the digest with that of the whole model: not every family need allow it.
+
+    Args:
+        folder: the model's files.
+        dtype: float32, bfloat16 or float16.
+        device: auto (a GPU when there is one) or a torch device.
+
+    Raises:
+        Exception: whatever the family's code says to having no blocks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    with _unread_weights_unsaid():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype)
+        )
+    model.eval().requires_grad_(False)
+    found = find_unembedding(model, find_decoder(model)[0])
+    for part in found.modules:
+        part.to(resolve_device(device))
+    return found
+
+
+@contextmanager
+def _unread_weights_unsaid() -> Generator[None]:
+    """Keep transformers from listing every weight of every block as unexpected."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "UNEXPECTED" not in record.getMessage()
+
+    logger.addFilter(says_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_something_else)
 
 
 def resolve_device(device: str) -> torch.device:

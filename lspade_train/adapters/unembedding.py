@@ -46,6 +46,16 @@ class Unembedding:
         """The head's bias, where the family has one."""
         return getattr(self.head, "bias", None)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Norm and head, as far as the norm is a module."""
+        return [part for part in (self.norm, self.head) if isinstance(part, nn.Module)]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its weights."""
+        return sum(p.nbytes for part in self.modules for p in part.parameters())
+
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of raw block outputs, in the model's dtype."""
         return self.finish(self.head(self.norm(hidden)))

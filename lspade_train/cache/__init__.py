@@ -10,7 +10,7 @@ from lspade_train.cache.reader import (
     split_folders,
     verify,
 )
-from lspade_train.cache.shards import estimate
+from lspade_train.cache.shards import estimate, require_memory
 from lspade_train.cache.writer import build, discard
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "estimate",
     "extract",
     "open_cache",
+    "require_memory",
     "require_same",
     "row_count",
     "split_folders",

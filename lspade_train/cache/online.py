@@ -1,10 +1,13 @@
 """Rows that are computed when they are asked for. Knows nothing of files."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction, extract
-from lspade_train.cache.reader import StateBatch
+from lspade_train.cache.reader import StateBatch, rows_at_once
 from lspade_train.tasks import Example
 
 
@@ -20,6 +23,20 @@ class OnlineDataset:
         """Keep the tokenised prompts; `tokens` bounds one forward."""
         self.adapter, self.examples, self.what, self.tokens = adapter, examples, what, tokens
         self.groups, self.layers = what.groups, what.layers
+
+    @property
+    def rows_at_once(self) -> int:
+        """As of a stored data set, so that the batches are the same."""
+        size = torch.empty(0, dtype=self.adapter.dtype).element_size()
+        return rows_at_once(len(self.layers) * self.adapter.hidden_size * size)
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """As given."""
+        return rows
+
+    def deal(self, rows: Tensor, count: int) -> Iterator[StateBatch]:
+        """`rows[j::count]` for every j, each computed when asked for."""
+        return (self.gather(rows[first::count]) for first in range(count))
 
     def __len__(self) -> int:
         return len(self.examples)

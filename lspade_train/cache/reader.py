@@ -1,7 +1,7 @@
 """Read a cache: memory-mapped shards, checked once, gathered by row. Knows nothing of models."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -26,6 +26,9 @@ VERIFIED = ".verified.json"
 
 STATES = {"hidden", "final", "target", "target_logits", "target_values", "target_tokens"}
 """What makes a row large; the rest are labels."""
+
+READ_MB = 16
+"""Hidden states that a shuffled epoch reads at once: finding them is then a few percent of it."""
 
 Track = Callable[[Iterable[Shard]], Iterable[Shard]]
 
@@ -67,14 +70,27 @@ class StateBatch:
     def __len__(self) -> int:
         return len(self.final)
 
+    def rows(self, which: slice) -> "StateBatch":
+        """Some of the rows: views."""
+        return replace(self, **{name: value[which] for name, value in self._tensors().items()})
+
+    def of_layers(self, which: slice) -> "StateBatch":
+        """The same rows, some of the layers: views."""
+        by_layer = STATES - {"final"}
+        cut = {name: v[:, which] for name, v in self._tensors().items() if name in by_layer}
+        return replace(self, **cut)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StateBatch":
         """The same rows on another device."""
         moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self._tensors().items()
         }
         return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in found if value is not None}
 
 
 class StateDataset:
@@ -104,6 +120,20 @@ class StateDataset:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows are best read together."""
+        return rows_at_once(self.shards[0]["hidden"][:1].nbytes)
+
+    def arrange(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Shard by shard, so that each is read in one piece; within a shard as given."""
+        return rows[self._shard_of(rows).argsort(stable=True)]
+
+    def deal(self, rows: Int[Tensor, " rows"], count: int) -> Iterator[StateBatch]:
+        """`rows[j::count]` for every j, read at once."""
+        block = self.gather(rows)
+        return (block.rows(slice(first, None, count)) for first in range(count))
+
     def first(self, rows: int) -> "StateDataset":
         """The leading rows, without a copy."""
         cut = [
@@ -115,7 +145,7 @@ class StateDataset:
     def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
         """The asked rows in the asked order, copied out of the maps once."""
         rows = rows.contiguous()
-        which = torch.bucketize(rows, self.starts, right=True) - 1
+        which = self._shard_of(rows)
         out = {name: label.index_select(0, rows) for name, label in self.labels.items()}
         states = {name: value for name, value in self.shards[0].items() if name in STATES}
         for name, value in states.items():
@@ -131,6 +161,14 @@ class StateDataset:
                 else:
                     out[name][place] = value[local]
         return StateBatch(**out)
+
+    def _shard_of(self, rows: Tensor) -> Tensor:
+        return torch.bucketize(rows, self.starts, right=True) - 1
+
+
+def rows_at_once(row_bytes: int) -> int:
+    """How many rows with so many bytes of hidden states are best read together."""
+    return READ_MB * 2**20 // row_bytes
 
 
 def open_cache(

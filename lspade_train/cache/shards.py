@@ -4,6 +4,7 @@ A shard is a function of its prompts alone: batches are formed inside it, so nei
 number of processes changes its bytes. Knows nothing of the other shards or of the manifest.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,6 +84,20 @@ def estimate(
     per_prompt = row_bytes * rows / max(len(examples), 1)
     per_shard = max(int(shard_mb * 1_000_000 / per_prompt), 1)
     return Estimate(rows, row_bytes, per_shard, -(-len(examples) // per_shard))
+
+
+def require_memory(size: Estimate) -> None:
+    """Refuse states that this machine's memory cannot hold.
+
+    Raises:
+        CacheError: says what they take and what there is.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size.bytes > total:
+        raise CacheError(
+            f"These states take {size.bytes / 1e9:.3g} GB and this machine has {total / 1e9:.3g} "
+            "GB of memory.\nUse --data.mode disk, fewer --model.layers, or --data.limit."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`fit`, `validate` and `test`: Lightning's loops around the heads."""
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,23 +35,45 @@ def fit(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifact import heads_folder
-    from lspade_train.callbacks import LAST, ExportHeads, LastCheckpoint
-    from lspade_train.cli.ending import early_end_named
+    from lspade_train.callbacks import finished_groups, forget_groups
     from lspade_train.errors import ArtifactError
+    from lspade_train.layerwise import ALL_LAYERS, LayerGroup
     from lspade_train.storage import require_writable
 
     folder = heads_folder(parsed.recipe)
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
     require_writable(folder, ArtifactError)
-    last = folder / LAST
-    checkpoint = _checkpoint(parsed.options.ckpt_path, last)
-    module, data = _modules(parsed)
-    callbacks: list[Any] = [ExportHeads(folder, parsed.recipe)]
+    count, asked = parsed.recipe.model.layer_groups, parsed.options.ckpt_path
+    loggers = _loggers(parsed, folder)
+    if count == 1:
+        _fit_group(parsed, folder, loggers, ALL_LAYERS, asked)
+    else:
+        _require_last(asked)
+        done = finished_groups(folder, parsed.recipe) if asked else 0
+        if not done:
+            forget_groups(folder)
+        # The last group again where all are done but were not put together.
+        for number in range(min(done, count - 1), count):
+            log.info("layer group %d of %d", number + 1, count)
+            _fit_group(parsed, folder, loggers, LayerGroup(number, count), asked)
+    log.info("heads: %s", folder)
+    log.info("next:  lspade-train evaluate --config RECIPE.yaml")
+
+
+def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: str | None) -> None:
+    """Train one group of layers; the last one exports them all."""
+    from lspade_train.callbacks import LAST, ExportHeads, LastCheckpoint, group_folder
+    from lspade_train.cli.ending import early_end_named
+
+    last = group_folder(folder, group) / LAST
+    checkpoint = _checkpoint(asked, last)
+    module, data = _modules(parsed, group=group)
+    callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
     if parsed.trainer.get("enable_checkpointing") is not False:
-        callbacks.append(LastCheckpoint(folder))
+        callbacks.append(LastCheckpoint(last.parent))
     with refusals_named():
-        trainer = _trainer(parsed, folder, callbacks)
+        trainer = _trainer(parsed, loggers, callbacks)
         if trainer.world_size == 1:
             # What is wrong is said before a logger has made the folder of a run.
             data.trainer = trainer
@@ -62,8 +85,6 @@ def fit(arguments: list[str]) -> None:
             if last.exists():
                 log.info("go on with --ckpt_path last (%s)", last)
             raise
-    log.info("heads: %s", folder)
-    log.info("next:  lspade-train evaluate --config RECIPE.yaml")
 
 
 def validate(arguments: list[str]) -> None:
@@ -83,16 +104,27 @@ def _check(command: str, split: str, arguments: list[str]) -> None:
 
     from lspade_train.artifact import heads_folder
     from lspade_train.cli.ending import early_end_named
-    from lspade_train.heads import LSpadeHeads
+    from lspade_train.heads import LSpadeHeads, check_same_model
 
     folder = heads_folder(parsed.recipe)
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = _modules(parsed, heads)
-    heads.bind(data.adapter)
+    check_same_model(heads.metadata.get("base_model", {}), data.frozen.facts.identity)
     with refusals_named():
-        trainer = _trainer(parsed, folder, [])
+        trainer = _trainer(parsed, _loggers(parsed, folder), [])
         with early_end_named(trainer, "Run the same command again."):
             getattr(trainer, command)(module, data)
+
+
+def _require_last(asked: str | None) -> None:
+    """Groups of layers have a checkpoint each, and finished ones beside them."""
+    if asked not in (None, "last"):
+        from lspade_train.errors import RecipeError
+
+        raise RecipeError(
+            f"--ckpt_path is {asked}, and model.layer_groups is over 1; expected: last.\n"
+            "Go on with --ckpt_path last, or without it from the start."
+        )
 
 
 def _checkpoint(asked: str | None, last: Path) -> str | None:
@@ -121,7 +153,7 @@ def _is_checkpoint(path: Path) -> bool:
     return isinstance(found, dict) and {"state_dict", "loops", "optimizer_states"} <= found.keys()
 
 
-def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
+def _modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any, Any]:
     from lightning.pytorch import seed_everything
 
     from lspade_train.data import HiddenStateDataModule
@@ -135,32 +167,31 @@ def _modules(parsed: Parsed, heads: Any = None) -> tuple[Any, Any]:
         seed=recipe.seed_everything,
         name=recipe.name,
     )
-    return LSpadeModule(recipe.model, heads), data
+    return LSpadeModule(recipe.model, heads, **options), data
 
 
-def _trainer(parsed: Parsed, folder: Path, callbacks: list[Any]) -> Any:
+def _loggers(parsed: Parsed, folder: Path) -> Any:
+    from lspade_train.callbacks import default_loggers, keep_wandb_from_asking
+
+    logger = parsed.trainer.get("logger")
+    if logger is None or logger is True:
+        return default_loggers(folder, parsed.recipe.name)
+    if logger is not False:
+        keep_wandb_from_asking()
+    return logger
+
+
+def _trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     from lightning.pytorch import Trainer
 
-    from lspade_train.callbacks import (
-        AtomicCheckpoints,
-        default_loggers,
-        keep_wandb_from_asking,
-    )
+    from lspade_train.callbacks import AtomicCheckpoints
     from lspade_train.cli.ending import StopTogether
 
-    arguments = dict(parsed.trainer)
-    logger = arguments.pop("logger", None)
-    if logger is None or logger is True:
-        logger = default_loggers(folder, parsed.recipe.name)
-    elif logger is not False:
-        keep_wandb_from_asking()
-    given = arguments.pop("callbacks", None) or []
+    arguments = parsed.trainer | {"logger": loggers}
+    # Copies: each group of layers has a trainer of its own, and callbacks remember.
+    given = deepcopy(arguments.pop("callbacks", None) or [])
     given = given if isinstance(given, list) else [given]
     defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
     if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
         defaults["plugins"] = AtomicCheckpoints()  # the others write their shards themselves
-    return Trainer(
-        **defaults | arguments,
-        logger=logger,
-        callbacks=[*given, *callbacks, StopTogether()],
-    )
+    return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, StopTogether()])

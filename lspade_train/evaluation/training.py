@@ -19,7 +19,7 @@ class TrainingRows(LightningDataModule):
     def __init__(self, dataset: StateDataset, adapter: ModelAdapter, loader: RowLoader) -> None:
         super().__init__()
         self.layers = dataset.layers
-        self.adapter = adapter
+        self.unembed, self.hidden_size = adapter.unembed, adapter.hidden_size
         self.loader = loader
 
     def train_dataloader(self) -> RowLoader:
