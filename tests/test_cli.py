@@ -460,6 +460,17 @@ def test_a_second_fit_reuses_the_cache_runs_no_forward_and_gives_the_same_heads(
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_device_that_is_too_small_is_a_named_error(fitted, project, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore")
+
+    monkeypatch.setattr("lspade_train.module.LSpadeModule.training_step", full)
+    recipe = project.recipe(data__cache_dir=str(fitted.cache))
+    assert main(["fit", "--config", str(recipe)]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert told == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
+
+
 def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
     settings = {"data__cache_dir": str(fitted.cache), "name": "whole"}
     whole = project.recipe(trainer__max_epochs=3, **settings)

@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        return _disk_trouble(error)
+    except (OSError, RuntimeError) as error:
+        return _machine_trouble(error)
 
 
 def _is_first() -> bool:
@@ -117,14 +117,20 @@ def _told(error: LSpadeError) -> int:
     return 1
 
 
-def _disk_trouble(error: OSError) -> int:
-    """A log or a checkpoint that cannot be written is the user's to mend; the rest is a bug."""
-    if error.errno not in DISK_TROUBLE:
+def _machine_trouble(error: OSError | RuntimeError) -> int:
+    """What cannot be written or does not fit is the user's to mend; the rest is a bug."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for its name
+        what = f"{str(error).splitlines()[0]:.150}"
+        remedy = (
+            "Lower --data.tokens_per_batch or --data.batch_size; for large heads set "
+            "--model.layer_groups 2 or --model.form low_rank."
+        )
+    elif isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        what = f"{error.strerror} ({error.filename or 'while writing'})."
+        remedy = "Free some space, or choose folders that you can write to, and run it again."
+    else:
         raise error
-    sys.stderr.write(
-        f"error: {error.strerror} ({error.filename or 'while writing'}).\n"
-        "Free some space, or choose folders that you can write to, and run it again.\n"
-    )
+    sys.stderr.write(f"error: {what}\n{remedy}\n")
     return 1
 
 
