@@ -102,12 +102,12 @@ NO_COMPILER = r"data\.compile needs a C\+\+ compiler: install g\+\+.*\nOr set it
 BROKEN = r"torch\.compile fails on LlamaDecoderLayer: .*\n.*set data\.compile to false"
 
 
-def test_without_a_compiler_the_error_says_what_to_install(fresh, tmp_path):
+def test_without_a_compiler_the_error_says_what_to_install(fresh, tmp_path, monkeypatch):
     from torch._inductor import config
-    from torch._inductor.utils import fresh_cache
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before
     absent = {"cpp.cxx": (None, str(tmp_path / "absent"))}
-    with fresh_cache(dir=tmp_path), config.patch(absent), pytest.raises(RecipeError) as error:
+    with config.patch(absent), pytest.raises(RecipeError) as error:
         ModelAdapter(tiny("llama"), compile=True)
     assert re.match(NO_COMPILER, str(error.value))
 
