@@ -106,7 +106,7 @@ def test_every_mode_trains_the_same_heads(project, mode):
 
 
 # Online, a batch counts prompts, not positions: the same batches where a prompt has one position,
-# and where all are in one batch.
+# and where all are in one batch (then in another order, and Adam amplifies the last bits).
 @pytest.mark.parametrize(("positions", "batch_size", "steps"), [(1, 4, 8), (4, 1000, 2)])
 def test_running_text_trains_the_same_heads_online(project, positions, batch_size, steps):
     text = TextConfig(length=20, first_position=3, positions_per_sequence=positions)
@@ -118,7 +118,7 @@ def test_running_text_trains_the_same_heads_online(project, positions, batch_siz
     assert [runner.global_step for _, runner in runs] == [steps, steps]
     disk, online = (weights(module) for module, _ in runs)
     for name, value in disk.items():
-        torch.testing.assert_close(online[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(online[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", ["logits", "topk"])
