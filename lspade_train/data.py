@@ -261,6 +261,7 @@ class HiddenStateDataModule(LightningDataModule):
             provenance={
                 "model_id": self.config.model_id,
                 "dataset": self.config.dataset,
+                "compiled": self.config.compile,
                 "lspade_train": version("lspade-train"),
                 "torch": torch.__version__,
                 "transformers": version("transformers"),

@@ -126,6 +126,7 @@ class FrozenModel:
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             check=False,
+            compile=config.compile,
         )
         facts = ModelFacts.of(adapter)
         record = self._record(adapter.revision)
