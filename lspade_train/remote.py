@@ -8,7 +8,6 @@ nothing: whoever opens the mirror compares its files with the digests in the ind
 
 import errno
 import hashlib
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from lspade_train.errors import LSpadeError
-from lspade_train.storage import atomic_path, read_json, write_json
+from lspade_train.storage import atomic_path, default_cache_root, read_json, write_json
 
 NOTES = ".transfers.json"
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
@@ -41,7 +40,7 @@ class Mirror:
         patterns: names of its files, or globs, the index first; one folder deep at most. No other
             file is brought, sent or removed.
         error: what to raise.
-        folder: the local folder; None: one under `$LSPADE_CACHE` or the user's cache.
+        folder: the local folder; None: one under `default_cache_root()`.
 
     Raises:
         error: by every method: the remote folder cannot be reached, read or written, or the disk
@@ -57,7 +56,8 @@ class Mirror:
     ) -> None:
         self.url, self.patterns, self.error = url.rstrip("/"), patterns, error
         self.index = patterns[0]
-        self.folder = folder or _own_folder(self.url)
+        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = folder or default_cache_root() / "mirrors" / key
         self._lock = FileLock(self.folder / ".mirror.lock")
 
     def fetch(self) -> Path:
@@ -204,12 +204,6 @@ class Mirror:
             f"{self.url} cannot be used ({type(cause).__name__}: {first:.200}).\n"
             "Check the URL, that the bucket exists, and your credentials for it."
         )
-
-
-def _own_folder(url: str) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lspade-train"
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Path(os.environ.get("LSPADE_CACHE", home)) / "mirrors" / key
 
 
 def _entries(files: Any, folder: str) -> dict[str, Any]:
