@@ -219,8 +219,9 @@ class HiddenStateDataModule(LightningDataModule):
             if far and ranks()[0]:
                 far.fetch()  # what other machines have written
             found = cache.open_cache(folder, identity)
-            if far and not ranks()[0]:
+            if far and not ranks()[0] and not self.reused[split]:
                 far.publish()
+                log.info("%s: complete in %s", split, far.url)
             return found
 
         # The first process decides for all: a cache may be finished between two looks.
