@@ -275,19 +275,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _encode(self, split: Split) -> Encoded:
         limit = self.frozen.facts.max_length or 2**31
-        encoded = tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
-        if not encoded.examples:
-            raise TaskError(
-                f"No prompt of the {split} split is left ({encoded.skipped} skipped as too long "
-                f"or too short; the model reads {limit} tokens). Use other data or a shorter "
-                "--data.prompt.template."
-            )
-        if encoded.skipped:
-            log.warning(
-                "%s: %d of %d rows skipped: too long for the model, or too short for a position",
-                split, encoded.skipped, encoded.skipped + len(encoded.examples),
-            )  # fmt: skip
-        return encoded
+        return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 
     def _extraction(self, examples: list[Example]) -> Extraction:
         return Extraction(

@@ -279,6 +279,8 @@ sys.path[:0] = [{tests!r}]
 import conftest, toy
 from pathlib import Path
 from test_module import fit, weights
+from lspade_train.adapters import adapter
+adapter.load_model = lambda *_, **__: sys.exit("the whole model was loaded")
 project = toy.Project(Path({root!r}), Path({home!r}))
 data = project.module(batch_size=4)
 module, runner = fit(project, data=data, devices=2, strategy="ddp", limit_val_batches=1.0)

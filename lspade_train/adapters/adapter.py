@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from lspade_train.adapters.check import check_adapter
 from lspade_train.adapters.compiled import apply_block, compiled_apply
 from lspade_train.adapters.identity import model_identity, quantization
-from lspade_train.adapters.loading import load_model
+from lspade_train.adapters.loading import hub_commit, load_model
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.structure import Stage, find_decoder
 from lspade_train.adapters.unembedding import find_unembedding
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 class ModelAdapter:
     """A frozen causal language model, driven block by block.
+
+    Attributes:
+        revision: the Hub commit that `from_pretrained` loaded; None for a folder.
 
     Args:
         model: any Hugging Face decoder-only model, on any device, in any dtype.
@@ -54,6 +57,7 @@ class ModelAdapter:
         self._stage = Stage(self.blocks, self._call_padded)
         self._starts: dict[int, DynamicCache] = {}
         self._checked = False
+        self.revision: str | None = None
         if quantization(model) is not None:
             # Now: bitsandbytes rounds 4-bit scales when their first product on a CPU repacks them.
             _ = self.identity
@@ -102,16 +106,19 @@ class ModelAdapter:
             UnsupportedModelError: nothing there, no decoder, or the check fails.
             RecipeError: no such device, no bitsandbytes here, or blocks that do not compile.
         """
+        commit = hub_commit(model_id, revision)
         model = load_model(
             model_id,
-            revision=revision,
+            revision=commit or revision,
             dtype=dtype,
             device=device,
             device_map=device_map,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )
-        return cls(model, check=check, compile=compile)
+        adapter = cls(model, check=check, compile=compile)
+        adapter.revision = commit
+        return adapter
 
     def check(self) -> None:
         """Prove on one short probe that every path gives the model's own numbers; done once.
@@ -167,11 +174,6 @@ class ModelAdapter:
     def dtype(self) -> torch.dtype:
         """Precision of the hidden states."""
         return self.model.dtype
-
-    @property
-    def revision(self) -> str | None:
-        """The Hub commit the model was loaded from, None for a folder."""
-        return getattr(self.model.config, "_commit_hash", None)
 
     @cached_property
     def identity(self) -> dict[str, str]:
