@@ -233,6 +233,15 @@ def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
         raise error(_read_failure(path, cause)) from cause
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size and times of a file: while they are equal, nobody has written it.
+
+    The time of the last change too: a copy may bring an older file's modification time along.
+    """
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def json_digest(value: Any) -> str:
     """SHA-256 of `value` as canonical JSON, as hex: equal for equal content."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

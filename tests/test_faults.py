@@ -251,16 +251,47 @@ def test_a_change_that_keeps_size_and_time_is_found(reopened):
         open_cache(reopened)
 
 
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that are read through to check them, by name."""
+    names = []
+
+    def counted(path, error):
+        names.append(path.name)
+        return file_digest(path, error)
+
+    monkeypatch.setattr(reader, "file_digest", counted)
+    return names
+
+
+def test_a_cache_is_not_read_through_again_by_the_run_that_wrote_it(project, hashed, monkeypatch):
+    monkeypatch.chdir(project.home)
+    arguments = ["cache", *recipe(project), "--splits", "[train]"]
+    assert main(arguments) == main(arguments) == 0
+    assert hashed == []
+
+
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "starts.safetensors"])
+def test_what_changed_since_it_was_written_is_read_through(project, hashed, monkeypatch, file):
+    monkeypatch.chdir(project.home)
+    assert main(["cache", *recipe(project), "--splits", "[train]"]) == 0
+    path = project.cache / "train" / file
+    stat = path.stat()
+    flip(path, -60)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CacheError, match=rf"{file} does not have its checksum"):
+        open_cache(project.cache / "train")
+    assert hashed == [file]
+
+
 @pytest.mark.parametrize("year", [1971, 2100])
-def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, monkeypatch, year):
+def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, year):
     for path in reopened.iterdir():
         os.utime(path, times=((year - 1970) * 31_556_952,) * 2)
-    checked = []
-    monkeypatch.setattr(reader, "file_digest", lambda p, e: checked.append(p) or file_digest(p, e))
     manifest, _ = open_cache(reopened)
-    assert len(checked) == len(manifest.shards) + 1
+    assert len(hashed) == len(manifest.shards) + 1
     open_cache(reopened)
-    assert len(checked) == len(manifest.shards) + 1
+    assert len(hashed) == len(manifest.shards) + 1
 
 
 # Disks

@@ -203,6 +203,16 @@ def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
     assert steps_saved(project.home) == max(steps_logged(log)) + 1
 
 
+@pytest.mark.slow
+def test_slurms_signal_to_requeue_leaves_no_checkpoint_for_other_recipes_to_go_on_from(project):
+    both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
+    wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
+    for process in both:
+        os.kill(process.pid or 0, signal.SIGUSR1)
+    assert codes(both) == [-signal.SIGUSR1] * 2
+    assert [path.name for path in project.home.rglob("*.ckpt")] == ["last.ckpt"]
+
+
 # By Lightning itself, which starts the second process and watches over it
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lspade_train.adapters.offloading import stored
 from lspade_train.storage import json_digest, tensor_digest
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ VOLATILE = {"transformers_version", "dtype"}  # of the configuration; the dtype 
 
 def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]:
     """Digests of configuration, weights and unembedding, with dtype and quantisation.
+
+    Weights are parameters and, where they are quantised, the scales beside them.
 
     The weights are sampled (64 values of every tensor): a fine-tuned or merged model differs in
     nearly all of them, and 140 GB need not be read.
@@ -30,7 +33,7 @@ def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]
     return {
         "quantization": quantization(model) or "none",
         "model_config": json_digest(_jsonable(config)),
-        "model_weights": tensor_digest(*map(_sample, _stored(model))),
+        "model_weights": tensor_digest(*map(_sample, stored(model))),
         "unembedding": unembedding,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -49,12 +52,6 @@ def quantization(model: "PreTrainedModel") -> str | None:
     bits = {"load_in_8bit": " int8", "load_in_4bit": " int4"}
     width = "".join(text for key, text in bits.items() if known.get(key))
     return getattr(method, "value", str(method)) + width
-
-
-def _stored(model: nn.Module) -> list[Tensor]:
-    """Parameters, and where they are quantised the scales beside them, in the order of names."""
-    state = model.state_dict()
-    return [value for _, value in sorted(state.items()) if isinstance(value, Tensor)]
 
 
 def _sample(value: Tensor) -> Tensor:

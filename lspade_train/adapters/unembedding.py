@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lspade_train.adapters.offloading import keep_loaded
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.storage import tensor_digest
 
@@ -97,6 +98,8 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
         )
     stages = [m for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
+    for module in (*stages, head):
+        keep_loaded(module)
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)

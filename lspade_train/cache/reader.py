@@ -20,7 +20,7 @@ from lspade_train.cache.manifest import (
     require_same,
 )
 from lspade_train.errors import CacheError
-from lspade_train.storage import file_digest, read_json, read_tensors, write_json
+from lspade_train.storage import file_digest, file_stamp, read_json, read_tensors, write_json
 
 VERIFIED = ".verified.json"
 
@@ -246,18 +246,24 @@ def verify(
         path = folder / shard.file
         if not path.is_file() or path.is_symlink():
             raise CacheError(_damaged(path, "is missing"))
-        stat = path.stat()
-        # The time of the last change too: a copy may bring an older file's modification time along.
-        seen[shard.file] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        size, *_ = seen[shard.file] = file_stamp(path)
         if known.get(shard.file) == seen[shard.file]:
             continue
-        if shard.bytes not in (-1, stat.st_size):
-            raise CacheError(_damaged(path, f"has {stat.st_size} bytes, not {shard.bytes}"))
+        if shard.bytes not in (-1, size):
+            raise CacheError(_damaged(path, f"has {size} bytes, not {shard.bytes}"))
         if file_digest(path, CacheError) != shard.sha256:
             raise CacheError(_damaged(path, "does not have its checksum"))
     if seen != known:
-        with contextlib.suppress(CacheError):  # a read-only cache is checked every time
-            write_json(folder / VERIFIED, seen, CacheError)
+        note_verified(folder, seen)
+
+
+def note_verified(folder: Path, seen: dict[str, list[int]]) -> None:
+    """Keep the stamps that files had when they were last hashed, so that `verify` may trust them.
+
+    A read-only cache keeps none, and is checked every time.
+    """
+    with contextlib.suppress(CacheError):
+        write_json(folder / VERIFIED, seen, CacheError)
 
 
 def split_folders(folder: Path) -> list[Path]:

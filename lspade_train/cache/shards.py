@@ -19,7 +19,7 @@ from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction, extract, row_count
 from lspade_train.cache.manifest import Identity, Shard
 from lspade_train.errors import CacheError
-from lspade_train.storage import file_digest, file_tag, json_digest, write_tensors
+from lspade_train.storage import file_digest, file_stamp, file_tag, json_digest, write_tensors
 from lspade_train.tasks import Example
 
 LABEL_BYTES = 40
@@ -152,18 +152,21 @@ class Part:
     tag: str
 
 
-def write_shards(job: Job, numbers: Iterable[int]) -> list[Shard]:
+def write_shards(job: Job, numbers: Iterable[int]) -> dict[Shard, list[int]]:
     """Compute and write the asked shards; those that are there already are only read through.
 
     While the model computes a shard, a thread writes, syncs, hashes and sends the one before: the
     device waits for no disk or network, and no more than two shards are in memory.
 
+    Returns:
+        The shards, each with its file's stamp from before it was hashed.
+
     Raises:
         CacheError: one cannot be written; those before it are complete.
         NumericsError: a hidden state is NaN or Inf; the shards before it are complete.
     """
-    done: list[Shard] = []
-    writing: Future[Shard] | None = None
+    done: list[tuple[Shard, list[int]]] = []
+    writing: Future[tuple[Shard, list[int]]] | None = None
     # Leaving the block, with an error or without, waits for the shard that is being written.
     with ThreadPoolExecutor(1, thread_name_prefix="shards") as disk:
         for number in numbers:
@@ -174,7 +177,7 @@ def write_shards(job: Job, numbers: Iterable[int]) -> list[Shard]:
             writing = disk.submit(_store, job, part, tensors)
         if writing is not None:
             done.append(writing.result())
-    return done
+    return dict(done)
 
 
 def _is_there(job: Job, part: Part) -> bool:
@@ -189,10 +192,11 @@ def _compute(job: Job, part: Part) -> dict[str, Tensor]:
     return extract(job.adapter, part.examples, job.what, job.tokens_per_batch)
 
 
-def _store(job: Job, part: Part, tensors: dict[str, Tensor] | None) -> Shard:
+def _store(job: Job, part: Part, tensors: dict[str, Tensor] | None) -> tuple[Shard, list[int]]:
     path = part.path
     if tensors is not None:
         write_tensors(path, tensors, part.tag, CacheError)
+    stamp = file_stamp(path)
     digest = file_digest(path, CacheError)
     job.elsewhere.send(path)
-    return Shard(path.name, row_count(part.examples), path.stat().st_size, digest)
+    return Shard(path.name, row_count(part.examples), stamp[0], digest), stamp

@@ -28,11 +28,12 @@ from lspade_train.cache.manifest import (
     require_same,
     write_identity,
 )
+from lspade_train.cache.reader import VERIFIED, note_verified
 from lspade_train.cache.shards import Elsewhere, Estimate, Job, Nowhere, estimate, write_shards
 from lspade_train.errors import CacheError
 from lspade_train.parallel import ranks, together
 from lspade_train.spade import collect_states
-from lspade_train.storage import file_digest, file_tag, read_json, write_tensors
+from lspade_train.storage import file_digest, file_stamp, file_tag, read_json, write_tensors
 from lspade_train.tasks import Encoded, Example
 
 Track = Callable[[Sequence[int]], Iterable[int]]
@@ -83,7 +84,7 @@ def build(
             return finished
         mine = range(rank, plan.shards, world)
         parts = together(lambda: write_shards(job, track(mine)))
-        shards = sorted(chain.from_iterable(parts), key=lambda shard: shard.file)
+        shards = dict(chain.from_iterable(part.items() for part in parts))
         done = together(lambda: _finish(job, encoded, provenance, shards) if rank == 0 else None)[0]
     assert done is not None
     return done
@@ -112,9 +113,9 @@ def _prepare(job: Job) -> Manifest | None:
 
 
 def _finish(
-    job: Job, encoded: Encoded, provenance: dict[str, Any], shards: list[Shard]
+    job: Job, encoded: Encoded, provenance: dict[str, Any], shards: dict[Shard, list[int]]
 ) -> Manifest:
-    """Write what stands around the shards, the manifest last."""
+    """Write what stands around the shards and the manifest, and note what has been hashed."""
     folder = job.folder
     job.elsewhere.bring(*(folder / shard.file for shard in shards))
     absent = [shard.file for shard in shards if not (folder / shard.file).exists()]
@@ -125,6 +126,7 @@ def _finish(
         )
     _clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
     _write_starts(folder, job.adapter, job.examples, job.what, job.digest)
+    starts = file_stamp(folder / STARTS)
     manifest = Manifest(
         identity=job.identity,
         rows=job.plan.rows,
@@ -132,11 +134,13 @@ def _finish(
         skipped=encoded.skipped,
         answer_prefix=encoded.prefix,
         groups=job.what.groups,
-        shards=tuple(shards),
+        shards=tuple(sorted(shards, key=lambda shard: shard.file)),
         starts_sha256=file_digest(folder / STARTS, CacheError),
         provenance=provenance,
     )
     manifest.write(folder)
+    # Nobody need read through again what was hashed as it was written.
+    note_verified(folder, {shard.file: stamp for shard, stamp in shards.items()} | {STARTS: starts})
     return manifest
 
 
@@ -147,7 +151,7 @@ def discard(folder: Path) -> None:
         CacheError: the folder cannot be written.
     """
     # The manifest first: without it nothing reads the rest.
-    _clear(folder, *FILES, ".verified.json", ".*.tmp")
+    _clear(folder, *FILES, VERIFIED, ".*.tmp")
 
 
 def _clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:

@@ -84,17 +84,20 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
 
     Raises:
         HubError: a URL that cannot be read, or that would be written.
+        ArtifactError: a folder that would be written and cannot be.
     """
     from lspade_train.artifact import heads_folder
-    from lspade_train.errors import HubError
+    from lspade_train.errors import ArtifactError, HubError
     from lspade_train.hub import local_folder
     from lspade_train.remote import is_remote
+    from lspade_train.storage import require_writable
 
     given = parsed.options.heads
-    if given is None:
-        return heads_folder(parsed.recipe)
-    if not is_remote(given):
-        return Path(given)
+    if given is None or not is_remote(given):
+        folder = heads_folder(parsed.recipe) if given is None else Path(given)
+        if written_by is not None and folder.exists():
+            require_writable(folder, ArtifactError)
+        return folder
     if written_by is not None:
         raise HubError(
             f"{written_by} writes into the heads folder, and {given} is not on this machine.\n"

@@ -135,14 +135,11 @@ def _budget(options: Any) -> tuple[Any, float]:
 
 def _model(parsed: Parsed) -> tuple[Path, Any, Any]:
     from lspade_train.data import HiddenStateDataModule
-    from lspade_train.errors import ArtifactError
     from lspade_train.heads import LSpadeHeads
-    from lspade_train.storage import require_writable
 
     recipe = parsed.recipe
     folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
-    require_writable(folder, ArtifactError)
     data = HiddenStateDataModule(
         recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
     )

@@ -56,10 +56,13 @@ def early_end_named(trainer: Trainer, advice: str) -> Generator[None]:
         KeyboardInterrupt: Ctrl-C.
         StoppedError: another process was lost.
     """
-    sigterm.launcher = trainer.strategy.launcher
+    # The first trainer of a command starts the processes, the next ones find them.
+    sigterm.launcher = sigterm.launcher or trainer.strategy.launcher
     try:
         with lost_peers_named(advice):
             yield
     except SystemExit as stop:  # Lightning's own way out of both
         by_signal = isinstance(stop, SIGTERMException) or isinstance(stop.__context__, Terminated)
         raise (Terminated if by_signal else KeyboardInterrupt) from stop
+    finally:
+        sigterm.deferred = False

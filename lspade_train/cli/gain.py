@@ -43,16 +43,13 @@ def profile(arguments: list[str]) -> None:
     from rich.console import Console
 
     from lspade_train import profiling
-    from lspade_train.errors import ArtifactError
     from lspade_train.progress import track
     from lspade_train.runtime import ExitRuntime
-    from lspade_train.storage import require_writable
 
     options = parsed.options
     folder = heads_given(parsed, written_by="profile")
     heads, adapter = runtime_model(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
-    require_writable(folder, ArtifactError)
     prompts, choices = _prompts(parsed, adapter)
     runtime = ExitRuntime(adapter, heads, policy=policy)
     console = Console(width=max(Console().width, 110))

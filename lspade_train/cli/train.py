@@ -182,6 +182,7 @@ def _loggers(parsed: Parsed, folder: Path) -> Any:
 
 
 def _trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
+    from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.pytorch import Trainer
 
     from lspade_train.callbacks import AtomicCheckpoints
@@ -192,6 +193,11 @@ def _trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     given = deepcopy(arguments.pop("callbacks", None) or [])
     given = given if isinstance(given, list) else [given]
     defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
+    plugins: list[Any] = []
     if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
-        defaults["plugins"] = AtomicCheckpoints()  # the others write their shards themselves
+        plugins.append(AtomicCheckpoints())  # the others write their shards themselves
+    if SLURMEnvironment.detect():
+        # Lightning's requeueing may cut a step in half, and any recipe would go on from there.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    defaults["plugins"] = plugins
     return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, StopTogether()])
