@@ -182,7 +182,7 @@ def _loggers(parsed: Parsed, folder: Path) -> Any:
 
 
 def _trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch import Trainer
 
     from lspade_train.callbacks import AtomicCheckpoints
