@@ -219,8 +219,9 @@ class HiddenStateDataModule(LightningDataModule):
             if far and ranks()[0]:
                 far.fetch()  # what other machines have written
             found = cache.open_cache(folder, identity)
-            if far and not ranks()[0]:
+            if far and not ranks()[0] and not self.reused[split]:
                 far.publish()
+                log.info("%s: complete in %s", split, far.url)
             return found
 
         # The first process decides for all: a cache may be finished between two looks.
@@ -261,6 +262,7 @@ class HiddenStateDataModule(LightningDataModule):
             provenance={
                 "model_id": self.config.model_id,
                 "dataset": self.config.dataset,
+                "compiled": self.config.compile,
                 "lspade_train": version("lspade-train"),
                 "torch": torch.__version__,
                 "transformers": version("transformers"),
@@ -273,19 +275,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _encode(self, split: Split) -> Encoded:
         limit = self.frozen.facts.max_length or 2**31
-        encoded = tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
-        if not encoded.examples:
-            raise TaskError(
-                f"No prompt of the {split} split is left ({encoded.skipped} skipped as too long "
-                f"or too short; the model reads {limit} tokens). Use other data or a shorter "
-                "--data.prompt.template."
-            )
-        if encoded.skipped:
-            log.warning(
-                "%s: %d of %d rows skipped: too long for the model, or too short for a position",
-                split, encoded.skipped, encoded.skipped + len(encoded.examples),
-            )  # fmt: skip
-        return encoded
+        return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 
     def _extraction(self, examples: list[Example]) -> Extraction:
         return Extraction(

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from lspade_train.adapters import ModelAdapter, Unembedding, load_unembedding
+from lspade_train.adapters import (
+    ModelAdapter,
+    Unembedding,
+    hub_commit,
+    load_unembedding,
+    model_folder,
+)
 from lspade_train.errors import LSpadeError, UnsupportedModelError
 from lspade_train.recipe import DataConfig
 from lspade_train.storage import default_cache_root, json_digest, read_json, write_json
@@ -67,7 +72,7 @@ class FrozenModel:
             UnsupportedModelError: no model can be loaded, or it is none that can be driven.
         """
         if self._facts is None:
-            self._facts = _recall(self._record(self.config.revision))
+            self._facts = _recall(self._record())
         return self._facts or ModelFacts.of(self.adapter)
 
     @property
@@ -100,7 +105,7 @@ class FrozenModel:
         """
         return load_tokenizer(
             self.config.model_id,
-            revision=self.facts.revision or self.config.revision,
+            revision=self._revision,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -114,21 +119,27 @@ class FrozenModel:
             "tokenizer": tokenizer_digest(self.tokenizer),
         }
 
+    @cached_property
+    def _revision(self) -> str | None:
+        """On the Hub a commit, resolved once: all that is read is of one commit."""
+        return hub_commit(self.config.model_id, self.config.revision) or self.config.revision
+
     def _load(self) -> ModelAdapter:
         config = self.config
-        before = self._record(config.revision)
+        before = self._record()
         adapter = ModelAdapter.from_pretrained(
             config.model_id,
-            revision=config.revision,
+            revision=self._revision,
             dtype=config.dtype,
             device=self._device(),
             device_map=config.device_map,
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             check=False,
+            compile=config.compile,
         )
         facts = ModelFacts.of(adapter)
-        record = self._record(adapter.revision)
+        record = self._record()
         # A commit's files come with the load and stay what they are; a folder's may change.
         if record is not None and (record == before or adapter.revision):
             _keep(record, facts)
@@ -140,7 +151,7 @@ class FrozenModel:
         self._facts = facts
         return adapter
 
-    def _record(self, revision: str | None) -> Path | None:
+    def _record(self) -> Path | None:
         """Where the facts are kept, by all that decides them; None where that is not only files.
 
         Times are only compared for equality: a touched file costs a load and nothing else.
@@ -148,7 +159,7 @@ class FrozenModel:
         config = self.config
         if config.trust_remote_code or config.quantization is not None:
             return None  # code from elsewhere, or scales that depend on library and device
-        files = _deciding_files(config.model_id, revision)
+        files = _deciding_files(config.model_id, self._revision)
         if files is None:
             return None
         versions = {name: version(name) for name in ("lspade-train", "transformers")}
@@ -157,7 +168,7 @@ class FrozenModel:
 
     def _unembedding_alone(self, facts: ModelFacts) -> Unembedding | None:
         """Norm and head without the blocks; None where only a whole load can be trusted."""
-        folder = _folder(self.config.model_id, facts.revision)
+        folder = model_folder(self.config.model_id, self._revision)
         try:
             found = load_unembedding(
                 str(folder), dtype=facts.identity["dtype"], device=self._device()
@@ -172,21 +183,12 @@ class FrozenModel:
         return found
 
 
-def _folder(model_id: str, revision: str | None) -> Path | None:
-    """The local folder of a model's files; None where there is none, as the load will say."""
-    try:
-        found = cached_file(model_id, "config.json", revision=revision)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found).parent.resolve()
-
-
 def _deciding_files(model_id: str, revision: str | None) -> list[list[Any]] | None:
     """Name, size and times of each; None where they cannot be told. A commit is in their names."""
-    folder = _folder(model_id, revision)
+    folder = model_folder(model_id, revision)
     if folder is None:
         return None
-    names = sorted(str(path) for pattern in DECIDING for path in folder.glob(pattern))
+    names = sorted(str(path) for pattern in DECIDING for path in folder.resolve().glob(pattern))
     try:
         stats = [Path(name).stat() for name in names]
     except OSError:

@@ -87,6 +87,10 @@ class DataConfig:
         device_map: accelerate's map for models too large for one device, such as `auto`.
         quantization: int8 (LLM.int8) or int4 (NF4) quantises the blocks while loading, by
             bitsandbytes; null loads the checkpoint as it is, quantised or not.
+        compile: run the frozen blocks through `torch.compile`, in every command that builds or
+            reads states. Takes up to minutes at the start (less where torch's own cache is warm),
+            so it is for long runs; the last bits of the states may change. Needs a C++ compiler on
+            a CPU, Triton on a GPU.
         trust_remote_code: run code from the model's repository. Leave off unless you read it.
     """
 
@@ -112,6 +116,7 @@ class DataConfig:
     device: str = "auto"
     device_map: str | None = None
     quantization: Quantization | None = None
+    compile: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

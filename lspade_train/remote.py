@@ -8,7 +8,6 @@ nothing: whoever opens the mirror compares its files with the digests in the ind
 
 import errno
 import hashlib
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from lspade_train.errors import LSpadeError
-from lspade_train.storage import atomic_path, read_json, write_json
+from lspade_train.storage import atomic_path, default_cache_root, read_json, write_json
 
 NOTES = ".transfers.json"
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
@@ -41,7 +40,7 @@ class Mirror:
         patterns: names of its files, or globs, the index first; one folder deep at most. No other
             file is brought, sent or removed.
         error: what to raise.
-        folder: the local folder; None: one under `$LSPADE_CACHE` or the user's cache.
+        folder: the local folder; None: one under `default_cache_root()`.
 
     Raises:
         error: by every method: the remote folder cannot be reached, read or written, or the disk
@@ -57,7 +56,8 @@ class Mirror:
     ) -> None:
         self.url, self.patterns, self.error = url.rstrip("/"), patterns, error
         self.index = patterns[0]
-        self.folder = folder or _own_folder(self.url)
+        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = folder or default_cache_root() / "mirrors" / key
         self._lock = FileLock(self.folder / ".mirror.lock")
 
     def fetch(self) -> Path:
@@ -89,10 +89,9 @@ class Mirror:
             settled = self._settled(there)
             if here == settled == there.keys():
                 return
-            for name in sorted(there.keys() - here, key=lambda name: name != self.index):
+            gone = there.keys() - here | {self.index}
+            for name in reversed(self._in_order(gone & there.keys())):
                 _remove(files, f"{root}/{name}")
-            if self.index in there:
-                _remove(files, f"{root}/{self.index}")
             for name in self._in_order((here - settled) | {self.index}):
                 self._put(files, root, name)
 
@@ -119,14 +118,14 @@ class Mirror:
         """The file system and the path in it."""
         from fsspec.core import url_to_fs
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             files, root = url_to_fs(self.url)
             yield files, root.rstrip("/")
         except LSpadeError:
             raise
         except Exception as cause:  # each file system raises what its own library raises
-            raise self.error(_explain(self.url, cause)) from cause
+            raise self.error(self._explain(cause)) from cause
 
     def _get(self, files: Any, root: str, name: str, stamp: str) -> None:
         with atomic_path(self.folder / name, self.error) as temporary:
@@ -135,7 +134,7 @@ class Mirror:
             except Exception as cause:
                 if getattr(cause, "errno", None) in DISK_FULL:
                     raise  # atomic_path has the words for it
-                raise self.error(_explain(self.url, cause)) from cause
+                raise self.error(self._explain(cause)) from cause
         self._note(name, stamp, self._stat(name))
 
     def _put(self, files: Any, root: str, name: str) -> None:
@@ -189,11 +188,22 @@ class Mirror:
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: (name == self.index, name))
 
-
-def _own_folder(url: str) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lspade-train"
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Path(os.environ.get("LSPADE_CACHE", home)) / "mirrors" / key
+    def _explain(self, cause: Exception) -> str:
+        scheme = self.url.split("://")[0]
+        first = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        if isinstance(cause, ImportError):
+            what = f"{scheme}:// needs a package that is not here ({first})."
+            return f"{what}\nInstall it, and try again."
+        if isinstance(cause, ValueError) and "rotocol" in first:
+            what = f"{self.url} begins with {scheme}://, which no installed package reads."
+            return f"{what}\nCheck the URL."
+        if str(self.folder) in str(getattr(cause, "filename", "")):
+            what = f"The mirror of {self.url} cannot be written ({first:.200})."
+            return f"{what}\nSet LSPADE_CACHE to a folder that you can write to."
+        return (
+            f"{self.url} cannot be used ({type(cause).__name__}: {first:.200}).\n"
+            "Check the URL, that the bucket exists, and your credentials for it."
+        )
 
 
 def _entries(files: Any, folder: str) -> dict[str, Any]:
@@ -213,18 +223,3 @@ def _require_bucket(files: Any, root: str) -> None:
 def _remove(files: Any, path: str) -> None:
     with suppress(FileNotFoundError):  # another process was first
         files.rm_file(path)
-
-
-def _explain(url: str, cause: Exception) -> str:
-    scheme = url.split("://")[0]
-    first = (str(cause).splitlines() or [""])[0] or type(cause).__name__
-    if isinstance(cause, ImportError):
-        return (
-            f"{scheme}:// needs a package that is not here ({first}).\nInstall it, and try again."
-        )
-    if isinstance(cause, ValueError) and "rotocol" in first:
-        return f"{url} begins with {scheme}://, which no installed package reads.\nCheck the URL."
-    return (
-        f"{url} cannot be used ({type(cause).__name__}: {first:.200}).\n"
-        "Check the URL, that the bucket exists, and your credentials for it."
-    )

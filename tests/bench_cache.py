@@ -1,9 +1,13 @@
 """The cache: extraction against the plain forward, its size, its reading, its peak memory."""
 
+import os
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -112,6 +116,33 @@ def extraction(rounds: int = 3) -> list[Row]:
     ]
 
 
+def compiled(rounds: int = 3, tokens: int = 256) -> list[Row]:
+    """Extraction with writing through compiled blocks against the same blocks as they are."""
+    examples = prompts(TOKENS_PER_BATCH // tokens, tokens)
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/inductor"  # nothing compiled before
+        eager = llama()
+        fast = ModelAdapter(eager.model, check=False, compile=True)
+
+        def extract(adapter: ModelAdapter) -> None:
+            build(Path(name) / "cache", adapter, examples, 256, TOKENS_PER_BATCH)
+
+        start = time.perf_counter()
+        extract(fast)  # checks the adapter, and compiles
+        first = time.perf_counter() - start
+        cases = {"compiled": partial(extract, fast), "eager": partial(extract, eager)}
+        taken = interleaved(cases, rounds)
+    times = [seconds(taken, case) for case in cases]
+    return [
+        (
+            f"extraction, compiled / eager, T={tokens}",
+            f"{ratio(taken, 'compiled', 'eager'):.3f}",
+            f"{times[0]:.2f} s / {times[1]:.2f} s, {len(examples)} prompts; compiling takes "
+            f"{first - times[0]:.0f} s once, with torch's own cache empty",
+        )
+    ]
+
+
 def reading(rounds: int = 7, rows: int = 4096, shards: int = 4) -> list[Row]:
     """A shuffled epoch from mapped shards against copying the same bytes."""
     per_shard = rows // shards
@@ -193,6 +224,7 @@ def memory() -> list[Row]:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "extraction": extraction,
+    "compile": compiled,
     "reading": reading,
     "memory": memory,
 }

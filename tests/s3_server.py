@@ -58,6 +58,7 @@ def serve() -> Generator[Gate]:
     gate.port = running.server_port
     thread = Thread(target=running.serve_forever)
     thread.start()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients of another server
     try:
         yield gate
     finally:
@@ -75,7 +76,6 @@ def point_client_at(gate: Gate, monkeypatch) -> None:
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
     system = fsspec.filesystem("s3")
     if not system.exists(BUCKET):
         system.mkdir(BUCKET)

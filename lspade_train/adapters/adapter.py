@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lspade_train.adapters.check import check_adapter
+from lspade_train.adapters.compiled import apply_block, compiled_apply
 from lspade_train.adapters.identity import model_identity, quantization
-from lspade_train.adapters.loading import load_model
+from lspade_train.adapters.loading import hub_commit, load_model
 from lspade_train.adapters.plan import Plan, StartCache
 from lspade_train.adapters.structure import Stage, find_decoder
 from lspade_train.adapters.unembedding import find_unembedding
@@ -30,23 +31,33 @@ if TYPE_CHECKING:
 class ModelAdapter:
     """A frozen causal language model, driven block by block.
 
+    Attributes:
+        revision: the Hub commit that `from_pretrained` loaded; None for a folder.
+
     Args:
         model: any Hugging Face decoder-only model, on any device, in any dtype.
         check: prove on one short probe that replay, unembedding and the start-token cache give
             the model's own numbers.
+        compile: run the blocks through `torch.compile`; `data.compile` says what that takes.
 
     Raises:
         UnsupportedModelError: the model is no decoder, or fails the check.
+        RecipeError: the blocks cannot be compiled here.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, check: bool = True) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", *, check: bool = True, compile: bool = False
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder, self.blocks = find_decoder(model)
         self.unembed = find_unembedding(model, self.decoder)
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.compiled = compile
+        self._apply = compiled_apply() if compile else apply_block
         self._stage = Stage(self.blocks, self._call_padded)
         self._starts: dict[int, DynamicCache] = {}
         self._checked = False
+        self.revision: str | None = None
         if quantization(model) is not None:
             # Now: bitsandbytes rounds 4-bit scales when their first product on a CPU repacks them.
             _ = self.identity
@@ -75,6 +86,7 @@ class ModelAdapter:
         quantization: Quantization | None = None,
         trust_remote_code: bool = False,
         check: bool = True,
+        compile: bool = False,
     ) -> Self:
         """Load a Hub id or a folder.
 
@@ -88,21 +100,25 @@ class ModelAdapter:
                 checkpoint as it is, quantised or not.
             trust_remote_code: run code from the model's repository.
             check: run the load-time check.
+            compile: run the blocks through `torch.compile`.
 
         Raises:
             UnsupportedModelError: nothing there, no decoder, or the check fails.
-            RecipeError: no such device, or no bitsandbytes here.
+            RecipeError: no such device, no bitsandbytes here, or blocks that do not compile.
         """
+        commit = hub_commit(model_id, revision)
         model = load_model(
             model_id,
-            revision=revision,
+            revision=commit or revision,
             dtype=dtype,
             device=device,
             device_map=device_map,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )
-        return cls(model, check=check)
+        adapter = cls(model, check=check, compile=compile)
+        adapter.revision = commit
+        return adapter
 
     def check(self) -> None:
         """Prove on one short probe that every path gives the model's own numbers; done once.
@@ -158,11 +174,6 @@ class ModelAdapter:
     def dtype(self) -> torch.dtype:
         """Precision of the hidden states."""
         return self.model.dtype
-
-    @property
-    def revision(self) -> str | None:
-        """The Hub commit the model was loaded from, None for a folder."""
-        return getattr(self.model.config, "_commit_hash", None)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -228,9 +239,8 @@ class ModelAdapter:
         self, plan: Plan, block: int, hidden: Float[Tensor, "rows tokens d"]
     ) -> Float[Tensor, "rows tokens d"]:
         """Apply block number `block` (0-based: it makes h^(block+1) of h^block)."""
-        args, kwargs = plan.calls[block]
-        output = self.blocks[block](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        args, kwargs = plan.call(block)
+        return self._apply(self.blocks[block], hidden, args, kwargs)
 
     @torch.no_grad()
     def model_unembed(self, hidden: Float[Tensor, "rows tokens d"]) -> Tensor:

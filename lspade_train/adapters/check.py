@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lspade_train.adapters.identity import quantization
-from lspade_train.errors import UnsupportedModelError
+from lspade_train.errors import LSpadeError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from lspade_train.adapters.adapter import ModelAdapter
@@ -20,6 +20,7 @@ def check_adapter(adapter: "ModelAdapter") -> None:
 
     Raises:
         UnsupportedModelError: a path gives other numbers; says which.
+        RecipeError: the blocks cannot be compiled.
     """
     vocabulary = adapter.vocab_size
     ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [3, 11, 12, 13], [7, 14, 9, 15]])
@@ -29,7 +30,7 @@ def check_adapter(adapter: "ModelAdapter") -> None:
     try:
         expected = _model_forward(adapter, ids, mask)
         _compare(adapter, ids, mask, expected)
-    except UnsupportedModelError:
+    except LSpadeError:
         raise
     except Exception as cause:
         text = (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,23 @@ def load_model(
     if not options:
         nn.Module.to(model, where)
     return model
+
+
+def model_folder(model_id: str, revision: str | None) -> Path | None:
+    """The local folder of a model's files; None where there is none, as loading it will say."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(model_id, "config.json", revision=revision)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
+def hub_commit(model_id: str, revision: str | None) -> str | None:
+    """The commit that a Hub id and a revision stand for; None for a folder."""
+    folder = None if Path(model_id).is_dir() else model_folder(model_id, revision)
+    return None if folder is None else folder.name
 
 
 def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:

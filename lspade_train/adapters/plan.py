@@ -16,8 +16,7 @@ class StartCache(DynamicCache):
     """Keys and values of start tokens alone, read by any row and written by none.
 
     Causal attention makes a start token's states depend on that token only, so they are constants
-    of the model. `update` returns the row's start token followed by the row's own token and keeps
-    nothing, so the same constants serve every row and every block of a sweep.
+    of the model: the same ones serve every row and every block of a sweep.
     """
 
     def __init__(self, starts: Sequence[DynamicCache], rows: Int[Tensor, " rows"]) -> None:
@@ -35,19 +34,33 @@ class StartCache(DynamicCache):
         other._stacked = self._stacked
         return other
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Start token's keys and values in front of the row's own, shape (rows, heads, 2, d)."""
-        if layer_idx not in self._stacked:
-            layers: list[Any] = [start.layers[layer_idx] for start in self.starts]
+    def at(self, block: int) -> "BlockStart":
+        """What one block is given: its rows' start tokens."""
+        if block not in self._stacked:
+            layers: list[Any] = [start.layers[block] for start in self.starts]
             keys, values = [it.keys for it in layers], [it.values for it in layers]
-            self._stacked[layer_idx] = torch.cat(keys), torch.cat(values)
-        keys, values = self._stacked[layer_idx]
+            self._stacked[block] = torch.cat(keys), torch.cat(values)
+        keys, values = self._stacked[block]
         rows = self.rows.to(keys.device)
+        return BlockStart(self.layers, keys[rows], values[rows])
+
+
+class BlockStart(DynamicCache):
+    """One block's start tokens; knows no block number, so that all blocks compile to one thing."""
+
+    def __init__(self, layers: list[Any], keys: Tensor, values: Tensor) -> None:
+        """Keep what `update` puts in front, (rows, heads, 1, d); `layers` tell that one is seen."""
+        super().__init__()
+        self.layers = layers
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Start token's keys and values in front of the row's own, (rows, heads, 2, d)."""
         return (
-            torch.cat([keys[rows], key_states], dim=-2),
-            torch.cat([values[rows], value_states], dim=-2),
+            torch.cat([self.keys, key_states], dim=-2),
+            torch.cat([self.values, value_states], dim=-2),
         )
 
 
@@ -64,6 +77,15 @@ class Plan:
     hidden: Float[Tensor, "rows tokens d"]
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
     per_row: Mapping[str | int, int] = field(default_factory=dict[str | int, int])
+
+    def call(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The further arguments of one block, start tokens as that block sees them."""
+        args, kwargs = self.calls[block]
+
+        def seen(value: Any) -> Any:
+            return value.at(block) if isinstance(value, StartCache) else value
+
+        return tuple(map(seen, args)), {name: seen(value) for name, value in kwargs.items()}
 
     def select(self, rows: Rows) -> "Plan":
         """The plan of a subset of the rows: every tensor that has rows is indexed, once each."""

@@ -5,6 +5,7 @@ Knows nothing of files: the writer, the in-memory mode and the online mode all c
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,7 +65,12 @@ def length_buckets(examples: Sequence[Example], tokens: int) -> Iterator[list[in
 
 
 def extract(
-    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, tokens_per_batch: int
+    adapter: ModelAdapter,
+    examples: Sequence[Example],
+    what: Extraction,
+    tokens_per_batch: int,
+    *,
+    to_host: bool = True,
 ) -> dict[str, Tensor]:
     """States, targets and labels of `examples`, one row per answer position, in their order.
 
@@ -73,9 +79,10 @@ def extract(
         examples: tokenised prompts.
         what: layers and targets.
         tokens_per_batch: padded prompt tokens per forward.
+        to_host: bring what the model computes to the host's memory; else it stays on the device.
 
     Returns:
-        CPU tensors whose first dimension is the row; `cache.reader.StateBatch` names them.
+        Tensors whose first dimension is the row; `cache.reader.StateBatch` names them.
 
     Raises:
         NumericsError: a hidden state is NaN or Inf.
@@ -86,15 +93,16 @@ def extract(
     def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
         for batch in length_buckets(examples, tokens_per_batch):
             chosen = [examples[i] for i in batch]
-            yield batch, _to_host(_forward(adapter, chosen, what))
+            parts = _forward(adapter, chosen, what)
+            yield batch, _to_host(parts) if to_host else partial(dict, parts)
 
     for batch, arrived in _one_behind(batches()):
         place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
         parts = arrived()
         for name, part in parts.items():
             if name not in out:
-                out[name] = torch.empty(int(starts[-1]), *part.shape[1:], dtype=part.dtype)
-            out[name][place] = part
+                out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
+            out[name][place.to(part.device)] = part
         _refuse_non_finite(parts, examples, batch, what.layers)
     return out
 

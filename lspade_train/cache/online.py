@@ -42,9 +42,10 @@ class OnlineDataset:
         return len(self.examples)
 
     def extract(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Tensors by the names of `StateBatch`."""
+        """Tensors by the names of `StateBatch`, in the host's memory."""
         return extract(self.adapter, examples, self.what, self.tokens)
 
     def gather(self, rows: Tensor) -> StateBatch:
-        """All answer positions of the asked prompts, in their order."""
-        return StateBatch(**self.extract([self.examples[int(row)] for row in rows]))
+        """All answer positions of the asked prompts, in their order, states where the model is."""
+        asked = [self.examples[int(row)] for row in rows]
+        return StateBatch(**extract(self.adapter, asked, self.what, self.tokens, to_host=False))

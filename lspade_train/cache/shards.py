@@ -138,7 +138,7 @@ class Job:
         # Rows and rounding depend on more than the identity: a resumed run may have other settings.
         tag = (
             f"{self.digest} prompts {first}:{first + len(examples)}, "
-            f"{self.tokens_per_batch} tokens per batch"
+            f"{self.tokens_per_batch} tokens per batch{', compiled' * self.adapter.compiled}"
         )
         return Part(self.folder / f"shard-{number:05d}.safetensors", examples, tag)
 

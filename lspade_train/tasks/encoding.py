@@ -1,5 +1,6 @@
 """Rows to tokenised prompts with one-token answers."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from lspade_train.tasks.text import encode_text
 # Prompts that end in the same tokens meet an answer in the same way: merges are that local.
 BORDER = 4
 
+log = logging.getLogger(__name__)
+
 
 def encode(
     config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -30,12 +33,31 @@ def encode(
         max_length: tokens that the model reads.
 
     Raises:
-        TaskError: a prompt is longer than `max_length` (with `overlong: error`), an answer is not
-            one token behind its prompt, or the template or chat settings do not fit.
+        TaskError: a prompt is longer than `max_length` (with `overlong: error`), none is left, an
+            answer is not one token behind its prompt, or the template or chat settings do not fit.
     """
+    if find_task(config.task).to_question is None:
+        encoded = encode_text(config.text, rows, tokenizer, max_length)
+    else:
+        encoded = _encode_questions(config, rows, tokenizer, max_length)
+    if not encoded.examples:
+        raise TaskError(
+            f"No prompt of the {rows.split} split is left ({encoded.skipped} skipped as too long "
+            f"or too short; the model reads {max_length} tokens). Use other data or a shorter "
+            "--data.prompt.template."
+        )
+    if encoded.skipped:
+        log.warning(
+            "%s: %d of %d rows skipped: too long for the model, or too short for a position",
+            rows.split, encoded.skipped, encoded.skipped + len(encoded.examples),
+        )  # fmt: skip
+    return encoded
+
+
+def _encode_questions(
+    config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
     task = find_task(config.task)
-    if task.to_question is None:
-        return encode_text(config.text, rows, tokenizer, max_length)
     questions = to_questions(config, rows)
     prompter = Prompter(config.prompt, task.template, tokenizer, shot_questions(config, rows))
     # Every label of the task, also those that this split has no use for: all splits of a task
