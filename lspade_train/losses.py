@@ -5,9 +5,8 @@ must never exist at once. So the loss and its gradient are computed together, ch
 the hidden state needs a gradient, `(p_student - p_target) W`. Knows nothing of layers or training.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,14 +14,19 @@ from torch import Tensor
 
 from lspade_train.adapters import Unembedding
 
-CHUNK_MB = {"cpu": 24, "cuda": 512}
+CHUNK_MB = {"cpu": 16, "cuda": 512}
 """One chunk of fp32 logits: on a CPU it stays in the cache, on a GPU it fills the cores."""
 
 ABSENT = -1.0e4
 """Logit of a token that a top-k target does not hold: its probability is exactly zero."""
 
-TargetLogits = Callable[[slice], Tensor]
-"""Rows of the target's logits, (chunk, vocab), made when they are needed."""
+
+class TargetLogits(Protocol):
+    """The target's logits, made when they are needed."""
+
+    def __call__(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "chunk vocab"]:
+        """Logits of some rows, in the given memory where that serves."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def distillation(
     unembed: Unembedding,
     *,
     watch: Int[Tensor, "rows watched"] | None = None,
-    chunk: int | None = None,
+    memory: Float[Tensor, "3 chunk vocab"] | None = None,
 ) -> Distilled:
     """Cross-entropy of the student's distribution against the target's, with its statistics.
 
@@ -59,13 +63,13 @@ def distillation(
         target: gives the target's logits for a slice of the rows.
         unembed: the frozen norm and head of the student's side.
         watch: tokens whose student logits are returned, such as the task's choices.
-        chunk: rows whose logits exist at once; None: `chunk_rows`.
+        memory: what the logits of a chunk are written to, from `chunk_memory`; None: made anew.
 
     Returns:
         Per-row loss and statistics; memory does not grow with rows x vocab.
     """
     tokens = watch if watch is not None else torch.empty(len(student), 0, dtype=torch.long)
-    return Distilled(*_apply(student, target, unembed, tokens.to(student.device), chunk))
+    return Distilled(*_apply(student, target, unembed, tokens.to(student.device), memory))
 
 
 def cross_entropy(
@@ -73,16 +77,29 @@ def cross_entropy(
     target: TargetLogits,
     unembed: Unembedding,
     *,
-    chunk: int | None = None,
+    memory: Float[Tensor, "3 chunk vocab"] | None = None,
 ) -> Float[Tensor, " rows"]:
     """The loss of `distillation` alone, in nats: fewer passes over the logits."""
-    return _apply(student, target, unembed, None, chunk)[0]
+    return _apply(student, target, unembed, None, memory)[0]
+
+
+def chunk_memory(unembed: Unembedding, rows: int | None = None) -> Float[Tensor, "3 chunk vocab"]:
+    """Memory for the logits of one chunk; who keeps it spares the system from mapping it anew.
+
+    Args:
+        unembed: the frozen norm and head.
+        rows: of a chunk; None: `chunk_rows`.
+    """
+    weight = unembed.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    shape = (3, rows or chunk_rows(unembed), weight.shape[0])
+    return torch.empty(shape, dtype=wide, device=weight.device)
 
 
 def chunk_rows(unembed: Unembedding) -> int:
     """Rows whose logits exist at once."""
     vocab = unembed.weight.shape[0]
-    return max(CHUNK_MB.get(unembed.weight.device.type, 24) * 2**20 // (4 * vocab), 1)
+    return max(CHUNK_MB.get(unembed.weight.device.type, 16) * 2**20 // (4 * vocab), 1)
 
 
 def _apply(
@@ -90,23 +107,31 @@ def _apply(
     target: TargetLogits,
     unembed: Unembedding,
     watch: Tensor | None,
-    chunk: int | None,
+    memory: Tensor | None,
 ) -> tuple[Tensor, ...]:
     normed = unembed.norm(student).to(unembed.weight.dtype)
-    chunk = chunk or chunk_rows(unembed)
+    memory = chunk_memory(unembed) if memory is None else memory
     return cast(
-        tuple[Tensor, ...], _ChunkedCrossEntropy.apply(normed, target, unembed, watch, chunk)
+        tuple[Tensor, ...], _ChunkedCrossEntropy.apply(normed, target, unembed, watch, memory)
     )
 
 
 def hidden_target(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> TargetLogits:
     """A target in factored form: the hidden state before the final norm."""
-    return lambda rows: unembed(hidden[rows].to(unembed.weight.dtype))
+
+    def logits(rows: slice, out: Tensor | None = None) -> Tensor:
+        return unembed.into(unembed.norm(hidden[rows].to(unembed.weight.dtype)), out)
+
+    return logits
 
 
 def logits_target(logits: Float[Tensor, "rows vocab"]) -> TargetLogits:
     """A target whose logits were stored."""
-    return lambda rows: logits[rows]
+
+    def stored(rows: slice, out: Tensor | None = None) -> Tensor:  # noqa: ARG001
+        return logits[rows]
+
+    return stored
 
 
 def topk_target(
@@ -114,10 +139,10 @@ def topk_target(
 ) -> TargetLogits:
     """A target of which the k best logits were stored; it is renormalised over those."""
 
-    def dense(rows: slice) -> Tensor:
-        kept = values[rows].float()
-        absent = kept.new_full((len(kept), vocab_size), ABSENT)
-        return absent.scatter_(-1, tokens[rows].long(), kept)
+    def dense(rows: slice, out: Tensor | None = None) -> Tensor:
+        kept = values[rows].float() if out is None else values[rows].to(out.dtype)
+        out = kept.new_empty(len(kept), vocab_size) if out is None else out
+        return out.fill_(ABSENT).scatter_(-1, tokens[rows].long(), kept)
 
     return dense
 
@@ -132,25 +157,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target: TargetLogits,
         unembed: Unembedding,
         watch: Tensor | None,
-        chunk: int,
+        memory: Tensor,
     ) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(normed.dtype, torch.float32)
         gradient = torch.empty_like(normed) if ctx.needs_input_grad[0] else None
-        # Made once: small tensors kept between those of a chunk would break the heap into pieces.
-        kinds = [wide] if watch is None else [wide, wide, torch.long, torch.bool]
-        out = [normed.new_empty(len(normed), dtype=kind) for kind in kinds]
-        if watch is not None:
-            out.append(normed.new_empty(watch.shape, dtype=wide))
-        for start in range(0, len(normed), chunk):
+        chunk = memory.shape[1]
+        found: list[list[Tensor]] = []
+        for start in range(0, max(len(normed), 1), chunk):
             part = slice(start, start + chunk)
             into = gradient[part] if gradient is not None else None
             watched = watch[part] if watch is not None else None
-            found = _cross(normed[part], target(part), unembed, watched, into)
-            for whole, value in zip(out, found, strict=True):
-                whole[part] = value
+            held = memory[:, : len(normed[part])]
+            found.append(_cross(normed[part], target(part, held[0]), unembed, watched, into, held))
+        loss, *statistics = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(*out[1:])
-        return tuple(out)
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -164,19 +185,16 @@ def _cross(
     unembed: Unembedding,
     watch: Tensor | None,
     gradient: Tensor | None,
+    memory: Tensor,
 ) -> list[Tensor]:
-    """Loss of one chunk, and its statistics where tokens are watched; fills in the gradient.
-
-    Three tensors of logits at most exist at once.
-    """
-    goal = target.to(torch.promote_types(normed.dtype, torch.float32))
-    p_goal, scratch = goal.softmax(-1), torch.empty_like(goal)
+    """Loss of one chunk, and its statistics where tokens are watched; fills in the gradient."""
+    goal = target.to(memory.dtype)
+    p_goal, scratch = torch.softmax(goal, -1, out=memory[1]), memory[2]
     found: list[Tensor] = []
     if watch is not None:
         entropy = _log_z(goal, p_goal) - _dot(p_goal, goal, scratch)
         found = [entropy, goal.argmax(-1)]
-    del target, goal
-    logits = unembed.finish(unembed.head(normed)).to(p_goal.dtype)
+    logits = unembed.into(normed, memory[0]).to(memory.dtype)  # the target's are not needed now
     crossed = _dot(p_goal, logits, scratch)
     p = torch.softmax(logits, -1, out=scratch)
     loss = _log_z(logits, p) - crossed

@@ -7,6 +7,7 @@ default are ours: the paper does not give them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lspade_train.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.losses import (
     Distilled,
     TargetLogits,
-    chunk_rows,
+    chunk_memory,
     cross_entropy,
     distillation,
     hidden_target,
@@ -110,7 +111,7 @@ class LSpadeModule(LightningModule):
         def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
             part = batch.of_layers(piece)
             if sums is None:
-                loss = cross_entropy(*self._sides(heads, part))
+                loss = cross_entropy(*self._sides(heads, part), memory=self._memory)
             else:
                 result = self._distil(heads, part)
                 sums.append(self._sums(part, result))
@@ -205,10 +206,14 @@ class LSpadeModule(LightningModule):
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
 
+    @cached_property
+    def _memory(self) -> Tensor:
+        assert self._unembed is not None
+        return chunk_memory(self._unembed)
+
     def _pieces(self, batch: StateBatch) -> list[slice]:
         """The layers, in pieces whose logits make about one chunk of the loss."""
-        assert self._unembed is not None
-        size = max(chunk_rows(self._unembed) // max(len(batch), 1), 1)
+        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
         layers = batch.hidden.shape[1]
         return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
 
@@ -221,7 +226,7 @@ class LSpadeModule(LightningModule):
     def _distil(self, heads: LSpadeHeads, batch: StateBatch) -> Distilled:
         """Loss and statistics of rows x layers, flattened row by row."""
         watch = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
-        return distillation(*self._sides(heads, batch), watch=watch.long())
+        return distillation(*self._sides(heads, batch), watch=watch.long(), memory=self._memory)
 
     def _sums(self, batch: StateBatch, result: Distilled) -> LayerSums:
         rows, layers = len(batch), batch.hidden.shape[1]

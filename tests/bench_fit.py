@@ -88,6 +88,7 @@ def prepared() -> Setting:
     full = Setting()
     full.optimizer, full.module = setting.optimizer, setting.module
     full.loop_optimizer, full.loop = setting.loop_optimizer, setting.loop
+    full.module.__dict__.pop("_memory")  # kept from step to step, and counted
     return full
 
 

@@ -10,7 +10,13 @@ from tiny_models import VOCAB, WIDTH, tiny
 from torch.nn.functional import cross_entropy
 
 from lspade_train.adapters import ModelAdapter
-from lspade_train.losses import distillation, hidden_target, logits_target, topk_target
+from lspade_train.losses import (
+    chunk_memory,
+    distillation,
+    hidden_target,
+    logits_target,
+    topk_target,
+)
 
 
 def double(family="llama"):
@@ -39,7 +45,8 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
     (loss * weights).sum().backward()
     expected, student.grad = student.grad, None
 
-    got = distillation(student, hidden_target(goal, unembed), unembed, chunk=chunk_rows)
+    memory = chunk_memory(unembed, chunk_rows)
+    got = distillation(student, hidden_target(goal, unembed), unembed, memory=memory)
     (got.loss * weights).sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
     torch.testing.assert_close(got.loss, loss)

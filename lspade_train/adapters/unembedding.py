@@ -60,6 +60,19 @@ class Unembedding:
         """Logits of raw block outputs, in the model's dtype."""
         return self.finish(self.head(self.norm(hidden)))
 
+    def into(
+        self, normed: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"] | None
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits behind the norm, written into `out` where it has the head's own kind of number."""
+        if out is None or out.dtype != self.weight.dtype or type(self.head) is not nn.Linear:
+            return self.finish(self.head(normed))
+        torch.mm(normed, self.weight.T, out=out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def tokens(
         self, hidden: Float[Tensor, "rows d"], ids: Int[Tensor, "rows tokens"]
     ) -> Float[Tensor, "rows tokens"]:
