@@ -182,7 +182,14 @@ class HiddenStateDataModule(LightningDataModule):
         self.adapter.check()
         self.reused[split] = False
         self._require_prefix(split, encoded.prefix)
-        online = OnlineDataset(self.adapter, encoded.examples, what, self.config.tokens_per_batch)
+        size = cache.estimate(self.adapter, encoded.examples, what, self.config.shard_mb)
+        online = OnlineDataset(
+            self.adapter,
+            encoded.examples,
+            what,
+            tokens=self.config.tokens_per_batch,
+            per_shard=size.prompts_per_shard,
+        )
         return online if self.config.mode == "online" else self._in_memory(split, online)
 
     def _in_memory(self, split: Split, online: OnlineDataset) -> StateDataset:

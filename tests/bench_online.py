@@ -30,7 +30,9 @@ class Setting:
         self.adapter, examples = llama(), prompts(PROMPTS, TOKENS)
         layers = tuple(range(1, LAYERS))
         what = Extraction(layers, "original", "hidden", 64, 4, ("",))
-        self.online = OnlineDataset(self.adapter, examples, what, TOKENS_PER_BATCH)
+        self.online = OnlineDataset(
+            self.adapter, examples, what, tokens=TOKENS_PER_BATCH, per_shard=PROMPTS
+        )
         build(folder, self.adapter, examples, 256, TOKENS_PER_BATCH)
         self.cached = cache.open_cache(folder, {"layers": list(layers)})[1]
         self.ids = torch.from_numpy(np.stack([it.input_ids for it in examples])).long().to(DEVICE)

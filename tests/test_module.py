@@ -96,9 +96,12 @@ def test_fitting_twice_gives_the_same_heads_bit_for_bit(project, form):
 
 
 @pytest.mark.parametrize("mode", ["memory", "online"])
-def test_every_mode_trains_the_same_heads(project, mode):
-    disk, _ = fit(project)
-    other, _ = fit(project, data=project.module(mode=mode))
+@pytest.mark.parametrize("shard_mb", [256, 0.01])
+def test_every_mode_trains_the_same_heads(project, mode, shard_mb):
+    data = project.module(shard_mb=shard_mb)
+    disk, _ = fit(project, data=data)
+    assert (len(data.states("train").shards) > 1) == (shard_mb < 1)
+    other, _ = fit(project, data=project.module(mode=mode, shard_mb=shard_mb))
     # Online, a training batch is a batch of the model too, which decides the last bits.
     slack = 1e-6 if mode == "online" else 0
     for name, value in weights(disk).items():

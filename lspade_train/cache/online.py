@@ -14,25 +14,39 @@ from lspade_train.tasks import Example
 class OnlineDataset:
     """Prompts whose states are computed when asked for; nothing is stored.
 
-    A row here is a prompt; a gathered batch holds all its answer positions.
+    A row here is a prompt; a gathered batch holds all its answer positions. Rows are read in the
+    order of a stored data set, so that the batches are the same.
+
+    Args:
+        adapter: the frozen model.
+        examples: the tokenised prompts.
+        what: layers and targets.
+        tokens: padded prompt tokens per forward.
+        per_shard: prompts in a shard of a stored data set.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, examples: list[Example], what: Extraction, tokens: int
+        self,
+        adapter: ModelAdapter,
+        examples: list[Example],
+        what: Extraction,
+        *,
+        tokens: int,
+        per_shard: int,
     ) -> None:
-        """Keep the tokenised prompts; `tokens` bounds one forward."""
-        self.adapter, self.examples, self.what, self.tokens = adapter, examples, what, tokens
+        self.adapter, self.examples, self.what = adapter, examples, what
+        self.tokens, self.per_shard = tokens, per_shard
         self.groups, self.layers = what.groups, what.layers
 
     @property
     def rows_at_once(self) -> int:
-        """As of a stored data set, so that the batches are the same."""
+        """How many rows a stored data set would read together."""
         size = torch.empty(0, dtype=self.adapter.dtype).element_size()
         return rows_at_once(len(self.layers) * self.adapter.hidden_size * size)
 
     def arrange(self, rows: Tensor) -> Tensor:
-        """As given."""
-        return rows
+        """Shard by shard, as if there were shards."""
+        return rows[(rows // self.per_shard).argsort(stable=True)]
 
     def deal(self, rows: Tensor, count: int) -> Iterator[StateBatch]:
         """`rows[j::count]` for every j, each computed when asked for."""
