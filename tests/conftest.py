@@ -16,6 +16,7 @@ import torch
 
 # Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; Lightning looks there
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
