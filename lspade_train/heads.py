@@ -77,10 +77,8 @@ class LSpadeHeads(nn.Module):
             # One factor random, the other zero: the product starts at zero and has a gradient.
             self.down = nn.Parameter(torch.empty(count, d, rank))
             self.up = nn.Parameter(torch.zeros(count, rank, d))
-            for layer, down in zip(self.layers, self.down.detach(), strict=True):
-                # By the run's seed and the layer: it starts as it would alone.
-                seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
-                down.copy_(torch.randn(d, rank, generator=seeded, device="cpu") / math.sqrt(d))
+            if not self.down.is_meta:
+                self._draw(self.down.detach())
 
     @property
     def target(self) -> str | None:
@@ -294,6 +292,13 @@ class LSpadeHeads(nn.Module):
             raise ValueError(f"layers is {layers!s:.40}, form is {form!r:.40}")
         with torch.device("meta"):
             return cls(layers, config["hidden_size"], form=form, rank=config["rank"] or 0)
+
+    def _draw(self, down: Tensor) -> None:
+        """Random numbers by the run's seed and the layer: each layer starts as it would alone."""
+        for layer, matrix in zip(self.layers, down, strict=True):
+            seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
+            drawn = torch.randn(*matrix.shape, generator=seeded, device="cpu")
+            matrix.copy_(drawn / math.sqrt(self.hidden_size))
 
     def _delta(self, stacked: Tensor, which: slice) -> Tensor:
         """The learned part, (layers, rows, d) -> (layers, rows, d)."""

@@ -285,8 +285,9 @@ def test_fuzz_of_the_heads_config(heads, tmp_path_factory, data):
         {"hidden_size": 2**62},
         {"rank": 10**12},
         {"layers": list(range(9**6))},
+        {"form": "low_rank", "hidden_size": 10**5, "rank": 10**5},
     ],
-    ids=str,
+    ids=["a wide model", "a wider one than numbers go", "rank", "layers", "low rank"],
 )
 def test_heads_that_claim_more_than_there_is_are_refused_before_memory_is_taken(
     heads, tmp_path, claim
