@@ -294,6 +294,7 @@ if runner.is_global_zero:
 """
 
 
+@pytest.mark.slow  # the same under SLURM's environment, in test_launchers, is quicker
 def test_two_processes_train_the_heads_that_one_does(project, toy_root):
     script = project.home / "run.py"
     tests = str(Path(__file__).parent)
