@@ -93,7 +93,8 @@ def chunk_memory(unembed: Unembedding, rows: int | None = None) -> Float[Tensor,
     weight = unembed.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     shape = (3, rows or chunk_rows(unembed), weight.shape[0])
-    return torch.empty(shape, dtype=wide, device=weight.device)
+    with torch.inference_mode(False):  # a validation may ask first, and training writes to it later
+        return torch.empty(shape, dtype=wide, device=weight.device)
 
 
 def chunk_rows(unembed: Unembedding) -> int:

@@ -113,3 +113,13 @@ def test_half_precision_states_give_a_full_precision_loss():
     assert got.loss.dtype == torch.float32
     assert student.grad.dtype == torch.float32
     assert torch.isfinite(student.grad).all()
+
+
+def test_memory_made_while_validating_serves_training():
+    unembed = double()
+    with torch.inference_mode():
+        memory = chunk_memory(unembed)
+    student = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    goal = hidden_target(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
+    distillation(student, goal, unembed, memory=memory).loss.sum().backward()
+    assert student.grad is not None
