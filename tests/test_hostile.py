@@ -472,9 +472,11 @@ def test_no_secret_of_the_environment_is_printed_or_written(project):
     project.recipe()
     toy.write_jsonl(project.home / "prompts.jsonl", toy.questions(3))
     code = "from test_hostile import _commands; import pathlib; _commands(pathlib.Path.cwd())"
+    # A W&B run of an earlier test leaves the address of its own service behind.
+    kept = {name: value for name, value in os.environ.items() if "WANDB_SERVICE" not in name}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project.home, timeout=300, check=False,
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**kept, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
     printed = (project.home / "printed").read_text()
     assert done.returncode == 0, printed
