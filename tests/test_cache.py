@@ -573,6 +573,7 @@ def many(project, processes, *more, **settings):
             process.kill()
 
 
+@pytest.mark.slow  # test_launchers has a quicker way to two processes
 def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
     before = contents(finished.cache / "train")
     with many(project, 2, "--splits", "[train]", data__tokens_per_batch=8192) as process:
@@ -581,6 +582,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
     assert contents(project.cache / "train") == before
 
 
+@pytest.mark.slow  # test_launchers has a quicker way to two processes
 def test_an_error_of_one_process_is_told_once(project, tmp_path):
     model = toy.save_model(tmp_path / "nan", poisoned=True)
     rows = toy.questions(12)
