@@ -23,6 +23,7 @@ from lspade_train import cache
 from lspade_train.cache import StateDataset, open_cache, verify
 from lspade_train.cache.extract import length_buckets
 from lspade_train.cache.manifest import Manifest
+from lspade_train.cache.reader import _Memory
 from lspade_train.errors import CacheError, NumericsError
 from lspade_train.recipe import PromptConfig, TextConfig
 from lspade_train.storage import file_digest, read_tensors
@@ -626,3 +627,28 @@ def test_a_killed_process_is_a_named_error_and_the_run_goes_on_from_there(projec
 def child_of(pid: int) -> int:
     """The process that Lightning started beside the first one (Linux)."""
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def test_a_batch_that_is_held_is_never_written_over():
+    count = torch.arange(64, dtype=torch.float32)
+    states = count[:, None, None].expand(64, 2, 8).contiguous()
+    shard = {"hidden": states, "target": states, "final": states[:, 0].contiguous()}
+    ids = ("start_id", "position_id", "answer_id", "labelled", "choice_count", "group")
+    labels = dict.fromkeys(ids, count.int()) | {"choice_ids": count.int()[:, None]}
+    dataset = StateDataset([shard | labels], ("",), (1, 2))
+    gathered = torch.randperm(64).split(4)
+    held = [dataset.gather(rows).hidden[:, 1] for rows in gathered]  # a view is enough to hold it
+    for rows, value in zip(gathered, held, strict=True):
+        assert torch.equal(value[:, 0], rows.float())
+
+
+def test_memory_that_nobody_holds_is_used_again():
+    memory = _Memory()
+    first = memory.take((4, 8), torch.float32)
+    place, other = first.data_ptr(), memory.take((4, 8), torch.float32).data_ptr()
+    assert other != place
+    kept = first[1:, :2]
+    del first
+    assert memory.take((4, 8), torch.float32).data_ptr() != place
+    del kept
+    assert place in {memory.take((4, 8), torch.float32).data_ptr() for _ in range(2)}

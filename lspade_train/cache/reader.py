@@ -1,11 +1,14 @@
 """Read a cache: memory-mapped shards, checked once, gathered by row. Knows nothing of models."""
 
 import contextlib
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
@@ -110,6 +113,7 @@ class StateDataset:
         self.layers = tuple(layers)
         sizes = torch.tensor([len(shard["final"]) for shard in self.shards])
         self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        self._memory = _Memory()
         # A few bytes a row: in one piece, since a call per shard would cost more than the reading.
         self.labels = {
             name: torch.cat([shard[name] for shard in self.shards])
@@ -149,7 +153,7 @@ class StateDataset:
         out = {name: label.index_select(0, rows) for name, label in self.labels.items()}
         states = {name: value for name, value in self.shards[0].items() if name in STATES}
         for name, value in states.items():
-            out[name] = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
+            out[name] = self._memory.take((len(rows), *value.shape[1:]), value.dtype)
         for number in which.unique().tolist():
             place = (which == number).nonzero()[:, 0]
             local = rows[place] - self.starts[number]
@@ -164,6 +168,34 @@ class StateDataset:
 
     def _shard_of(self, rows: Tensor) -> Tensor:
         return torch.bucketize(rows, self.starts, right=True) - 1
+
+
+class _Memory:
+    """Memory for what is read, used again once nobody holds a tensor of it.
+
+    Fresh memory has to be mapped by the system, page by page: that takes longer than the reading.
+    """
+
+    KEPT, MOST = 8, 64 * 2**20
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of undefined content."""
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 < size <= self.MOST:
+            return torch.empty(shape, dtype=dtype)
+        for number in range(len(self._kept)):
+            # A tensor holds its buffer: two references are the list's and the call's own.
+            if self._kept[number].nbytes >= size and sys.getrefcount(self._kept[number]) == 2:
+                buffer = self._kept[number]
+                break
+        else:
+            buffer = np.empty(size, dtype=np.uint8)
+            if len(self._kept) < self.KEPT:
+                self._kept.append(buffer)
+        return torch.from_numpy(buffer[:size]).view(dtype).view(shape)
 
 
 def rows_at_once(row_bytes: int) -> int:
