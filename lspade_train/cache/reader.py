@@ -176,7 +176,10 @@ class _Memory:
     Fresh memory has to be mapped by the system, page by page: that takes longer than the reading.
     """
 
-    KEPT, MOST = 8, 64 * 2**20
+    KEPT = 8
+    """Buffers at most: hidden, target and final of two blocks, and of a batch between."""
+    MOST = 64 * 2**20
+    """Bytes of one at most."""
 
     def __init__(self) -> None:
         self._kept: list[np.ndarray] = []
@@ -187,8 +190,7 @@ class _Memory:
         if not 0 < size <= self.MOST:
             return torch.empty(shape, dtype=dtype)
         for number in range(len(self._kept)):
-            # A tensor holds its buffer: two references are the list's and the call's own.
-            if self._kept[number].nbytes >= size and sys.getrefcount(self._kept[number]) == 2:
+            if self._kept[number].nbytes >= size and _references(self._kept, number) == UNHELD:
                 buffer = self._kept[number]
                 break
         else:
@@ -196,6 +198,15 @@ class _Memory:
             if len(self._kept) < self.KEPT:
                 self._kept.append(buffer)
         return torch.from_numpy(buffer[:size]).view(dtype).view(shape)
+
+
+def _references(buffers: list[np.ndarray], number: int) -> int:
+    """How many hold a buffer; a tensor over it, or a view of that, is one of them."""
+    return sys.getrefcount(buffers[number])
+
+
+UNHELD = _references([np.empty(0)], 0)
+"""Of a buffer that only its list holds, as this Python counts."""
 
 
 def rows_at_once(row_bytes: int) -> int:
