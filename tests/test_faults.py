@@ -63,16 +63,23 @@ CACHE = Job(
 )
 
 
-def steps_taken_again(home: Path, saved) -> list[int]:
-    logs = sorted((home / HEADS / "logs").glob("*/metrics.csv"), key=lambda p: p.stat().st_mtime)
-    return [step for step in steps_logged(logs[-1]) if step < saved]
+def logs_of(home: Path) -> set[Path]:
+    return set((home / HEADS / "logs").glob("*/metrics.csv"))
+
+
+def steps_not_taken_once(home: Path, kept) -> set[int]:
+    """Of the run that went on: steps that were saved before, or that it left out."""
+    saved, before = kept
+    # A run that was stopped between its last step and its export has none to take, and no log.
+    taken = [step for log in logs_of(home) - before for step in steps_logged(log)]
+    return set(taken) ^ set(range(saved, steps_saved(home)))
 
 
 FIT = Job(
     prepare=lambda project: ["fit", *recipe(project), "--ckpt_path", "last"],
     made=lambda home: digests(home, f"{HEADS}/*") | cache_digests(home),
-    kept=steps_saved,
-    lost=steps_taken_again,
+    kept=lambda home: (steps_saved(home), logs_of(home)),
+    lost=steps_not_taken_once,
 )
 
 
@@ -123,6 +130,16 @@ def calm(toy_root, tmp_path_factory):
 
     run.prepared = prepared
     return run
+
+
+def test_a_fit_stopped_between_its_last_step_and_its_export_takes_no_step_again(calm):
+    project, arguments = calm.prepared("fit")
+    finished(project.home, arguments)
+    made, kept = FIT.made(project.home), FIT.kept(project.home)
+    (project.home / HEADS / "heads.safetensors").unlink()
+    finished(project.home, arguments)
+    assert FIT.made(project.home) == made
+    assert not FIT.lost(project.home, kept)
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
