@@ -4,29 +4,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lspade_train.adapters import ModelAdapter
-    from lspade_train.heads import LSpadeHeads
-    from lspade_train.policy import ExitPolicy
+    from lspade_train.artifacts.folder import push_to_hub
+    from lspade_train.models import ModelAdapter
+    from lspade_train.policies.policy import ExitPolicy
+    from lspade_train.probes.heads import LSpadeHeads
+    from lspade_train.probes.spade import spade_logits
+    from lspade_train.recipe import DataConfig, HeadConfig
     from lspade_train.runtime import ExitRuntime
-    from lspade_train.spade import spade_logits
+    from lspade_train.training.datamodule import HiddenStateDataModule
+    from lspade_train.training.module import LSpadeModule
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ExitPolicy": "policy",
+_MODULES = {
+    "DataConfig": "recipe",
+    "ExitPolicy": "policies.policy",
     "ExitRuntime": "runtime",
-    "LSpadeHeads": "heads",
-    "ModelAdapter": "adapters",
-    "spade_logits": "spade",
+    "HeadConfig": "recipe",
+    "HiddenStateDataModule": "training.datamodule",
+    "LSpadeHeads": "probes.heads",
+    "LSpadeModule": "training.module",
+    "ModelAdapter": "models",
+    "push_to_hub": "artifacts.folder",
+    "spade_logits": "probes.spade",
 }
-__all__ = ["ExitPolicy", "ExitRuntime", "LSpadeHeads", "ModelAdapter", "spade_logits"]
+__all__ = [
+    "DataConfig",
+    "ExitPolicy",
+    "ExitRuntime",
+    "HeadConfig",
+    "HiddenStateDataModule",
+    "LSpadeHeads",
+    "LSpadeModule",
+    "ModelAdapter",
+    "push_to_hub",
+    "spade_logits",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `lspade-train --help` does not wait for torch."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lspade_train.requirements import check_versions
 
     check_versions()
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

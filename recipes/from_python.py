@@ -14,12 +14,12 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, spade_logits
-from lspade_train.calibration import calibrate
-from lspade_train.callbacks import ExportHeads
-from lspade_train.data import HiddenStateDataModule
+from lspade_train.artifacts.export import ExportHeads
 from lspade_train.evaluation import exit_table
-from lspade_train.module import LSpadeModule
+from lspade_train.policies.calibration import calibrate
 from lspade_train.recipe import DataConfig, HeadConfig, Recipe
+from lspade_train.training.datamodule import HiddenStateDataModule
+from lspade_train.training.module import LSpadeModule
 
 PROMPT = "hall is A\nattic is B\nring in box\nbox at attic\nsam has key\nkey in bag\nbag at hall\n"
 

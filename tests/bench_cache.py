@@ -15,11 +15,11 @@ from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lspade_train import cache
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cache import Extraction, Manifest, StateDataset
+from lspade_train.cache.loader import RowLoader
 from lspade_train.errors import CacheError
-from lspade_train.loader import RowLoader
-from lspade_train.storage import read_tensors, write_tensors
+from lspade_train.io.storage import read_tensors, write_tensors
+from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Encoded, Example
 
 GPU = torch.cuda.is_available()

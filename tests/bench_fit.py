@@ -7,11 +7,11 @@ from bench_cache import DEVICE, DTYPE, LAYERS, VOCAB, WIDTH
 from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 from torch import Tensor, nn
 
-from lspade_train.adapters import Unembedding
 from lspade_train.cache import StateBatch
-from lspade_train.heads import LSpadeHeads
-from lspade_train.module import LSpadeModule
+from lspade_train.models import Unembedding
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import HeadConfig
+from lspade_train.training.module import LSpadeModule
 
 ROWS = 1024
 

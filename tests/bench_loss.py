@@ -11,8 +11,8 @@ from bench_cache import DEVICE, DTYPE, VOCAB, WIDTH
 from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 from torch import Tensor, nn
 
-from lspade_train.adapters import Unembedding
-from lspade_train.losses import distillation, hidden_target
+from lspade_train.models import Unembedding
+from lspade_train.training.losses import distillation, hidden_target
 
 ROWS = 8192
 """Of one step: prompts x layers."""

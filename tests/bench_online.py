@@ -12,7 +12,7 @@ from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 
 from lspade_train import cache
 from lspade_train.cache import Extraction, Manifest, OnlineDataset
-from lspade_train.evaluation.training import fit_heads
+from lspade_train.evaluation.refit import fit_heads
 from lspade_train.recipe import DataConfig, HeadConfig, Recipe
 
 PROMPTS, TOKENS, BATCH = (512, 256, 64) if GPU else (32, 128, 16)

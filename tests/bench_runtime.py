@@ -7,11 +7,11 @@ import torch
 from bench_cache import DEVICE, DTYPE, LAYERS, VOCAB, WIDTH, llama
 from bench_timing import Row, interleaved, ratio, seconds
 
-from lspade_train.heads import LSpadeHeads
-from lspade_train.policy import ExitPolicy
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
+from lspade_train.runtime.batching import Query, collate
 from lspade_train.runtime.decide import decide_batch
-from lspade_train.runtime.prompts import Query, collate
 
 TOKENS, ROWS = 256, 8
 

@@ -16,9 +16,9 @@ import lightning.pytorch  # noqa: F401  (what is imported here, the forked proce
 import torch
 import toy
 
-from lspade_train import data, module  # noqa: F401
 from lspade_train.cli import main
-from lspade_train.storage import file_digest
+from lspade_train.io.storage import file_digest
+from lspade_train.training import datamodule, module  # noqa: F401
 
 HEADS = Path("checkpoints/toy")
 CONTEXT = multiprocessing.get_context("fork")

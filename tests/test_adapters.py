@@ -5,8 +5,8 @@ import torch
 from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import UnsupportedModelError
+from lspade_train.models import ModelAdapter
 
 
 def padded_batch(side: str, lengths=(7, 3, 5)):

@@ -25,8 +25,8 @@ from lspade_train.cache.extract import length_buckets
 from lspade_train.cache.manifest import Manifest
 from lspade_train.cache.reader import _Memory
 from lspade_train.errors import CacheError, NumericsError
+from lspade_train.io.storage import file_digest, read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
-from lspade_train.storage import file_digest, read_tensors
 
 TINY_SHARDS = 0.01  # MB: a handful of prompts per shard
 TEXT = {

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, multinomial
 
-from lspade_train.calibration import calibrate, propose, rows_needed
 from lspade_train.errors import NumericsError, PolicyError, TaskError
-from lspade_train.exits import ExitTable, evaluate_policy, oracle_saving
-from lspade_train.pvalues import (
+from lspade_train.policies.calibration import calibrate, propose, rows_needed
+from lspade_train.policies.exit_table import ExitTable, evaluate_policy, oracle_saving
+from lspade_train.policies.pvalues import (
     ABSOLUTE_GAP,
     NUISANCE,
     RELATIVE_GAP,

@@ -10,10 +10,10 @@ import pytest
 import toy
 from huggingface_hub import ModelCard, ModelCardData
 
-from lspade_train.card import KEEP, card, ranges, write_card
+from lspade_train.artifacts.card import KEEP, card, ranges, write_card
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError
-from lspade_train.heads import LSpadeHeads
+from lspade_train.probes.heads import LSpadeHeads
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import toy
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cli import COMMANDS, main
-from lspade_train.heads import LSpadeHeads
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.heads import LSpadeHeads
 
 CODE = "import sys; from lspade_train.cli import main; sys.exit(main())"
 
@@ -464,7 +464,7 @@ def test_a_device_that_is_too_small_is_a_named_error(fitted, project, monkeypatc
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore")
 
-    monkeypatch.setattr("lspade_train.module.LSpadeModule.training_step", full)
+    monkeypatch.setattr("lspade_train.training.module.LSpadeModule.training_step", full)
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
     assert main(["fit", "--config", str(recipe)]) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
@@ -479,7 +479,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
     # The schedule is of three epochs, also for the run that is cut short.
     part = project.recipe(trainer__max_epochs=3, **settings)
 
-    from lspade_train.module import LSpadeModule
+    from lspade_train.training.module import LSpadeModule
 
     step = LSpadeModule.training_step
 
@@ -574,7 +574,7 @@ VALUES = [
 @pytest.mark.parametrize("change", VALUES, ids=str)
 def test_every_value_of_every_option_fits_and_evaluates(project, monkeypatch, change):
     # No option changes how figures are drawn (test_plots does that), and drawing is what is slow.
-    monkeypatch.setattr("lspade_train.plots.write_figures", lambda results, folder: [])
+    monkeypatch.setattr("lspade_train.reporting.plots.write_figures", lambda results, folder: [])
     recipe = project.recipe(trainer__max_epochs=1, **change)
     assert main(["fit", "--config", str(recipe)]) == 0
     if "trainer__fast_dev_run" in change:

@@ -10,12 +10,12 @@ import torch
 
 from lspade_train.cli import main
 from lspade_train.cli.parsing import command_parser, parse
-from lspade_train.data import HiddenStateDataModule
 from lspade_train.evaluation import exit_table
-from lspade_train.exits import evaluate_policy
-from lspade_train.heads import LSpadeHeads
-from lspade_train.policy import ExitPolicy
+from lspade_train.policies.exit_table import evaluate_policy
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
+from lspade_train.training.datamodule import HiddenStateDataModule
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,11 +13,11 @@ from tiny_models import VOCAB, tiny
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cache import Manifest
 from lspade_train.errors import RecipeError
-from lspade_train.spade import collect_states, continue_states
-from lspade_train.storage import file_tag
+from lspade_train.io.storage import file_tag
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.spade import collect_states, continue_states
 
 LAYERS = [1, 2, 3]
 # Rows x tokens: equal, one of either, growing and shrinking.

@@ -6,8 +6,8 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lspade_train.cache.loader import RowLoader
 from lspade_train.errors import CacheError, RecipeError, TaskError
-from lspade_train.loader import RowLoader
 
 
 class Numbers:
@@ -139,8 +139,8 @@ def test_a_layer_without_a_head_is_a_named_error(project, layers):
 
 
 def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, monkeypatch):
-    from lspade_train import data as module
     from lspade_train import tasks
+    from lspade_train.training import datamodule as module
 
     plain = tasks.encode
 

@@ -3,7 +3,7 @@
 import pytest
 from processes import cache_digests
 
-from lspade_train.adapters import ModelAdapter
+from lspade_train.models import ModelAdapter
 
 pytest.importorskip("accelerate")
 

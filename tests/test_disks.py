@@ -10,8 +10,8 @@ import toy
 from processes import HEADS, digests, recipe
 from test_cli import refused
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cli import main
+from lspade_train.models import ModelAdapter
 
 QUICK = {
     "evaluate": [],

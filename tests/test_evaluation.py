@@ -19,11 +19,11 @@ from lspade_train.evaluation import ablations
 from lspade_train.evaluation.comparison import comparable
 from lspade_train.evaluation.exits import measure_exits, measure_policy
 from lspade_train.evaluation.run import Subject
-from lspade_train.evaluation.starts import spade_states
-from lspade_train.exits import ExitTable, evaluate_policy
-from lspade_train.heads import LSpadeHeads
-from lspade_train.policy import ExitPolicy
-from lspade_train.spade import collect_states
+from lspade_train.evaluation.start_tokens import spade_states
+from lspade_train.policies.exit_table import ExitTable, evaluate_policy
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.spade import collect_states
 
 QUIET = ["--trainer.logger=false", "--trainer.max_epochs=1"]
 LAYERS = [1, 2, 3]

@@ -32,7 +32,7 @@ from processes import (
 from lspade_train.cache import open_cache, reader
 from lspade_train.cli import main
 from lspade_train.errors import CacheError
-from lspade_train.storage import file_digest
+from lspade_train.io.storage import file_digest
 
 KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)

@@ -5,10 +5,10 @@ import torch
 from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
 from tiny_models import KINDS, LAYERS, VOCAB, WIDTH, tiny
 
-from lspade_train.adapters import ModelAdapter
-from lspade_train.policy import ExitPolicy
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.flops import count_flops, counter, exit_costs, exit_flops
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.runtime.decide import decide_batch
-from lspade_train.runtime.flops import count_flops, counter, exit_costs, exit_flops
 
 
 def counted(runtime, batch):

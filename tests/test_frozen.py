@@ -14,13 +14,13 @@ from test_module import assert_equal_heads, fit, weights
 from tiny_models import FAMILIES, WIDTH, tiny
 
 from lspade_train import ModelAdapter
-from lspade_train import frozen as module
-from lspade_train.adapters import adapter as loading
-from lspade_train.adapters import load_unembedding
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, UnsupportedModelError
-from lspade_train.frozen import FrozenModel
-from lspade_train.storage import json_digest
+from lspade_train.io.storage import json_digest
+from lspade_train.models import adapter as loading
+from lspade_train.models import frozen as module
+from lspade_train.models import load_unembedding
+from lspade_train.models.frozen import FrozenModel
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +217,7 @@ def test_nothing_is_kept_of_a_model_that_brings_its_own_code(project, loads, rec
 MEMORY = """
 import sys
 from pathlib import Path
-from lspade_train.frozen import FrozenModel
+from lspade_train.models.frozen import FrozenModel
 from lspade_train.recipe import DataConfig
 
 def peak():

@@ -7,7 +7,7 @@ from test_runtime import mixed_policy, prompts_of, random_heads, runtime_of
 from tiny_models import FAMILIES, KINDS, LAYERS, tiny
 
 from lspade_train.errors import NumericsError, PolicyError, TaskError
-from lspade_train.policy import ExitPolicy
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.runtime import ExitRuntime
 from lspade_train.runtime.generate import sampler
 

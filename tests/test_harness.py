@@ -17,8 +17,8 @@ from toy import WORDS
 from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter, spade_logits
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, PolicyError
-from lspade_train.harness import LSpadeLM
-from lspade_train.runtime.flops import count_flops, exit_flops
+from lspade_train.integrations.lm_eval import LSpadeLM
+from lspade_train.policies.flops import count_flops, exit_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "recipes/quickstart/lm_eval"
@@ -209,14 +209,11 @@ def test_a_task_of_the_harness_scores_the_same_with_never_as_with_hf(monkeypatch
     assert scores["lspade"]["config"]["lspade"]["full_model_requests"]["continuations"] > 48
 
 
-def test_the_plain_command_finds_the_model_and_other_programs_do_not_load_the_harness():
-    names = "from lm_eval.api.registry import model_registry as known"
-    harness = f"{names}\nimport torch\nprint('lspade' in known, 'hf' in known)"
-    assert printed(harness) == "True True"
-    other = (
-        "import sys, torch\nprint('lspade_train.plugin' in sys.modules, 'lm_eval' in sys.modules)"
-    )
-    assert printed(other) == "True False"
+def test_the_harness_command_finds_the_model_and_other_programs_do_not_load_this_package():
+    command = [sys.executable, "-m", "lspade_train.integrations.lm_eval", "--model", "lspade"]
+    done = subprocess.run([*command, "--tasks", "no_such"], capture_output=True, text=True)
+    assert "no_such" in done.stdout + done.stderr
+    assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
 
 
 def printed(code: str) -> str:
@@ -245,7 +242,7 @@ def harness(tmp_path: Path, model: str, arguments: str) -> dict:
 def test_the_command_line_keeps_the_calibrated_promise_and_reports_the_exits(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     heads = tmp_path / "heads"
-    monkeypatch.setattr("lspade_train.artifact.heads_folder", lambda recipe: heads)
+    monkeypatch.setattr("lspade_train.artifacts.folder.heads_folder", lambda recipe: heads)
     recipe = ["--config=recipes/quickstart.yaml", f"--data.cache_dir={tmp_path / 'cache'}"]
     assert main(["fit", *recipe, "--trainer.enable_progress_bar=false"]) == 0
     assert main(["calibrate", *recipe, "--max_accuracy_drop", "0.01"]) == 0

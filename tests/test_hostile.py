@@ -25,14 +25,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lspade_train
-from lspade_train.artifact import describe, read_results
+from lspade_train.artifacts.folder import describe
 from lspade_train.cache import Manifest, open_cache
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, CacheError, LSpadeError, PolicyError, TaskError
-from lspade_train.heads import LSpadeHeads, local_folder
-from lspade_train.policy import ExitPolicy
+from lspade_train.io.fetch import local_folder
+from lspade_train.io.layout import read_results
+from lspade_train.io.storage import file_digest, file_tag, json_digest, read_json, read_tensors
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import predict
-from lspade_train.storage import file_digest, file_tag, json_digest, read_json, read_tensors
 from lspade_train.tasks.sources import read_jsonl
 
 COUNT = int(os.environ.get("LSPADE_FUZZ", "60"))

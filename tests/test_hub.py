@@ -13,10 +13,12 @@ from hub_server import READ_TOKEN, TOKEN, RefusalError, Repo
 from huggingface_hub import HfFileSystem, constants
 from tiny_models import WIDTH
 
-from lspade_train import ExitPolicy, LSpadeHeads, artifact
+from lspade_train import ExitPolicy, LSpadeHeads
+from lspade_train.artifacts import folder as artifact
+from lspade_train.artifacts.folder import push_to_hub
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, HubError, PolicyError
-from lspade_train.hub import known_files
+from lspade_train.io.layout import known_files
 
 REPO = "someone/toy-heads"
 STRAY = (
@@ -179,7 +181,7 @@ def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_
 
 def test_heads_push_themselves_with_config_and_card(hub, folder):
     heads = LSpadeHeads.from_pretrained(folder)
-    address = heads.push_to_hub(REPO, license="mit", message="First heads")
+    address = push_to_hub(heads, REPO, license="mit", message="First heads")
     there = hub.repos[REPO]
     assert address == f"{hub.url}/{REPO}/commit/{there.refs['main']}"
     assert there.messages[there.refs["main"]] == "First heads"
@@ -204,11 +206,11 @@ def test_a_revision_is_a_branch_or_a_commit(hub, folder):
     artifact.push(folder, REPO)
     first = hub.repos[REPO].refs["main"]
     other = LSpadeHeads([1, 2], WIDTH, form="bias")
-    other.push_to_hub(REPO, branch="two")
+    push_to_hub(other, REPO, branch="two")
     assert hub.repos[REPO].refs["main"] == first
     assert LSpadeHeads.from_pretrained(REPO).layers == (1, 2, 3)
     assert LSpadeHeads.from_pretrained(REPO, revision="two").layers == (1, 2)
-    other.push_to_hub(REPO)
+    push_to_hub(other, REPO)
     assert LSpadeHeads.from_pretrained(REPO).layers == (1, 2)
     assert LSpadeHeads.from_pretrained(REPO, revision=first).layers == (1, 2, 3)
 
@@ -431,7 +433,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, folder, re
     for arguments in (["pull", name], ["push", "--config", recipe, f"--repo={name}"]):
         assert "Expected org/name" in refused(capsys, *arguments)
     with pytest.raises(HubError, match="Expected org/name"):
-        LSpadeHeads([1], WIDTH).push_to_hub(name)
+        push_to_hub(LSpadeHeads([1], WIDTH), name)
     assert not hub.requests
 
 

@@ -15,7 +15,7 @@ from lspade_train.cli import main
 from lspade_train.errors import RecipeError
 from lspade_train.inspection import inspect_prompt, render_html, render_terminal
 from lspade_train.inspection.render import style
-from lspade_train.lenses import HeadsLens, LogitLens, SpadeLens
+from lspade_train.probes.lenses import HeadsLens, LogitLens, SpadeLens
 
 IDS = [1, 9, 10, 30, 11, 12, 6, 7]
 BELOW = tuple(range(LAYERS))
@@ -82,7 +82,7 @@ def test_the_last_positions_are_those_of_the_whole_view(adapter):
 
 
 def test_white_space_is_made_visible(stories):
-    from lspade_train.tokenizer import load_tokenizer
+    from lspade_train.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(stories))
     real = ModelAdapter.from_pretrained(str(stories), device="cpu")

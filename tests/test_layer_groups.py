@@ -11,7 +11,7 @@ from processes import codes, slurm
 from safetensors.torch import load_file
 
 from lspade_train.cli import main
-from lspade_train.module import LSpadeModule
+from lspade_train.training.module import LSpadeModule
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_without_a_checkpoint_a_stopped_fit_begins_anew(fitted, stopped, monkeyp
 
 def test_groups_that_were_all_fitted_are_put_together(fitted, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lspade_train.callbacks.forget_groups", lambda _: None)
+        patch.setattr("lspade_train.training.callbacks.forget_groups", lambda _: None)
         assert grouped(fitted, stopped, "--ckpt_path", "last") == 0
     expected = heads(stopped)
     (stopped.home / "checkpoints/full/heads.safetensors").unlink()

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from lspade_train.heads import LSpadeHeads
-from lspade_train.layerwise import layer_losses
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.training.layerwise import layer_losses
 
 LAYERS, WIDTH, ROWS = 5, 4, 7
 FORMS = ["full", "low_rank", "bias"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, WIDTH, tiny
 from torch.nn.functional import cross_entropy
 
-from lspade_train.adapters import ModelAdapter
-from lspade_train.losses import (
+from lspade_train.models import ModelAdapter
+from lspade_train.training.losses import (
     chunk_memory,
     distillation,
     hidden_target,

@@ -14,7 +14,7 @@ from scipy.stats import binned_statistic
 from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import roc_auc_score
 
-from lspade_train.metrics import (
+from lspade_train.probes.metrics import (
     agreement,
     at_coverage,
     auroc,
@@ -136,7 +136,7 @@ def test_a_bootstrap_interval_has_the_width_of_the_normal_one():
 def test_resampling_in_parts_gives_the_same_bounds(monkeypatch):
     values = torch.rand(50, 2, dtype=torch.float64)
     whole = bootstrap_interval(values, resamples=11)
-    monkeypatch.setattr("lspade_train.metrics.BOOTSTRAP_CELLS", 100)
+    monkeypatch.setattr("lspade_train.probes.metrics.BOOTSTRAP_CELLS", 100)
     torch.testing.assert_close(bootstrap_interval(values, resamples=11), whole)
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lspade_train.errors import NumericsError
-from lspade_train.losses import distillation, hidden_target
-from lspade_train.module import LSpadeModule
 from lspade_train.recipe import HeadConfig, TextConfig
+from lspade_train.training.losses import distillation, hidden_target
+from lspade_train.training.module import LSpadeModule
 
 
 def trainer(project, epochs=2, **options):
@@ -282,7 +282,7 @@ sys.path[:0] = [{tests!r}]
 import conftest, toy
 from pathlib import Path
 from test_module import fit, weights
-from lspade_train.adapters import adapter
+from lspade_train.models import adapter
 adapter.load_model = lambda *_, **__: sys.exit("the whole model was loaded")
 project = toy.Project(Path({root!r}), Path({home!r}))
 data = project.module(batch_size=4)
@@ -326,7 +326,7 @@ def no_login(monkeypatch, tmp_path):
 
 
 def test_wandb_is_used_where_its_mode_or_a_login_says_so(project, no_login, monkeypatch):
-    from lspade_train.callbacks import default_loggers
+    from lspade_train.training.loggers import default_loggers
 
     kinds = lambda: [type(x).__name__ for x in default_loggers(project.home, "toy")]  # noqa: E731
     monkeypatch.delenv("WANDB_MODE")

@@ -10,7 +10,7 @@ import toy
 from PIL import Image
 from results import evaluated
 
-from lspade_train.plots import (
+from lspade_train.reporting.plots import (
     Bars,
     Chart,
     Heatmap,
@@ -20,9 +20,9 @@ from lspade_train.plots import (
     comparison,
     write_figures,
 )
-from lspade_train.plots.charts import CYCLE, LENSES
-from lspade_train.plots.interactive import plotly
-from lspade_train.plots.static import draw
+from lspade_train.reporting.plots.charts import CYCLE, LENSES
+from lspade_train.reporting.plots.interactive import plotly
+from lspade_train.reporting.plots.static import draw
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_models_of_other_depth_are_compared_by_relative_depth(results):
 
 def test_what_figures_show_is_known_without_loading_a_library_that_draws():
     code = (
-        "import sys, lspade_train.plots, lspade_train.plots.interactive\n"
+        "import sys, lspade_train.reporting.plots, lspade_train.reporting.plots.interactive\n"
         "print({n.split('.')[0] for n in sys.modules} & {'matplotlib', 'plotly', 'torch'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

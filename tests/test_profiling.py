@@ -8,9 +8,9 @@ from test_runtime import prompts_of, runtime_of
 from tiny_models import LAYERS, tiny
 
 from lspade_train.errors import TaskError
-from lspade_train.policy import ExitPolicy
+from lspade_train.policies.flops import count_flops, exit_costs
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.profiling import profile, profile_generation
-from lspade_train.runtime.flops import count_flops, exit_costs
 
 
 @pytest.fixture(scope="module")

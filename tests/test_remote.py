@@ -18,11 +18,12 @@ import torch
 import toy
 from s3_server import BUCKET
 
-from lspade_train import cache, remote
+from lspade_train import cache
 from lspade_train.cache.manifest import FILES, IDENTITY, MANIFEST, STARTS
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, LSpadeError
-from lspade_train.hub import PATTERNS
+from lspade_train.io import remote
+from lspade_train.io.layout import PATTERNS
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from s3_server import BUCKET
 from lspade_train import ExitPolicy, LSpadeHeads
 from lspade_train.cli import main
 from lspade_train.errors import HubError
-from lspade_train.hub import CONFIG, PATTERNS, known_files
-from lspade_train.remote import Mirror
+from lspade_train.io.layout import CONFIG, PATTERNS, known_files
+from lspade_train.io.remote import Mirror
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from results import evaluated
 
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError
-from lspade_train.plots import Omitted, all_figures
-from lspade_train.report import all_tables, write_report
-from lspade_train.report.tables import METRICS
+from lspade_train.reporting.page import write_report
+from lspade_train.reporting.plots import Omitted, all_figures
+from lspade_train.reporting.tables import METRICS, all_tables
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

@@ -11,13 +11,13 @@ from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, blocks_of, tiny
 
 from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import ArtifactError, NumericsError, PolicyError, TaskError
-from lspade_train.heads import LSpadeHeads
-from lspade_train.policy import ExitPolicy, signal
+from lspade_train.io.storage import write_json
+from lspade_train.models.tokenizer import load_tokenizer
+from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
+from lspade_train.runtime.batching import Query, batches, collate
 from lspade_train.runtime.decide import decide_batch
-from lspade_train.runtime.prompts import Query, batches, collate
-from lspade_train.storage import write_json
-from lspade_train.tokenizer import load_tokenizer
 
 LENGTHS = (7, 3, 5, 6, 2, 7)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lspade_train.errors import ArtifactError, CacheError
-from lspade_train.storage import (
+from lspade_train.io.storage import (
     atomic_path,
     file_digest,
     file_tag,

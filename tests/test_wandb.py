@@ -7,9 +7,8 @@ import pytest
 import toy
 from results import evaluated
 
-from lspade_train.report import all_tables
-from lspade_train.report.tables import METRICS
-from lspade_train.tracking import log_results
+from lspade_train.integrations.wandb import log_results
+from lspade_train.reporting.tables import METRICS, all_tables
 
 wandb = pytest.importorskip("wandb")
 

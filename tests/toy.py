@@ -9,8 +9,8 @@ from tiny_models import VOCAB, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lspade_train.data import HiddenStateDataModule
 from lspade_train.recipe import DataConfig
+from lspade_train.training.datamodule import HiddenStateDataModule
 
 WORDS = [f"w{i}" for i in range(VOCAB - 8)]
 POISON = WORDS[-1]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import NumericsError
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.spade import collect_states, continue_states
 from lspade_train.recipe import PositionIds, TargetKind
-from lspade_train.spade import collect_states, continue_states
 from lspade_train.tasks import Example
 
 Item = TypeVar("Item")

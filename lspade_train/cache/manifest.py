@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lspade_train.errors import CacheError
-from lspade_train.storage import json_digest, read_json, require_kinds, write_json
+from lspade_train.io.storage import json_digest, read_json, require_kinds, write_json
 
 FORMAT_VERSION = 1
 MANIFEST, IDENTITY, STARTS = "manifest.json", "identity.json", "starts.safetensors"

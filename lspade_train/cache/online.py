@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction, extract
 from lspade_train.cache.reader import StateBatch, rows_at_once
+from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
 

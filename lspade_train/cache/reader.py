@@ -23,7 +23,7 @@ from lspade_train.cache.manifest import (
     require_same,
 )
 from lspade_train.errors import CacheError
-from lspade_train.storage import file_digest, file_stamp, read_json, read_tensors, write_json
+from lspade_train.io.storage import file_digest, file_stamp, read_json, read_tensors, write_json
 
 VERIFIED = ".verified.json"
 

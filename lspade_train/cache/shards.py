@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction, extract, row_count
 from lspade_train.cache.manifest import Identity, Shard
 from lspade_train.errors import CacheError
-from lspade_train.storage import file_digest, file_stamp, file_tag, json_digest, write_tensors
+from lspade_train.io.storage import file_digest, file_stamp, file_tag, json_digest, write_tensors
+from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
 LABEL_BYTES = 40

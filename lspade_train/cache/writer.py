@@ -14,7 +14,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.cache.extract import Extraction
 from lspade_train.cache.manifest import (
     FILES,
@@ -31,9 +30,10 @@ from lspade_train.cache.manifest import (
 from lspade_train.cache.reader import VERIFIED, note_verified
 from lspade_train.cache.shards import Elsewhere, Estimate, Job, Nowhere, estimate, write_shards
 from lspade_train.errors import CacheError
-from lspade_train.parallel import ranks, together
-from lspade_train.spade import collect_states
-from lspade_train.storage import file_digest, file_stamp, file_tag, read_json, write_tensors
+from lspade_train.io.parallel import ranks, together
+from lspade_train.io.storage import file_digest, file_stamp, file_tag, read_json, write_tensors
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.spade import collect_states
 from lspade_train.tasks import Encoded, Example
 
 Track = Callable[[Sequence[int]], Iterable[int]]

@@ -13,20 +13,20 @@ from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
 COMMANDS = {
-    "fit": ("train", "train the heads; builds a missing cache first; export to checkpoints/NAME/"),
-    "validate": ("train", "loss, KL, agreement and accuracy of fitted heads on validation"),
-    "test": ("train", "the same on the test split"),
-    "cache": ("store", "run the frozen model once, write hidden states and SPADE targets; resumes"),
-    "evaluate": ("measure", "every lens at every layer: results.json, figures, report.html"),
-    "compare": ("measure", "results of several heads folders in one table and one figure"),
-    "inspect": ("look", "one prompt, layer by layer: the likeliest tokens, coloured by entropy"),
-    "calibrate": ("choose", "choose the exit policy on validation, within a risk budget"),
-    "predict": ("answer", "prompts in, answers with exit layer and entropy out (JSONL)"),
-    "profile": ("gain", "wall time, memory and FLOPs against the full model, on this machine"),
-    "push": ("hub", "heads, policy, results and model card to the Hugging Face Hub"),
-    "pull": ("hub", "heads from the Hub into a folder, checked"),
-    "recipes": ("recipes", "the recipes that come with the package"),
-    "info": ("show", "what a heads folder, a cache or a model is"),
+    "fit": "train the heads; builds a missing cache first; export to checkpoints/NAME/",
+    "validate": "loss, KL, agreement and accuracy of fitted heads on validation",
+    "test": "the same on the test split",
+    "cache": "run the frozen model once, write hidden states and SPADE targets; resumes",
+    "evaluate": "every lens at every layer: results.json, figures, report.html",
+    "compare": "results of several heads folders in one table and one figure",
+    "inspect": "one prompt, layer by layer: the likeliest tokens, coloured by entropy",
+    "calibrate": "choose the exit policy on validation, within a risk budget",
+    "predict": "prompts in, answers with exit layer and entropy out (JSONL)",
+    "profile": "wall time, memory and FLOPs against the full model, on this machine",
+    "push": "heads, policy, results and model card to the Hugging Face Hub",
+    "pull": "heads from the Hub into a folder, checked",
+    "recipes": "the recipes that come with the package",
+    "info": "what a heads folder, a cache or a model is",
 }
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with sigterm.caught():
             check_versions()
-            module = importlib.import_module(f"lspade_train.cli.{COMMANDS[argv[0]][0]}")
+            module = importlib.import_module(f"lspade_train.cli.{argv[0]}")
             return int(getattr(module, argv[0])(argv[1:]) or 0)
     except LSpadeError as error:
         return _told(error)
@@ -136,7 +136,7 @@ def _machine_trouble(error: OSError | RuntimeError) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return HELP.format(commands="\n".join(lines))
 
 

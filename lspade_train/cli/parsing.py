@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
+from lspade_train.cli.shipped import find_recipe, is_shipped, locate
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import Recipe
-from lspade_train.shipped import find_recipe, is_shipped, locate
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import sys
 
+from lspade_train.cli.shipped import recipes as shipped
+from lspade_train.cli.shipped import summary
 from lspade_train.errors import RecipeError
-from lspade_train.shipped import recipes as shipped
-from lspade_train.shipped import summary
 
 RECIPES = """\
 usage: lspade-train recipes [NAME]

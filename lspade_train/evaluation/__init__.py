@@ -1,6 +1,5 @@
 """Every experiment on cached states: lenses, exits, equal compute, other tasks, ablations."""
 
-from lspade_train.evaluation.compute import iso_compute
 from lspade_train.evaluation.exits import (
     PAPER_THRESHOLDS,
     exit_table,
@@ -8,6 +7,7 @@ from lspade_train.evaluation.exits import (
     measure_policy,
     sweep_thresholds,
 )
+from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import Readings, pick_answer, read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 

@@ -13,14 +13,14 @@ import torch
 from lspade_train.cache import StateDataset
 from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.readings import chunks, read_lenses
+from lspade_train.evaluation.refit import fit_heads, subset
 from lspade_train.evaluation.run import Subject
-from lspade_train.evaluation.starts import Start, spade_states
+from lspade_train.evaluation.start_tokens import Start, spade_states
 from lspade_train.evaluation.summary import FORMAT_VERSION, summarise
-from lspade_train.evaluation.training import fit_heads, subset
-from lspade_train.heads import LSpadeHeads
-from lspade_train.lenses import HeadsLens, SpadeLens
+from lspade_train.io.storage import json_digest, read_json, write_json
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.lenses import HeadsLens, SpadeLens
 from lspade_train.recipe import HeadConfig
-from lspade_train.storage import json_digest, read_json, write_json
 
 FOLDER = "ablations"
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -12,17 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter, Unembedding
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.errors import PolicyError
 from lspade_train.evaluation.readings import choice_logits, chunks, pick_answer
 from lspade_train.evaluation.summary import LEVEL, RESAMPLES, SEED, plain
-from lspade_train.exits import ExitTable, Threshold, evaluate_policy, oracle_saving, pick
-from lspade_train.heads import LSpadeHeads
-from lspade_train.metrics import bootstrap_interval
-from lspade_train.module import target_logits
-from lspade_train.policy import ExitPolicy, signal
-from lspade_train.runtime.flops import count_flops, exit_flops
+from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.policies.exit_table import (
+    ExitTable,
+    Threshold,
+    evaluate_policy,
+    oracle_saving,
+    pick,
+)
+from lspade_train.policies.flops import count_flops, exit_flops
+from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.metrics import bootstrap_interval
+from lspade_train.training.module import target_logits
 
 PAPER_THRESHOLDS = (0.5, 1.0, 1.5, 2.0)
 """Nats, over the vocabulary; arXiv:2507.17618."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lspade_train.adapters import Unembedding
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.errors import TaskError
-from lspade_train.lenses import LayerView, Lens
-from lspade_train.metrics import agreement, entropy, kl_divergence
-from lspade_train.module import target_logits
+from lspade_train.models import Unembedding
+from lspade_train.probes.lenses import LayerView, Lens
+from lspade_train.probes.metrics import agreement, entropy, kl_divergence
+from lspade_train.training.module import target_logits
 
 CHUNK_ROWS = 256
 OF_ANSWER = ("answer", "best", "confidence", "entropy")

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train import tasks
-from lspade_train.artifact import source_state, versions
-from lspade_train.data import HiddenStateDataModule
 from lspade_train.errors import NumericsError, RecipeError
-from lspade_train.evaluation.compute import iso_compute
 from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
+from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
-from lspade_train.heads import LSpadeHeads
-from lspade_train.lenses import HeadsLens, Lens, LogitLens, SpadeLens
-from lspade_train.policy import POLICY, ExitPolicy
+from lspade_train.io.layout import POLICY
+from lspade_train.io.provenance import source_state, versions
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.lenses import HeadsLens, Lens, LogitLens, SpadeLens
 from lspade_train.recipe import Recipe
 from lspade_train.tasks import Split
+from lspade_train.training.datamodule import HiddenStateDataModule
 
 log = logging.getLogger(__name__)
 

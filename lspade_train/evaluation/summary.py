@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lspade_train.evaluation.readings import Readings
-from lspade_train.metrics import (
+from lspade_train.probes.metrics import (
     at_coverage,
     auroc,
     bootstrap_interval,

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lspade_train.inspection.view import Cell, TokenView
-from lspade_train.storage import write_text
+from lspade_train.io.storage import write_text
 
 LENSES = {
     "logit_lens": "logit lens",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import RecipeError
-from lspade_train.lenses import LayerView, Lens
-from lspade_train.metrics import entropy, kl_divergence
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.lenses import LayerView, Lens
+from lspade_train.probes.metrics import entropy, kl_divergence
+from lspade_train.probes.spade import check_layers, collect_states, continue_states
 from lspade_train.recipe import PositionIds
-from lspade_train.spade import check_layers, collect_states, continue_states
 
 SPACE, NEWLINE = "·", "⏎"
 

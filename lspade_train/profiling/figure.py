@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lspade_train.exits import Threshold
-from lspade_train.storage import atomic_path
+from lspade_train.io.storage import atomic_path
+from lspade_train.policies.exit_table import Threshold
 
 if TYPE_CHECKING:
     from lspade_train.profiling.forward import Profile

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import TaskError
-from lspade_train.exits import Threshold
+from lspade_train.io.storage import write_json
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.exit_table import Threshold
+from lspade_train.policies.flops import FlopCounts, count_flops, exit_costs
 from lspade_train.profiling.clock import device_name, peak_mb, seconds_of
 from lspade_train.profiling.figure import draw, threshold_name
 from lspade_train.runtime import ExitRuntime
+from lspade_train.runtime.batching import Batch, Query, collate
 from lspade_train.runtime.decide import Outcome, Probe, decide_batch
-from lspade_train.runtime.flops import FlopCounts, count_flops, exit_costs
-from lspade_train.runtime.prompts import Batch, Query, collate
-from lspade_train.storage import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from lspade_train.policy import ExitPolicy
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.profiling.clock import seconds_of
 from lspade_train.runtime import ExitRuntime
 

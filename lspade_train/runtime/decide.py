@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lspade_train.adapters import ModelAdapter, Plan
 from lspade_train.errors import NumericsError
-from lspade_train.heads import LSpadeHeads
-from lspade_train.metrics import entropy
-from lspade_train.policy import ExitPolicy, signal
-from lspade_train.runtime.prompts import Batch, Query
+from lspade_train.models import ModelAdapter, Plan
+from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.metrics import entropy
+from lspade_train.runtime.batching import Batch, Query
 
 
 @dataclass(frozen=True)

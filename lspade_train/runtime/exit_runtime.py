@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import PolicyError, TaskError
-from lspade_train.heads import LSpadeHeads
-from lspade_train.policy import REMEDY, ExitPolicy
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.policy import REMEDY, ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
-from lspade_train.runtime.prompts import Choices, Prompt, Query, batches, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from lspade_train.adapters import ModelAdapter
 from lspade_train.errors import NumericsError, PolicyError
-from lspade_train.metrics import entropy
-from lspade_train.policy import ExitPolicy, signal
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.probes.metrics import entropy
+from lspade_train.runtime.batching import Batch
 from lspade_train.runtime.decide import Probe
-from lspade_train.runtime.prompts import Batch
 
 Pick = Callable[[Float[Tensor, "rows vocab"]], Int[Tensor, " rows"]]
 Listener = Callable[[int, int], object]

@@ -4,8 +4,8 @@ One file per benchmark says what its rows mean; templates, labels and chat forma
 recipe. Importing this package does not load `datasets`.
 """
 
+from lspade_train.models.tokenization import resolve_choices, tokenize
 from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Split, Task
-from lspade_train.tasks.choices import resolve_choices, tokenize
 from lspade_train.tasks.encoding import encode
 from lspade_train.tasks.registry import TASKS
 from lspade_train.tasks.rows import evaluation_split, identity, load_rows, splits

@@ -7,9 +7,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
+from lspade_train.models.tokenization import choose_prefix, shared_start, tokenize
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks.base import Encoded, Example, Question, Rows
-from lspade_train.tasks.choices import choose_prefix, shared_start, tokenize
 from lspade_train.tasks.prompts import Prompter
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.rows import labels_of, shot_questions, to_questions

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lspade_train.errors import TaskError
+from lspade_train.io.storage import json_digest
 from lspade_train.recipe import DataConfig
-from lspade_train.storage import json_digest
 from lspade_train.tasks.base import SPLITS, Question, Record, Rows, Split, Task
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.sources import Source, open_source, read_jsonl, read_paragraphs

@@ -11,9 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
+from lspade_train.models.tokenization import leading_ids, tokenize
 from lspade_train.recipe import TextConfig
 from lspade_train.tasks.base import Encoded, Example, Record, Rows, Split, Task
-from lspade_train.tasks.choices import leading_ids, tokenize
 
 SEED = 20250717
 

@@ -1,0 +1,1 @@
+"""The heads folder as something to keep, describe and publish."""

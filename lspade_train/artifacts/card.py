@@ -1,0 +1,243 @@
+"""The model card of a heads folder, from its JSON files alone. Knows nothing of models or tensors.
+
+Whoever changes the folder (fit, evaluate, calibrate, push) calls `write_card`; the words are in
+`card.md.jinja`, the numbers come from here.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
+
+from lspade_train.errors import ArtifactError
+from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
+from lspade_train.io.storage import read_json, write_text
+
+TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
+NO_LICENCE = "unknown"  # the Hub's own word for it
+KEEP = "<!-- Generated above this line; what is written below it is kept. -->"
+LENSES = {
+    "logit_lens": "logit lens",
+    "tuned_lens": "tuned lens",
+    "l_spade": "L-SPADE",
+    "spade": "SPADE",
+}
+FIGURES = ("figures/accuracy_by_layer.png", "figures/agreement_by_layer.png")
+
+Json = dict[str, Any]
+
+
+def write_card(folder: Path, *, repo: str | None = None, license: str | None = None) -> None:
+    """Write `README.md` anew from what the folder holds now.
+
+    Args:
+        folder: a heads folder.
+        repo: `org/name` that the heads are loaded from; None: the folder.
+        license: the Hub's identifier of a licence; None: the one in the present card, or
+            `unknown`. None is ever inherited from the base model.
+
+    Raises:
+        ArtifactError: a JSON file of the folder is damaged, or the card cannot be written.
+    """
+    write_text(folder / CARD, card(folder, repo=repo, license=license), ArtifactError)
+
+
+def card(folder: Path, *, repo: str | None = None, license: str | None = None) -> str:
+    """The card that `write_card` would write: YAML metadata and Markdown.
+
+    Raises:
+        ArtifactError: a JSON file of the folder is damaged, or not as this package writes it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return _card(folder, repo, license)
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as cause:
+        raise ArtifactError(
+            f"The JSON files in {folder} are not as lspade-train writes them ({cause!r:.100}).\n"
+            "Write them again with lspade-train fit, evaluate and calibrate."
+        ) from cause
+
+
+def _card(folder: Path, repo: str | None, license: str | None) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config = read_json(folder / CONFIG, ArtifactError)
+    training, base = config.get("training", {}), config.get("base_model", {})
+    recipe, data = training.get("recipe", {}), training.get("data", {})
+    results, policy = (_of_these_heads(folder / name, config) for name in (RESULTS, POLICY))
+    licence, added = _present(folder / CARD)
+    on_hub = base.get("revision") is not None  # of a folder no commit is recorded
+    base_name = base["model_id"] if on_hub else Path(base.get("model_id", "the model")).name
+    name = repo.split("/")[-1] if repo else recipe.get("name") or folder.name
+    # model-index names the training's data set: what was measured on another stays in the table.
+    asked = recipe.get("data", {})
+    same = all(results.get(key) == asked.get(key) for key in ("task", "dataset"))
+    metadata = ModelCardData(
+        library_name="lspade-train",
+        license=license or licence or NO_LICENCE,
+        base_model=base_name if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        datasets=[data["dataset"]] if data.get("dataset") else None,
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        model_name=name,
+        eval_results=_measured(recipe, data, results if same else {}, policy) or None,
+    )
+    text = ModelCard.from_template(
+        metadata,
+        template_str=files("lspade_train.artifacts")
+        .joinpath("card.md.jinja")
+        .read_text(encoding="utf-8"),
+        name=name,
+        repo=repo,
+        where=repo or (folder.name if folder.is_absolute() else folder.as_posix()),
+        config=config,
+        layers=ranges(config["layers"]),
+        base=base,
+        base_name=base_name,
+        base_path=base_name if on_hub else f"path/to/{base_name}",
+        on_hub=on_hub,
+        training=training,
+        recipe=recipe,
+        data=data,
+        results=results,
+        table=_layer_table(results) if results else _training_table(training),
+        figure=next((name for name in FIGURES if (folder / name).is_file()), None),
+        policy=policy,
+        check_layers=ranges(policy.get("layers", [])),
+        thresholds=_as_list(policy.get("threshold")),
+        chosen=policy.get("calibration", {}),
+        policy_rows=_policy_rows(results, policy),
+        of_others=[
+            name
+            for name, value in ((RESULTS, results), (POLICY, policy))
+            if not value and (folder / name).exists()
+        ],
+    )
+    blocks = re.sub(r"\n{3,}", "\n\n", str(text)).rstrip()
+    return f"{blocks}\n\n{KEEP}{added}"
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """`1-3, 7` for [1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _of_these_heads(path: Path, config: Json) -> Json:
+    """A file's content; nothing where there is no file, or one about other heads."""
+    if not path.exists():
+        return {}
+    value = read_json(path, ArtifactError, f"Delete it, or write {path.name} again.")
+    about = value.get("heads_digest") or value.get("heads", {}).get("weights_sha256")
+    return value if about in {None, config.get("weights_sha256")} else {}
+
+
+def _present(path: Path) -> tuple[str | None, str]:
+    """The licence in the card that is there, and what was written below the generated part."""
+    from huggingface_hub import ModelCard
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return ModelCard(text).data.get("license"), text.partition(KEEP)[2] or "\n"
+    except (OSError, ValueError, YAMLError):  # none, or one that is no card
+        return None, "\n"
+
+
+def _policy_rows(results: Json, policy: Json) -> dict[str, Json]:
+    """The policy at work, by split: where it was measured, and where it was chosen."""
+    measured = ((results.get("exits") or {}).get("policy") or {}).get("row")
+    rows = {
+        results.get("split", ""): measured,
+        "validation": policy.get("calibration", {}).get("chosen"),
+    }
+    return {split: row for split, row in rows.items() if row}
+
+
+def _layer_table(results: Json) -> Json:
+    """Every lens by layer: accuracy, or without labels agreement with the model; KL of L-SPADE."""
+    metric = "accuracy" if results["n_labelled"] else "agrees_model"
+    lenses = {name: results["lenses"][name] for name in LENSES if name in results["lenses"]}
+    rows: list[list[str]] = []
+    for place, layer in enumerate(results["layers"]):
+        cells = [_cell(lens, metric, place) for lens in lenses.values()]
+        kl = lenses["l_spade"]["kl_to_spade"][place]
+        rows.append([str(layer), *cells, "-" if kl is None else f"{kl:.3f}"])
+    header = ["layer", *(LENSES[name] for name in lenses), "KL of L-SPADE to SPADE (nats)"]
+    what = "Accuracy" if metric == "accuracy" else "Agreement with the full model"
+    level = (results.get("interval") or {}).get("level")
+    return {"what": what, "header": header, "rows": rows, "level": level}
+
+
+def _training_table(training: Json) -> Json | None:
+    """What was logged on validation at the end of fit."""
+    found: dict[str, list[float]] = {}
+    for name, value in sorted(training.get("metrics", {}).items()):
+        kind, _, layer = name.removeprefix("val/").partition("/layer_")
+        if layer and kind in {"kl", "agreement"}:
+            found.setdefault(layer, []).append(value)  # agreement sorts before kl
+    rows = [[str(int(layer)), *(f"{v:.3f}" for v in values)] for layer, values in found.items()]
+    header = ["layer", "agreement with the target", "KL to the target (nats)"]
+    return {"what": "Validation after training", "header": header, "rows": rows} if rows else None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _cell(lens: Json, metric: str, place: int) -> str:
+    """A number, with its interval where there is one."""
+    text, interval = f"{lens[metric][place]:.3f}", lens.get(f"{metric}_interval")
+    return text if not interval else f"{text} [{interval[place][0]:.3f}, {interval[place][1]:.3f}]"
+
+
+def _measured(recipe: Json, data: Json, results: Json, policy: Json) -> list[Any]:
+    """The numbers of `model-index`: the deepest head, and the policy at work."""
+    from huggingface_hub import EvalResult
+
+    task = recipe.get("data", {}).get("task") or "text"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.get("dataset") or task,
+            dataset_name=task,
+            dataset_config=data.get("subset"),
+            dataset_split=split,
+            dataset_revision=data.get("dataset_revision"),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for split, kind, name, value in [*_of_the_heads(results), *_of_the_policy(results, policy)]
+        if value is not None
+    ]
+
+
+def _of_the_heads(results: Json) -> Iterator[tuple[str, str, str, float | None]]:
+    """Split, kind, name and value of each metric of the deepest head."""
+    if results:
+        lens, deepest = results["lenses"]["l_spade"], results["layers"][-1]
+        for kind, name in (("accuracy", "accuracy"), ("agrees_model", "agreement with the model")):
+            value = lens[kind][-1] if lens[kind] else None  # without labels there is no accuracy
+            yield results["split"], kind, f"L-SPADE {name}, layer {deepest}", value
+
+
+def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str, float | None]]:
+    """The same of the exit policy, where it was chosen and where it was measured."""
+    names = {
+        "accuracy": "accuracy",
+        "disagreement": "answers unlike the model's",
+        "compute_saved": "FLOPs saved",
+    }
+    for split, row in _policy_rows(results, policy).items():
+        for kind, name in names.items():
+            yield split, kind, f"{name} with the exit policy", row[kind]

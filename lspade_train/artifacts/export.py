@@ -1,0 +1,150 @@
+"""The Lightning callback that writes the heads folder when a fit ends."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lspade_train.artifacts.card import write_card
+from lspade_train.io.layout import CONFIG, WEIGHTS
+from lspade_train.io.provenance import source_state, versions
+from lspade_train.io.storage import json_digest
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.recipe import Recipe
+from lspade_train.training.callbacks import forget_groups, group_folder
+from lspade_train.training.datamodule import HiddenStateDataModule
+from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
+
+
+class ExportHeads(Callback):
+    """Write the heads folder when fit ends, and hand it to W&B where that is on.
+
+    The heads of a group of layers wait in `training/` for the last group.
+
+    Args:
+        folder: the heads folder.
+        recipe: recorded in it.
+        group: the layers that are fitted.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, group: LayerGroup = ALL_LAYERS) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.group = group
+        self.metrics: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the recipe with the run, so that a dashboard can filter by it."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(asdict(self.recipe))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics: a fit that is stopped after its last epoch exports when it goes on."""
+        if not trainer.sanity_checking:
+            found = sorted(trainer.callback_metrics.items())
+            self.metrics = {k: float(v) for k, v in found if k.startswith("val/")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into the checkpoint."""
+        return self.metrics
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Comes from the checkpoint."""
+        self.metrics = dict(state_dict)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export on the first process."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        heads: Any = pl_module.heads
+        if self.group != ALL_LAYERS:
+            self._export(trainer, heads, group_folder(self.folder, self.group))
+            if not self.group.is_last:
+                return
+            heads = self._join()
+        self._export(trainer, heads, self.folder)
+        forget_groups(self.folder)
+        for logger in trainer.loggers:
+            _log_artifact(logger, self.folder, self.recipe.name)
+
+    def _join(self) -> LSpadeHeads:
+        """The heads of all groups, and their metrics together."""
+        groups = (LayerGroup(number, self.group.count) for number in range(self.group.count))
+        parts = [LSpadeHeads.from_pretrained(group_folder(self.folder, g)) for g in groups]
+        for part in parts:
+            self.metrics |= part.metadata["training"]["metrics"]
+        for name in {name.rpartition("/")[0] for name in self.metrics}:
+            layers = [v for k, v in self.metrics.items() if k.startswith(f"{name}/layer_")]
+            self.metrics[f"{name}/mean"] = sum(layers) / len(layers)
+        return LSpadeHeads.joined(parts)
+
+    def _export(self, trainer: Trainer, heads: LSpadeHeads, folder: Path) -> None:
+        data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        identity = data.identity("train")
+        export(
+            folder,
+            heads,
+            base_model=data.base_model,
+            recipe=self.recipe,
+            data={key: identity[key] for key in ("dataset", "dataset_revision", "subset", "rows")},
+            cache_digests={
+                split: json_digest(data.identity(split)) for split in ("train", "validation")
+            },
+            steps=trainer.global_step,
+            metrics=self.metrics,
+        )
+
+
+def export(
+    folder: Path,
+    heads: LSpadeHeads,
+    *,
+    base_model: dict[str, Any],
+    recipe: Recipe,
+    data: dict[str, Any],
+    cache_digests: dict[str, str],
+    steps: int,
+    metrics: dict[str, float],
+) -> None:
+    """Write a complete heads folder.
+
+    Args:
+        folder: made if missing.
+        heads: the trained heads.
+        base_model: id, revision and digests of the frozen model.
+        recipe: the whole recipe, as run.
+        data: the training rows' Hub data set, revision and subset (None for local files), number.
+        cache_digests: identity digest of each split's cache.
+        steps: optimiser steps taken.
+        metrics: last logged metrics by name.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    heads.metadata = {
+        "base_model": base_model,
+        "training": {
+            "recipe": asdict(recipe),
+            "data": data,
+            "caches": cache_digests,
+            "steps": steps,
+            "metrics": metrics,
+            "versions": versions(),
+            "source": source_state(),
+        },
+    }
+    heads.save_pretrained(folder)
+    write_card(folder)
+
+
+def _log_artifact(logger: Logger, folder: Path, name: str) -> None:
+    if type(logger).__name__ != "WandbLogger":
+        return
+    import wandb
+
+    artifact = wandb.Artifact(f"{name}-heads", type="model")
+    for file in (WEIGHTS, CONFIG):
+        artifact.add_file(str(folder / file))
+    logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]

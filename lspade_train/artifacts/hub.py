@@ -1,0 +1,88 @@
+"""Heads to the Hugging Face Hub, through its own client, or to a URL.
+
+Only the files that a heads folder has by name are ever sent, so that neither logs nor checkpoints
+leave the machine. Tokens are the client's matter: its login, or HF_TOKEN.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lspade_train.errors import HubError
+from lspade_train.io.fetch import LOGIN, check_name, hub_errors_named
+from lspade_train.io.layout import PATTERNS, is_known, known_files
+from lspade_train.io.remote import Mirror, is_remote
+
+
+def upload(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+) -> str:
+    """Make a revision of `repo` hold the known files of `folder`, in one commit or not at all.
+
+    Known files that the repository has and the folder has not are deleted there: a policy of other
+    heads must not stay behind. Other files of the repository are left alone.
+
+    Args:
+        folder: a heads folder.
+        repo: `org/name`, made where it is missing, except for a pull request; or a URL, where
+            config.json goes last.
+        private: whether a new repository is private.
+        branch: branch to commit to, made where it is missing; None: main.
+        create_pr: propose the commit as a pull request instead.
+        message: the commit's; None: "Upload L-SPADE heads".
+
+    Returns:
+        Address of the commit or of the pull request, or the URL.
+
+    Raises:
+        HubError: no login, no right, no such repository, no network, or a public repository where
+            a private one was asked for.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    check_name(repo)
+    if is_remote(repo):
+        if private or branch or create_pr or message:
+            raise HubError(
+                f"{repo} is a URL, which has no --private, --branch, --create_pr or --message.\n"
+                "Leave them out, or name a repository of the Hub (org/name)."
+            )
+        Mirror(repo, PATTERNS, HubError, folder).publish()
+        return repo
+    if get_token() is None:
+        raise HubError(f"Nobody is logged in to the Hub.\nLog in with a write token: {LOGIN}")
+    api, files = HfApi(library_name="lspade-train"), known_files(folder)
+    with hub_errors_named(repo, branch):
+        if not create_pr:
+            _open(api, repo, private, branch)
+        there = api.list_repo_files(repo, revision=branch)
+        gone = sorted(name for name in there if is_known(name) and name not in files)
+        # Not upload_folder: that may commit a folder in several parts.
+        commit = api.create_commit(
+            repo,
+            [
+                *(CommitOperationAdd(name, path) for name, path in files.items()),
+                *(CommitOperationDelete(name) for name in gone),
+            ],
+            commit_message=message or "Upload L-SPADE heads",
+            revision=branch,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def _open(api: Any, repo: str, private: bool, branch: str | None) -> None:
+    """Make the repository and the branch where they are missing."""
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise HubError(
+            f"{repo} is there already and is public; --private makes new repositories private.\n"
+            "Make it private in its settings on the Hub, or push to another name."
+        )
+    if branch is not None:
+        api.create_branch(repo, branch=branch, exist_ok=True)

@@ -1,0 +1,131 @@
+"""`cache`: build, resume, rebuild or verify the cached states."""
+
+import logging
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.cli.signals import sigterm
+from lspade_train.recipe import DataConfig
+
+log = logging.getLogger(__name__)
+
+CACHE = """\
+Run the frozen model once over the task and write its hidden states and SPADE targets.
+The size is printed before anything runs. A run that was stopped resumes at its first missing
+shard and ends with the same bytes. fit and evaluate do this by themselves where it is missing.
+--trainer.devices and --trainer.num_nodes share the shards out among processes.
+
+  lspade-train cache --config recipes/arc.yaml
+  lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
+  lspade-train cache --verify s3://bucket/path    the same, of what a mirror here brings"""
+
+
+def cache(arguments: list[str]) -> int:
+    """Build the caches of a recipe, or verify one."""
+    if arguments and arguments[0].split("=")[0] == "--verify":
+        return _verify(arguments)
+    parser = command_parser("cache", CACHE, with_trainer="--help" not in arguments)
+    parser.add_argument(
+        "--splits",
+        type=list[str],
+        default=["train", "validation"],
+        help="splits to cache: train, validation, test",
+    )
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, nargs="?", const=True, help="rebuild from scratch"
+    )
+    parsed = parse(parser, arguments)
+
+    from lspade_train.errors import RecipeError
+    from lspade_train.tasks import SPLITS
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+    recipe = parsed.recipe
+    wrong = [split for split in parsed.options.splits if split not in SPLITS]
+    if wrong:
+        raise RecipeError(f"No split {wrong[0]!r}; expected some of {', '.join(SPLITS)}.")
+    if recipe.data.mode != "disk":
+        raise RecipeError(
+            f"data.mode is {recipe.data.mode}: that mode stores nothing. Set data.mode to disk."
+        )
+    data = HiddenStateDataModule(
+        _launched(recipe.data, parsed.trainer),
+        recipe.model.layers,
+        seed=recipe.seed_everything,
+        name=recipe.name,
+        overwrite=parsed.options.overwrite,
+    )
+    for split in parsed.options.splits:
+        data.states(split)
+        log.info("%s: complete in %s", split, data.folder(split))
+    return 0
+
+
+def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:
+    """Start the processes that `trainer.*` asks for; the data section for this one's device.
+
+    Fabric, not `Trainer.predict`: it starts processes as the Trainer does (devices, nodes, SLURM,
+    torchrun) and leaves the frozen model alone, while the Trainer would cast it to
+    `trainer.precision` and run it under autocast, though `data.dtype` decides a cache's bytes.
+    What is left is a loop over shards, which `fit` runs too, inside a Trainer of its own.
+    """
+    from lightning.fabric import Fabric
+
+    asked: dict[str, Any] = {
+        name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer
+    }
+    if config.device_map is not None or config.device != "auto":
+        asked = {"accelerator": "cpu", "devices": 1} | asked
+    with refusals_named():
+        fabric = Fabric(**asked)
+        sigterm.launcher = fabric.strategy.launcher
+        fabric.launch()
+    return replace(config, device=str(fabric.device)) if config.device == "auto" else config
+
+
+def _verify(arguments: list[str]) -> int:
+    rest = arguments[0].split("=", 1)[1:] + arguments[1:]
+    if len(rest) != 1:
+        sys.stderr.write(
+            "usage: lspade-train cache --verify DIR\n"
+            "DIR, a folder or a URL, holds manifest.json, or one folder per split\n"
+        )
+        return 2
+
+    from lspade_train.cache import Manifest, verify
+    from lspade_train.io.progress import track
+
+    for folder in _split_folders(rest[0]):
+        manifest = Manifest.read(folder)
+        watch = partial(track, description=str(folder), total=len(manifest.shards) + 1)
+        verify(folder, manifest, track=watch)
+        log.info(
+            "%s: %d shards, %s rows, %.3g GB: every checksum is right",
+            folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
+        )  # fmt: skip
+    return 0
+
+
+def _split_folders(place: str) -> list[Path]:
+    """The split caches in a folder, or the mirrors of those behind a URL."""
+    from lspade_train.cache import split_folders
+    from lspade_train.cache.manifest import FILES, MANIFEST
+    from lspade_train.errors import CacheError
+    from lspade_train.io.remote import Mirror, is_remote
+    from lspade_train.tasks import SPLITS
+
+    if not is_remote(place):
+        return split_folders(Path(place))
+    urls = [f"{place.rstrip('/')}/{part}" for part in ("", *SPLITS)]
+    found = [Mirror(url, FILES, CacheError).fetch() for url in urls]
+    finished = [folder for folder in found if (folder / MANIFEST).exists()]
+    if not finished:
+        raise CacheError(
+            f"No finished cache in {place} (no {MANIFEST}). "
+            "Build one: lspade-train cache --config RECIPE.yaml"
+        )
+    return finished

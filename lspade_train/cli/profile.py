@@ -1,0 +1,107 @@
+"""`profile`: what a policy gains on this machine, in time, memory and FLOPs."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from lspade_train.cli.options import heads_given, heads_option, runtime_model
+from lspade_train.cli.parsing import Parsed, command_parser, parse
+
+log = logging.getLogger(__name__)
+
+PROFILE = """\
+Wall time, memory and FLOPs of the exit policy against the model's own forward, in turn on the same
+batches, over prompt lengths, batch sizes and thresholds, on whatever device the model is on.
+Prompts are the task's validation prompts, cut or joined to each length. Writes profile.json and
+figures/speedup into the heads folder.
+
+  lspade-train profile --config recipes/arc.yaml
+  lspade-train profile --config recipes/arc.yaml --lengths [128,512] --thresholds [0.5,1,2]
+  lspade-train profile --config recipes/arc.yaml --generate 16   (several tokens, by exit layer)"""
+
+LENGTHS, PAPER_THRESHOLDS = (64, 256, 1024), (0.5, 1.0, 1.5, 2.0)
+
+
+def profile(arguments: list[str]) -> None:
+    """Time, print, write and draw."""
+    parser = command_parser("profile", PROFILE)
+    heads_option(parser)
+    add = parser.add_argument
+    add("--lengths", type=list[int] | None, default=None, help="tokens; null: 64, 256, 1024")
+    add("--batch_sizes", type=list[int], default=[1, 8], help="prompts per batch")
+    add(
+        "--thresholds",
+        type=list[float] | None,
+        default=None,
+        help="entropies in nats; null: policy.json's, or the paper's 0.5 to 2 where there is none",
+    )
+    add("--repeats", type=int, default=5, help="timed rounds per shape, after one to warm up")
+    add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
+    parsed = parse(parser, arguments)
+
+    from rich.console import Console
+
+    from lspade_train import profiling
+    from lspade_train.io.progress import track
+    from lspade_train.runtime import ExitRuntime
+
+    options = parsed.options
+    folder = heads_given(parsed, written_by="profile")
+    heads, adapter = runtime_model(parsed, folder)
+    policy, thresholds = _policy(parsed, folder, heads)
+    prompts, choices = _prompts(parsed, adapter)
+    runtime = ExitRuntime(adapter, heads, policy=policy)
+    console = Console(width=max(Console().width, 110))
+    found = profiling.profile(
+        runtime,
+        lengths=options.lengths or _fitting(adapter),
+        batch_sizes=options.batch_sizes,
+        thresholds=[None, *thresholds],
+        prompts=prompts,
+        choices=choices if policy.scope == "choices" else (),
+        repeats=options.repeats,
+        track=lambda shapes: track(shapes, "profiling", len(shapes)),
+    )
+    console.print(found.table())
+    if options.generate:
+        rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
+        console.print(profiling.generation_table(rows, options.generate))
+    sys.stdout.write(
+        "Speed-up and FLOPs are against the model's own forward; what an exit costs in answers\n"
+        "is in lspade-train calibrate.\n"
+    )
+    log.info("profile: %s", found.save(folder))
+
+
+def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
+    """The calibrated policy and its threshold, or the paper's thresholds over every layer."""
+    from lspade_train.io.layout import POLICY
+    from lspade_train.policies.policy import ExitPolicy
+
+    asked = parsed.options.thresholds
+    if (folder / POLICY).exists():
+        policy = ExitPolicy.load(folder / POLICY)
+        if policy.layers:
+            return policy, [policy.threshold] if asked is None else asked
+    policy = ExitPolicy(layers=heads.layers, positions=parsed.recipe.data.positions)
+    return policy, list(PAPER_THRESHOLDS) if asked is None else asked
+
+
+def _prompts(parsed: Parsed, adapter: Any) -> tuple[list[list[int]], list[int]]:
+    """Validation prompts as token ids, and the first one's choices."""
+    from lspade_train import tasks
+    from lspade_train.models.tokenizer import load_tokenizer
+
+    config = parsed.recipe.data
+    tokenizer = load_tokenizer(config.model_id, revision=config.revision)
+    rows = tasks.load_rows(config, "validation")
+    encoded = tasks.encode(config, rows, tokenizer, adapter.max_length or 2**31)
+    examples = encoded.examples
+    return [[*map(int, e.input_ids)] for e in examples], [*map(int, examples[0].choice_ids)]
+
+
+def _fitting(adapter: Any) -> list[int]:
+    """The usual lengths that this model reads, or all it reads."""
+    limit = adapter.max_length or LENGTHS[-1]
+    return [length for length in LENGTHS if length < limit] + [limit] * (limit <= LENGTHS[-1])

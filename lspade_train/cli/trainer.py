@@ -1,0 +1,124 @@
+"""Lightning's Trainer for `fit`, `validate` and `test`, and how its loops end early."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lspade_train.cli.parsing import Parsed
+from lspade_train.cli.signals import Terminated, sigterm
+from lspade_train.io.parallel import lost_peers_named
+
+
+class StopTogether(Callback):
+    """On SIGTERM, all processes of a fit finish the step in hand and leave it together."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take Lightning's own handler out.
+
+        It calls a collective wherever the signal finds a process, while the others are inside
+        another one, and then stops each process after a step of its own.
+        """
+        _signals(trainer)._sigterm_notifier_fn = lambda *_: None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a step may not be cut in half."""
+        sigterm.deferred = True
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Agree on whether this step was the last."""
+        if trainer.strategy.reduce_boolean_decision(sigterm.noted, all=False):
+            _signals(trainer).received_sigterm = True
+
+
+def _signals(trainer: Trainer) -> Any:
+    return trainer._signal_connector  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def early_end_named(trainer: Trainer, advice: str) -> Generator[None]:
+    """Give the ways in which a loop may end early their names.
+
+    Args:
+        trainer: runs the loop.
+        advice: what to do where another process was lost.
+
+    Raises:
+        Terminated: SIGTERM.
+        KeyboardInterrupt: Ctrl-C.
+        StoppedError: another process was lost.
+    """
+    # The first trainer of a command starts the processes, the next ones find them.
+    sigterm.launcher = sigterm.launcher or trainer.strategy.launcher
+    try:
+        with lost_peers_named(advice):
+            yield
+    except SystemExit as stop:  # Lightning's own way out of both
+        by_signal = isinstance(stop, SIGTERMException) or isinstance(stop.__context__, Terminated)
+        raise (Terminated if by_signal else KeyboardInterrupt) from stop
+    finally:
+        sigterm.deferred = False
+
+
+def open_modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any, Any]:
+    """The recipe's Lightning module (around `heads`, or new ones) and data module, seeded."""
+    from lightning.pytorch import seed_everything
+
+    from lspade_train.training.datamodule import HiddenStateDataModule
+    from lspade_train.training.module import LSpadeModule
+
+    recipe = parsed.recipe
+    seed_everything(recipe.seed_everything, verbose=False)
+    data = HiddenStateDataModule(
+        recipe.data,
+        list(heads.layers) if heads is not None else recipe.model.layers,
+        seed=recipe.seed_everything,
+        name=recipe.name,
+    )
+    return LSpadeModule(recipe.model, heads, **options), data
+
+
+def open_loggers(parsed: Parsed, folder: Path) -> Any:
+    """The recipe's loggers, or the default ones, which write below `folder`."""
+    from lspade_train.training.loggers import default_loggers, keep_wandb_from_asking
+
+    logger = parsed.trainer.get("logger")
+    if logger is None or logger is True:
+        return default_loggers(folder, parsed.recipe.name)
+    if logger is not False:
+        keep_wandb_from_asking()
+    return logger
+
+
+def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
+    """Lightning's Trainer with the recipe's arguments over our defaults."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.pytorch import Trainer
+
+    from lspade_train.cli.trainer import StopTogether
+    from lspade_train.training.callbacks import AtomicCheckpoints
+
+    arguments = parsed.trainer | {"logger": loggers}
+    # Copies: each group of layers has a trainer of its own, and callbacks remember.
+    given = deepcopy(arguments.pop("callbacks", None) or [])
+    given = given if isinstance(given, list) else [given]
+    defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
+    plugins: list[Any] = []
+    if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
+        plugins.append(AtomicCheckpoints())  # the others write their shards themselves
+    if SLURMEnvironment.detect():
+        # Lightning's requeueing may cut a step in half, and any recipe would go on from there.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    defaults["plugins"] = plugins
+    return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, StopTogether()])

@@ -1,0 +1,32 @@
+"""`validate`: metrics of fitted heads on the validation split (`test` does the same on test)."""
+
+from lspade_train.cli.options import heads_option
+from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.cli.trainer import open_loggers, open_modules, open_trainer
+
+CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
+
+
+def validate(arguments: list[str]) -> None:
+    """Metrics on the validation split."""
+    check_split("validate", "validation", arguments)
+
+
+def check_split(command: str, split: str, arguments: list[str]) -> None:
+    """Run Lightning's `command` on `split` with the heads of the command line."""
+    parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
+    heads_option(parser)
+    parsed = parse(parser, arguments)
+
+    from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.cli.trainer import early_end_named
+    from lspade_train.probes.heads import LSpadeHeads, check_same_model
+
+    folder = heads_folder(parsed.recipe)
+    heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
+    module, data = open_modules(parsed, heads)
+    check_same_model(heads.metadata.get("base_model", {}), data.frozen.facts.identity)
+    with refusals_named():
+        trainer = open_trainer(parsed, open_loggers(parsed, folder), [])
+        with early_end_named(trainer, "Run the same command again."):
+            getattr(trainer, command)(module, data)

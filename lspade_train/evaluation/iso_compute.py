@@ -1,0 +1,89 @@
+"""Iso-compute accuracy: every lens at equal total FLOPs. Knows nothing of wall time or files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lspade_train.cache import StateDataset
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.flops import FlopCounts, count_flops, exit_flops
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+
+DECODERS = {
+    "logit_lens": "logit_lens",
+    "tuned_lens": "tuned_lens",
+    "l_spade": "l-spade",
+    "spade": "spade",
+}
+BUDGETS = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+def iso_compute(
+    results: dict[str, Any],
+    dataset: StateDataset,
+    adapter: ModelAdapter,
+    heads: dict[str, LSpadeHeads],
+) -> dict[str, Any]:
+    """Accuracy of every lens against all the FLOPs it takes, as JSON.
+
+    Charged to a lens at layer l: the prompt's blocks up to l, its map, the final norm and the
+    unembedding of one row over the vocabulary; to SPADE also the two-token continuation through
+    the blocks above (the start token's half is a constant of the model). SPADE-EXIT, read from
+    the threshold grid, is charged every check on the way.
+
+    Args:
+        results: holds `layers`, `lenses`, `full_model` and, for SPADE-EXIT, `exits`.
+        dataset: gives the prompts' lengths.
+        adapter: the frozen model.
+        heads: trained heads by the name of their lens.
+
+    Source: arXiv:2507.17618v2, accuracy at equal compute.
+    """
+    metric = "accuracy" if results["n_labelled"] else "answer_agrees_model"
+    lengths = torch.cat([shard["position_id"] for shard in dataset.shards]) + 1
+    plain_counts = count_flops(adapter)
+    full = plain_counts.full(lengths)
+    lenses: dict[str, Any] = {}
+    for name, values in results["lenses"].items():
+        counts = count_flops(adapter, heads[name]) if name in heads else plain_counts
+        flops = _fixed_layers(counts, lengths, results["layers"], DECODERS[name]).sum(0)
+        fractions: list[float] = (flops / full.sum()).tolist()
+        lenses[name] = {"flops": fractions, "accuracy": values[metric]}
+    points = {
+        name: list(zip(lens["flops"], lens["accuracy"], strict=True))
+        for name, lens in lenses.items()
+    }
+    if results.get("exits"):
+        points["spade_exit"] = [
+            (1 - row["compute_saved"], _value(row, metric)) for row in results["exits"]["grid"]
+        ]
+    return {
+        "metric": metric,
+        "full_flops": float(full.mean()),
+        "lenses": lenses,
+        "budgets": list(BUDGETS),
+        "at_budget": {name: _at_budgets(found) for name, found in points.items()},
+    }
+
+
+def _fixed_layers(
+    counts: FlopCounts, lengths: Tensor, layers: Sequence[int], decoder: Any
+) -> Tensor:
+    policy = ExitPolicy(layers=tuple(layers), decoder=decoder)
+    return exit_flops(counts, lengths, layers, policy, checks=())
+
+
+def _value(row: dict[str, Any], metric: str) -> float | None:
+    return row["accuracy"] if metric == "accuracy" else 1 - row["disagreement"]
+
+
+def _at_budgets(points: Sequence[tuple[float, float | None]]) -> list[float | None]:
+    """Value of the costliest point within each budget: no choice by the measured rows."""
+    found: list[float | None] = []
+    for budget in BUDGETS:
+        within = [point for point in points if point[0] <= budget]
+        found.append(max(within, key=lambda point: point[0])[1] if within else None)
+    return found

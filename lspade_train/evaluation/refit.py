@@ -1,0 +1,68 @@
+"""Small extra fits on cached rows, for ablations. Knows nothing of files."""
+
+import torch
+from jaxtyping import Int
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from lspade_train.cache import StateDataset
+from lspade_train.cache.loader import RowLoader
+from lspade_train.models import ModelAdapter
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.recipe import HeadConfig, Recipe
+from lspade_train.training.module import LSpadeModule
+
+
+class TrainingRows(LightningDataModule):
+    """Cached rows to train on, and what `LSpadeModule` asks of its data."""
+
+    def __init__(self, dataset: StateDataset, adapter: ModelAdapter, loader: RowLoader) -> None:
+        super().__init__()
+        self.layers = dataset.layers
+        self.unembed, self.hidden_size = adapter.unembed, adapter.hidden_size
+        self.loader = loader
+
+    def train_dataloader(self) -> RowLoader:
+        """The rows, shuffled."""
+        return self.loader
+
+    def val_dataloader(self) -> RowLoader:
+        """Asked for by Lightning and never read: these fits do not validate."""
+        return self.loader
+
+
+def subset(dataset: StateDataset, rows: Int[Tensor, " rows"]) -> StateDataset:
+    """Some rows of a data set, copied into memory."""
+    batch = dataset.gather(rows)
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
+    return StateDataset([tensors], dataset.groups, dataset.layers)
+
+
+def fit_heads(
+    recipe: Recipe, config: HeadConfig, dataset: StateDataset, adapter: ModelAdapter, steps: int
+) -> LSpadeHeads:
+    """Heads trained as `fit` trains them, for a number of steps, on one device.
+
+    Args:
+        recipe: gives batch size, seed, precision and device.
+        config: form, target and optimiser of the heads.
+        dataset: training rows.
+        adapter: the frozen model.
+        steps: optimiser steps, the same for any number of rows.
+
+    Returns:
+        Heads bound to the model.
+    """
+    loader = RowLoader(dataset, recipe.data.batch_size, seed=recipe.seed_everything)
+    kept = {k: v for k, v in recipe.trainer.items() if k in {"accelerator", "precision"}}
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed_everything)
+        module = LSpadeModule(config)
+        trainer = Trainer(
+            max_steps=steps, max_epochs=-1, devices=1, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            **kept,
+        )  # fmt: skip
+        trainer.fit(module, TrainingRows(dataset, adapter, loader))
+    assert module.heads is not None
+    return module.heads.requires_grad_(False).eval().bind(adapter)

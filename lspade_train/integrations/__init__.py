@@ -1,0 +1,1 @@
+"""Other projects' ways in: the LM Evaluation Harness, Weights & Biases."""

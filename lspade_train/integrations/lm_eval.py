@@ -1,0 +1,278 @@
+"""`lspade`, a model of the LM Evaluation Harness: its multiple-choice tasks with early exits.
+
+    python -m lspade_train.integrations.lm_eval --model lspade \
+        --model_args pretrained=MODEL,heads=FOLDER --tasks arc_challenge
+
+is the harness's own command line with this model registered. Releases that read entry points (none
+up to 0.4.13) find it from plain `lm_eval` too.
+
+A question whose continuations are all single tokens goes through SPADE-EXIT once, and its choices
+share the answer. Longer continuations, rolling likelihoods and generated text are the full
+model's, by the harness's own `hf` model, and are counted. With a policy that never exits every
+request is, so that the scores are those of `--model hf` bit for bit.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from lm_eval.api.registry import register_model
+from lm_eval.models import huggingface
+from torch import Tensor
+from tqdm import tqdm
+
+from lspade_train.errors import PolicyError, UnsupportedModelError
+from lspade_train.io.fetch import local_folder
+from lspade_train.io.layout import POLICY
+from lspade_train.policies.flops import count_flops, exit_flops
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.runtime import ExitRuntime
+from lspade_train.runtime.batching import Batch, Query, batches
+from lspade_train.runtime.decide import Probe, decide_batch
+
+NEVER = "never"
+
+HFLM: Any = huggingface.HFLM  # its decorator hides its type
+
+Request = tuple[Any, list[int], list[int]]
+"""The harness's: (context, continuation) in text, None within a rolling likelihood; token ids."""
+
+Answer = tuple[float, bool]
+"""Log-likelihood in nats, and whether the continuation is the most probable one."""
+
+# A child of the harness's logger: shown where the harness's own lines are.
+log = logging.getLogger("lm_eval.lspade")
+
+
+class Scorer(Probe):
+    """Exits as the policy says; answers over the vocabulary, as a log-likelihood must."""
+
+    def answer(
+        self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of every token, whatever the policy's scope."""
+        policy = replace(self.policy, scope="vocabulary")
+        return Probe(self.adapter, self.heads, policy).read(state, batch, rows)
+
+
+@dataclass
+class Tally:
+    """Where the questions stopped, and what the full model answered.
+
+    Attributes:
+        tokens: prompt length of each question.
+        choices: number of its choices.
+        layers: where it stopped; L is the full model.
+        full_model: requests that no exit was tried for, by kind.
+    """
+
+    tokens: list[int] = field(default_factory=list[int])
+    choices: list[int] = field(default_factory=list[int])
+    layers: list[int] = field(default_factory=list[int])
+    full_model: Counter[str] = field(default_factory=Counter[str])
+
+    def summary(self, runtime: ExitRuntime | None) -> dict[str, Any]:
+        """As it stands in the harness's results; shares and FLOPs are over the questions."""
+        found: dict[str, Any] = {
+            "questions": len(self.layers),
+            "full_model_requests": dict(self.full_model),
+        }
+        if runtime is None or not self.layers:
+            return found
+        top = runtime.adapter.num_layers
+        exited = sum(layer < top for layer in self.layers)
+        return found | {
+            "num_layers": top,
+            "exited": exited / len(self.layers),
+            "mean_exit_layer": sum(self.layers) / len(self.layers),
+            "flops_saved": self._saved(runtime),
+        }
+
+    def _saved(self, runtime: ExitRuntime) -> float:
+        """Fraction of the plain model's FLOPs, checks charged, each prompt alone."""
+        counts = count_flops(runtime.adapter, runtime.heads)
+        every = range(runtime.adapter.num_layers + 1)
+        tokens, layers = torch.tensor(self.tokens), torch.tensor(self.layers)
+        widths = torch.tensor(self.choices)
+        paid = 0.0
+        for width in widths.unique():
+            mine = widths == width
+            costs = exit_flops(counts, tokens[mine], every, runtime.policy, choices=int(width))
+            paid += float(costs.gather(1, layers[mine, None]).sum())
+        return 1 - paid / float(counts.full(tokens).sum())
+
+
+@register_model("lspade")
+class LSpadeLM(HFLM):
+    """A frozen model with its heads and an exit policy.
+
+    A calibrated policy's promise is about prompts like those it was calibrated on: a task of the
+    harness words its questions in its own way.
+
+    Args:
+        pretrained: Hub id or folder of the frozen model, or the model itself.
+        heads: heads folder or Hub repository; None only where the policy needs none.
+        policy: `never` for the full model, or a policy.json (or a folder with one); None takes
+            the one beside the heads.
+        heads_revision: branch, tag or commit of heads on the Hub.
+        tokens_per_batch: padded tokens per batch of questions; other requests go by `batch_size`.
+        **settings: everything else is the harness's `hf` model's.
+
+    Raises:
+        PolicyError: no policy, or one that cannot give log-likelihoods.
+        ArtifactError: heads of another model.
+        UnsupportedModelError: an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        heads: str | None = None,
+        policy: str | None = None,
+        heads_revision: str | None = None,
+        tokens_per_batch: int = 8192,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pretrained, **settings)
+        if self.backend != "causal":
+            raise UnsupportedModelError(
+                f"{pretrained} is an encoder-decoder, which --model lspade does not run. "
+                "Expected a decoder-only model; use --model hf for this one."
+            )
+        self.tally = Tally()
+        self.runtime: ExitRuntime | None = None
+        folder = None if heads is None else local_folder(heads, heads_revision)
+        chosen = _policy(policy, folder)
+        if chosen.check_layers:
+            self.runtime = ExitRuntime(
+                self.model,
+                None if folder is None else LSpadeHeads.from_pretrained(folder),
+                policy=chosen,
+                tokens_per_batch=tokens_per_batch,
+            )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        """Questions by the runtime, the rest by `hf`, in the order asked."""
+        questions = list(self._questions(requests))
+        found = self._decide(requests, questions, disable_tqdm) if questions else {}
+        rest = [place for place in range(len(requests)) if place not in found]
+        if rest:
+            others = [requests[place] for place in rest]
+            self.tally.full_model.update(map(_kind, others))
+            answers = super()._loglikelihood_tokens(others, disable_tqdm, override_bs)
+            found |= dict(zip(rest, answers, strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The full model's text."""
+        self.tally.full_model["generated texts"] += len(requests)
+        return super().generate_until(requests, disable_tqdm)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The harness's own facts, and the exits so far: it writes both into its results."""
+        return super().get_model_info() | {"lspade": self.tally.summary(self.runtime)}
+
+    def _questions(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Places of the requests that share a context, where all of them are single tokens."""
+        if self.runtime is None:
+            return
+        contexts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, (_, context, _) in enumerate(requests):
+            contexts[tuple(context)].append(place)
+        needed = 2 if self.runtime.policy.scope == "choices" else 1
+        for context, places in contexts.items():
+            asked = [requests[place] for place in places]
+            short = all(text and len(tokens) == 1 for text, _, tokens in asked)
+            # A start token alone is its own answer position: there is nothing to leave early.
+            if short and len(context) > 1 and len({t[0] for _, _, t in asked}) >= needed:
+                yield places
+
+    @torch.no_grad()
+    def _decide(
+        self, requests: Sequence[Request], questions: list[list[int]], quiet: bool
+    ) -> dict[int, Answer]:
+        """One run of the runtime for each question; the answers by place among the requests."""
+        runtime = self.runtime
+        assert runtime is not None
+        scorer = Scorer(runtime.adapter, runtime.heads, runtime.policy)
+        queries = [self._query(n, requests, places) for n, places in enumerate(questions)]
+        found: dict[int, Answer] = {}
+        bar = tqdm(total=len(queries), disable=quiet, desc="Questions with early exits")
+        for batch in batches(queries, runtime.tokens_per_batch, runtime.adapter.device):
+            outcome = decide_batch(scorer, batch)
+            scores = outcome.logits.log_softmax(-1, dtype=self.softmax_dtype)
+            for query, row, layer in zip(
+                batch.queries, scores, outcome.layers.tolist(), strict=True
+            ):
+                self._count(query, layer)
+                best = int(row.argmax())
+                for place in questions[query.index]:
+                    text, _, (token,) = requests[place]
+                    found[place] = float(row[token]), token == best
+                    self.cache_hook.add_partial("loglikelihood", text, found[place])
+            bar.update(len(batch.queries))
+        bar.close()
+        log.info("%s", _sentence(self.tally.summary(runtime)))
+        return found
+
+    def _query(self, number: int, requests: Sequence[Request], places: list[int]) -> Query:
+        """A question for the runtime, cut on the left to the model's context as `hf` does."""
+        context = tuple(requests[places[0]][1][-self.max_length :])
+        tokens = dict.fromkeys(requests[place][2][0] for place in places)
+        return Query(number, context, {str(token): token for token in tokens})
+
+    def _count(self, query: Query, layer: int) -> None:
+        self.tally.tokens.append(len(query.ids))
+        self.tally.choices.append(len(query.choices or ()))
+        self.tally.layers.append(layer)
+
+
+def _kind(request: Request) -> str:
+    return "continuations" if request[0] else "rolling windows"
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    return (
+        f"{found['questions']} questions: {found['exited']:.1%} exited, mean exit layer "
+        f"{found['mean_exit_layer']:.2f} of {found['num_layers']}, "
+        f"{found['flops_saved']:.1%} of the FLOPs saved"
+    )
+
+
+def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
+    """The policy asked for, or the one beside the heads.
+
+    Raises:
+        PolicyError: there is none, or it answers from its choices alone.
+    """
+    if name == NEVER:
+        return ExitPolicy.never()
+    if name is None and folder is None:
+        raise PolicyError(
+            "--model lspade got neither heads nor a policy. Give heads=FOLDER with its "
+            f"{POLICY}, or policy={NEVER} for the full model."
+        )
+    policy = ExitPolicy.load(name if name is not None else folder or "")
+    if policy.scope == "choices" and policy.decoder != "spade" and policy.check_layers:
+        raise PolicyError(
+            f"A policy of scope choices and decoder {policy.decoder} has no log-likelihoods over "
+            "the vocabulary.\nChoose one with lspade-train calibrate --scope vocabulary."
+        )
+    return policy
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,1 @@
+"""Files, folders behind URLs, processes and progress. Knows nothing of models."""

@@ -1,0 +1,202 @@
+"""Heads folders from the Hugging Face Hub, through its own client, or from a URL.
+
+Knows nothing of heads. Only the files that a heads folder has by name are ever fetched, so that
+nothing but safetensors, JSON, text and pictures enters the machine. Tokens are the client's matter:
+its login, or HF_TOKEN.
+"""
+
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lspade_train.errors import HubError
+from lspade_train.io.layout import CONFIG, PATTERNS, WEIGHTS
+from lspade_train.io.remote import Mirror, is_remote
+
+LOGIN = "hf auth login"
+NO_REVISION = (
+    "{repo} has no revision {revision!r} on the Hub.\n"
+    "Give a branch, a tag or a commit that is listed there, or leave it out for main."
+)
+GATED = "{repo} is gated.\nAsk for access on its page, and log in: {login}"
+NO_REPOSITORY = (
+    "The Hub has no repository {repo} that you may read.\n"
+    "Check the name, and log in where it is private: {login}"
+)
+UNREACHABLE = (
+    "The Hub at {endpoint} cannot be reached for {repo} ({said}).\n"
+    "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run it again."
+)
+NO_REVISIONS = (
+    "{path} is {what}, which has no revision {revision!r}.\n"
+    "Leave revision out, or name a repository of the Hub (org/name)."
+)
+NO_XET = (
+    "The Hub at {endpoint} did not take {repo}'s files over Xet ({said}).\n"
+    "Run it again; if it has no Xet storage, set HF_HUB_DISABLE_XET=1 and send them over HTTP."
+)
+BROKEN_OFF = (
+    "The exchange with {repo} broke off ({said}).\n"
+    "Nothing is half done; run it again: what has arrived is not sent twice."
+)
+NOT_TAKEN = (
+    "The Hub does not take this ({said}).\n"
+    "Nothing was committed; correct what it names (a licence: --license) and run it again."
+)
+REFUSED = {
+    401: "The Hub refuses the token ({said}).\nLog in again, with a valid one: {login}",
+    403: "The token may not do that in {repo} ({said}).\n"
+    "Log in with a write token ({login}), or propose the change with --create_pr.",
+}
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+def check_name(repo: str) -> None:
+    """Refuse what cannot be a repository or a URL, before anything is sent or asked.
+
+    Raises:
+        HubError: not `org/name`, or characters that the Hub does not allow.
+    """
+    if is_remote(repo):
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("the owner is missing")
+    except HFValidationError as cause:
+        reason = str(cause).split(":")[0].rstrip(".")
+        raise HubError(
+            f"{repo!r} is no repository of the Hub ({reason}).\n"
+            "Expected org/name, of letters, digits, - _ and . as in someone/arc-heads."
+        ) from cause
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """The known files of one commit, in the client's own cache; those behind a URL, in a mirror.
+
+    Where the Hub cannot be reached, the latest copy in that cache is taken.
+
+    Args:
+        repo: `org/name`, or a URL.
+        revision: branch, tag or commit; None: main. A URL has none.
+
+    Raises:
+        HubError: no such repository or revision, no right, no network, or no heads in it.
+    """
+    from huggingface_hub import snapshot_download
+
+    check_name(repo)
+    if is_remote(repo):
+        return _mirrored(repo, revision)
+    with hub_errors_named(repo, revision):
+        # No "..": a listing is the server's word, and its paths become files here.
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=PATTERNS,
+                ignore_patterns="*..*",
+                library_name="lspade-train",
+            )
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise HubError(
+            f"{repo} holds no {WEIGHTS}: it is no repository of L-SPADE heads.\n"
+            "Check the name; heads are put there with lspade-train push."
+        )
+    return folder
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """A local heads folder as it is; a URL's mirror; anything else is downloaded from the Hub.
+
+    Raises:
+        HubError: neither a folder nor a repository that can be read, a URL without heads, or a
+            revision of what has none.
+    """
+    if is_remote(path):
+        return _mirrored(str(path), revision)
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            return download(str(path), revision)
+        except HubError as cause:
+            what, remedy = str(cause).split("\n")
+            raise HubError(
+                f"There is no folder {path}. {what}\n"
+                f"Fit heads first (lspade-train fit --config RECIPE.yaml). From the Hub: {remedy}"
+            ) from cause
+    if revision is not None:
+        raise HubError(NO_REVISIONS.format(path=path, what="a folder here", revision=revision))
+    return folder
+
+
+def _mirrored(url: str, revision: str | None) -> Path:
+    if revision is not None:
+        raise HubError(NO_REVISIONS.format(path=url, what="a URL", revision=revision))
+    folder = Mirror(url, PATTERNS, HubError).fetch()
+    if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
+        raise HubError(
+            f"{url} holds no {WEIGHTS} and {CONFIG}: there are no L-SPADE heads.\n"
+            "Check the URL; heads are put there with lspade-train push --repo URL."
+        )
+    return folder
+
+
+@contextmanager
+def hub_errors_named(repo: str, revision: str | None) -> Generator[None]:
+    """Everything that the client raises, as one named error of two lines."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except HubError:
+        raise
+    # The client raises its own errors, its HTTP library's and its transfer library's.
+    except Exception as cause:
+        if getattr(cause, "errno", None) in DISK_TROUBLE:
+            raise
+        raise HubError(
+            _words(cause).format(
+                repo=repo,
+                revision=revision,
+                said=_innermost(cause),
+                endpoint=constants.ENDPOINT,
+                login=LOGIN,
+            )
+        ) from cause
+
+
+def _words(cause: Exception) -> str:
+    """What happened and what to do next, by the kind of error or the server's status."""
+    from huggingface_hub import errors
+
+    for kind, words in (
+        (errors.RevisionNotFoundError, NO_REVISION),
+        (errors.GatedRepoError, GATED),
+        (errors.RepositoryNotFoundError, NO_REPOSITORY),
+    ):
+        if isinstance(cause, kind):
+            return words
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status in REFUSED:
+        return REFUSED[status]
+    if isinstance(cause, ValueError):
+        return NOT_TAKEN
+    if status is None and not isinstance(cause, RuntimeError):
+        return NO_XET if "xet" in str(cause) else UNREACHABLE
+    return BROKEN_OFF
+
+
+def _innermost(cause: BaseException) -> str:
+    """The error that started it all, in one line, as the server worded it where it did."""
+    if isinstance(cause, ValueError):  # the client's own words, for what a check found
+        return " ".join(str(cause).split())
+    while cause.__cause__ is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    text = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
+    return next(line for line in text.splitlines() if line.strip()).strip().rstrip(".")

@@ -1,0 +1,45 @@
+"""The files of a heads folder: their names, and which of them travel. Knows nothing of heads."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lspade_train.errors import ArtifactError
+from lspade_train.io.storage import read_json, write_json
+
+WEIGHTS, CONFIG = "heads.safetensors", "config.json"
+CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
+FILES = (CONFIG, WEIGHTS, POLICY, RESULTS, "profile.json", CARD, "report.html")
+PICTURES = (".png", ".svg")  # of figures/
+PATTERNS = [*FILES, *(f"figures/*{suffix}" for suffix in PICTURES)]
+
+
+def known_files(folder: Path) -> dict[str, Path]:
+    """What of a heads folder goes to the Hub, by its path there."""
+    found = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+
+
+def is_known(name: str) -> bool:
+    """Whether a path in a repository is one that a heads folder may have."""
+    path = PurePosixPath(name)
+    return name in FILES or (str(path.parent) == "figures" and path.suffix in PICTURES)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """`results.json` as written by evaluate.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    return read_json(
+        folder / RESULTS, ArtifactError, "Write it: lspade-train evaluate --config RECIPE"
+    )
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    write_json(folder / RESULTS, results, ArtifactError)

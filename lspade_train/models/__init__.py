@@ -1,0 +1,17 @@
+"""Any Hugging Face decoder, driven block by block by its own code."""
+
+from lspade_train.models.adapter import ModelAdapter
+from lspade_train.models.loading import hub_commit, load_unembedding, model_folder, resolve_device
+from lspade_train.models.plan import Plan, StartCache
+from lspade_train.models.unembedding import Unembedding
+
+__all__ = [
+    "ModelAdapter",
+    "Plan",
+    "StartCache",
+    "Unembedding",
+    "hub_commit",
+    "load_unembedding",
+    "model_folder",
+    "resolve_device",
+]

@@ -1,0 +1,212 @@
+"""What an exit costs: matrix products counted on the model itself, then scaled to any prompt.
+
+Every block is linear plus quadratic in the prompt's length, so three short prompts decide its
+count for all lengths, whatever the family. Knows nothing of policies' choice or of wall time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBES = (2, 3, 4)  # prompt lengths that are counted: the three points of a parabola
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Floating-point operations (two per multiply-add) of one row of one model.
+
+    Attention is charged as the kernels are counted, T x T, without a discount for causality.
+
+    Attributes:
+        prompt: Newton coefficients over the prompt's length, (L+1, 3): embeddings, then blocks.
+        step: a block on one single-token row that sees the start token and itself, (L,).
+        norm: final norm, and projection where the family has one, of one row.
+        token: one token's logit of one row.
+        vocab: V.
+        head: one L-SPADE map of one row; 0 without heads.
+    """
+
+    prompt: Float[Tensor, "stages 3"]
+    step: Float[Tensor, " blocks"]
+    norm: float
+    token: float
+    vocab: int
+    head: float
+
+    def prefix(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, "prompts stages"]:
+        """Operations until h^0, h^1, ... h^L of prompts alone of those lengths."""
+        n = tokens.double()
+        basis = torch.stack([torch.ones_like(n), n - 2, (n - 2) * (n - 3) / 2], dim=-1)
+        return (basis @ self.prompt.T).cumsum(-1)
+
+    def readout(self, choices: int | None = None) -> float:
+        """Final norm and unembedding of one row; None: the whole vocabulary."""
+        return self.norm + self.token * (self.vocab if choices is None else choices)
+
+    def full(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
+        """The full model, which unembeds the answer position only (`logits_to_keep=1`)."""
+        return self.prefix(tokens)[:, -1] + self.readout()
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter, with the kernels that it leaves out: attention on CPU, grouped experts."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
+        # (rows, in) x (experts, in, out): each row meets one expert's matrix.
+        return 2 * left[0] * left[1] * right[-1]
+
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._grouped_mm: grouped,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+@torch.no_grad()
+def count_flops(
+    model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | None = None
+) -> FlopCounts:
+    """Count the model's parts on three short prompts; a few tokens' work in all.
+
+    Args:
+        model: the frozen model.
+        heads: its heads; None where no head is used.
+    """
+    adapter = ModelAdapter.of(model)
+    adapter.check()  # once per model, and it runs the model: not while its work is counted
+    first, second, third = (_prompt_flops(adapter, tokens) for tokens in PROBES)
+    row = torch.zeros(1, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
+    row = row.to(adapter.unembed.weight.device)
+    with counter() as whole:
+        adapter.unembed(row)
+    token = 2.0 * adapter.unembed.weight.shape[1]
+    return FlopCounts(
+        prompt=torch.stack([first, second - first, third - 2 * second + first], dim=-1),
+        step=_step_flops(adapter),
+        norm=whole.get_total_flops() - token * adapter.vocab_size,
+        token=token,
+        vocab=adapter.vocab_size,
+        head=_head_flops(heads),
+    )
+
+
+def exit_flops(
+    counts: FlopCounts,
+    tokens: Int[Tensor, " prompts"] | Sequence[int],
+    layers: Sequence[int],
+    policy: ExitPolicy,
+    *,
+    choices: int | None = None,
+    checks: Sequence[int] | None = None,
+) -> Float[Tensor, "prompts layers"]:
+    """Operations of each prompt if it stopped at each layer.
+
+    Charged: the prompt's blocks up to the exit, every check on the way (map, norm, unembedding
+    over the policy's scope), the single-token continuation, the answer's unembedding. The start
+    token's keys and values are constants of the model and charged to nobody.
+
+    Args:
+        counts: of the model and its heads.
+        tokens: length of each prompt (the padded one, to charge a padded batch).
+        layers: exit layers, 0..L; L is no exit.
+        policy: decides scope, decoder and check layers.
+        choices: number of choices, for `scope: choices`.
+        checks: check layers charged instead of the policy's; () charges none (the oracle).
+
+    Returns:
+        float64, on the CPU.
+    """
+    top = len(counts.step)
+    lengths = torch.as_tensor(tokens).cpu()
+    width = choices if policy.scope == "choices" else None
+    probe = 0.0 if policy.decoder == "logit_lens" else counts.head
+    check = probe + counts.readout(width)
+    asked = policy.check_layers if checks is None else checks
+    extra = [
+        check * sum(layer <= exit_layer for layer in asked)
+        + _answer(counts, exit_layer, policy, check, width, checked=exit_layer in asked)
+        for exit_layer in layers
+    ]
+    reached = counts.prefix(lengths)[:, [min(layer, top) for layer in layers]]
+    return reached + torch.tensor(extra, dtype=torch.float64)
+
+
+def exit_costs(
+    counts: FlopCounts,
+    tokens: Int[Tensor, " prompts"] | Sequence[int],
+    layers: Sequence[int],
+    policy: ExitPolicy,
+    *,
+    choices: int | None = None,
+    checks: Sequence[int] | None = None,
+) -> Float[Tensor, "prompts layers"]:
+    """`exit_flops` as a fraction of the full model's operations for the same prompt.
+
+    No exit costs a little over 1: the checks, which the full model does without.
+    """
+    flops = exit_flops(counts, tokens, layers, policy, choices=choices, checks=checks)
+    return flops / counts.full(torch.as_tensor(tokens).cpu())[:, None]
+
+
+def _answer(
+    counts: FlopCounts,
+    layer: int,
+    policy: ExitPolicy,
+    check: float,
+    width: int | None,
+    *,
+    checked: bool,
+) -> float:
+    """From the exit to the answer's logits."""
+    if layer == len(counts.step) or policy.decoder == "spade":
+        return float(counts.step[layer:].sum()) + counts.readout(width)
+    # The check's own logits are the answer.
+    return 0.0 if checked else check
+
+
+def _prompt_flops(adapter: ModelAdapter, tokens: int) -> Tensor:
+    """Embeddings, then every block, on one prompt of that length."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=adapter.device)
+    with counter() as found:
+        plan = adapter.plan(ids)
+    counted, hidden = [found.get_total_flops()], plan.hidden
+    for block in range(adapter.num_layers):
+        with counter() as found:
+            hidden = adapter.run_block(plan, block, hidden)
+        counted.append(found.get_total_flops())
+    return torch.tensor(counted, dtype=torch.float64)
+
+
+def _step_flops(adapter: ModelAdapter) -> Tensor:
+    ids = torch.zeros(1, dtype=torch.long, device=adapter.device)
+    plan = adapter.plan_step(ids, ids + 1)
+    counted, hidden = [], plan.hidden
+    for block in range(adapter.num_layers):
+        with counter() as found:
+            hidden = adapter.run_block(plan, block, hidden)
+        counted.append(found.get_total_flops())
+    return torch.tensor(counted, dtype=torch.float64)
+
+
+def _head_flops(heads: LSpadeHeads | None) -> float:
+    if heads is None:
+        return 0.0
+    row = torch.zeros(1, heads.hidden_size, dtype=heads.bias.dtype, device=heads.bias.device)
+    with counter() as found:
+        heads.translate(row, heads.layers[0])
+    return float(found.get_total_flops())

@@ -1,0 +1,295 @@
+"""`LSpadeHeads`: one residual affine map per layer, in front of the model's frozen unembedding.
+
+Knows nothing of training, tasks or policies.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lspade_train.errors import ArtifactError
+from lspade_train.io.fetch import local_folder
+from lspade_train.io.layout import CONFIG, WEIGHTS
+from lspade_train.io.storage import (
+    atomic_path,
+    file_digest,
+    read_json,
+    read_tensors,
+    require_kinds,
+    write_json,
+    write_tensors,
+)
+from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.recipe import Form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT_VERSION = 1
+AGAIN = "Fit or download it again."
+KINDS = {
+    "layers": list,
+    "hidden_size": int,
+    "form": str,
+    "rank": int | None,
+    "weights_sha256": str,
+    "base_model": dict,
+    "training": dict,
+}
+
+
+class LSpadeHeads(nn.Module):
+    """Stacked linear heads: `h + A_l h + b_l`, then the frozen final norm and unembedding.
+
+    The maps are residual and start at zero, so that an untrained head is the logit lens bit for
+    bit and weight decay pulls towards it.
+
+    Args:
+        layers: the layers that have a head, ascending.
+        hidden_size: d.
+        form: `full` (A is d x d), `low_rank` (A = U V, rank r) or `bias` (no A).
+        rank: r of `low_rank`.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], hidden_size: int, *, form: Form = "full", rank: int = 64
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.hidden_size = hidden_size
+        self.form: Form = form
+        self.rank = rank
+        self.metadata: dict[str, Any] = {}  # base model and provenance, as read from config.json
+        self._unembed: Unembedding | None = None
+        count, d = len(self.layers), hidden_size
+        self.bias = nn.Parameter(torch.zeros(count, d))
+        # Matrices are (in, out): a row vector is multiplied from the left.
+        if form == "full":
+            self.weight = nn.Parameter(torch.zeros(count, d, d))
+        elif form == "low_rank":
+            # One factor random, the other zero: the product starts at zero and has a gradient.
+            self.down = nn.Parameter(torch.empty(count, d, rank))
+            self.up = nn.Parameter(torch.zeros(count, rank, d))
+            if not self.down.is_meta:
+                self._draw(self.down.detach())
+
+    @property
+    def target(self) -> str | None:
+        """What they were fitted to: `spade`, or `final` (a tuned lens); None where not recorded."""
+        return self.metadata.get("training", {}).get("recipe", {}).get("model", {}).get("target")
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the weights' file they were read from; None where they never were a file."""
+        return self.metadata.get("weights_sha256")
+
+    def forward(self, hidden: Float[Tensor, "rows layers d"]) -> Float[Tensor, "rows layers d"]:
+        """Translate the hidden states of all layers at once, in the heads' own precision."""
+        states = hidden.to(self.bias.dtype)
+        stacked = states.transpose(0, 1)  # (layers, rows, d): one batched product
+        return states + self._delta(stacked, slice(None)).transpose(0, 1)
+
+    def part(self, which: slice) -> "LSpadeHeads":
+        """Heads of some of the layers: the same numbers in the same memory, as leaves of their own.
+
+        What is learned in the part is learned here; gradients stay with the part.
+        """
+        part = copy(self)
+        part.layers = self.layers[which]
+        part._parameters = {
+            name: nn.Parameter(parameter.detach()[which], parameter.requires_grad)
+            for name, parameter in self.named_parameters()
+        }
+        return part
+
+    @classmethod
+    def joined(cls, parts: Sequence["LSpadeHeads"]) -> "LSpadeHeads":
+        """Heads of all layers from those of groups of layers, in ascending order of layer."""
+        whole = copy(parts[0])
+        whole.layers = tuple(layer for part in parts for layer in part.layers)
+        whole._parameters = {
+            name: nn.Parameter(torch.cat([getattr(part, name).detach() for part in parts]))
+            for name in parts[0]._parameters
+        }
+        return whole
+
+    def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
+        """Map h^layer to where the frozen norm and head can read it.
+
+        Raises:
+            ArtifactError: no head for that layer.
+        """
+        index = self.index(layer)
+        states = hidden.to(self.bias.dtype)
+        flat = states.reshape(1, -1, self.hidden_size)
+        return states + self._delta(flat, slice(index, index + 1)).reshape(states.shape)
+
+    def logits(
+        self, hidden: Float[Tensor, "*batch d"], layer: int
+    ) -> Float[Tensor, "*batch vocab"]:
+        """L-SPADE's logits at `layer`, in the model's dtype.
+
+        Args:
+            hidden: h_a^layer, raw output of that block.
+            layer: one of `layers`.
+
+        Raises:
+            ArtifactError: no head for that layer, or `bind` was not called.
+        """
+        if self._unembed is None:
+            raise ArtifactError(
+                "These heads have no model yet: call heads.bind(model) once, "
+                "with the model they were trained for."
+            )
+        return self._unembed(self.translate(hidden, layer).to(hidden.dtype))
+
+    def index(self, layer: int) -> int:
+        """Place of `layer` in the stacked maps.
+
+        Raises:
+            ArtifactError: no head for that layer.
+        """
+        if layer not in self.layers:
+            raise ArtifactError(
+                f"No head for layer {layer}; these heads have {list(self.layers)}. "
+                "Ask for one of them, or fit with that layer in model.layers."
+            )
+        return self.layers.index(layer)
+
+    def bind(self, model: "PreTrainedModel | ModelAdapter") -> Self:
+        """Take the final norm and unembedding of `model`.
+
+        Raises:
+            ArtifactError: the heads were trained for another model.
+        """
+        adapter = ModelAdapter.of(model)
+        base = self.metadata.get("base_model", {})
+        check_same_model(base, adapter.identity)
+        if self.hidden_size != adapter.hidden_size:
+            raise ArtifactError(
+                f"These heads are for d={self.hidden_size}, the model has "
+                f"d={adapter.hidden_size}. Load the model they were trained for."
+            )
+        self._unembed = adapter.unembed
+        return self.to(adapter.unembed.weight.device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `heads.safetensors` and `config.json`: both, or what was there stays.
+
+        `metadata` is then what `from_pretrained` would read, so that a policy can be tied to them.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        with atomic_path(folder / WEIGHTS, ArtifactError) as weights:
+            write_tensors(weights, self.state_dict(), error=ArtifactError)
+            config = {
+                "format_version": FORMAT_VERSION,
+                "layers": list(self.layers),
+                "hidden_size": self.hidden_size,
+                "form": self.form,
+                "rank": self.rank if self.form == "low_rank" else None,
+                "weights_sha256": file_digest(weights),
+                "base_model": self.metadata.get("base_model", {}),
+                "training": self.metadata.get("training", {}),
+            }
+            # While the weights wait under another name: a disk that fills up here keeps the old.
+            write_json(folder / CONFIG, config, ArtifactError)
+        self.metadata = config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:
+        """Load a heads folder, or a repository of the Hub.
+
+        Args:
+            path: folder such as `checkpoints/arc`, or `org/name`.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            ArtifactError: nothing there, damaged, or of an unknown format (HubError: the Hub
+                cannot be asked, or has no such repository or revision).
+        """
+        folder = local_folder(path, revision)
+        config = read_json(folder / CONFIG, ArtifactError)
+        if config.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder / CONFIG} has format_version {config.get('format_version')!r}; this "
+                f"lspade-train reads {FORMAT_VERSION}. Install the version that wrote it."
+            )
+        config = {"base_model": {}, "training": {}} | config
+        require_kinds(config, KINDS, folder / CONFIG, ArtifactError, AGAIN)
+        tensors = read_tensors(folder / WEIGHTS, ArtifactError)
+        if file_digest(folder / WEIGHTS) != config.get("weights_sha256"):
+            raise ArtifactError(
+                f"{folder / WEIGHTS} does not have the checksum in {CONFIG}: it is damaged or was "
+                "changed. Fit or download it again."
+            )
+        try:
+            heads = cls._described(config)
+            shapes = {name: value.shape for name, value in heads.state_dict().items()}
+            if shapes != {name: value.shape for name, value in tensors.items()}:
+                raise ValueError(f"expected {shapes!s:.60}")
+            heads.to_empty(device="cpu").load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
+            raise ArtifactError(
+                f"{folder / CONFIG} does not describe {WEIGHTS} "
+                f"({(str(cause).splitlines() or ['?'])[0]}). {AGAIN}"
+            ) from cause
+        heads.metadata = config
+        return heads.requires_grad_(False).eval()
+
+    @classmethod
+    def _described(cls, config: dict[str, Any]) -> Self:
+        """Heads as a config describes them, without memory: it may claim more than there is."""
+        layers, form = config["layers"], config["form"]
+        if not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise ValueError(f"layers is {layers!s:.40}")
+        if layers != sorted(set(layers)) or form not in get_args(Form):
+            raise ValueError(f"layers is {layers!s:.40}, form is {form!r:.40}")
+        with torch.device("meta"):
+            return cls(layers, config["hidden_size"], form=form, rank=config["rank"] or 0)
+
+    def _draw(self, down: Tensor) -> None:
+        """Random numbers by the run's seed and the layer: each layer starts as it would alone."""
+        for layer, matrix in zip(self.layers, down, strict=True):
+            seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
+            drawn = torch.randn(*matrix.shape, generator=seeded, device="cpu")
+            matrix.copy_(drawn / math.sqrt(self.hidden_size))
+
+    def _delta(self, stacked: Tensor, which: slice) -> Tensor:
+        """The learned part, (layers, rows, d) -> (layers, rows, d)."""
+        bias = self.bias[which, None]
+        if self.form == "full":
+            return torch.baddbmm(bias, stacked, self.weight[which])
+        if self.form == "low_rank":
+            return torch.baddbmm(bias, stacked @ self.down[which], self.up[which])
+        return bias.expand(-1, stacked.shape[1], -1)
+
+
+def check_same_model(base: dict[str, Any], identity: Mapping[str, str]) -> None:
+    """Refuse a model of another `identity` than the one in `base` (a config's `base_model`).
+
+    The unembedding decides: heads are read through it, whatever the precision.
+
+    Raises:
+        ArtifactError: another configuration or unembedding.
+    """
+    for field, what in (("model_config", "configuration"), ("unembedding", "unembedding")):
+        expected = base.get(field)
+        got = identity[field]
+        same_precision = base.get("dtype") == identity["dtype"]
+        if expected is None or (field == "unembedding" and not same_precision):
+            continue
+        if expected != got:
+            raise ArtifactError(
+                f"These heads were trained for {base.get('model_id')} "
+                f"(revision {base.get('revision')}); the given model has another {what}.\n"
+                "Load that model, or fit heads for this one with lspade-train fit."
+            )

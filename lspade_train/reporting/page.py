@@ -1,0 +1,108 @@
+"""The page itself: results.json, config.json and policy.json in, `report.html` out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from lspade_train.errors import ArtifactError
+from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
+from lspade_train.io.storage import read_json, write_text
+from lspade_train.reporting.plots import Omitted, all_figures
+from lspade_train.reporting.plots.interactive import plotly
+from lspade_train.reporting.tables import Value, all_tables
+
+REPORT = "report.html"
+FORMAT_VERSION = 2
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a heads folder, from the files there.
+
+    Args:
+        folder: holds `results.json`; `config.json`, `policy.json`, the model card and `figures/`
+            are shown or linked where they are.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArtifactError: no results, results of another format, or the folder cannot be written.
+    """
+    from plotly.offline import get_plotlyjs
+
+    results = read_results(folder)
+    if results.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder / RESULTS} has format_version {results.get('format_version')!r}; a report "
+            f"needs {FORMAT_VERSION}. Run lspade-train evaluate --config RECIPE.yaml again."
+        )
+    figures = all_figures(results)
+    drawn = [figure for figure in figures if not isinstance(figure, Omitted)]
+    pages = Environment(loader=PackageLoader("lspade_train.reporting", ""), autoescape=True)
+    page = pages.get_template("template.html").render(
+        results=results,
+        summary=summary(results),
+        figures=drawn,
+        omitted=[figure for figure in figures if isinstance(figure, Omitted)],
+        tables=all_tables(results),
+        show=_show,
+        files=[name for name in (CARD, RESULTS, CONFIG, POLICY) if (folder / name).exists()],
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False),
+        training=_training(folder),
+        specs=_script_json({figure.name: plotly(figure) for figure in drawn}),
+        library=Markup(get_plotlyjs()),
+    )
+    write_text(folder / REPORT, page, ArtifactError)
+    return folder / REPORT
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """What a reader wants to know first, as sentences."""
+    lines: list[str] = []
+    full = results["full_model"]
+    if full["accuracy"] is None:
+        lines.append("These rows have no right answers: lenses are compared with the full model.")
+    else:
+        low, high = full["accuracy_interval"]
+        lines.append(
+            f"The full model answers {full['accuracy']:.1%} rightly [{low:.1%}, {high:.1%}]."
+        )
+    row = ((results["exits"] or {}).get("policy") or {}).get("row")
+    if row is None:
+        lines.append("No exit policy was measured: choose one with lspade-train calibrate.")
+        return lines
+    low, high = row["disagreement_interval"]
+    lines.append(
+        f"The policy saves {row['compute_saved']:.1%} of the FLOPs, stops after layer "
+        f"{row['mean_exit_layer']:.1f} of {results['num_layers']} on average, and answers unlike "
+        f"the model on {row['disagreement']:.1%} of the rows [{low:.1%}, {high:.1%}]."
+    )
+    return lines
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """What config.json says of how the heads were trained; empty where there is none."""
+    path = folder / CONFIG
+    training = read_json(path, ArtifactError).get("training", {}) if path.exists() else {}
+    return {
+        "optimiser steps": training.get("steps"),
+        "trained with": training.get("versions"),
+        "trained from source": training.get("source"),
+        "caches": training.get("caches"),
+    }
+
+
+def _show(value: Value) -> str:
+    """Three decimals; whole numbers and words as they are."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that no text in it can end the script element around it."""
+    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))

@@ -1,0 +1,124 @@
+"""Figures of what `evaluate` measures on request: transfer between tasks, and ablations."""
+
+from typing import Any
+
+from lspade_train.reporting.plots.certainty import LAYER
+from lspade_train.reporting.plots.charts import Chart, Heatmap, Omitted, Series, look, run_note
+
+NO_ABLATIONS = "Not measured: ask for it with lspade-train evaluate --ablations true."
+
+
+def cross_task(results: dict[str, Any]) -> Heatmap | Omitted:
+    """Heads and thresholds of task i, used on task j."""
+    title = "Transfer between tasks"
+    cross = results["cross_task"]
+    if not cross:
+        return Omitted(title, "Not measured: ask for it with lspade-train evaluate --cross.")
+    cells = [[cell and cell["policy"] for cell in row] for row in cross["cells"]]
+    return Heatmap(
+        name="cross_task",
+        title=title,
+        note=f"heads and threshold of one task used on another, seed {results['seed']}",
+        caption="Heads and threshold of the row's task, chosen on its own validation split, used "
+        "on the column's task without retraining: how often the answer is the full model's, "
+        "the accuracy, and the FLOPs saved.",
+        x_label="used on",
+        y_label="trained and thresholded on",
+        rows=[heads["name"] for heads in cross["heads"]],
+        columns=[_task(task) for task in cross["tasks"]],
+        values=[[cell and 1 - cell["disagreement"] for cell in row] for row in cells],
+        texts=[[_text(cell) for cell in row] for row in cells],
+        colour_label="answers as the full model (fraction of rows)",
+    )
+
+
+def start_ablation(results: dict[str, Any]) -> Chart | Omitted:
+    """SPADE with another start token, without one, and with compact positions."""
+    return _variants(
+        results,
+        "start",
+        name="ablation_start",
+        title="SPADE with another start",
+        caption="What SPADE answers when its first token is another one, a random vector or "
+        "missing, or when its two positions are 0 and 1.",
+    )
+
+
+def heads_ablation(results: dict[str, Any]) -> Chart | Omitted:
+    """Heads of other forms and other targets."""
+    return _variants(
+        results,
+        "heads",
+        name="ablation_heads",
+        title="L-SPADE heads trained in other ways",
+        caption="Target SPADE or the full model; full matrices, low rank, or a bias alone.",
+    )
+
+
+def learning_curve(results: dict[str, Any]) -> Chart | Omitted:
+    """KL to SPADE against the number of training rows, at a low, a middle and a high layer."""
+    title = "Learning curve"
+    variants = (results["ablations"] or {}).get("rows")
+    if not variants:
+        return Omitted(title, NO_ABLATIONS)
+    layers = results["layers"]
+    places = sorted({0, len(layers) // 2, len(layers) - 1})
+    rows = [variant["rows"] for variant in variants]
+    series = tuple(
+        Series(
+            f"layer {layers[place]}", rows, [v["kl_to_spade"][place] for v in variants], look(index)
+        )
+        for index, place in enumerate(places)
+    )
+    return Chart(
+        name="learning_curve",
+        title=title,
+        note=run_note(results, labelled=False, interval=False),
+        caption="KL(SPADE || L-SPADE) on these rows after training on fewer rows.",
+        x_label="training rows",
+        y_label="KL to SPADE (nats)",
+        series=series,
+        log_x=True,
+        log_y=True,
+    )
+
+
+def _variants(results: dict[str, Any], kind: str, **described: Any) -> Chart | Omitted:
+    variants = (results["ablations"] or {}).get(kind)
+    if not variants:
+        return Omitted(described["title"], NO_ABLATIONS)
+    labelled = results["n_labelled"] > 0
+    metric = "accuracy" if labelled else "agrees_model"
+    series = tuple(
+        Series(
+            variant["label"],
+            results["layers"],
+            variant[metric],
+            look(index),
+            low=[low for low, _ in variant[f"{metric}_interval"]],
+            high=[high for _, high in variant[f"{metric}_interval"]],
+        )
+        for index, variant in enumerate(variants)
+    )
+    return Chart(
+        note=run_note(results, labelled=labelled),
+        x_label=LAYER,
+        y_label=f"{'accuracy' if labelled else 'agreement with the full model'} (fraction of rows)",
+        series=series,
+        whole_x=True,
+        **described,
+    )
+
+
+def _task(task: dict[str, Any]) -> str:
+    full = task["full_model"]
+    accuracy = "" if full is None else f"\nmodel: {full:.3f}"
+    return f"{task['name']}\nn = {task['n']:,}{accuracy}"
+
+
+def _text(row: dict[str, Any] | None) -> str:
+    """Agreement, accuracy and FLOPs saved of a cell; blank where the heads do not fit."""
+    if row is None:
+        return "cannot\nbe used"
+    accuracy = "" if row["accuracy"] is None else f"\naccuracy {row['accuracy']:.3f}"
+    return f"{1 - row['disagreement']:.3f}{accuracy}\nsaves {row['compute_saved']:.0%}"

@@ -1,0 +1,170 @@
+"""Figures of SPADE-EXIT: what is given up for how much compute."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lspade_train.reporting.plots.charts import (
+    LENSES,
+    Bars,
+    Chart,
+    Level,
+    Look,
+    Omitted,
+    Series,
+    look,
+    run_note,
+)
+
+NO_EXITS = "No exit was measured: SPADE-EXIT needs L-SPADE heads at a layer below the last."
+POLICY = Look("#D55E00", "star")
+PAPER = Look("#E69F00", "square")
+ORACLE = Look("#009E73", "triangle-up")
+EXIT = Look("#009E73", "star", "solid")
+
+
+def sweep_by_layer(results: dict[str, Any]) -> Chart | Omitted:
+    """Accuracy against mean exit layer over all thresholds."""
+    return _sweep(
+        results,
+        of=lambda row: row["mean_exit_layer"],
+        name="exits_by_layer",
+        title="SPADE-EXIT: what stopping early costs, by layer",
+        x_label=f"mean exit layer (of {results['num_layers']})",
+    )
+
+
+def sweep_by_flops(results: dict[str, Any]) -> Chart | Omitted:
+    """Accuracy against FLOPs over all thresholds, every probe charged; the oracle's for free."""
+    return _sweep(
+        results,
+        of=_flops,
+        name="exits_by_flops",
+        title="SPADE-EXIT: what stopping early costs, by FLOPs",
+        x_label="FLOPs used, probes charged (share of the full model's)",
+        percent_x=True,
+    )
+
+
+def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
+    """Where rows stop: under the policy and under two of the paper's thresholds."""
+    title = "Exit layers"
+    exits = results["exits"]
+    if not exits:
+        return Omitted(title, NO_EXITS)
+    rows = {f"{_entropy(row)} nats": row["exit_counts"] for row in exits["paper"][:2]}
+    policy = exits["policy"]
+    if policy and policy["row"] and policy["exit_layers"] == exits["exit_layers"]:
+        rows = {"policy": policy["row"]["exit_counts"], **rows}
+    shares = {name: [count / sum(counts) for count in counts] for name, counts in rows.items()}
+    return Bars(
+        name="exit_histogram",
+        title=title,
+        note=run_note(results, labelled=False, interval=False),
+        caption="Share of the rows that stop after each block; the last is the full model. "
+        "Thresholds are on L-SPADE's entropy; the policy is policy.json's.",
+        x_label="exit layer",
+        y_label="share of rows",
+        places=exits["exit_layers"],
+        groups=shares,
+        looks=tuple(look(index) for index in range(len(shares))),
+        width=1.0,
+    )
+
+
+def iso_compute(results: dict[str, Any]) -> Chart | Omitted:
+    """The best that each lens and SPADE-EXIT give within equal FLOPs."""
+    iso = results["iso_compute"]
+    if not iso:
+        return Omitted("Equal compute", "No FLOPs were counted for these lenses.")
+    names = {name: LENSES[name] for name in iso["at_budget"] if name in LENSES}
+    names |= {"spade_exit": ("SPADE-EXIT", EXIT)} if "spade_exit" in iso["at_budget"] else {}
+    series = tuple(
+        Series(label, iso["budgets"], iso["at_budget"][name], style)
+        for name, (label, style) in names.items()
+    )
+    labelled = iso["metric"] == "accuracy"
+    return Chart(
+        name="iso_compute",
+        title="Equal compute",
+        note=run_note(results, labelled=labelled, interval=False),
+        caption=f"100% is {iso['full_flops']:.3g} FLOPs. A lens answers every row at the deepest "
+        "layer within the budget. Blocks, maps, norm, unembedding, SPADE's continuation and "
+        "SPADE-EXIT's probes are all charged.",
+        x_label="FLOPs per row (share of the full model's)",
+        y_label=_what(labelled),
+        series=series,
+        levels=_full_model(results) if labelled else (),
+        percent_x=True,
+    )
+
+
+def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) -> Chart | Omitted:
+    exits = results["exits"]
+    if not exits:
+        return Omitted(title, NO_EXITS)
+    labelled = results["n_labelled"] > 0
+    grid = exits["grid"]
+    low, high = zip(*(_interval(row, labelled) for row in grid), strict=True)
+    series = [
+        Series(
+            "every threshold", [of(row) for row in grid], _values(grid, labelled),
+            Look("#0072B2", "circle"), low, high,
+        ),
+        Series(
+            "thresholds of the paper (nats)", [of(row) for row in exits["paper"]],
+            _values(exits["paper"], labelled), PAPER,
+            texts=[_entropy(row) for row in exits["paper"]], joined=False,
+        ),
+    ]  # fmt: skip
+    policy = exits["policy"]
+    if policy and policy["row"]:
+        row = policy["row"]
+        series.append(
+            Series("policy.json", [of(row)], _values([row], labelled), POLICY, joined=False)
+        )
+    never = exits["never"]
+    if of is _flops and exits["oracle_saving"] is not None:
+        where = [1 - exits["oracle_saving"]]
+        series.append(
+            Series("oracle, probes free", where, _values([never], labelled), ORACLE, joined=False)
+        )
+    return Chart(
+        title=title,
+        note=run_note(results, labelled=labelled),
+        caption="L-SPADE's entropy decides, SPADE answers. The oracle stops each row at the first "
+        "layer that answers as the model does.",
+        y_label=_what(labelled),
+        series=tuple(series),
+        levels=_full_model(results) if labelled else (),
+        **described,
+    )
+
+
+def _flops(row: dict[str, Any]) -> float:
+    return 1 - row["compute_saved"]
+
+
+def _values(rows: Sequence[dict[str, Any]], labelled: bool) -> list[float | None]:
+    if labelled:
+        return [row["accuracy"] for row in rows]
+    return [1 - row["disagreement"] for row in rows]
+
+
+def _interval(row: dict[str, Any], labelled: bool) -> tuple[float | None, float | None]:
+    if labelled:
+        low, high = row["accuracy_interval"] or (None, None)
+        return low, high
+    low, high = row["disagreement_interval"]
+    return 1 - high, 1 - low
+
+
+def _what(labelled: bool) -> str:
+    return "accuracy (fraction of rows)" if labelled else "answers as the full model (fraction)"
+
+
+def _full_model(results: dict[str, Any]) -> tuple[Level, ...]:
+    return (Level("full model", results["full_model"]["accuracy"]),)
+
+
+def _entropy(row: dict[str, Any]) -> str:
+    return f"{row['threshold']:g}"

@@ -1,0 +1,1 @@
+"""Lightning around the heads: data module, module, losses, callbacks."""

@@ -1,0 +1,92 @@
+"""Layers a few at a time, since the heads of two layers have nothing in common.
+
+`layer_losses` takes one piece of the layers after another through a step: nothing but the gradients
+outlives a piece. `LayerGroup` is coarser: heads too large for one device are fitted in groups, each
+through all its epochs. Knows nothing of losses or of what is trained towards.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lspade_train.probes.heads import LSpadeHeads
+
+PieceLoss = Callable[[LSpadeHeads, slice], Float[Tensor, " piece"]]
+"""Losses of the layers of a slice, from the heads of those layers alone."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """One of several groups of consecutive layers.
+
+    Attributes:
+        number: of this group, from 0.
+        count: how many there are.
+    """
+
+    number: int
+    count: int
+
+    def among(self, layers: int) -> slice:
+        """Place of this group among so many layers; groups differ by one layer at most."""
+        return slice(layers * self.number // self.count, layers * (self.number + 1) // self.count)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no group follows."""
+        return self.number == self.count - 1
+
+
+ALL_LAYERS = LayerGroup(0, 1)
+
+
+def layer_losses(
+    heads: LSpadeHeads, pieces: Sequence[slice], loss_of: PieceLoss
+) -> Float[Tensor, " layers"]:
+    """Loss of every layer, differentiable in the heads' parameters.
+
+    Args:
+        heads: the heads of all layers.
+        pieces: cut the layers, ascending and without gaps.
+        loss_of: computes one piece.
+    """
+    return cast(Tensor, _PieceByPiece.apply(heads, pieces, loss_of, *heads.parameters()))
+
+
+class _PieceByPiece(torch.autograd.Function):
+    """Forward computes the gradients too, so that a piece's intermediates go with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: LSpadeHeads,
+        pieces: Sequence[slice],
+        loss_of: PieceLoss,
+        *parameters: Tensor,
+    ) -> Tensor:
+        losses: list[Tensor] = []
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
+        for piece in pieces:
+            part = heads.part(piece)
+            with torch.enable_grad():
+                loss = loss_of(part, piece)
+                total = loss.sum()
+            with torch.autocast(loss.device.type, enabled=False):
+                found = torch.autograd.grad(total, tuple(part.parameters()))
+            for gradient, value in zip(gradients, found, strict=True):
+                gradient[piece] = value
+            losses.append(loss.detach())
+        ctx.gradients = gradients
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In place, and no longer held: they become the parameters' own gradients.
+        gradients, ctx.gradients = ctx.gradients, []
+        for gradient in gradients:
+            gradient.mul_(upstream[0].reshape(-1, *[1] * (gradient.dim() - 1)))
+        return None, None, None, *gradients

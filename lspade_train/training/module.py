@@ -1,0 +1,301 @@
+"""`LSpadeModule`: all layers' heads trained together by distillation. Knows nothing of the cache.
+
+Source: arXiv:2507.17618, L-SPADE (v1), Linear SimLens (v2). The optimiser, its schedule and every
+default are ours: the paper does not give them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lspade_train.cache import StateBatch
+from lspade_train.errors import NumericsError, RecipeError
+from lspade_train.models import Unembedding
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.recipe import HeadConfig
+from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
+from lspade_train.training.losses import (
+    Distilled,
+    TargetLogits,
+    chunk_memory,
+    cross_entropy,
+    distillation,
+    hidden_target,
+    logits_target,
+    topk_target,
+)
+
+METRICS = ("loss", "kl", "agreement", "accuracy")
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """Sums over rows, per layer: what an epoch's means are made of."""
+
+    sums: Tensor  # (metrics, layers), float64
+    rows: Tensor  # (2,): all rows, labelled rows
+
+    def __add__(self, other: "LayerSums") -> "LayerSums":
+        return LayerSums(self.sums + other.sums, self.rows + other.rows)
+
+    @classmethod
+    def beside(cls, parts: "Sequence[LayerSums]") -> "LayerSums":
+        """The sums of all layers from those of groups of layers, over the same rows."""
+        return cls(torch.cat([part.sums for part in parts], 1), parts[0].rows)
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean per layer by metric; accuracy only where rows have labels."""
+        counts = [self.rows[0]] * 3 + [self.rows[1]]
+        return {
+            name: total / count
+            for name, total, count in zip(METRICS, self.sums, counts, strict=True)
+            if count > 0
+        }
+
+
+class LSpadeModule(LightningModule):
+    """Trains one linear map per layer by cross-entropy against SPADE (or the model's own answer).
+
+    Args:
+        config: form, target and optimiser of the heads.
+        heads: heads to continue from; None starts at the identity.
+        group: the layers that are trained, of those in the batches.
+
+    Logs `{train,val,test}/{loss,kl,agreement,accuracy}/layer_NN` and their means over the layers,
+    `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
+    choices, or over the vocabulary where it has none).
+    """
+
+    def __init__(
+        self, config: HeadConfig, heads: LSpadeHeads | None = None, group: LayerGroup = ALL_LAYERS
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = heads
+        self.group = group
+        self._unembed: Unembedding | None = None
+        self._epoch: dict[str, LayerSums] = {}
+        self._latest: tuple[int, Tensor] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take the layers, the width and the frozen unembedding from the data module."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._unembed = data.unembed
+        if self.heads is None:
+            layers = data.layers[self.group.among(len(data.layers))]
+            if not layers:
+                raise RecipeError(
+                    f"model.layer_groups is {self.group.count}, and there are {len(data.layers)} "
+                    "layers; expected no more groups than layers. Lower --model.layer_groups."
+                )
+            self.heads = LSpadeHeads(
+                layers, data.hidden_size, form=self.config.form, rank=self.config.rank
+            )
+
+    def losses(self, batch: StateBatch, sums: list[LayerSums] | None = None) -> Tensor:
+        """Mean loss over the rows, per layer, nats; differentiable in the heads.
+
+        Args:
+            batch: cached rows.
+            sums: gets the metrics of each piece of the layers, which cost a little more.
+        """
+        assert self.heads is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+
+        def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
+            part = batch.of_layers(piece)
+            if sums is None:
+                loss = cross_entropy(*self._sides(heads, part), memory=self._memory)
+            else:
+                result = self._distil(heads, part)
+                sums.append(self._sums(part, result))
+                loss = result.loss
+            return loss.reshape(len(batch), -1).mean(0)
+
+        return layer_losses(self.heads, self._pieces(batch), of_piece)
+
+    def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
+        """One step on all layers: the sum of the layers' mean losses."""
+        self._require_finite()
+        # Dozens of values: only on the steps that Lightning would write.
+        trainer: Any = self.trainer
+        logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        sums: list[LayerSums] = []
+        losses = self.losses(batch, sums if logs else None)
+        if logs:
+            self._log("train", LayerSums.beside(sums).means())
+        self._latest = self.global_step, losses.detach()
+        self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
+        # A sum over layers, so that each head trains as it would alone.
+        return losses.sum()
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the last step's loss before a checkpoint is made of it."""
+        self._require_finite()
+
+    def validation_step(self, batch: StateBatch, batch_idx: int) -> None:
+        """Add a batch to the epoch's sums."""
+        self._accumulate("val", batch)
+
+    def test_step(self, batch: StateBatch, batch_idx: int) -> None:
+        """Add a batch to the epoch's sums."""
+        self._accumulate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all rows of all processes."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all rows of all processes."""
+        self._log_epoch("test")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of other heads.
+
+        Raises:
+            RecipeError: its layers, form or rank are not this recipe's.
+        """
+        mine, found = (
+            {name: tuple(value.shape) for name, value in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        if mine != found:
+            raise RecipeError(
+                f"The checkpoint holds other heads: {found}, this recipe makes {mine}.\n"
+                "Give model.layers, model.form and model.rank of the fit that wrote it."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; decay pulls the residual maps to zero, that is the heads to the identity."""
+        config = self.config
+        assert self.heads is not None
+        maps = [p for name, p in self.heads.named_parameters() if name != "bias"]
+        groups = [
+            {"params": maps, "weight_decay": config.weight_decay},
+            {"params": [self.heads.bias], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = max(round(config.warmup * steps), 1)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step - warmup) / max(steps - warmup, 1)
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Metrics ---------------------------------------------------------------------------------
+
+    def _require_finite(self) -> None:
+        """Look at the last step's loss: one step late, so that a GPU is not waited for."""
+        if self._latest is None:
+            return
+        (step, losses), self._latest = self._latest, None
+        if not torch.isfinite(losses).all():
+            raise NumericsError(
+                f"The loss is {float(losses.mean())} at step {step}; expected a finite number.\n"
+                "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
+            )
+
+    @cached_property
+    def _memory(self) -> Tensor:
+        assert self._unembed is not None
+        return chunk_memory(self._unembed)
+
+    def _pieces(self, batch: StateBatch) -> list[slice]:
+        """The layers, in pieces whose logits make about one chunk of the loss."""
+        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
+        layers = batch.hidden.shape[1]
+        return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
+
+    def _sides(self, heads: LSpadeHeads, batch: StateBatch) -> tuple[Tensor, TargetLogits, Any]:
+        """Student, target and unembedding of rows x layers, flattened row by row."""
+        assert self._unembed is not None
+        student = heads(batch.hidden).flatten(0, 1)
+        return student, target_logits(batch, self.config.target, self._unembed), self._unembed
+
+    def _distil(self, heads: LSpadeHeads, batch: StateBatch) -> Distilled:
+        """Loss and statistics of rows x layers, flattened row by row."""
+        watch = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
+        return distillation(*self._sides(heads, batch), watch=watch.long(), memory=self._memory)
+
+    def _sums(self, batch: StateBatch, result: Distilled) -> LayerSums:
+        rows, layers = len(batch), batch.hidden.shape[1]
+        right = answers(batch, result).reshape(rows, layers) == batch.answer_id[:, None]
+        right &= batch.labelled[:, None]
+        values = torch.stack(
+            [
+                result.loss.detach().double(),
+                result.kl.double(),
+                result.agrees.double(),
+                right.reshape(-1).double(),
+            ]
+        )
+        counts = torch.stack([torch.tensor(rows, device=self.device), batch.labelled.sum()])
+        return LayerSums(values.reshape(len(METRICS), rows, layers).sum(1), counts)
+
+    def _accumulate(self, stage: str, batch: StateBatch) -> None:
+        assert self.heads is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+        found: list[LayerSums] = []
+        for piece in self._pieces(batch):
+            part = batch.of_layers(piece)
+            found.append(self._sums(part, self._distil(self.heads.part(piece), part)))
+        sums = LayerSums.beside(found)
+        self._epoch[stage] = self._epoch[stage] + sums if stage in self._epoch else sums
+
+    def _log_epoch(self, stage: str) -> None:
+        local = self._epoch.pop(stage)
+        reduce = self.trainer.strategy.reduce
+        total = LayerSums(reduce(local.sums, reduce_op="sum"), reduce(local.rows, reduce_op="sum"))
+        self._log(stage, total.means())
+
+    def _log(self, stage: str, means: dict[str, Tensor]) -> None:
+        assert self.heads is not None
+        values: dict[str, Any] = {}
+        for name, per_layer in means.items():
+            values[f"{stage}/{name}/mean"] = per_layer.mean()
+            for layer, value in zip(self.heads.layers, per_layer, strict=True):
+                values[f"{stage}/{name}/layer_{layer:02d}"] = value
+        # Epoch means are the same on every process already; saying so keeps Lightning quiet.
+        same = stage != "train"
+        self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)
+
+
+def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> TargetLogits:
+    """The target's logits of rows x layers, flattened row by row, whatever was stored."""
+    layers = batch.hidden.shape[1]
+    if target == "final":
+        final = batch.final[:, None].expand(-1, layers, -1).reshape(-1, batch.final.shape[-1])
+        return hidden_target(final, unembed)
+    if batch.target is not None:
+        return hidden_target(batch.target.flatten(0, 1), unembed)
+    if batch.target_logits is not None:
+        return logits_target(batch.target_logits.flatten(0, 1))
+    assert batch.target_values is not None
+    assert batch.target_tokens is not None
+    return topk_target(
+        batch.target_values.flatten(0, 1),
+        batch.target_tokens.flatten(0, 1),
+        unembed.weight.shape[0],
+    )
+
+
+def answers(batch: StateBatch, result: Distilled) -> Tensor:
+    """The student's answers, (rows x layers): the best choice, or token where there is none."""
+    if batch.choice_ids.shape[1] == 0:
+        return result.best
+    layers = batch.hidden.shape[1]
+    chosen = result.watched.argmax(-1).reshape(len(batch), layers)
+    best = batch.choice_ids.long().gather(1, chosen)
+    has_choices = (batch.choice_count > 0)[:, None]
+    return torch.where(has_choices, best, result.best.reshape_as(best)).reshape(-1)
