@@ -21,9 +21,9 @@ from tiny_models import LAYERS, VOCAB
 
 from lspade_train import cache
 from lspade_train.cache import StateDataset, open_cache, verify
+from lspade_train.cache.buffers import BufferPool
 from lspade_train.cache.extract import length_buckets
 from lspade_train.cache.manifest import Manifest
-from lspade_train.cache.reader import _Memory
 from lspade_train.errors import CacheError, NumericsError
 from lspade_train.io.storage import file_digest, read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
@@ -364,7 +364,7 @@ def test_a_shard_replaced_by_a_link_is_refused(damaged, tmp_path):
         lambda text: text[:-40],
         lambda text: text.replace('"rows": 48', '"rows": 47'),
         lambda text: text.replace('"limit": null', '"limit": 3'),
-        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace('"format_version": 2', '"format_version": 9'),
         lambda text: text.replace('"shards"', '"shreds"'),
         lambda text: text.replace("shard-00000", "../shard-00000"),
         lambda text: "[]",
@@ -523,7 +523,7 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
         calls.append(len(examples))
         return extract(adapter, examples, *rest)
 
-    monkeypatch.setattr("lspade_train.cache.shards.extract", counted)
+    monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
     build(damaged, shard_mb=TINY_SHARDS)
     assert len(calls) == 1
     assert contents(folder) == before
@@ -643,7 +643,7 @@ def test_a_batch_that_is_held_is_never_written_over():
 
 
 def test_memory_that_nobody_holds_is_used_again():
-    memory = _Memory()
+    memory = BufferPool()
     first = memory.take((4, 8), torch.float32)
     place, other = first.data_ptr(), memory.take((4, 8), torch.float32).data_ptr()
     assert other != place

@@ -19,10 +19,10 @@ class Numbers:
     def __len__(self):
         return self.rows
 
-    def arrange(self, rows):
+    def order_by_shard(self, rows):
         return rows[(rows >= self.rows // 2).long().argsort(stable=True)]
 
-    def deal(self, rows, count):
+    def split_batches(self, rows, count):
         return (rows[first::count].tolist() for first in range(count))
 
 

@@ -10,13 +10,9 @@ from tiny_models import VOCAB, WIDTH, tiny
 from torch.nn.functional import cross_entropy
 
 from lspade_train.models import ModelAdapter
-from lspade_train.training.losses import (
-    chunk_memory,
-    distillation,
-    hidden_target,
-    logits_target,
-    topk_target,
-)
+from lspade_train.training.losses import distillation
+from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.targets import HiddenTarget, StoredLogits, TopkTarget
 
 
 def double(family="llama"):
@@ -46,7 +42,7 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
     expected, student.grad = student.grad, None
 
     memory = chunk_memory(unembed, chunk_rows)
-    got = distillation(student, hidden_target(goal, unembed), unembed, memory=memory)
+    got = distillation(student, HiddenTarget(goal, unembed), unembed, memory=memory)
     (got.loss * weights).sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
     torch.testing.assert_close(got.loss, loss)
@@ -60,7 +56,7 @@ def test_a_scaled_head_has_a_scaled_gradient():
     goal = torch.randn(4, VOCAB, dtype=torch.float64)
     naive(student, goal, unembed)[0].sum().backward()
     expected, student.grad = student.grad, None
-    distillation(student, logits_target(goal), unembed).loss.sum().backward()
+    distillation(student, StoredLogits(goal), unembed).loss.sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
 
 
@@ -69,7 +65,7 @@ def test_gradcheck_of_the_whole_path():
     goal = torch.randn(3, VOCAB, dtype=torch.float64)
     student = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x: distillation(x, logits_target(goal), unembed).loss, (student,)
+        lambda x: distillation(x, StoredLogits(goal), unembed).loss, (student,)
     )
 
 
@@ -82,33 +78,33 @@ def test_a_top_k_target_is_the_renormalised_distribution(k, rows, sharpness):
     values, tokens = logits.topk(k)
     dense = torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
     expected = cross_entropy(unembed(student), dense.softmax(-1), reduction="none")
-    got = distillation(student, topk_target(values, tokens, VOCAB), unembed)
+    got = distillation(student, TopkTarget(values, tokens, VOCAB), unembed)
     torch.testing.assert_close(got.loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_equal_to_the_student_has_no_kl_and_no_gradient():
     unembed = double()
     student = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
-    got = distillation(student, hidden_target(student.detach(), unembed), unembed)
+    got = distillation(student, HiddenTarget(student.detach(), unembed), unembed)
     got.loss.sum().backward()
     assert got.kl.abs().max() < 1e-12
     assert student.grad.abs().max() < 1e-12
     assert got.agrees.all()
 
 
-def test_watched_tokens_come_back_with_their_logits():
+def test_the_tokens_asked_for_come_back_with_their_logits():
     unembed = double()
     student = torch.randn(5, WIDTH, dtype=torch.float64)
-    watch = torch.randint(VOCAB, (5, 3))
-    got = distillation(student, hidden_target(student, unembed), unembed, watch=watch)
-    torch.testing.assert_close(got.watched, unembed(student).gather(-1, watch))
+    token_ids = torch.randint(VOCAB, (5, 3))
+    got = distillation(student, HiddenTarget(student, unembed), unembed, token_ids=token_ids)
+    torch.testing.assert_close(got.token_logits, unembed(student).gather(-1, token_ids))
 
 
 def test_half_precision_states_give_a_full_precision_loss():
     unembed = ModelAdapter(tiny("llama").bfloat16()).unembed
     student = torch.randn(8, WIDTH, requires_grad=True)
     goal = torch.randn(8, WIDTH, dtype=torch.bfloat16)
-    got = distillation(student, hidden_target(goal, unembed), unembed)
+    got = distillation(student, HiddenTarget(goal, unembed), unembed)
     got.loss.mean().backward()
     assert got.loss.dtype == torch.float32
     assert student.grad.dtype == torch.float32
@@ -120,6 +116,6 @@ def test_memory_made_while_validating_serves_training():
     with torch.inference_mode():
         memory = chunk_memory(unembed)
     student = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
-    goal = hidden_target(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
+    goal = HiddenTarget(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
     distillation(student, goal, unembed, memory=memory).loss.sum().backward()
     assert student.grad is not None

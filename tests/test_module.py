@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lspade_train.errors import NumericsError
 from lspade_train.recipe import HeadConfig, TextConfig
-from lspade_train.training.losses import distillation, hidden_target
+from lspade_train.training.losses import distillation
 from lspade_train.training.module import LSpadeModule
+from lspade_train.training.targets import HiddenTarget
 
 
 def trainer(project, epochs=2, **options):
@@ -220,7 +221,7 @@ def test_target_final_trains_towards_the_model_itself(project):
     data = project.module()
     batch = data.states("validation").gather(torch.arange(20))
     unembed = data.adapter.unembed
-    goal = hidden_target(batch.final, unembed)
+    goal = HiddenTarget(batch.final, unembed)
     with torch.no_grad():
         lens = distillation(batch.hidden[:, 2], goal, unembed).kl.mean()
         tuned = distillation(module.heads(batch.hidden)[:, 2], goal, unembed).kl.mean()
