@@ -453,8 +453,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_model_runs(project, moun
 
 
 def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted, monkeypatch):
-    place = mounted("48k")
-    monkeypatch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+    place = mounted("30k")
+    monkeypatch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
     with pytest.raises(
         CacheError, match=r"is full; shard-\d+\.safetensors was not written"
     ) as caught:
@@ -472,7 +472,7 @@ def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted
 def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounted, monkeypatch):
     place = mounted("48k")
     with monkeypatch.context() as patch:
-        patch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+        patch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
         with pytest.raises(CacheError):
             build(finished, cache_dir=str(place), shard_mb=TINY_SHARDS)
     subprocess.run(["mount", "-o", "remount,size=8m", str(place)], check=True)

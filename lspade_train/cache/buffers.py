@@ -13,8 +13,8 @@ class BufferPool:
     """Lends memory for what is read, and lends it again once it has come back.
 
     Fresh memory has to be mapped by the system, page by page, which takes longer than reading into
-    it. Every tensor over a buffer, and every view of one, holds the buffer's loan: as long as one of
-    them exists, nobody else gets the memory.
+    it. Every tensor over a buffer, and every view of one, holds the buffer's loan: as long as one
+    of them exists, nobody else gets the memory.
     """
 
     KEPT = 8

@@ -161,11 +161,11 @@ def _continued(
 
 def _no_states(adapter: ModelAdapter, what: Extraction) -> dict[str, Tensor]:
     """The states of no row at all, for a process without rows."""
-    d, options = adapter.hidden_size, {"dtype": adapter.dtype, "device": adapter.device}
+    final = torch.empty(0, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
     ids = torch.empty(0, dtype=torch.int32)
     return {
-        "hidden": torch.empty(0, len(what.layers), d, **options),
-        "final": torch.empty(0, d, **options),
+        "hidden": final[:, None].expand(-1, len(what.layers), -1),
+        "final": final,
         "start_id": ids,
         "position_id": ids.clone(),
     }

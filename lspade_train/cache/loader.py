@@ -1,4 +1,4 @@
-"""`RowLoader`: batches of rows in a seeded order that survives interruption. Knows nothing of files.
+"""`RowLoader`: batches of rows in a seeded order that survives interruption. Knows no files.
 
 A shuffled epoch reads the rows of several batches at once, shard by shard, and splits them evenly:
 the cost of finding a batch's rows is shared, and a batch is a view.
@@ -118,10 +118,10 @@ class RowLoader:
         for name, value in self._order_settings.items():
             if state.get(name) != value:
                 raise RecipeError(
-                    f"The checkpoint was written with {name.replace('_', ' ')} {state.get(name)}, "
-                    f"and this run has {value}: resuming would skip rows and repeat others.\n"
-                    "Resume with the data.batch_size, number of processes, rows and seed of the fit "
-                    "that wrote it, or start anew without --ckpt_path."
+                    f"The checkpoint was written with {name} {state.get(name)}, and this run has "
+                    f"{value}: resuming would skip rows and repeat others.\n"
+                    "Resume with the data.batch_size, number of processes, rows and seed of the "
+                    "fit that wrote it, or start anew without --ckpt_path."
                 )
         self.epoch, self._batch = state["epoch"], state["batch"]
         self._resume_at = self._batch

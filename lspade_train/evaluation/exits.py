@@ -28,7 +28,7 @@ from lspade_train.policies.flops import count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy, signal
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.metrics import bootstrap_interval
-from lspade_train.training.module import target_logits
+from lspade_train.training.targets import target_logits
 
 PAPER_THRESHOLDS = (0.5, 1.0, 1.5, 2.0)
 """Nats, over the vocabulary; arXiv:2507.17618."""

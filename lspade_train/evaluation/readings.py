@@ -14,7 +14,7 @@ from lspade_train.errors import TaskError
 from lspade_train.models import Unembedding
 from lspade_train.probes.lenses import LayerView, Lens
 from lspade_train.probes.metrics import agreement, entropy, kl_divergence
-from lspade_train.training.module import target_logits
+from lspade_train.training.targets import target_logits
 
 CHUNK_ROWS = 256
 OF_ANSWER = ("answer", "best", "confidence", "entropy")

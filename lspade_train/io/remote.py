@@ -195,7 +195,7 @@ class Mirror:
             what = f"{scheme}:// needs a package that is not installed ({first})."
             return f"{what}\nInstall it and run the command again."
         if isinstance(cause, ValueError) and "rotocol" in first:
-            what = f"{self.url} begins with {scheme}://, which no installed package can read."
+            what = f"{self.url} begins with {scheme}://, which no installed package reads."
             return f"{what}\nCheck the URL."
         if str(self.folder) in str(getattr(cause, "filename", "")):
             what = f"The mirror of {self.url} cannot be written ({first:.200})."

@@ -5,24 +5,21 @@ nothing of heads.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
-from lspade_train.cache import Extraction, Manifest, OnlineDataset, StateDataset
+from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.loader import RowLoader
-from lspade_train.cache.manifest import FILES, MANIFEST
-from lspade_train.cache.shards import LocalStore
+from lspade_train.cache.manifest import FILES
 from lspade_train.errors import CacheError, TaskError
-from lspade_train.io.parallel import first_alone, ranks, together
+from lspade_train.io.parallel import together
 from lspade_train.io.progress import track
 from lspade_train.io.remote import Mirror, is_remote
 from lspade_train.io.storage import default_cache_root, json_digest
@@ -31,6 +28,7 @@ from lspade_train.models.frozen import FrozenModel
 from lspade_train.probes.spade import check_layers
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks import Encoded, Example, Rows, Split
+from lspade_train.training.disk_cache import DiskCache
 from lspade_train.training.reduction import reduce_dataset
 
 CACHE_FORMAT = 2
@@ -240,89 +238,17 @@ class HiddenStateDataModule(LightningDataModule):
                 )
 
     def _open_disk(self, split: Split) -> StateDataset:
-        folder, identity, far = self.folder(split), self.identity(split), self._far(split)
+        def encode() -> Encoded:
+            encoded = self._encode(split)
+            self._require_prefix(split, encoded.prefix)
+            return encoded
 
-        def finished() -> tuple[bool, bool]:
-            """Whether the rows are there, and whether their targets are, as far as asked for."""
-            if far and not self.overwrite:
-                far.fetch()
-            if self.overwrite or not (folder / MANIFEST).exists():
-                return False, False
-            manifest = Manifest.read(folder)
-            cache.require_same(manifest.identity, identity, folder)
-            return True, not self.spade or bool(manifest.targets)
-
-        def opened() -> tuple[Manifest, StateDataset]:
-            if far and ranks()[0]:
-                far.fetch()  # what other machines have written
-            found = cache.open_cache(folder, identity, spade=self.spade)
-            if far and not ranks()[0] and not self.reused[split]:
-                far.publish()
-                log.info("%s: complete in %s", split, far.url)
-            return found
-
-        # The first process decides for all: a cache may be finished between two of these calls.
-        rows, targets = together(finished)[0]
-        self.reused[split] = rows and targets
-        if not rows:
-            self._build(split, folder, identity)
-        if not targets and self.spade:
-            self._add_targets(split, folder, identity)
-        manifest, dataset = first_alone(opened)
+        manifest, dataset, self.reused[split] = DiskCache(
+            split, self.folder(split), self.identity(split), self._far(split), self.config,
+            self.spade, self.overwrite, lambda: self.adapter, encode, self._extraction,
+        ).open()  # fmt: skip
         self._require_prefix(split, manifest.answer_prefix)
-        if self.reused[split]:
-            log.info(
-                "%s: reusing %s (%s rows, no model forward)", split, folder, f"{manifest.rows:,}"
-            )
         return dataset
-
-    def _build(self, split: Split, folder: Path, identity: dict[str, Any]) -> None:
-        encoded = self._encode(split)
-        self._require_prefix(split, encoded.prefix)
-        what = self._extraction(encoded.examples)
-        size = cache.estimate(self.adapter, encoded.examples, what, self.config.shard_mb)
-        log.info(
-            "%s: caching %s rows x %d bytes = %.3g GB in %s",
-            split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, folder,
-        )  # fmt: skip
-        world = ranks()[1]
-        if size.shards < world:
-            log.warning(
-                "%s: %d shards for %d processes; a smaller --data.shard_mb keeps all of them busy",
-                split, size.shards, world,
-            )  # fmt: skip
-        cache.build(
-            self._job(split, folder, identity, what, "caching"),
-            encoded,
-            tokens_per_batch=self.config.tokens_per_batch,
-            shard_mb=self.config.shard_mb,
-            provenance={
-                "model_id": self.config.model_id,
-                "dataset": self.config.dataset,
-                "compiled": self.config.compile,
-                "lspade_train": version("lspade-train"),
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
-            },
-        )
-
-    def _add_targets(self, split: Split, folder: Path, identity: dict[str, Any]) -> None:
-        """SPADE's targets for the rows of a finished cache: their states are not computed again."""
-        if self.reused[split] is False and not self.overwrite:
-            log.info("%s: SPADE targets for the rows of %s", split, folder)
-        cache.add_targets(self._job(split, folder, identity, self._extraction([]), "SPADE targets"))
-
-    def _job(
-        self, split: Split, folder: Path, identity: dict[str, Any], what: Extraction, name: str
-    ) -> cache.Build:
-        def bar(mine: Sequence[int]) -> Iterable[int]:
-            return mine if ranks()[0] else track(mine, f"{split}: {name}", len(mine))
-
-        return cache.Build(
-            folder, self.adapter, what, identity,
-            store=self._far(split) or LocalStore(), overwrite=self.overwrite, track=bar,
-            say=log.info,
-        )  # fmt: skip
 
     def _encode(self, split: Split) -> Encoded:
         limit = self.frozen.facts.max_length or 2**31
@@ -384,7 +310,7 @@ class HiddenStateDataModule(LightningDataModule):
     def _loader(self, split: Split, *, shuffle: bool) -> RowLoader:
         trainer = self.trainer
         return RowLoader(
-            self._reduced.get(split) or self.states(split),
+            self._reduced[split] if split in self._reduced else self.states(split),
             self.config.batch_size,
             seed=self.seed if shuffle else None,
             rank=trainer.global_rank if trainer else 0,

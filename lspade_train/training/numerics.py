@@ -16,10 +16,10 @@ CHUNK_MB = {"cpu": 16, "cuda": 512}
 """One chunk of fp32 logits: on a CPU it stays in the cache, on a GPU it fills the cores."""
 
 VOCABULARY_PARTS = 8
-"""A sum over the vocabulary is made in parts that are added in fp64: one fp32 sum rounds too much."""
+"""Sums over the vocabulary are made in parts, added in fp64: one fp32 sum rounds too much."""
 
 FP16_SCALE = 1024.0
-"""Small probabilities are subnormal in fp16; times this they are not, and their sums do not overflow."""
+"""In fp16 small probabilities are subnormal; times this they are not, and no sum overflows."""
 
 
 def chunk_memory(unembed: Unembedding, rows: int | None = None) -> Float[Tensor, "3 chunk vocab"]:
@@ -123,9 +123,5 @@ def times_weight(
         scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
         scaled = values.mul(scale) if scale != 1.0 else values
         return (scaled.to(weight.dtype) @ weight).to(values.dtype) / scale
-    size = -(-len(weight) // VOCABULARY_PARTS)
-    total = values.new_zeros(len(values), weight.shape[1], dtype=torch.float64)
-    for first in range(0, len(weight), size):
-        part = slice(first, first + size)
-        total += values[:, part] @ weight[part]
-    return total
+    parts = zip(values.chunk(VOCABULARY_PARTS, 1), weight.chunk(VOCABULARY_PARTS), strict=True)
+    return torch.stack([some @ rows for some, rows in parts]).sum(0, dtype=torch.float64)

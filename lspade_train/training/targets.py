@@ -1,4 +1,4 @@
-"""What heads are fitted to: a distribution over the vocabulary per row, in the form that a step needs.
+"""What heads are fitted to: a distribution over the vocabulary per row, as a step needs it.
 
 Either the target's logits, made when they are needed from what a cache stores of them, or, where
 the logits are linear in the student's state, a target reduced to a few numbers. With p the target's
@@ -168,6 +168,7 @@ def is_reducible(unembed: Unembedding) -> bool:
     return unembed.softcap is None and unembed.weight.dtype in (torch.float32, torch.float64)
 
 
+@torch.no_grad()
 def reduce_target(
     target: TargetLogits, rows: int, unembed: Unembedding, memory: Float[Tensor, "3 chunk vocab"]
 ) -> ReducedTarget:
