@@ -15,7 +15,7 @@ from lspade_train.models import Unembedding
 CHUNK_MB = {"cpu": 16, "cuda": 512}
 """One chunk of fp32 logits: on a CPU it stays in the cache, on a GPU it fills the cores."""
 
-VOCABULARY_PARTS = 8
+VOCABULARY_PARTS = 12
 """Sums over the vocabulary are made in parts, added in fp64: one fp32 sum rounds too much."""
 
 FP16_SCALE = 1024.0
@@ -123,5 +123,8 @@ def times_weight(
         scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
         scaled = values.mul(scale) if scale != 1.0 else values
         return (scaled.to(weight.dtype) @ weight).to(values.dtype) / scale
+    total = values.new_zeros(len(values), weight.shape[1], dtype=torch.float64)
     parts = zip(values.chunk(VOCABULARY_PARTS, 1), weight.chunk(VOCABULARY_PARTS), strict=True)
-    return torch.stack([some @ rows for some, rows in parts]).sum(0, dtype=torch.float64)
+    for some, rows in parts:
+        total.add_(some @ rows)
+    return total
