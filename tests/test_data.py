@@ -168,6 +168,15 @@ def test_fit_opens_train_and_validation_and_nothing_else(project):
     assert set(data.reused) == {"train", "validation", "test"}
 
 
+def test_a_fit_that_has_built_its_caches_holds_no_block(project):
+    data = project.module()
+    expected = data.adapter.unembed.digest
+    data.setup("fit")
+    assert data.frozen._adapter is None
+    assert data.unembed.digest == expected
+    assert data.adapter.num_layers == 4  # loaded again
+
+
 def test_layers_are_sorted_and_counted_once(project):
     assert project.module([3, 0, 3]).layers == (0, 3)
     assert project.module("all").layers == (1, 2, 3)

@@ -279,6 +279,8 @@ class HiddenStateDataModule(LightningDataModule):
         if stage == "fit":
             self.states("train")
         self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
+        if stage == "fit" and self.config.mode == "disk":
+            self.frozen.release_blocks()
 
     def train_dataloader(self) -> RowLoader:
         """Shuffled rows, `batch_size` per process; after a resume, from where it was stopped."""
