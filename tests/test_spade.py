@@ -135,10 +135,10 @@ def test_on_a_real_model_spade_beats_the_logit_lens_at_every_layer(stories):
     adapter = ModelAdapter.from_pretrained(str(stories))
     start = torch.full((128, 1), 1)
     ids = adapter.model.generate(start, max_new_tokens=60, do_sample=True, pad_token_id=0)
-    full = adapter.model(ids).logits[:, -1].argmax(-1)
+    outputs = adapter.model(ids, output_hidden_states=True)
+    full = outputs.logits[:, -1].argmax(-1)
     layers = range(1, adapter.num_layers)
     spade = spade_logits(adapter, ids, layers=layers).argmax(-1).T
-    hidden = hidden_states(adapter.model, ids)
     for layer, answers in zip(layers, spade, strict=True):
-        logit_lens = adapter.unembed(hidden[layer][:, -1]).argmax(-1)
+        logit_lens = adapter.unembed(outputs.hidden_states[layer][:, -1]).argmax(-1)
         assert (answers == full).sum() > (logit_lens == full).sum()
