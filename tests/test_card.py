@@ -151,7 +151,7 @@ def test_without_labels_the_table_compares_with_the_model(folder):
     (folder / "results.json").write_text(json.dumps(results))
     text = card(folder)
     assert "Agreement with the full model, `jsonl`, test split" in text
-    assert "not with the truth" in text
+    assert "not with correct answers" in text
     metrics = [result.metric_type for result in ModelCard(text).data.eval_results]
     assert metrics[0] == "agrees_model"
 
