@@ -16,14 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import LSpadeError, UnsupportedModelError
 from lspade_train.io.storage import default_cache_root, json_digest, read_json, write_json
-from lspade_train.models import (
-    ModelAdapter,
-    Unembedding,
-    hub_commit,
-    load_unembedding,
-    model_folder,
-)
-from lspade_train.models.tokenizer import load_tokenizer, tokenizer_digest
+from lspade_train.models import ModelAdapter, Unembedding, load_unembedding, model_folder
+from lspade_train.models.open import open_adapter, open_tokenizer, resolved_revision
+from lspade_train.models.tokenizer import tokenizer_digest
 from lspade_train.recipe import DataConfig
 
 RECORD_FORMAT = 1
@@ -103,11 +98,7 @@ class FrozenModel:
         Raises:
             UnsupportedModelError: there is none.
         """
-        return load_tokenizer(
-            self.config.model_id,
-            revision=self._revision,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        return open_tokenizer(self.config, self._revision)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -122,21 +113,13 @@ class FrozenModel:
     @cached_property
     def _revision(self) -> str | None:
         """On the Hub a commit, resolved once: all that is read is of one commit."""
-        return hub_commit(self.config.model_id, self.config.revision) or self.config.revision
+        return resolved_revision(self.config)
 
     def _load(self) -> ModelAdapter:
         config = self.config
         before = self._record()
-        adapter = ModelAdapter.from_pretrained(
-            config.model_id,
-            revision=self._revision,
-            dtype=config.dtype,
-            device=self._device(),
-            device_map=config.device_map,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-            check=False,
-            compile=config.compile,
+        adapter = open_adapter(
+            config, self._revision, device=self._device(), check=False, compile=config.compile
         )
         facts = ModelFacts.of(adapter)
         record = self._record()

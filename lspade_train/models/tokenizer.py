@@ -1,4 +1,4 @@
-"""The model's tokenizer: loading it, and what tells it from another. Knows nothing of tasks."""
+"""The model's tokenizer: loading it, and its digest. Knows nothing of tasks."""
 
 import hashlib
 import json
@@ -15,13 +15,18 @@ def load_tokenizer(
     """The tokenizer of a Hub id or a folder.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: none can be loaded, or it needs code that is not trusted.
     """
     try:
         return AutoTokenizer.from_pretrained(
             model_id, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as cause:
+        if "trust_remote_code" in str(cause):
+            raise UnsupportedModelError(
+                f"The tokenizer of {model_id!r} needs code from its repository, which is not run "
+                "unless it is trusted.\nRead that code, then set data.trust_remote_code to true."
+            ) from cause
         text = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UnsupportedModelError(
             f"No tokenizer could be loaded from {model_id!r}: {text}\n"
