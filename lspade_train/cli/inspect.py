@@ -54,9 +54,13 @@ def inspect(arguments: list[str]) -> None:
         device_map=data.device_map,
         quantization=data.quantization,
         trust_remote_code=data.trust_remote_code,
+        gguf_file=data.gguf_file,
     )
     tokenizer = load_tokenizer(
-        data.model_id, revision=data.revision, trust_remote_code=data.trust_remote_code
+        data.model_id,
+        revision=data.revision,
+        trust_remote_code=data.trust_remote_code,
+        gguf_file=data.gguf_file,
     )
     [query] = encode([prompt], None, adapter, tokenizer)
     lens, layers = _lens(options.lens, heads, adapter)

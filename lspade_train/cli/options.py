@@ -59,5 +59,6 @@ def runtime_model(parsed: Parsed, folder: Path) -> tuple[Any, Any]:
         device_map=recipe.data.device_map,
         quantization=recipe.data.quantization,
         trust_remote_code=recipe.data.trust_remote_code,
+        gguf_file=recipe.data.gguf_file,
     )
     return heads, adapter

@@ -54,7 +54,12 @@ def predict(arguments: list[str]) -> None:
             layers=heads.layers, threshold=options.threshold, positions=recipe.data.positions
         )
     )
-    tokenizer = load_tokenizer(recipe.data.model_id, revision=recipe.data.revision)
+    tokenizer = load_tokenizer(
+        recipe.data.model_id,
+        revision=recipe.data.revision,
+        trust_remote_code=recipe.data.trust_remote_code,
+        gguf_file=recipe.data.gguf_file,
+    )
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
     done = 0
     if options.resume and options.output != "-" and output.exists():

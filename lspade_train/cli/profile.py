@@ -94,7 +94,12 @@ def _prompts(parsed: Parsed, adapter: Any) -> tuple[list[list[int]], list[int]]:
     from lspade_train.models.tokenizer import load_tokenizer
 
     config = parsed.recipe.data
-    tokenizer = load_tokenizer(config.model_id, revision=config.revision)
+    tokenizer = load_tokenizer(
+        config.model_id,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        gguf_file=config.gguf_file,
+    )
     rows = tasks.load_rows(config, "validation")
     encoded = tasks.encode(config, rows, tokenizer, adapter.max_length or 2**31)
     examples = encoded.examples

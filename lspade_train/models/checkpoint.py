@@ -1,0 +1,229 @@
+"""Weights that are what the configuration says, or a named error.
+
+transformers fills what a checkpoint lacks with random numbers and goes on with a warning; here that
+is an error. Knows nothing of devices, precisions or quantisation.
+"""
+
+import logging
+import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lspade_train.errors import UnsupportedModelError
+from lspade_train.io.storage import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LFS_POINTER = b"version https://git-lfs.github.com/"
+WEIGHTS = {".safetensors", ".bin", ".gguf"}
+READ = WEIGHTS | {".json", ".model", ".txt", ".jinja"}
+
+log = logging.getLogger(__name__)
+
+
+def load_checkpoint(model_id: str, **options: Any) -> "PreTrainedModel":
+    """`AutoModelForCausalLM.from_pretrained`, for a checkpoint that fits its configuration.
+
+    Tied weights and buffers that the model computes are not expected in the files.
+
+    Args:
+        model_id: Hub id or folder; a folder of a PEFT adapter loads its base model too.
+        **options: as transformers takes them.
+
+    Raises:
+        UnsupportedModelError: nothing to load there, a damaged file, or weights that are missing,
+            unexpected or of another shape; names them.
+    """
+    base = _base_of_adapter(model_id)
+    model, report = _load(base or model_id, options)
+    require_complete(base or model_id, model, report)
+    if base is not None:
+        try:
+            model.load_adapter(model_id)
+        except Exception as cause:
+            raise UnsupportedModelError(load_failure(model_id, cause)) from cause
+    return model
+
+
+def load_without_blocks(folder: str, **options: Any) -> "PreTrainedModel":
+    """A model of no blocks: what lies around them, of a checkpoint whose blocks stay unread.
+
+    Args:
+        folder: the model's files.
+        **options: as transformers takes them.
+
+    Raises:
+        UnsupportedModelError: the files cannot be read, or lack what lies around the blocks.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    model, report = _load(folder, options | {"config": config})
+    require_complete(folder, model, report | {"unexpected_keys": set()})
+    return model
+
+
+def require_complete(model_id: str, model: "PreTrainedModel", report: dict[str, Any]) -> None:
+    """Refuse a model whose load report names weights that the checkpoint and it do not share.
+
+    Args:
+        model_id: for the message.
+        model: as it was loaded.
+        report: transformers' loading info.
+
+    Raises:
+        UnsupportedModelError: names the first of them.
+    """
+    if report["missing_keys"]:
+        raise UnsupportedModelError(
+            f"{model_id} lacks weights that its configuration asks for: "
+            f"{_listed(report['missing_keys'])}.\n"
+            "They would be random. Download the checkpoint again, or correct its config.json."
+        )
+    if report["mismatched_keys"]:
+        name, got, expected = min(report["mismatched_keys"])
+        raise UnsupportedModelError(
+            f"{model_id} holds {name} of shape {tuple(got)}, and its configuration asks for "
+            f"{tuple(expected)}{_more(len(report['mismatched_keys']) - 1)}.\n"
+            "Download the checkpoint again, or correct its config.json."
+        )
+    ours, foreign = _by_owner(model, report["unexpected_keys"])
+    if ours:
+        raise UnsupportedModelError(
+            f"{model_id} holds weights that its configuration has no place for: {_listed(ours)}.\n"
+            "They would be left out. Download the checkpoint again, or correct its config.json."
+        )
+    if foreign:
+        log.warning("%s: not part of the language model, left out: %s", model_id, _listed(foreign))
+
+
+def load_failure(model_id: str, cause: Exception, place: str = "data.model_id") -> str:
+    """What to tell a user whose model or tokenizer could not be loaded."""
+    text = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if "Unrecognized configuration class" in text:
+        return (
+            f"{model_id} is not a decoder-only causal language model "
+            f"(AutoModelForCausalLM has no class for it). Set {place} to one."
+        )
+    if isinstance(cause, torch.OutOfMemoryError):
+        return (
+            f"{model_id} does not fit in memory: {text}\n"
+            "Use a narrower data.dtype, data.quantization, or data.device_map auto."
+        )
+    return (
+        damage(Path(model_id))
+        or f"No model could be loaded from {model_id!r}: {text}\n"
+        f"Expected a Hub id that you can reach or a folder with config.json and weights; "
+        f"check {place}."
+    )
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a model's folder that cannot be what its name says; None if there is none.
+
+    Args:
+        folder: of the model; anything else has no such file.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix not in READ or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return (
+                f"{path} is a Git LFS pointer, not the file that it stands for.\n"
+                f"Run git lfs pull in {folder}, or download the model again."
+            )
+        if path.suffix in WEIGHTS:
+            why = "it is empty" if not start else _broken(path)
+            if why:
+                return f"{path} is not a complete weights file ({why}).\nDownload it again."
+    return None
+
+
+def _broken(path: Path) -> str | None:
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except (OSError, SafetensorError) as cause:
+        return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _report_unsaid():
+            # Other shapes are refused by their report, which names them; transformers does not.
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+            return found
+    except Exception as cause:  # whatever transformers says to files that are not a model's
+        raise UnsupportedModelError(load_failure(model_id, cause)) from cause
+
+
+@contextmanager
+def _report_unsaid() -> Generator[None]:
+    """Keep transformers from printing its load report: what matters of it is an error here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(says_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_something_else)
+
+
+def _base_of_adapter(model_id: str) -> str | None:
+    """The base model of a folder that holds only a PEFT adapter; None for any other place.
+
+    transformers would load it in the same call and report the adapter's weights alone.
+    """
+    config = Path(model_id) / "adapter_config.json"
+    if not config.is_file() or (Path(model_id) / "config.json").exists():
+        return None
+    return read_json(config, UnsupportedModelError).get("base_model_name_or_path")
+
+
+def _by_owner(model: "PreTrainedModel", names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names under a module of the model, and those of parts that it does not have.
+
+    A vision tower beside a text model is left out on purpose; a block more than the configuration
+    says is not.
+    """
+    parts = {n for module in (model, model.base_model) for n, _ in module.named_children()}
+    ours = [name for name in names if name.partition(".")[0] in parts]
+    return ours, sorted(set(names) - set(ours))
+
+
+def _listed(names: Iterable[str], most: int = 4) -> str:
+    """The first few names; the tensors of one block are one entry."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        block = re.match(r"(.*?\.\d+\.)", name)
+        groups.setdefault(block[1] if block else name, []).append(name)
+    shown = [
+        found[0] if len(found) == 1 else f"{group}* ({len(found)} tensors)"
+        for group, found in groups.items()
+    ]
+    return ", ".join(shown[:most]) + _more(len(shown) - most)
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
