@@ -8,7 +8,8 @@ INFO = """\
 usage: lspade-train info PATH
 
 What a heads folder, a cache or a model is. Heads and caches are read from their files alone;
-a model (folder, Hub id or GGUF file) is loaded and its load-time check is run. Heads and caches may be URLs.
+a model (folder, Hub id or GGUF file) is loaded and its load-time check is run. Heads and caches may
+be URLs.
 
   lspade-train info checkpoints/arc
   lspade-train info checkpoints/tiny-world

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNS, RUN = 64, 2048  # of consecutive values: about as many pages of memory as values alone take
-VOLATILE = {"transformers_version", "dtype"}  # of the configuration; the dtype has its own entry
+VOLATILE = {"transformers_version", "architectures", "dtype"}
+"""Of a configuration: what wrote it. The dtype has an entry of its own."""
 
 
 def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]:
