@@ -183,7 +183,7 @@ def _is_linear(head: nn.Module, weight: Tensor) -> bool:
     width = weight.shape[-1]
     wave = torch.arange(4.0 * width, device=weight.device).reshape(2, 2, width).sin()
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    states = (wave * torch.tensor([1e-3, 30.0], device=weight.device)[:, None, None]).to(dtype)
+    states = (wave * torch.tensor([1e-3, 1e3], device=weight.device)[:, None, None]).to(dtype)
     try:
         found = head(states)
     except Exception:  # whatever a head of its own kind says to plain states: the check follows
