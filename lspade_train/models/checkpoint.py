@@ -9,7 +9,7 @@ import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,12 +42,12 @@ def load_checkpoint(model_id: str, **options: Any) -> "PreTrainedModel":
     """
     base = _base_of_adapter(model_id)
     model, report = _load(base or model_id, options)
-    require_complete(base or model_id, model, report)
+    require_complete(options.get("gguf_file") or base or model_id, model, report)
     if base is not None:
         try:
             model.load_adapter(model_id)
         except Exception as cause:
-            raise UnsupportedModelError(load_failure(model_id, cause)) from cause
+            raise UnsupportedModelError(load_failure("model", model_id, cause)) from cause
     return model
 
 
@@ -107,34 +107,44 @@ def require_complete(model_id: str, model: "PreTrainedModel", report: dict[str, 
         log.warning("%s: not part of the language model, left out: %s", model_id, _listed(foreign))
 
 
-def load_failure(model_id: str, cause: Exception, place: str = "data.model_id") -> str:
-    """What to tell a user whose model or tokenizer could not be loaded."""
+def load_failure(
+    what: Literal["model", "tokenizer"], place: str, cause: Exception, gguf_file: str | None = None
+) -> str:
+    """The message of a model or tokenizer that could not be loaded.
+
+    Args:
+        what: which of them.
+        place: Hub id or folder.
+        cause: what transformers raised.
+        gguf_file: path of the GGUF file that it was read from.
+    """
     text = (str(cause).splitlines() or [type(cause).__name__])[0]
     if "Unrecognized configuration class" in text:
         return (
-            f"{model_id} is not a decoder-only causal language model "
-            f"(AutoModelForCausalLM has no class for it). Set {place} to one."
+            f"{place} is not a decoder-only causal language model "
+            "(AutoModelForCausalLM has no class for it). Set data.model_id to one."
         )
     if isinstance(cause, torch.OutOfMemoryError):
         return (
-            f"{model_id} does not fit in memory: {text}\n"
+            f"{place} does not fit in memory: {text}\n"
             "Use a narrower data.dtype, data.quantization, or data.device_map auto."
         )
+    found = f"No {what} could be loaded from {gguf_file or repr(place)}: {text}\n"
+    if gguf_file is not None:
+        expected = "a complete GGUF file of a decoder-only model that transformers can read"
+        return _damage([Path(gguf_file)]) or f"{found}Expected {expected}; check data.gguf_file."
+    folder = Path(place)
+    files = "config.json and weights" if what == "model" else "tokenizer.json"
     return (
-        damage(Path(model_id))
-        or f"No model could be loaded from {model_id!r}: {text}\n"
-        f"Expected a Hub id that you can reach or a folder with config.json and weights; "
-        f"check {place}."
+        _damage(sorted(folder.iterdir()) if folder.is_dir() else [])
+        or f"{found}Expected a Hub id that you can reach or a folder with {files}; "
+        "check data.model_id."
     )
 
 
-def damage(folder: Path) -> str | None:
-    """The first file of a model's folder that cannot be what its name says; None if there is none.
-
-    Args:
-        folder: of the model; anything else has no such file.
-    """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+def _damage(paths: Iterable[Path]) -> str | None:
+    """The message of the first file that cannot be what its name says; None if there is none."""
+    for path in paths:
         if path.suffix not in READ or not path.is_file():
             continue
         with path.open("rb") as file:
@@ -142,16 +152,17 @@ def damage(folder: Path) -> str | None:
         if start == LFS_POINTER:
             return (
                 f"{path} is a Git LFS pointer, not the file that it stands for.\n"
-                f"Run git lfs pull in {folder}, or download the model again."
+                f"Run git lfs pull in {path.parent}, or download the model again."
             )
-        if path.suffix in WEIGHTS:
-            why = "it is empty" if not start else _broken(path)
-            if why:
-                return f"{path} is not a complete weights file ({why}).\nDownload it again."
+        why = "it is empty" if not start else _broken(path, start)
+        if path.suffix in WEIGHTS and why:
+            return f"{path} is not a complete weights file ({why}).\nDownload it again."
     return None
 
 
-def _broken(path: Path) -> str | None:
+def _broken(path: Path, start: bytes) -> str | None:
+    if path.suffix == ".gguf" and not start.startswith(b"GGUF"):
+        return "it does not start with GGUF"
     if path.suffix != ".safetensors":
         return None
     try:
@@ -172,7 +183,8 @@ def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", di
             )
             return found
     except Exception as cause:  # whatever transformers says to files that are not a model's
-        raise UnsupportedModelError(load_failure(model_id, cause)) from cause
+        gguf_file = options.get("gguf_file")
+        raise UnsupportedModelError(load_failure("model", model_id, cause, gguf_file)) from cause
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Pat
     except (OSError, ValueError) as cause:
         text = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UnsupportedModelError(
-            f"No {gguf_file!r} could be had from {model_id!r}: {text}\n"
+            f"No file {gguf_file!r} was found in {model_id!r}: {text}\n"
             "Expected a folder or a Hub id that you can reach with that file in it; "
             "check data.model_id and data.gguf_file."
         ) from cause

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.models.checkpoint import damage
+from lspade_train.models.checkpoint import load_failure
 from lspade_train.models.gguf import find_gguf
 
 
@@ -31,7 +30,8 @@ def load_tokenizer(
         UnsupportedModelError: there is none.
         RecipeError: the packages that read a GGUF file are not installed.
     """
-    place, options = model_id, {}
+    place = model_id
+    options: dict[str, str] = {}
     if gguf_file is not None:
         path = find_gguf(model_id, gguf_file, revision)
         place, revision, options = str(path.parent), None, {"gguf_file": str(path)}
@@ -40,13 +40,8 @@ def load_tokenizer(
             place, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except Exception as cause:  # whatever transformers says to files that are not a tokenizer's
-        text = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise UnsupportedModelError(
-            damage(Path(place))
-            or f"No tokenizer could be loaded from {model_id!r}: {text}\n"
-            "Expected a Hub id that you can reach or a folder with tokenizer.json; "
-            "check data.model_id."
-        ) from cause
+        message = load_failure("tokenizer", place, cause, options.get("gguf_file"))
+        raise UnsupportedModelError(message) from cause
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -308,7 +308,7 @@ def check_same_model(base: Mapping[str, Any], identity: Mapping[str, str]) -> No
         if not comparable or base.get(field) in (None, identity[field]):
             continue
         message = (
-            f"These heads were fitted for {base.get('model_id')} "
+            f"These heads were trained for {base.get('model_id')} "
             f"(revision {base.get('revision')}); the given model has {what}.\n"
             "Load that model, or fit heads for this one with lspade-train fit."
         )
