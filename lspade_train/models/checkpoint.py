@@ -1,7 +1,7 @@
 """Weights that are what the configuration says, or a named error.
 
-transformers fills what a checkpoint lacks with random numbers and goes on with a warning; here that
-is an error. Knows nothing of devices, precisions or quantisation.
+transformers fills in what a checkpoint lacks with random numbers and warns; here that is an error.
+Knows nothing of devices, precisions or quantisation.
 """
 
 import logging
@@ -52,7 +52,7 @@ def load_checkpoint(model_id: str, **options: Any) -> "PreTrainedModel":
 
 
 def load_without_blocks(folder: str, **options: Any) -> "PreTrainedModel":
-    """A model of no blocks: what lies around them, of a checkpoint whose blocks stay unread.
+    """A model of no blocks: what lies around them, from a checkpoint whose blocks stay unread.
 
     Args:
         folder: the model's files.
@@ -176,36 +176,36 @@ def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", di
     from transformers import AutoModelForCausalLM
 
     try:
-        with _report_unsaid():
-            # Other shapes are refused by their report, which names them; transformers does not.
+        with _quiet_report():
+            # transformers' own error for other shapes does not name them; the report does.
             found: Any = AutoModelForCausalLM.from_pretrained(
                 model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
             return found
-    except Exception as cause:  # whatever transformers says to files that are not a model's
+    except Exception as cause:  # transformers raises errors of any kind over broken files
         gguf_file = options.get("gguf_file")
         raise UnsupportedModelError(load_failure("model", model_id, cause, gguf_file)) from cause
 
 
 @contextmanager
-def _report_unsaid() -> Generator[None]:
-    """Keep transformers from printing its load report: what matters of it is an error here."""
+def _quiet_report() -> Generator[None]:
+    """Keep transformers from printing its load report: here it becomes an error where it matters."""
     logger = logging.getLogger("transformers.modeling_utils")
 
-    def says_something_else(record: logging.LogRecord) -> bool:
+    def is_not_the_report(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(says_something_else)
+    logger.addFilter(is_not_the_report)
     try:
         yield
     finally:
-        logger.removeFilter(says_something_else)
+        logger.removeFilter(is_not_the_report)
 
 
 def _base_of_adapter(model_id: str) -> str | None:
     """The base model of a folder that holds only a PEFT adapter; None for any other place.
 
-    transformers would load it in the same call and report the adapter's weights alone.
+    In one call transformers would load both and report on the adapter's weights alone.
     """
     config = Path(model_id) / "adapter_config.json"
     if not config.is_file() or (Path(model_id) / "config.json").exists():

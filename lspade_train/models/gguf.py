@@ -59,8 +59,8 @@ def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Pat
 def gguf_options(path: Path) -> dict[str, Any]:
     """What transformers is given to load a GGUF file.
 
-    Unpacked always: packed weights would run in kernels that are there or not, and a head would
-    not be a matrix.
+    Always unpacked: packed weights run in kernels that may not be installed, and a packed head is
+    not a matrix.
     """
     from transformers import GgufConfig
 

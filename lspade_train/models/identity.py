@@ -10,7 +10,7 @@ from lspade_train.models.offloading import stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RUNS, RUN = 64, 2048  # of consecutive values: about as many pages of memory as values alone take
+RUNS, RUN = 64, 2048  # a run of consecutive values is one page or two of a memory-mapped file
 VOLATILE = {"transformers_version", "architectures", "dtype"}
 """Of a configuration: what wrote it. The dtype has an entry of its own."""
 

@@ -39,7 +39,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except Exception as cause:  # whatever transformers says to files that are not a tokenizer's
+    except Exception as cause:  # transformers raises errors of any kind over broken files
         message = load_failure("tokenizer", place, cause, options.get("gguf_file"))
         raise UnsupportedModelError(message) from cause
 

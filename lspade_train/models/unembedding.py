@@ -186,7 +186,7 @@ def _is_linear(head: nn.Module, weight: Tensor) -> bool:
     states = (wave * torch.tensor([1e-3, 1e3], device=weight.device)[:, None, None]).to(dtype)
     try:
         found = head(states)
-    except Exception:  # whatever a head of its own kind says to plain states: the check follows
+    except Exception:  # an unusual head may refuse plain states: the load-time check judges it
         return False
     if found.shape[-1] != weight.shape[0]:
         raise UnsupportedModelError(
