@@ -189,7 +189,7 @@ def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", di
 
 @contextmanager
 def _quiet_report() -> Generator[None]:
-    """Keep transformers from printing its load report: here it becomes an error where it matters."""
+    """Keep transformers from printing its load report: `require_complete` reads it instead."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_not_the_report(record: logging.LogRecord) -> bool:
