@@ -8,7 +8,7 @@ INFO = """\
 usage: lspade-train info PATH
 
 Describe a heads folder, a cache or a model. Heads and caches are read from their files alone and
-may be URLs; a model (folder or Hub id) is loaded and its load-time check is run.
+may be URLs; a model (folder, Hub id or GGUF file) is loaded and its load-time check is run.
 
   lspade-train info checkpoints/arc
   lspade-train info checkpoints/tiny-world
@@ -80,7 +80,12 @@ def _show_cache(path: Path, name: str) -> None:
 def _show_model(path: str) -> None:
     from lspade_train.models import ModelAdapter
 
-    adapter = ModelAdapter.from_pretrained(path)
+    file = Path(path)
+    adapter = (
+        ModelAdapter.from_pretrained(str(file.parent), gguf_file=file.name)
+        if file.suffix == ".gguf"
+        else ModelAdapter.from_pretrained(path)
+    )
     parameters = sum(p.numel() for p in adapter.model.parameters())
     _show(
         {

@@ -30,7 +30,8 @@ def open_model(config: DataConfig) -> tuple[ModelAdapter, PreTrainedTokenizerBas
 
 def resolved_revision(config: DataConfig) -> str | None:
     """The commit on the Hub that `data.revision` stands for now; for a folder, as it is."""
-    return hub_commit(config.model_id, config.revision) or config.revision
+    commit = hub_commit(config.model_id, config.revision, gguf_file=config.gguf_file)
+    return commit or config.revision
 
 
 def open_adapter(
@@ -62,6 +63,7 @@ def open_adapter(
         device_map=config.device_map,
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
+        gguf_file=config.gguf_file,
         check=check,
         compile=compile,
     )
@@ -78,5 +80,8 @@ def open_tokenizer(config: DataConfig, revision: str | None) -> PreTrainedTokeni
         UnsupportedModelError: there is none.
     """
     return load_tokenizer(
-        config.model_id, revision=revision, trust_remote_code=config.trust_remote_code
+        config.model_id,
+        revision=revision,
+        trust_remote_code=config.trust_remote_code,
+        gguf_file=config.gguf_file,
     )
