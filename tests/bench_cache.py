@@ -47,7 +47,7 @@ def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
     ids = np.random.default_rng(0).integers(3, vocab, (count, tokens), dtype=np.int32)
     ids[:, 0] = 1
     last, answer = np.array([tokens - 1]), np.array([4])
-    return [Example(row, last, answer, (4, 5, 6, 7)) for row in ids]
+    return [Example(prompt, last, answer, (4, 5, 6, 7), row) for row, prompt in enumerate(ids)]
 
 
 def build(

@@ -11,8 +11,9 @@ from typing import Any, cast, get_args
 import torch
 
 from lspade_train.cache import StateDataset
+from lspade_train.cache.answers import chunks
 from lspade_train.errors import ArtifactError
-from lspade_train.evaluation.readings import chunks, read_lenses
+from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.refit import fit_heads, subset
 from lspade_train.evaluation.run import Subject
 from lspade_train.evaluation.start_tokens import Start, spade_states
@@ -123,7 +124,7 @@ def _starts(subject: Subject) -> Iterator[Ablation]:
 
 def _other_token(subject: Subject) -> int:
     """A token of the vocabulary drawn by the seed; never the rows' own start token."""
-    first = int(subject.data.stored(subject.split).shards[0]["start_id"][0])
+    first = int(subject.states().labels["start_id"][0])
     generator = torch.Generator().manual_seed(subject.recipe.seed_everything)
     vocab = len(subject.data.tokenizer)
     step = int(torch.randint(1, vocab, (), generator=generator))
@@ -131,7 +132,7 @@ def _other_token(subject: Subject) -> int:
 
 
 def _measure_start(subject: Subject, start: Start, other: int) -> dict[str, Any]:
-    dataset, adapter = subject.data.stored(subject.split), subject.data.adapter
+    dataset, adapter = subject.states(), subject.data.adapter
     shards: list[dict[str, torch.Tensor]] = []
     for batch in chunks(dataset):
         tensors = {n: v for n, v in vars(batch).items() if not (v is None or "target" in n)}
@@ -200,7 +201,7 @@ def _of_heads(
 
 def _measure_heads(subject: Subject, make: Callable[[], LSpadeHeads]) -> dict[str, Any]:
     heads, adapter = make(), subject.data.adapter
-    dataset = subject.data.stored(subject.split)
+    dataset = subject.states()
     readings = read_lenses(dataset, adapter.unembed, [HeadsLens(heads)], subject.layers)
     numbers = summarise(readings, adapter.vocab_size)["lenses"]["l_spade"]
     parameters = sum(parameter.numel() for parameter in heads.parameters())

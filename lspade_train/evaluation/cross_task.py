@@ -6,17 +6,19 @@ Knows nothing of files or pictures.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lspade_train.cache import StateDataset
 from lspade_train.errors import RecipeError
-from lspade_train.evaluation.exits import PAPER_THRESHOLDS, exit_table, measure_exits
+from lspade_train.evaluation.exits import PAPER_THRESHOLDS, measure_exits
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.run import Subject
 from lspade_train.evaluation.summary import plain, summarise
-from lspade_train.policies.calibration import calibrate
-from lspade_train.policies.exit_table import Threshold
+from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.calibration import learn_then_test
+from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import HeadsLens
-from lspade_train.tasks import Split
 
 BUDGET = 0.05
 """Disagreement that a threshold may cost on its own task. Ours; it needs no labels."""
@@ -29,8 +31,9 @@ def cross_task(subjects: Sequence[Subject], track: Track = iter) -> dict[str, An
     """The matrix of every subject's heads and threshold on every subject's task, as JSON.
 
     A row's threshold (one for all layers, entropy over the vocabulary in nats) is chosen on its
-    own task's validation split: the one that saves most of those whose answers differ from the
-    full model's in at most `BUDGET` of the rows, by Learn then Test.
+    own task's validation split, or on the half of it that is not measured where there is no
+    labelled test split: the one that saves most of those whose answers differ from the full
+    model's in at most `BUDGET` of the rows, by Learn then Test.
 
     Args:
         subjects: tasks of one model, heads fitted for each.
@@ -70,8 +73,10 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 
 def _threshold(subject: Subject) -> Threshold | None:
-    table = _table(subject, "validation", subject.heads, subject.layers)
-    return calibrate([(table, table.grid())], "disagreement", BUDGET).chosen.threshold
+    rows = calibration_side(subject.data).states(subject.data)
+    table = _table(subject, rows, subject.heads, subject.layers)
+    rules = [ExitRule(layers=table.layers, threshold=limit) for limit in table.grid()]
+    return learn_then_test([(table, rules)], "disagreement", BUDGET).chosen.threshold
 
 
 def _used_on(
@@ -82,10 +87,10 @@ def _used_on(
     layers = [layer for layer in column.data.layers if layer in heads.layers]
     if not layers:
         return None
-    dataset, adapter = column.data.stored(column.split), column.data.adapter
+    dataset, adapter = column.states(), column.data.adapter
     readings = read_lenses(dataset, adapter.unembed, [HeadsLens(heads)], layers)
     summary = summarise(readings, adapter.vocab_size)
-    table = _table(column, column.split, heads, layers)
+    table = _table(column, dataset, heads, layers)
     policy, *paper = measure_exits(table, [threshold, *PAPER_THRESHOLDS])
     lens = summary["lenses"]["l_spade"]
     cell = {
@@ -102,6 +107,8 @@ def _used_on(
     }
 
 
-def _table(subject: Subject, split: Split, heads: LSpadeHeads, layers: Sequence[int]) -> Any:
+def _table(
+    subject: Subject, dataset: StateDataset, heads: LSpadeHeads, layers: Sequence[int]
+) -> ExitTable:
     policy = ExitPolicy(layers=tuple(layers), positions=subject.recipe.data.positions)
-    return exit_table(subject.data.stored(split), subject.data.adapter, heads, policy)
+    return exit_table(dataset, subject.data.adapter, heads, policy)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lspade_train.cache import StateDataset
@@ -43,7 +42,7 @@ def iso_compute(
     Source: arXiv:2507.17618v2, accuracy at equal compute.
     """
     metric = "accuracy" if results["n_labelled"] else "answer_agrees_model"
-    lengths = torch.cat([shard["position_id"] for shard in dataset.shards]) + 1
+    lengths = dataset.labels["position_id"] + 1
     plain_counts = count_flops(adapter)
     full = plain_counts.full(lengths)
     lenses: dict[str, Any] = {}

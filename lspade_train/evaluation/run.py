@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train import tasks
+from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
-from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
+from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
+from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import Side, evaluation_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import HeadsLens, Lens, LogitLens, SpadeLens
 from lspade_train.recipe import Recipe
@@ -33,7 +36,8 @@ class Subject:
     Args:
         recipe: names model, data and layers.
         folder: heads folder.
-        split: split to measure; None takes test, or validation where test has no labels.
+        split: split to measure, all of it; None takes test, or the half of validation that chooses
+            no policy where test has no labels.
 
     Raises:
         LSpadeError: heads, model, data or split cannot be used; says which and why.
@@ -46,8 +50,17 @@ class Subject:
             recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
         )
         self.heads.bind(self.data.adapter)
-        self.split: Split = _known_split(recipe, split)
+        self.side: Side = evaluation_side(self.data, _known_split(recipe, split))
         self.layers = _common_layers(self.data, self.heads, folder)
+
+    @property
+    def split(self) -> Split:
+        """The split that is measured."""
+        return self.side.split
+
+    def states(self) -> StateDataset:
+        """The rows that are measured."""
+        return self.side.states(self.data)
 
     def lenses(self) -> list[Lens]:
         """Those that exist, in the order of tables and figures."""
@@ -78,8 +91,8 @@ def evaluate_recipe(subject: Subject) -> dict[str, Any]:
     Args:
         subject: what is measured.
     """
-    data, heads, adapter = subject.data, subject.heads, subject.data.adapter
-    dataset = data.stored(subject.split)
+    heads, adapter = subject.heads, subject.data.adapter
+    dataset = subject.states()
     readings = read_lenses(dataset, adapter.unembed, subject.lenses(), subject.layers)
     results = _header(subject) | summarise(readings, adapter.vocab_size)
     results["exits"] = _exits(subject)
@@ -92,7 +105,7 @@ def evaluate_recipe(subject: Subject) -> dict[str, Any]:
 def _exits(subject: Subject) -> dict[str, Any] | None:
     """The threshold sweep and the saved policy; None for heads that give no finite entropy."""
     heads, adapter = subject.heads, subject.data.adapter
-    dataset = subject.data.stored(subject.split)
+    dataset = subject.states()
     policy = ExitPolicy(layers=tuple(subject.layers), positions=subject.recipe.data.positions)
     try:
         found = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
@@ -101,7 +114,9 @@ def _exits(subject: Subject) -> dict[str, Any] | None:
         return None
     saved = subject.folder / POLICY
     found["policy"] = (
-        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
+        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved), subject.side)
+        if saved.exists()
+        else None
     )
     return found
 
@@ -121,6 +136,7 @@ def _header(subject: Subject) -> dict[str, Any]:
         "task": recipe.data.task,
         "dataset": recipe.data.dataset,
         "split": subject.split,
+        "part": subject.side.part,
         "seed": recipe.seed_everything,
         "heads": {
             "folder": str(subject.folder),
@@ -141,9 +157,9 @@ def _header(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _known_split(recipe: Recipe, asked: str | None) -> Split:
+def _known_split(recipe: Recipe, asked: str | None) -> Split | None:
     if asked is None:
-        return tasks.evaluation_split(recipe.data)
+        return None
     available = tasks.splits(recipe.data)
     for split in available:
         if split == asked:
