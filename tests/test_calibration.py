@@ -18,7 +18,7 @@ from lspade_train.policies.exit_table import (
     evaluate_policy,
     oracle_saving,
 )
-from lspade_train.policies.proposals import propose, prune, uniform_rules
+from lspade_train.policies.proposals import propose, uniform_rules
 from lspade_train.policies.pvalues import (
     ABSOLUTE_GAP,
     NUISANCE,

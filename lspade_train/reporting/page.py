@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from lspade_train.errors import ArtifactError
-from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
+from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results, rows_measured
 from lspade_train.io.storage import read_json, write_text
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
@@ -45,6 +45,7 @@ def write_report(folder: Path) -> Path:
     pages = Environment(loader=PackageLoader("lspade_train.reporting", ""), autoescape=True)
     page = pages.get_template("template.html").render(
         results=results,
+        rows=rows_measured(results),
         summary=summary(results),
         figures=drawn,
         omitted=[figure for figure in figures if isinstance(figure, Omitted)],
@@ -71,13 +72,15 @@ def summary(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"The full model answers {full['accuracy']:.1%} rightly [{low:.1%}, {high:.1%}]."
         )
-    row = ((results["exits"] or {}).get("policy") or {}).get("row")
+    policy = (results["exits"] or {}).get("policy") or {}
+    row = policy.get("row")
     if row is None:
         lines.append("No exit policy was measured: choose one with lspade-train calibrate.")
         return lines
     low, high = row["disagreement_interval"]
     lines.append(
-        f"The policy saves {row['compute_saved']:.1%} of the FLOPs, stops after layer "
+        f"The policy ({policy.get('label', 'policy.json')}) saves {row['compute_saved']:.1%} of "
+        "the FLOPs, stops after layer "
         f"{row['mean_exit_layer']:.1f} of {results['num_layers']} on average, and answers unlike "
         f"the model on {row['disagreement']:.1%} of the rows [{low:.1%}, {high:.1%}]."
     )

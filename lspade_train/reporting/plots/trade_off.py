@@ -53,8 +53,11 @@ def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
         return Omitted(title, NO_EXITS)
     rows = {f"{_entropy(row)} nats": row["exit_counts"] for row in exits["paper"][:2]}
     policy = exits["policy"]
-    if policy and policy["row"] and policy["exit_layers"] == exits["exit_layers"]:
-        rows = {"policy": policy["row"]["exit_counts"], **rows}
+    if policy and policy["row"] and {*policy["exit_layers"]} <= {*exits["exit_layers"]}:
+        # It may check fewer layers than the sweep.
+        counts = dict(zip(policy["exit_layers"], policy["row"]["exit_counts"], strict=True))
+        every = [counts.get(layer, 0) for layer in exits["exit_layers"]]
+        rows = {policy.get("label", "policy.json"): every, **rows}
     shares = {name: [count / sum(counts) for count in counts] for name, counts in rows.items()}
     return Bars(
         name="exit_histogram",
@@ -120,7 +123,13 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     if policy and policy["row"]:
         row = policy["row"]
         series.append(
-            Series("policy.json", [of(row)], _values([row], labelled), POLICY, joined=False)
+            Series(
+                policy.get("label", "policy.json"),
+                [of(row)],
+                _values([row], labelled),
+                POLICY,
+                joined=False,
+            )  # fmt: skip
         )
     never = exits["never"]
     if of is _flops and exits["oracle_saving"] is not None:
