@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lspade_train.policies.exit_table import (
     evaluate_policy,
     oracle_saving,
 )
-from lspade_train.policies.proposals import propose, uniform_rules
+from lspade_train.policies.proposals import propose, prune, uniform_rules
 from lspade_train.policies.pvalues import (
     ABSOLUTE_GAP,
     NUISANCE,
@@ -62,7 +63,9 @@ def on_every_layer(table, thresholds=None):
     return [ExitRule(layers=table.layers, threshold=t) for t in thresholds or table.grid()]
 
 
-def realistic(n: int, seed: int, checks: int = 8, skew: float = 0.0) -> ExitTable:
+def realistic(
+    n: int, seed: int, checks: int = 8, skew: float = 0.0, check: float = 0.004
+) -> ExitTable:
     """Rows of varied difficulty; deeper layers agree with the model more, sure ones above all.
 
     `skew` makes some layers' heads overconfident and others timid.
@@ -78,7 +81,13 @@ def realistic(n: int, seed: int, checks: int = 8, skew: float = 0.0) -> ExitTabl
     confidence = math.log(CHOICES) / (1 + np.exp(2 * (margin + noise) - 1))
     gold = np.select([rng.random(n) < 0.7, rng.random(n) < 0.4], [full, other], (full + 2) % 4)
     confidence = confidence * np.exp(skew * np.resize([-2, -1, 1, -1.5, 0.5, -0.5], checks))
-    return table_of(confidence, np.where(agrees, full[:, None], other[:, None]), full, gold)
+    answers = np.where(agrees, full[:, None], other[:, None])
+    return table_of(confidence, answers, full, gold, check)
+
+
+def propose_limits(table) -> tuple[float, ...]:
+    """A threshold per layer at which about a third of the rows is sure."""
+    return tuple(np.quantile(table.confidence, 0.3, axis=0).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,100 @@ def test_the_oracle_stops_at_the_first_layer_that_answers_like_the_model_and_pay
     table = table_of(np.ones((3, 3)), answers, np.zeros(3, int), None)
     paid = (2 / 4 + ANSWER) + 1 + (1 / 4 + ANSWER)
     assert oracle_saving(table) == pytest.approx(1 - paid / 3)
+
+
+@given(seed=st.integers(0, 10_000), price=st.floats(0.001, 0.2))
+@settings(max_examples=25, deadline=None)
+def test_no_check_of_a_pruned_rule_could_be_dropped_with_a_gain(seed, price):
+    table = realistic(80, seed, checks=5, check=price)
+    rule = prune(table, propose_limits(table))
+    if rule is None:
+        return
+    saved = evaluate_policy(table.at(rule.layers), rule.threshold).compute_saved
+    for left_out in rule.layers:
+        kept = [place for place, layer in enumerate(rule.layers) if layer != left_out]
+        if kept:
+            limits = tuple(rule.threshold[place] for place in kept)
+            without = table.at([rule.layers[place] for place in kept])
+            assert evaluate_policy(without, limits).compute_saved < saved
+        else:
+            assert saved > 0
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_pruning_drops_the_check_whose_removal_saves_most_each_time(seed):
+    table = realistic(60, seed, checks=4, check=0.05)
+    limits = dict(zip(table.layers, propose_limits(table), strict=True))
+
+    def saved(layers):
+        if not layers:
+            return 0.0
+        return evaluate_policy(table.at(layers), tuple(map(limits.get, layers))).compute_saved
+
+    kept = table.layers
+    while kept:
+        without = [tuple(layer for layer in kept if layer != one) for one in kept]
+        best = max(without, key=saved)
+        if saved(best) < saved(kept) - 1e-12:
+            break
+        kept = best
+    found = prune(table, tuple(limits.values()))
+    assert saved(() if found is None else found.layers) == pytest.approx(saved(kept))
+
+
+def test_a_check_that_stops_nobody_is_not_in_a_proposed_rule(population):
+    table = population.rows(np.arange(800))
+    for rule in [*propose(table), *uniform_rules(table)]:
+        stops = table.at(rule.layers).exits(rule.threshold)
+        assert {*range(len(rule.layers))} <= {*stops.tolist()}
+
+
+def test_checks_too_dear_to_pay_leave_no_rule():
+    full = np.zeros(100, int)
+    table = table_of(np.ones((100, 3)), np.zeros((100, 3), int), full, full, check=0.9)
+    assert propose(table) == uniform_rules(table) == []
+
+
+def test_never_stopping_with_checks_costs_more_than_the_plain_model(population):
+    assert (population.costs.stops()[:, -1] > population.costs.plain).all()
+    strictest = evaluate_policy(population, 0.0)
+    assert strictest.mean_exit_layer == population.num_layers
+    assert strictest.compute_saved == pytest.approx(-0.004 * len(population.layers))
+
+
+def test_costs_at_some_layers_are_those_of_a_table_of_these_layers_alone(population):
+    some = population.costs.at([1, 4])
+    check, reach = 0.004, [2 / 9, 5 / 9, 1 - ANSWER]
+    expected = [r + k * check + ANSWER for r, k in zip(reach, (1, 2, 2), strict=True)]
+    np.testing.assert_allclose(some.stops()[0], expected)
+
+
+def as_probability(table) -> ExitTable:
+    """The same confidences as a measure that is high where it is certain."""
+    upper = math.log(CHOICES)
+    return replace(table, confidence=1 - table.confidence / upper, bounds=(1.0, 0.0))
+
+
+def test_a_measure_that_is_high_when_sure_chooses_the_same_exits(population):
+    proposing, tested = population.rows(np.arange(1500)), population.rows(np.arange(1500, 4000))
+    found = {
+        name: learn_then_test([(of(tested), propose(of(proposing)))], "disagreement", 0.05)
+        for name, of in {"low": lambda t: t, "high": as_probability}.items()
+    }
+    low, high = found["low"].chosen, found["high"].chosen
+    assert high.compute_saved > 0.1
+    assert high.compute_saved == pytest.approx(low.compute_saved, abs=2e-3)
+    assert high.layers == low.layers
+    assert all(0 <= limit <= 1 for limit in high.threshold)
+
+
+def test_a_grid_of_a_measure_that_is_high_when_sure_runs_from_strict_to_loose(population):
+    table = as_probability(population.rows(np.arange(500)))
+    assert (table.grid()[0], table.grid()[-1]) == (1.0, 0.0)
+    layers = [evaluate_policy(table, threshold).mean_exit_layer for threshold in table.grid()]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > layers[-1]
 
 
 def test_looser_thresholds_never_exit_later():

@@ -92,7 +92,7 @@ def _print_curve(found: "Selection") -> None:
 
     result, policy = found.calibration, found.policy
     table = Table(
-        "threshold", "layers checked", "accuracy", "drop", "disagreement", "mean exit",
+        "threshold", "checks", "accuracy", "drop", "disagreement", "mean exit",
         "FLOPs saved", "of oracle", "p-value",
         title=f"{policy.measure} over {policy.scope}; {result.n:,} rows ({found.side.words}), "
         f"which choose the policy; an oracle saves {result.oracle_saving:.1%}",

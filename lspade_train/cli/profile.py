@@ -37,8 +37,8 @@ def profile(arguments: list[str]) -> None:
         "--thresholds",
         type=list[float] | None,
         default=None,
-        help="in the policy's measure; null: policy.json's, or the paper's 0.5 to 2 nats of entropy "
-        "where there is none",
+        help="in the policy's measure; null: policy.json's, or the paper's 0.5 to 2 nats where "
+        "there is none",
     )
     add("--repeats", type=int, default=5, help="timed rounds per shape, after one that warms up")
     add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
@@ -75,9 +75,9 @@ def profile(arguments: list[str]) -> None:
         rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
     sys.stdout.write(
-        "Speed-up: the untouched model's median time over the policy's; beside it the smallest and\n"
-        "the largest ratio of one round. FLOPs: of the model's. What an exit costs in answers is\n"
-        "in lspade-train calibrate and evaluate.\n"
+        "Speed-up: the untouched model's median time over the policy's; beside it the smallest\n"
+        "and the largest ratio of one round. FLOPs: as a fraction of the model's. What an exit\n"
+        "costs in answers is in lspade-train calibrate and evaluate.\n"
     )
     log.info("profile: %s", found.save(folder))
 

@@ -121,16 +121,8 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     ]  # fmt: skip
     policy = exits["policy"]
     if policy and policy["row"]:
-        row = policy["row"]
-        series.append(
-            Series(
-                policy.get("label", "policy.json"),
-                [of(row)],
-                _values([row], labelled),
-                POLICY,
-                joined=False,
-            )  # fmt: skip
-        )
+        row, label = policy["row"], policy.get("label", "policy.json")
+        series.append(Series(label, [of(row)], _values([row], labelled), POLICY, joined=False))
     never = exits["never"]
     if of is _flops and exits["oracle_saving"] is not None:
         where = [1 - exits["oracle_saving"]]
