@@ -14,8 +14,9 @@ from typing import Any
 from yaml import YAMLError
 
 from lspade_train.errors import ArtifactError
-from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, rows_measured
+from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.reporting.rows import rows_measured
 
 TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
 NO_LICENCE = "unknown"  # the Hub's own word for it

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lspade_train.io.layout import rows_measured
+from lspade_train.reporting.rows import rows_measured
 
 LENSES = {"logit_lens": "logit", "tuned_lens": "tuned", "l_spade": "L-SPADE", "spade": "SPADE"}
 METRICS = {

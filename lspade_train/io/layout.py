@@ -36,13 +36,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     )
 
 
-def rows_measured(results: dict[str, Any]) -> str:
-    """The rows that results stand on: `test split`, or `validation split, held-out half`."""
-    part = results.get("part", "all")
-    half = "" if part == "all" else f", {part.replace('_', '-')} half"
-    return f"{results['split']} split{half}"
-
-
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write `results.json`.
 

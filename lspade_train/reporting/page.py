@@ -9,10 +9,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from lspade_train.errors import ArtifactError
-from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results, rows_measured
+from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
 from lspade_train.io.storage import read_json, write_text
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
+from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import Value, all_tables
 
 REPORT = "report.html"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lspade_train.io.layout import rows_measured
+from lspade_train.reporting.rows import rows_measured
 
 Numbers = Sequence[float | None]
 
