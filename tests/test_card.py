@@ -80,7 +80,7 @@ def test_model_index_holds_the_measured_numbers(folder):
     }
     accuracy = results["lenses"]["l_spade"]["accuracy"][-1]
     assert found["test", "L-SPADE accuracy, layer 3"] == pytest.approx(accuracy, abs=1e-4)
-    saved = found["validation", "FLOPs saved with the exit policy"]
+    saved = found["validation", "FLOPs saved with the exit policy, on the rows that chose it"]
     assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
 
 
@@ -174,12 +174,13 @@ CHOSEN = {
 )
 def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     record = {"risk": risk, "budget": 0.02, "confidence": 0.9, "n": 1234, "chosen": CHOSEN}
-    change(folder / "policy.json", threshold=0.25, calibration=record)
+    change(folder / "policy.json", layers=[1, 2, 3], threshold=0.25, calibration=record)
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
     assert f"With 90% confidence over the draw of the 1,234 validation prompts, {words}" in text
-    assert "| validation | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |" in text
+    row = "| validation split: rows that chose the policy | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
+    assert row in text
 
 
 def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
@@ -187,7 +188,28 @@ def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
     change(folder / "policy.json", threshold=0.25, calibration=record)
     on_test = CHOSEN | {"accuracy": None, "drop": None, "compute_saved": 0.2}
     change(folder / "results.json", exits={"policy": {"row": on_test}})
-    assert "| test | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
+    assert "| test split | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
+
+
+def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
+    rows = {"split": "validation", "part": "calibration"}
+    record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9, "chosen": CHOSEN}
+    change(folder / "policy.json", threshold=0.25, calibration=record | {"rows": rows})
+    policy = {"row": CHOSEN | {"compute_saved": 0.2}, "chosen_on_these_rows": False}
+    held_out = {"split": "validation", "part": "held_out", "exits": {"policy": policy}}
+    change(folder / "results.json", **held_out)
+    text = card(folder)
+    assert "| validation split, held-out half | 0.900 | +0.004 | 0.010 | 2.50 | 20.0% |" in text
+    assert "| validation split, calibration half: rows that chose the policy | 0.900 |" in text
+    saved = {
+        result.metric_name: result.metric_value
+        for result in ModelCard(text).data.eval_results
+        if result.metric_type == "compute_saved"
+    }
+    assert saved == {
+        "FLOPs saved with the exit policy": 0.2,
+        "FLOPs saved with the exit policy, on the rows that chose it": 0.25,
+    }
 
 
 def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder):

@@ -106,7 +106,7 @@ def test_the_policy_is_marked_and_its_exits_are_counted(results):
     figures = by_name(results)
     marked = {series.label: series for series in figures["exits_by_layer"].series}
     assert (marked["policy.json"].x, marked["policy.json"].y) == ([2.5], [0.8])
-    assert figures["exit_histogram"].groups["policy"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
+    assert figures["exit_histogram"].groups["policy.json"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
 
 
 def test_the_matrix_says_where_heads_cannot_be_used(results):

@@ -11,8 +11,9 @@ from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import ArtifactError, NumericsError, PolicyError, TaskError
 from lspade_train.io.storage import write_json
 from lspade_train.models.tokenizer import load_tokenizer
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import signal
 from lspade_train.runtime import ExitRuntime
 from lspade_train.runtime.batching import Query, batches, collate
 from lspade_train.runtime.decide import decide_batch

@@ -6,6 +6,7 @@ Whoever changes the folder (fit, evaluate, calibrate, push) calls `write_card`; 
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.io.storage import read_json, write_text
 from lspade_train.probes.lenses import label_of
+from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import exit_lens
 
 TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
@@ -101,11 +103,13 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         recipe=recipe,
         data=data,
         results=results,
+        rows=rows_measured(results) if results else None,
         table=_layer_table(results) if results else _training_table(training),
         figure=next((name for name in FIGURES if (folder / name).is_file()), None),
         policy=policy,
         check_layers=ranges(policy.get("layers", [])),
         thresholds=_as_list(policy.get("threshold")),
+        measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
         policy_rows=_policy_rows(results, policy),
         of_others=[
@@ -149,14 +153,51 @@ def _present(path: Path) -> tuple[str | None, str]:
         return None, "\n"
 
 
-def _policy_rows(results: Json, policy: Json) -> dict[str, Json]:
-    """The policy at work, by split: where it was measured, and where it was chosen."""
-    measured = ((results.get("exits") or {}).get("policy") or {}).get("row")
-    rows = {
-        results.get("split", ""): measured,
-        "validation": policy.get("calibration", {}).get("chosen"),
+@dataclass(frozen=True)
+class _Measured:
+    """The policy's figures on some rows.
+
+    Attributes:
+        split: of the data set.
+        where: the rows in words.
+        flattered: whether they chose the policy.
+        row: the figures.
+    """
+
+    split: str
+    where: str
+    flattered: bool
+    row: Json
+
+
+def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
+    """The policy at work: where `evaluate` measured it, then on the rows that chose it."""
+    found: list[_Measured] = []
+    measured = (results.get("exits") or {}).get("policy") or {}
+    if measured.get("row"):
+        split = results["split"]
+        # Results of before this was recorded: only validation rows choose.
+        flattered = measured.get("chosen_on_these_rows", split == "validation")
+        found.append(_Measured(split, rows_measured(results), flattered, measured["row"]))
+    record = policy.get("calibration", {})
+    if record.get("chosen"):
+        rows = record.get("rows", {"split": "validation"})
+        found.append(_Measured(rows["split"], rows_measured(rows), True, record["chosen"]))
+    return found
+
+
+def _measure_words(policy: Json) -> Json:
+    """How a confidence stands to its threshold, and its unit; of a measure not known here neither.
+
+    Imported here: a card of heads alone needs no torch.
+    """
+    from lspade_train.probes.measures import MEASURES
+
+    known = MEASURES.get(policy.get("measure", "entropy"))
+    return {
+        "relation": known.relation if known else "as certain as",
+        "unit": known.unit if known else "",
     }
-    return {split: row for split, row in rows.items() if row}
 
 
 def _layer_table(results: Json) -> Json:
@@ -235,6 +276,7 @@ def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str,
         "disagreement": "answers unlike the model's",
         "compute_saved": "FLOPs saved",
     }
-    for split, row in _policy_rows(results, policy).items():
+    for found in _policy_rows(results, policy):
+        whose = ", on the rows that chose it" if found.flattered else ""
         for kind, name in names.items():
-            yield split, kind, f"{name} with the exit policy", row[kind]
+            yield found.split, kind, f"{name} with the exit policy{whose}", found.row[kind]

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lspade_train.probes.lenses import SPADE, label_of
+from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import exit_lens
 
 METRICS = {
@@ -16,6 +17,7 @@ METRICS = {
     "kl_to_spade": "KL",
 }
 LEGEND = "acc.: accuracy; agree: best token is the full model's; KL to SPADE in nats"
+FLATTERED = " *"
 LAYERS_SHOWN = 16
 WIDTH = 100
 
@@ -62,6 +64,8 @@ def print_comparison(results: Sequence[dict[str, Any]]) -> None:
         "folder", "model", "task", "split", "n", "full model", "heads", "SPADE", "KL to SPADE",
         "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
     )  # fmt: skip
+    if any(map(_is_flattered, results)):
+        table.caption = f"{FLATTERED.strip()} on the rows that chose the policy"
     for column in table.columns[:2]:
         column.no_wrap = True
     for one in results:
@@ -77,7 +81,7 @@ def _headline(results: dict[str, Any]) -> str:
         low, high = full["accuracy_interval"]
         accuracy = f" accuracy {full['accuracy']:.3f} [{low:.3f}, {high:.3f}],"
     return (
-        f"\n{results['name']}: {results['task']}, {results['split']} split, n = {results['n']:,}, "
+        f"\n{results['name']}: {results['task']}, {rows_measured(results)}, n = {results['n']:,}, "
         f"seed {results['seed']}. Full model:{accuracy} entropy {full['entropy']:.3f} nats. "
         f"Half-width of the {interval['level']:.0%} intervals: at most {_widest(results):.3f}."
     )
@@ -120,7 +124,7 @@ def _exits_table(results: dict[str, Any]) -> Table:
     )  # fmt: skip
     rows = [("never", exits["never"]), *((f"{r['threshold']:g}", r) for r in exits["paper"])]
     if exits["policy"] and exits["policy"]["row"]:
-        rows.append(("policy.json", exits["policy"]["row"]))
+        rows.append((exits["policy"].get("label", "policy.json"), exits["policy"]["row"]))
     for name, row in rows:
         numbers = ("accuracy", "drop", "disagreement")
         table.add_row(
@@ -157,8 +161,14 @@ def _compared(results: dict[str, Any]) -> list[str]:
         _number(_mean(spade[metric])),
         _number(_mean(heads["kl_to_spade"])),
         _number(row.get("accuracy")),
-        "-" if not row else f"{row['compute_saved']:.1%}",
+        "-" if not row else f"{row['compute_saved']:.1%}" + FLATTERED * _is_flattered(results),
     ]
+
+
+def _is_flattered(results: dict[str, Any]) -> bool:
+    """Whether the policy's figures stand on rows that chose it."""
+    policy = (results["exits"] or {}).get("policy") or {}
+    return bool(policy.get("row")) and policy.get("chosen_on_these_rows", False)
 
 
 def _cell(cell: dict[str, Any] | None) -> str:

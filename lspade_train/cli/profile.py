@@ -7,12 +7,15 @@ from typing import Any
 
 from lspade_train.cli.options import heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import Parsed, command_parser, parse
+from lspade_train.errors import RecipeError
+from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
 PROFILE = """\
-Wall time, memory and FLOPs of the exit policy against the model's own forward, in turn on the same
-batches, over prompt lengths, batch sizes and thresholds, on whatever device the model is on.
+Wall time, memory and FLOPs of the exit policy against the forward of an untouched model, in turn
+on the same batches, over prompt lengths, batch sizes and thresholds, on whatever device the model
+is on. The untouched model is loaded beside the policy's, so there must be memory for two.
 Prompts are the task's validation prompts, cut or joined to each length. Writes profile.json and
 figures/speedup into the heads folder.
 
@@ -34,11 +37,15 @@ def profile(arguments: list[str]) -> None:
         "--thresholds",
         type=list[float] | None,
         default=None,
-        help="entropies in nats; null: policy.json's, or the paper's 0.5 to 2 where there is none",
+        help="in the policy's measure; null: policy.json's, or the paper's 0.5 to 2 nats where "
+        "there is none",
     )
-    add("--repeats", type=int, default=5, help="timed rounds per shape, after one to warm up")
+    add("--repeats", type=int, default=5, help="timed rounds per shape, after one that warms up")
     add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
     parsed = parse(parser, arguments)
+    options = parsed.options
+    if options.generate < 0:
+        raise RecipeError(f"--generate is {options.generate}; expected 0 (off) or more tokens.")
 
     from rich.console import Console
 
@@ -46,7 +53,6 @@ def profile(arguments: list[str]) -> None:
     from lspade_train.io.progress import track
     from lspade_train.runtime import ExitRuntime
 
-    options = parsed.options
     folder = heads_given(parsed, written_by="profile")
     heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
@@ -55,7 +61,8 @@ def profile(arguments: list[str]) -> None:
     console = Console(width=max(Console().width, 110))
     found = profiling.profile(
         runtime,
-        lengths=options.lengths or _fitting(adapter),
+        _untouched(parsed.recipe.data),
+        lengths=_fitting(adapter) if options.lengths is None else options.lengths,
         batch_sizes=options.batch_sizes,
         thresholds=[None, *thresholds],
         prompts=prompts,
@@ -68,10 +75,26 @@ def profile(arguments: list[str]) -> None:
         rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
     sys.stdout.write(
-        "Speed-up and FLOPs are against the model's own forward; what an exit costs in answers\n"
-        "is in lspade-train calibrate.\n"
+        "Speed-up: the untouched model's median time over the policy's; beside it the smallest\n"
+        "and the largest ratio of one round. FLOPs: as a fraction of the model's. What an exit\n"
+        "costs in answers is in lspade-train calibrate and evaluate.\n"
     )
     log.info("profile: %s", found.save(folder))
+
+
+def _untouched(config: DataConfig) -> Any:
+    """The recipe's model as transformers loads it: the baseline."""
+    from lspade_train.models.loading import load_model
+
+    return load_model(
+        config.model_id,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:

@@ -11,8 +11,9 @@ from typing import Any, cast, get_args
 import torch
 
 from lspade_train.cache import StateDataset
+from lspade_train.cache.answers import chunks
 from lspade_train.errors import ArtifactError
-from lspade_train.evaluation.readings import chunks, read_lenses
+from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.refit import fit_heads, subset
 from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import Start, spade_states
@@ -123,7 +124,7 @@ def _starts(fitted: FittedRecipe) -> Iterator[Ablation]:
 
 def _other_token(fitted: FittedRecipe) -> int:
     """A token of the vocabulary drawn with the recipe's seed; never the rows' start token."""
-    first = int(fitted.data.stored(fitted.split).shards[0]["start_id"][0])
+    first = int(fitted.states().labels["start_id"][0])
     generator = torch.Generator().manual_seed(fitted.recipe.seed_everything)
     vocab = len(fitted.data.tokenizer)
     step = int(torch.randint(1, vocab, (), generator=generator))
@@ -131,7 +132,7 @@ def _other_token(fitted: FittedRecipe) -> int:
 
 
 def _measure_start(fitted: FittedRecipe, start: Start, other: int) -> dict[str, Any]:
-    dataset, adapter = fitted.data.stored(fitted.split), fitted.data.adapter
+    dataset, adapter = fitted.states(), fitted.data.adapter
     shards: list[dict[str, torch.Tensor]] = []
     for batch in chunks(dataset):
         tensors = {n: v for n, v in vars(batch).items() if not (v is None or "target" in n)}
@@ -200,7 +201,7 @@ def _of_heads(
 
 def _measure_heads(fitted: FittedRecipe, make: Callable[[], LSpadeHeads]) -> dict[str, Any]:
     heads, adapter = make(), fitted.data.adapter
-    dataset = fitted.data.stored(fitted.split)
+    dataset = fitted.states()
     readings = read_lenses(dataset, adapter.unembed, {L_SPADE.key: heads}, fitted.layers)
     numbers = summarise(readings, adapter.vocab_size)["lenses"][L_SPADE.key]
     parameters = sum(parameter.numel() for parameter in heads.parameters())

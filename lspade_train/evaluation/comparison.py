@@ -9,7 +9,7 @@ from typing import Any
 from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.summary import FORMAT_VERSION
 
-SAME_ROWS = ("task", "dataset", "split", "n")
+SAME_ROWS = ("task", "dataset", "split", "part", "n")
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ def comparable(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             )
     first, *others = results.values()
     for name in SAME_ROWS:
-        if any(other[name] != first[name] for other in others):
+        if any(other.get(name) != first.get(name) for other in others):
             log.warning(
                 "These results differ in %s (%s): they are not of the same rows.",
-                name, ", ".join(sorted({str(one[name]) for one in results.values()})),
+                name, ", ".join(sorted({str(one.get(name)) for one in results.values()})),
             )  # fmt: skip
             break
     names = [one["name"] for one in results.values()]

@@ -6,17 +6,19 @@ Knows nothing of files or figures.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lspade_train.cache import StateDataset
 from lspade_train.errors import RecipeError
-from lspade_train.evaluation.exits import PAPER_THRESHOLDS, exit_table, measure_exits
+from lspade_train.evaluation.exits import PAPER_THRESHOLDS, measure_exits
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.summary import plain, summarise
-from lspade_train.policies.calibration import calibrate
-from lspade_train.policies.exit_table import Threshold
+from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.calibration import learn_then_test
+from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import L_SPADE
-from lspade_train.tasks import Split
 
 BUDGET = 0.05
 """Disagreement that a threshold may cost on its own task. Ours; it needs no labels."""
@@ -29,8 +31,9 @@ def cross_task(recipes: Sequence[FittedRecipe], track: Track = iter) -> dict[str
     """The matrix of every recipe's heads and threshold on every recipe's task, as JSON.
 
     A row's threshold (one for all layers, entropy over the vocabulary in nats) is chosen on its
-    own task's validation split: of those whose answers differ from the full model's in at most
-    `BUDGET` of the rows, by Learn then Test, the one that saves most.
+    own task's validation split, or on the half of it that is not measured where there is no
+    labelled test split: the one that saves most of those whose answers differ from the full
+    model's in at most `BUDGET` of the rows, by Learn then Test.
 
     Args:
         recipes: tasks of one model, with heads fitted for each.
@@ -70,8 +73,10 @@ def _about(fitted: FittedRecipe) -> dict[str, Any]:
 
 
 def _threshold(fitted: FittedRecipe) -> Threshold | None:
-    table = _table(fitted, "validation", fitted.heads, fitted.layers)
-    return calibrate([(table, table.grid())], "disagreement", BUDGET).chosen.threshold
+    rows = calibration_side(fitted.data).states(fitted.data)
+    table = _table(fitted, rows, fitted.heads, fitted.layers)
+    rules = [ExitRule(layers=table.layers, threshold=limit) for limit in table.grid()]
+    return learn_then_test([(table, rules)], "disagreement", BUDGET).chosen.threshold
 
 
 def _used_on(
@@ -82,10 +87,10 @@ def _used_on(
     layers = [layer for layer in column.data.layers if layer in heads.layers]
     if not layers:
         return None
-    dataset, adapter = column.data.stored(column.split), column.data.adapter
+    dataset, adapter = column.states(), column.data.adapter
     readings = read_lenses(dataset, adapter.unembed, {L_SPADE.key: heads}, layers)
     summary = summarise(readings, adapter.vocab_size)
-    table = _table(column, column.split, heads, layers)
+    table = _table(column, dataset, heads, layers)
     policy, *paper = measure_exits(table, [threshold, *PAPER_THRESHOLDS])
     lens = summary["lenses"][L_SPADE.key]
     cell = {
@@ -102,6 +107,8 @@ def _used_on(
     }
 
 
-def _table(fitted: FittedRecipe, split: Split, heads: LSpadeHeads, layers: Sequence[int]) -> Any:
+def _table(
+    fitted: FittedRecipe, dataset: StateDataset, heads: LSpadeHeads, layers: Sequence[int]
+) -> ExitTable:
     policy = ExitPolicy(layers=tuple(layers), positions=fitted.recipe.data.positions)
-    return exit_table(fitted.data.stored(split), fitted.data.adapter, heads, policy)
+    return exit_table(dataset, fitted.data.adapter, heads, policy)

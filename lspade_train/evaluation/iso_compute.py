@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lspade_train.cache import StateDataset
@@ -39,7 +38,7 @@ def iso_compute(
     Source: arXiv:2507.17618v2, accuracy at equal compute.
     """
     metric = "accuracy" if results["n_labelled"] else "answer_agrees_model"
-    lengths = torch.cat([shard["position_id"] for shard in dataset.shards]) + 1
+    lengths = dataset.labels["position_id"] + 1
     without_heads = count_flops(adapter)
     full = without_heads.full(lengths)
     lenses: dict[str, Any] = {}

@@ -3,21 +3,21 @@
 Knows nothing of means, files or figures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.cache.answers import choice_logits, chunks, pick_answer
 from lspade_train.errors import TaskError
 from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LayerView, find_lens
 from lspade_train.probes.metrics import agreement, entropy, kl_divergence
-from lspade_train.training.module import target_logits
+from lspade_train.training.targets import target_logits
 
-CHUNK_ROWS = 256
 OF_ANSWER = ("answer", "best", "confidence", "entropy")
 PER_LENS = (*OF_ANSWER, "agrees_model", "agrees_spade", "kl_to_spade", "kl_to_model")
 
@@ -100,29 +100,6 @@ def read_lenses(
         groups=dataset.groups,
         has_choices=bool(joined["choice_count"].any()),
     )
-
-
-def chunks(dataset: StateDataset) -> Iterator[StateBatch]:
-    """All rows in order, a few hundred at a time: the logits of all of them would not fit."""
-    for first in range(0, len(dataset), CHUNK_ROWS):
-        yield dataset.gather(torch.arange(first, min(first + CHUNK_ROWS, len(dataset))))
-
-
-def pick_answer(logits: Tensor, batch: StateBatch) -> Tensor:
-    """The best of a row's choices, or of the vocabulary if it has none, (rows,)."""
-    best = logits.argmax(-1)
-    if batch.choice_ids.shape[1] == 0:
-        return best
-    choices = batch.choice_ids.long()
-    chosen = choices.gather(1, logits.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
-    return torch.where(batch.choice_count > 0, chosen, best)
-
-
-def choice_logits(logits: Tensor, batch: StateBatch) -> Tensor:
-    """Logits of each row's choices, (rows, choices); -inf pads rows with fewer choices."""
-    chosen = logits.gather(1, batch.choice_ids.long())
-    padding = torch.arange(chosen.shape[1], device=chosen.device) >= batch.choice_count[:, None]
-    return chosen.masked_fill(padding, -torch.inf)
 
 
 def _read(

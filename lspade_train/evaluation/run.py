@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train import tasks
+from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
-from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
+from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
+from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import Side, evaluation_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LENSES, HeadsSource, Lens, lens_of_target
 from lspade_train.recipe import Recipe
@@ -34,7 +37,8 @@ class FittedRecipe:
     Args:
         recipe: names model, data and layers.
         folder: heads folder.
-        split: split to measure; None takes test, or validation where test has no labels.
+        split: split to measure, all of it; None takes test, or the half of validation that chooses
+            no policy where test has no labels.
 
     Raises:
         LSpadeError: heads, model, data or split cannot be used; says which and why.
@@ -47,8 +51,17 @@ class FittedRecipe:
             recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
         )
         self.heads.bind(self.data.adapter)
-        self.split: Split = _known_split(recipe, split)
+        self.side: Side = evaluation_side(self.data, _known_split(recipe, split))
         self.layers = _common_layers(self.data, self.heads, folder)
+
+    @property
+    def split(self) -> Split:
+        """The split that is measured."""
+        return self.side.split
+
+    def states(self) -> StateDataset:
+        """The rows that are measured."""
+        return self.side.states(self.data)
 
     @cached_property
     def lenses(self) -> dict[str, LSpadeHeads | None]:
@@ -91,7 +104,7 @@ def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
         fitted: what is measured.
     """
     adapter = fitted.data.adapter
-    dataset = fitted.data.stored(fitted.split)
+    dataset = fitted.states()
     readings = read_lenses(dataset, adapter.unembed, fitted.lenses, fitted.layers)
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
     results["exits"] = _measured_exits(fitted)
@@ -102,7 +115,7 @@ def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
 def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
     """The threshold sweep and the saved policy; None for heads whose entropy is not finite."""
     heads, adapter = fitted.heads, fitted.data.adapter
-    dataset = fitted.data.stored(fitted.split)
+    dataset = fitted.states()
     policy = ExitPolicy(layers=tuple(fitted.layers), positions=fitted.recipe.data.positions)
     try:
         found = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
@@ -111,7 +124,9 @@ def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
         return None
     saved = fitted.folder / POLICY
     found["policy"] = (
-        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
+        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved), fitted.side)
+        if saved.exists()
+        else None
     )
     return found
 
@@ -131,6 +146,7 @@ def _header(fitted: FittedRecipe) -> dict[str, Any]:
         "task": recipe.data.task,
         "dataset": recipe.data.dataset,
         "split": fitted.split,
+        "part": fitted.side.part,
         "seed": recipe.seed_everything,
         "heads": {
             "folder": str(fitted.folder),
@@ -151,9 +167,9 @@ def _header(fitted: FittedRecipe) -> dict[str, Any]:
     }
 
 
-def _known_split(recipe: Recipe, asked: str | None) -> Split:
+def _known_split(recipe: Recipe, asked: str | None) -> Split | None:
     if asked is None:
-        return tasks.evaluation_split(recipe.data)
+        return None
     available = tasks.splits(recipe.data)
     for split in available:
         if split == asked:

@@ -28,7 +28,8 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
         return
     import wandb
 
-    config = {**results["recipe"], "split": results["split"], "provenance": results["provenance"]}
+    about = {name: results[name] for name in ("split", "part", "provenance")}
+    config = {**results["recipe"], **about}
     with wandb.init(
         project=PROJECT, name=results["name"], job_type="evaluate", dir=folder, config=config
     ) as run:
@@ -65,6 +66,9 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
     """One number per evaluation: the full model's metrics and the policy's."""
     full = results["full_model"]
     found = {f"eval/full_model/{m}": full[m] for m in METRICS if full.get(m) is not None}
-    row = ((results["exits"] or {}).get("policy") or {}).get("row") or {}
+    policy = (results["exits"] or {}).get("policy") or {}
+    row = policy.get("row") or {}
+    if row:
+        found["eval/policy/chosen_on_these_rows"] = policy["chosen_on_these_rows"]
     names = ("accuracy", "drop", "disagreement", "mean_exit_layer", "compute_saved")
     return found | {f"eval/policy/{n}": row[n] for n in names if row.get(n) is not None}

@@ -13,6 +13,7 @@ from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
 from lspade_train.io.storage import read_json, write_text
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
+from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import Value, all_tables
 
 REPORT = "report.html"
@@ -45,6 +46,7 @@ def write_report(folder: Path) -> Path:
     pages = Environment(loader=PackageLoader("lspade_train.reporting", ""), autoescape=True)
     page = pages.get_template("template.html").render(
         results=results,
+        rows=rows_measured(results),
         summary=summary(results),
         figures=figures,
         omitted=[figure for figure in found if isinstance(figure, Omitted)],
@@ -71,15 +73,17 @@ def summary(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]."
         )
-    row = ((results["exits"] or {}).get("policy") or {}).get("row")
+    policy = (results["exits"] or {}).get("policy") or {}
+    row = policy.get("row")
     if row is None:
         lines.append("No exit policy was measured: choose one with lspade-train calibrate.")
         return lines
     low, high = row["disagreement_interval"]
     lines.append(
-        f"The policy saves {row['compute_saved']:.1%} of the FLOPs, exits after layer "
-        f"{row['mean_exit_layer']:.1f} of {results['num_layers']} on average, and disagrees with "
-        f"the full model on {row['disagreement']:.1%} of the rows [{low:.1%}, {high:.1%}]."
+        f"The policy ({policy.get('label', 'policy.json')}) saves {row['compute_saved']:.1%} of "
+        f"the FLOPs, exits after layer {row['mean_exit_layer']:.1f} of {results['num_layers']} on "
+        f"average, and disagrees with the full model on {row['disagreement']:.1%} of the rows "
+        f"[{low:.1%}, {high:.1%}]."
     )
     return lines
 

@@ -88,7 +88,7 @@ def exits_table(results: dict[str, Any]) -> Table:
         rows.append(("never", *_exit_row(found["never"])))
         rows += [(f"{row['threshold']:g} nats", *_exit_row(row)) for row in found["paper"]]
         if policy and policy["row"]:
-            rows.append(("policy.json", *_exit_row(policy["row"])))
+            rows.append((policy.get("label", "policy.json"), *_exit_row(policy["row"])))
     columns = ("threshold", "accuracy", "low", "high", "drop", "disagreement",
                "mean exit layer", "FLOPs saved")  # fmt: skip
     return Table("exits", "SPADE-EXIT", columns, tuple(rows))

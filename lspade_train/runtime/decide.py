@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lspade_train.errors import NumericsError
 from lspade_train.models import ModelAdapter, Plan
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch, Query
 

@@ -1,6 +1,5 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from lspade_train.errors import PolicyError, TaskError
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import find_measure
 from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
@@ -151,12 +151,16 @@ def _check_fit(policy: ExitPolicy, adapter: ModelAdapter) -> None:
             f"The policy checks layer {policy.layers[-1]}; this model's check layers go from 0 to "
             f"{top}. {REMEDY}"
         )
-    limits = policy.threshold if isinstance(policy.threshold, tuple) else (policy.threshold or 0.0,)
-    most = math.log(adapter.vocab_size)
-    if policy.measure == "entropy" and max(limits, default=0.0) > most:
+    if policy.threshold is None:
+        return
+    limits = policy.threshold if isinstance(policy.threshold, tuple) else (policy.threshold,)
+    measure = find_measure(policy.measure)
+    most = measure.bounds(adapter.vocab_size)[1]
+    if max(limits, default=most) > most:
+        unit = f" {measure.unit}" if measure.unit else ""
         raise PolicyError(
-            f"threshold {max(limits)} is out of range: the entropy of {adapter.vocab_size} tokens "
-            f"is at most {most:.3f} nats. {REMEDY}"
+            f"threshold {max(limits)} is out of range: the {measure.name} of "
+            f"{adapter.vocab_size} tokens is at most {most:.3f}{unit}. {REMEDY}"
         )
 
 

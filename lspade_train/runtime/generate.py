@@ -22,7 +22,8 @@ from transformers import DynamicCache
 
 from lspade_train.errors import NumericsError, PolicyError
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.measures import signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch
 from lspade_train.runtime.decide import Probe

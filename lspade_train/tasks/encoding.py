@@ -75,17 +75,18 @@ def _encode_questions(
     tokens = list(tokenize(tokenizer, prompts))
     kept = _fitting(tokens, config, rows, max_length)
     _check_borders(tokenizer, questions, prompts, tokens, prefix, token_of)
-    examples = [_example(questions[i], tokens[i], token_of) for i in kept]
+    examples = [_example(i, questions[i], tokens[i], token_of) for i in kept]
     return Encoded(examples, skipped=len(tokens) - len(kept), prefix=prefix)
 
 
-def _example(question: Question, ids: list[int], token_of: dict[str, int]) -> Example:
+def _example(row: int, question: Question, ids: list[int], token_of: dict[str, int]) -> Example:
     answer = question.answer
     return Example(
         input_ids=np.array(ids, dtype=np.int32),
         positions=np.array([len(ids) - 1], dtype=np.int64),
         answer_ids=None if answer is None else np.array([token_of[answer]], dtype=np.int64),
         choice_ids=tuple(token_of[label] for label in question.labels),
+        row=row,
         group=question.group,
     )
 

@@ -64,6 +64,7 @@ def encode_text(
                         positions=positions,
                         answer_ids=window[positions + 1],
                         choice_ids=(),
+                        row=number,
                     )
                 )
         skipped += len(examples) == before

@@ -26,10 +26,8 @@ from lspade_train.training.losses import (
     chunk_memory,
     cross_entropy,
     distillation,
-    hidden_target,
-    logits_target,
-    topk_target,
 )
+from lspade_train.training.targets import target_logits
 
 METRICS = ("loss", "kl", "agreement", "accuracy")
 
@@ -269,25 +267,6 @@ class LSpadeModule(LightningModule):
         # Epoch means are the same on every process already; saying so keeps Lightning quiet.
         same = stage != "train"
         self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)
-
-
-def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> TargetLogits:
-    """The target's logits of rows x layers, flattened row by row, whatever was stored."""
-    layers = batch.hidden.shape[1]
-    if target == "final":
-        final = batch.final[:, None].expand(-1, layers, -1).reshape(-1, batch.final.shape[-1])
-        return hidden_target(final, unembed)
-    if batch.target is not None:
-        return hidden_target(batch.target.flatten(0, 1), unembed)
-    if batch.target_logits is not None:
-        return logits_target(batch.target_logits.flatten(0, 1))
-    assert batch.target_values is not None
-    assert batch.target_tokens is not None
-    return topk_target(
-        batch.target_values.flatten(0, 1),
-        batch.target_tokens.flatten(0, 1),
-        unembed.weight.shape[0],
-    )
 
 
 def answers(batch: StateBatch, result: Distilled) -> Tensor:

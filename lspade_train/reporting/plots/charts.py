@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lspade_train.probes.lenses import LineStyle
+from lspade_train.reporting.rows import rows_measured
 
 Numbers = Sequence[float | None]
 
@@ -163,7 +164,7 @@ def run_note(results: dict[str, Any], *, labelled: bool, interval: bool = True) 
     """
     model = "/".join(results["model_id"].rstrip("/").split("/")[-2:])
     n = results["n_labelled"] if labelled else results["n"]
-    text = f"{results['name']}, {results['split']} split ({model}), n = {n:,}"
+    text = f"{results['name']}, {rows_measured(results)} ({model}), n = {n:,}"
     text += f", seed {results['seed']}"
     level = results["interval"]["level"]
     return f"{text}, {level:.0%} bootstrap intervals" if interval else text

@@ -52,8 +52,11 @@ def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
         return Omitted(title, NO_EXITS)
     rows = {f"{_entropy(row)} nats": row["exit_counts"] for row in exits["paper"][:2]}
     policy = exits["policy"]
-    if policy and policy["row"] and policy["exit_layers"] == exits["exit_layers"]:
-        rows = {"policy": policy["row"]["exit_counts"], **rows}
+    if policy and policy["row"] and {*policy["exit_layers"]} <= {*exits["exit_layers"]}:
+        # It may check fewer layers than the sweep.
+        counts = dict(zip(policy["exit_layers"], policy["row"]["exit_counts"], strict=True))
+        every = [counts.get(layer, 0) for layer in exits["exit_layers"]]
+        rows = {policy.get("label", "policy.json"): every, **rows}
     shares = {name: [count / sum(counts) for count in counts] for name, counts in rows.items()}
     return Bars(
         name="exit_histogram",
@@ -117,10 +120,8 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     ]  # fmt: skip
     policy = exits["policy"]
     if policy and policy["row"]:
-        row = policy["row"]
-        series.append(
-            Series("policy.json", [of(row)], _values([row], labelled), POLICY, joined=False)
-        )
+        row, label = policy["row"], policy.get("label", "policy.json")
+        series.append(Series(label, [of(row)], _values([row], labelled), POLICY, joined=False))
     never = exits["never"]
     if of is _flops and exits["oracle_saving"] is not None:
         where = [1 - exits["oracle_saving"]]
