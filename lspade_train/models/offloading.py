@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lspade_train.models.shadow import shadow
+
 
 def stored(model: nn.Module) -> Iterator[Tensor]:
     """The values of a model's state, in the order of names, from wherever they are kept."""
@@ -15,18 +17,25 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
             yield value if hook is None else hook.weights_map[own]
 
 
-def keep_loaded(module: nn.Module) -> None:
-    """Bring a module's weights to its device for good: here they are used without its forward."""
-    for part in module.modules():
-        hook = _hook(part)
-        if hook is None:
-            continue
-        from accelerate.utils import set_module_tensor_to_device
+def loaded(module: nn.Module) -> nn.Module:
+    """The module, or where its weights are offloaded a copy with its weights on their device.
 
-        for name, _ in part.named_parameters(recurse=False):
-            value = hook.weights_map[name]
-            set_module_tensor_to_device(part, name, hook.execution_device, value=value)
-        hook.offload = False
+    For modules whose weights are used without their forward; the module stays as it is.
+    """
+    hook = _hook(module)
+    children = {n: c if c is None else loaded(c) for n, c in module._modules.items()}
+    if hook is None and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    copy = shadow(module, _modules=children)
+    if hook is not None:
+        own = {name: hook.weights_map[name] for name in module._parameters}
+        vars(copy)["_parameters"] = {
+            name: nn.Parameter(value.to(hook.execution_device), requires_grad=False)
+            for name, value in own.items()
+        }
+        for name in ("forward", "_old_forward", "_hf_hook"):  # nothing to load or to send away
+            vars(copy).pop(name, None)
+    return copy
 
 
 def _hook(module: nn.Module) -> Any:

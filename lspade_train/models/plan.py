@@ -7,9 +7,30 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache
 
+from lspade_train.errors import TaskError
+
 Rows = Int[Tensor, " rows"] | slice
+
+
+def token_mask(
+    input_ids: Int[Tensor, "rows tokens"], attention_mask: Tensor | None
+) -> Int[Tensor, "rows tokens"]:
+    """A mask of 0 and 1 over prompts, from one of any dtype; None is all ones.
+
+    Raises:
+        TaskError: it has another shape than the prompts.
+    """
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise TaskError(
+            f"attention_mask is {tuple(attention_mask.shape)}, the prompts are "
+            f"{tuple(input_ids.shape)}; expected one number per token."
+        )
+    return (attention_mask != 0).long()
 
 
 class StartCache(DynamicCache):
@@ -124,6 +145,8 @@ class _Selection:
     def _pick(self, value: Any, count: int) -> Any:
         if isinstance(value, StartCache):
             return value.select(self.rows)
+        if isinstance(value, BlockMask):
+            return _select_blocks(value, self.rows, self.batch)
         # One-dimensional tensors run over tokens, whatever their length.
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.batch * count:
             return value
@@ -131,3 +154,28 @@ class _Selection:
         if count == 1:
             return value[rows]
         return value.unflatten(0, (self.batch, count))[rows].flatten(0, 1)
+
+
+def _select_blocks(mask: BlockMask, rows: Rows, batch: int) -> BlockMask:
+    """The rows of flex attention's mask, whose function sees rows by their place in the batch."""
+    if mask.shape[0] != batch:
+        return mask  # one for all rows
+    where = mask.kv_num_blocks.device
+    chosen = torch.arange(batch, device=where)[rows.to(where) if isinstance(rows, Tensor) else rows]
+    whole = mask.mask_mod
+
+    def of_chosen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return whole(chosen[row], head, query, key)
+
+    def few(of_all: Tensor | None) -> Tensor | None:
+        return None if of_all is None else of_all[chosen]
+
+    return BlockMask.from_kv_blocks(
+        mask.kv_num_blocks[chosen],
+        mask.kv_indices[chosen],
+        few(mask.full_kv_num_blocks),
+        few(mask.full_kv_indices),
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=of_chosen,
+        seq_lengths=mask.seq_lengths,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.io.storage import tensor_digest
-from lspade_train.models.offloading import keep_loaded
+from lspade_train.models.offloading import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +57,9 @@ class Unembedding:
         return sum(p.nbytes for part in self.modules for p in part.parameters())
 
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype."""
-        return self.finish(self.head(self.norm(hidden)))
+        """Logits of raw block outputs, in the model's dtype; a graph only for `hidden`'s gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad):
+            return self.finish(self.head(self.norm(hidden)))
 
     def into(
         self, normed: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"] | None
@@ -110,15 +111,13 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
         )
-    stages = [m for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
-    for module in (*stages, head):
-        keep_loaded(module)
+    stages = [loaded(m) for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     return Unembedding(
         norm=stages[0] if len(stages) == 1 else nn.Sequential(*stages),
-        head=head,
+        head=loaded(head),
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
