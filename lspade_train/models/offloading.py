@@ -28,11 +28,10 @@ def loaded(module: nn.Module) -> nn.Module:
         return module
     copy = shadow(module, _modules=children)
     if hook is not None:
-        own = {name: hook.weights_map[name] for name in module._parameters}
-        vars(copy)["_parameters"] = {
-            name: nn.Parameter(value.to(hook.execution_device), requires_grad=False)
-            for name, value in own.items()
-        }
+        vars(copy)["_parameters"] = parameters = dict(module._parameters)
+        for name in [name for name, value in parameters.items() if value is not None]:
+            value = hook.weights_map[name].to(hook.execution_device)
+            parameters[name] = nn.Parameter(value, requires_grad=False)
         for name in ("forward", "_old_forward", "_hf_hook"):  # nothing to load or to send away
             vars(copy).pop(name, None)
     return copy
