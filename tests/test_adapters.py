@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.models import ModelAdapter
+from lspade_train.models import ModelAdapter, load_check
 
 
 def padded_batch(side: str, lengths=(7, 3, 5)):
@@ -148,6 +149,37 @@ def test_a_model_whose_head_is_not_what_it_seems_is_refused():
     model.register_forward_hook(double)
     with pytest.raises(UnsupportedModelError, match="norm and head do not give its logits"):
         ModelAdapter(model)
+
+
+class Box:
+    """What `Plan.select` cannot see into."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+class BoxedBlock(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, box, **kwargs):
+        scale = box.rows[: len(hidden_states)]
+        return super().forward(hidden_states, *args, **kwargs) * scale
+
+
+class BoxedDecoder(LlamaModel):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        rows = self.embed_tokens(input_ids[:, :1]).mean(-1, keepdim=True).sigmoid()
+        return super().forward(input_ids, position_ids=position_ids, box=Box(rows), **kwargs)
+
+
+def test_a_family_whose_rows_cannot_be_dropped_is_refused(monkeypatch):
+    model = tiny("llama")
+    model.model.__class__ = BoxedDecoder
+    for block in model.model.layers:
+        block.__class__ = BoxedBlock
+    with pytest.raises(UnsupportedModelError, match="change when others are dropped halfway"):
+        ModelAdapter(model)
+    # Nothing else tells: with every row kept it runs as any other.
+    monkeypatch.setattr(load_check, "KEPT", (0, 1, 2, 3))
+    assert ModelAdapter(model).num_layers == LAYERS
 
 
 def test_a_missing_folder_is_a_named_error(tmp_path):

@@ -205,6 +205,8 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], [[4, 4]], "two or more, each once"),
         ([[1, 5]], [[4, 5], [6, 7]], "2 lists of choices for 1 prompts"),
         (["text"], None, "need a tokenizer"),
+        ("text", None, r"one string where a list is expected: decide\(\[prompt\]"),
+        ([[1, 5]], "AB", "one string where a list is expected"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_error(prompts, choices, match):

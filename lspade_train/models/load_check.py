@@ -38,6 +38,11 @@ def check_adapter(adapter: "ModelAdapter") -> None:
     except LSpadeError:
         raise
     except Exception as cause:
+        if getattr(adapter.model.config, "return_dict", True) is False:
+            raise UnsupportedModelError(
+                f"{type(adapter.model).__name__} does not run with config.return_dict=False: "
+                "transformers reads the decoder's output by name.\nSet config.return_dict = True."
+            ) from cause
         text = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise _refused(adapter, f"the probe failed with {type(cause).__name__}: {text}") from cause
 

@@ -140,6 +140,8 @@ class ExitRuntime:
         if known is not self._bound:
             if self.heads is not None and self.heads.metadata.get("base_model"):
                 self.heads.bind(self.adapter)
+            elif self.heads is not None:
+                self.heads.to(self.adapter.unembed.weight.device)
             self._bound = known
 
     def _spelled(self, generation: Generation) -> Generation:
