@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
+from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.models import ModelAdapter, load_check
+from lspade_train.models import ModelAdapter, Plan, load_check
 
 
 def padded_batch(side: str, lengths=(7, 3, 5)):
@@ -180,6 +181,13 @@ def test_a_family_whose_rows_cannot_be_dropped_is_refused(monkeypatch):
     # Nothing else tells: with every row kept it runs as any other.
     monkeypatch.setattr(load_check, "KEPT", (0, 1, 2, 3))
     assert ModelAdapter(model).num_layers == LAYERS
+
+
+def test_a_mask_of_flex_attention_is_never_given_to_the_wrong_rows():
+    blocks = create_block_mask(lambda row, _, query, key: query >= key, 3, None, 7, 7, "cpu")
+    plan = Plan(torch.zeros(3, 7, WIDTH), (((), {"attention_mask": blocks}),))
+    with pytest.raises(UnsupportedModelError, match=r"set_attn_implementation\('sdpa'\)"):
+        plan.select(torch.tensor([0, 2]))
 
 
 def test_a_missing_folder_is_a_named_error(tmp_path):

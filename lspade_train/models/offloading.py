@@ -1,5 +1,8 @@
 """Weights that accelerate keeps in memory or on disk until their module runs (`device_map`)."""
 
+# pyright: reportPrivateUsage=false
+# PyTorch has no public names for a module's tables of children, weights and hooks.
+
 from collections.abc import Iterator
 from typing import Any
 

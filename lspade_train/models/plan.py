@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache
 
-from lspade_train.errors import TaskError
+from lspade_train.errors import TaskError, UnsupportedModelError
 
 Rows = Int[Tensor, " rows"] | slice
 
@@ -146,7 +146,11 @@ class _Selection:
         if isinstance(value, StartCache):
             return value.select(self.rows)
         if isinstance(value, BlockMask):
-            return _select_blocks(value, self.rows, self.batch)
+            # Its function sees a row by its place in the batch, inside a compiled kernel.
+            raise UnsupportedModelError(
+                "flex_attention's masks hold for the whole batch: rows cannot leave it.\n"
+                "Call model.set_attn_implementation('sdpa') first."
+            )
         # One-dimensional tensors run over tokens, whatever their length.
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.batch * count:
             return value
@@ -154,28 +158,3 @@ class _Selection:
         if count == 1:
             return value[rows]
         return value.unflatten(0, (self.batch, count))[rows].flatten(0, 1)
-
-
-def _select_blocks(mask: BlockMask, rows: Rows, batch: int) -> BlockMask:
-    """The rows of flex attention's mask, whose function sees rows by their place in the batch."""
-    if mask.shape[0] != batch:
-        return mask  # one for all rows
-    where = mask.kv_num_blocks.device
-    chosen = torch.arange(batch, device=where)[rows.to(where) if isinstance(rows, Tensor) else rows]
-    whole = mask.mask_mod
-
-    def of_chosen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return whole(chosen[row], head, query, key)
-
-    def few(of_all: Tensor | None) -> Tensor | None:
-        return None if of_all is None else of_all[chosen]
-
-    return BlockMask.from_kv_blocks(
-        mask.kv_num_blocks[chosen],
-        mask.kv_indices[chosen],
-        few(mask.full_kv_num_blocks),
-        few(mask.full_kv_indices),
-        BLOCK_SIZE=mask.BLOCK_SIZE,
-        mask_mod=of_chosen,
-        seq_lengths=mask.seq_lengths,
-    )

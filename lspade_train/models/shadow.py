@@ -4,6 +4,9 @@ A shadow has the class, weights and settings of its module and an attribute tabl
 is set on it reaches neither the model nor another thread that runs it.
 """
 
+# pyright: reportPrivateUsage=false
+# PyTorch has no public names for a module's tables of children, weights and hooks.
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType

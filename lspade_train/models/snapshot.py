@@ -3,6 +3,9 @@
 Weak references and numbers only: a snapshot keeps neither a model nor its weights alive.
 """
 
+# pyright: reportPrivateUsage=false
+# PyTorch has no public names for a module's tables of children, weights and hooks.
+
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -69,9 +72,7 @@ def snapshot(model: nn.Module) -> Snapshot:
     for module in modules:
         if module._buffers:
             derived = module._non_persistent_buffers_set  # some models write theirs in a forward
-            tensors += [
-                b for n, b in module._buffers.items() if b is not None and n not in derived
-            ]
+            tensors += [b for n, b in module._buffers.items() if b is not None and n not in derived]
     # accelerate loads a tensor that it offloaded for one forward, and makes a new one to wait.
     offloaded = sum(tensor.is_meta for tensor in tensors)
     if offloaded:

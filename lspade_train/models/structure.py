@@ -86,10 +86,9 @@ def refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        rates = {key: value for key, value in vars(module).items() if "drop" in key}
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates["p"] = module.p
-        if any(isinstance(value, float) and value > 0 for value in rates.values()):
+        drops = "drop" in type(module).__name__.lower()  # a module for it, whose rate is `p`
+        rates = [v for k, v in vars(module).items() if "drop" in k or (drops and k == "p")]
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise UnsupportedModelError(
                 f"{type(model).__name__} is in training mode and drops values at random "
                 f"({name or 'itself'}), so that no two of its answers agree.\n"

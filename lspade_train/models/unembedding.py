@@ -57,7 +57,7 @@ class Unembedding:
         return sum(p.nbytes for part in self.modules for p in part.parameters())
 
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype; a graph only for `hidden`'s gradient."""
+        """Logits of raw block outputs, in the model's dtype; only `hidden` has a graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad):
             return self.finish(self.head(self.norm(hidden)))
 
