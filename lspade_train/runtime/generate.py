@@ -268,16 +268,20 @@ def _answer_cache(adapter: ModelAdapter, starts: Int[Tensor, " rows"], layer: in
     below, which never run on this cache, show it the first one above of their own kind.
     """
     known = [adapter.start_cache(int(token)) for token in starts]
-    upper: list[Any] = []
-    for block in range(layer, adapter.num_layers):
+
+    def of_rows(block: int) -> Any:
         same = [_layers(start)[block] for start in known]
         one = copy.copy(same[0])
         one.keys = torch.cat([start.keys for start in same])
         one.values = torch.cat([start.values for start in same])
-        upper.append(one)
+        return one
+
+    upper = [of_rows(block) for block in range(layer, adapter.num_layers)]
     cache = copy.copy(known[0])
-    lower = _layers(cache)[:layer]
-    shown = [next((one for one in upper if type(one) is type(it)), copy.copy(it)) for it in lower]
+    shown: list[Any] = []
+    for block, below in enumerate(_layers(cache)[:layer]):
+        alike = [one for one in upper if type(one) is type(below)]
+        shown.append(alike[0] if alike else of_rows(block))
     cache.layers = [*shown, *upper]
     return cache
 
