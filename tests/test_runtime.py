@@ -102,13 +102,14 @@ def test_mixed_exits_in_one_batch_equal_the_same_prompts_alone(family):
 def test_no_block_runs_for_a_row_after_its_exit_but_on_one_token(decoder):
     model, prompts = tiny("llama"), prompts_of([6] * 6)
     runtime = runtime_of(model, mixed_policy(model, prompts, decoder=decoder))
-    decide_batch(runtime.probe, batch_of(prompts))  # the start token's constants are computed once
     calls = [[] for _ in range(LAYERS)]
     hooks = [
-        # Inside the block: planning calls the blocks too, but nothing in them.
         block.mlp.register_forward_pre_hook(lambda _, x, i=i: calls[i].append(x[0].shape[:2]))
         for i, block in enumerate(blocks_of(model))
     ]
+    decide_batch(runtime.probe, batch_of(prompts))  # the start token's constants, worked out once
+    for shapes in calls:
+        shapes.clear()
     layers = decide_batch(runtime.probe, batch_of(prompts)).layers
     for hook in hooks:
         hook.remove()
@@ -203,6 +204,8 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], [[4, 4]], "two or more, each once"),
         ([[1, 5]], [[4, 5], [6, 7]], "2 lists of choices for 1 prompts"),
         (["text"], None, "need a tokenizer"),
+        ("text", None, r"one string where a list is expected: decide\(\[prompt\]"),
+        ([[1, 5]], "AB", "one string where a list is expected"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_error(prompts, choices, match):

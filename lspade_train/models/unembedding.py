@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.io.storage import tensor_digest
-from lspade_train.models.offloading import keep_loaded
+from lspade_train.models.offloading import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +60,9 @@ class Unembedding:
         return sum(p.nbytes for part in self.modules for p in part.parameters())
 
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype."""
-        return self.finish(self.head(self.norm(hidden)))
+        """Logits of raw block outputs, in the model's dtype; only `hidden` has a graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad):
+            return self.finish(self.head(self.norm(hidden)))
 
     def into(
         self, normed: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"] | None
@@ -137,9 +138,8 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
         )
-    stages = [m for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
-    for module in (*stages, head):
-        keep_loaded(module)
+    head = loaded(head)
+    stages = [loaded(m) for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         raise UnsupportedModelError(

@@ -87,14 +87,18 @@ def encode(
     Raises:
         TaskError: an empty prompt, one over the context, or a choice that is not one token.
     """
+    if isinstance(prompts, str) or isinstance(choices, str):
+        raise TaskError(
+            "Got one string where a list is expected: decide([prompt], choices=[text, text])."
+        )
     per_prompt = _choices_of_each(prompts, choices)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     tokenized = tokenize(_needed(tokenizer), texts) if texts else iter(())
     queries: list[Query] = []
     for index, (prompt, labels) in enumerate(zip(prompts, per_prompt, strict=True)):
         name = "The prompt" if len(prompts) == 1 else f"Prompt {index + 1} of {len(prompts)}"
-        ids = tuple(next(tokenized) if isinstance(prompt, str) else prompt)
-        _check_ids(name, ids if prompt else (), adapter, new_tokens)
+        ids = tuple(next(tokenized) if isinstance(prompt, str) else map(int, prompt))
+        _check_ids(name, () if prompt == "" else ids, adapter, new_tokens)
         found = None if labels is None else _resolve(name, prompt, labels, tokenizer)
         queries.append(Query(index, ids, found))
     return queries

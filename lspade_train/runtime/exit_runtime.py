@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 class ExitRuntime:
     """SPADE-EXIT (SimExit in paper v2) over any Hugging Face decoder.
 
+    The model is left as it was found and may be used beside; one runtime serves several threads.
+    Answers are those of the model as it is at the call: a model that has changed so that the heads
+    no longer belong to it is refused.
+
     Args:
-        model: the frozen model, or its adapter.
+        model: the model, or its adapter.
         heads: its L-SPADE heads; None only with the decoder `logit_lens` or with no check.
         policy: when to stop and how to answer.
         tokenizer: the model's; needed for prompts and choices in text.
@@ -52,6 +56,7 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
+        self._bound = self.adapter.refresh()
         digest, target = (None, None) if heads is None else (heads.digest, heads.target)
         policy.check_heads(digest, target)
         _check_fit(policy, self.adapter)
@@ -74,8 +79,11 @@ class ExitRuntime:
 
         Raises:
             TaskError: an empty prompt, one over the context, a choice that is not one token.
+            ArtifactError: the model has changed and the heads no longer belong to it.
+            UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
         """
+        self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         found: dict[int, Decision] = {}
@@ -112,8 +120,9 @@ class ExitRuntime:
         Raises:
             TaskError: an empty prompt, or one that leaves no room for the new tokens.
             PolicyError: a setting out of range, or a policy of scope `choices`.
-            NumericsError: NaN logits.
+            ArtifactError, UnsupportedModelError, NumericsError: as `decide`.
         """
+        self._follow_model()
         check_sampling(self.policy, max_new_tokens, temperature, top_p)
         queries = encode(prompts, None, self.adapter, self.tokenizer, new_tokens=max_new_tokens)
         pick = sampler(temperature, top_p, generator)
@@ -124,6 +133,16 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _follow_model(self) -> None:
+        """See whether the heads still belong to the model, where it has changed."""
+        known = self.adapter.refresh()
+        if known is not self._bound:
+            if self.heads is not None and self.heads.metadata.get("base_model"):
+                self.heads.bind(self.adapter)
+            elif self.heads is not None:
+                self.heads.to(self.adapter.unembed.weight.device)
+            self._bound = known
 
     def _spelled(self, generation: Generation) -> Generation:
         if self.tokenizer is None:
