@@ -35,7 +35,7 @@ from lspade_train.io.storage import file_digest, file_tag, json_digest, read_jso
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import predict
-from lspade_train.tasks.sources import read_jsonl
+from lspade_train.tasks.files import read_jsonl
 
 COUNT = int(os.environ.get("LSPADE_FUZZ", "60"))
 MEMORY = 6 << 30

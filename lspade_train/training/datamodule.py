@@ -31,7 +31,10 @@ from lspade_train.tasks import Encoded, Example, Rows, Split
 
 CACHE_FORMAT = 1
 
-EFFECTS = {"rows", "rows_digest", "shots_digest", "model_weights", "unembedding"}
+EFFECTS = {
+    *("rows", "rows_digest", "shots_digest", "rendered_prompts"),
+    *("model_weights", "unembedding"),
+}
 """Fields that differ because another one does: a mismatch names that one first."""
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class HiddenStateDataModule(LightningDataModule):
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
         self._prefixes: dict[Split, str] = {}
+        self._identities: dict[Split, dict[str, Any]] = {}
         self._train: RowLoader | None = None
         self._stopped_at: dict[str, int] = {}
         self.reused: dict[Split, bool] = {}
@@ -142,7 +146,7 @@ class HiddenStateDataModule(LightningDataModule):
             "cache_format": CACHE_FORMAT,
             "dtype": decides.pop("dtype"),
             **decides,
-            **tasks.identity(self.config, self._load_rows(split)),
+            **self._task_identity(split),
             "layers": list(self.layers),
             "positions": self.config.positions,
             "targets": self.config.targets,
@@ -151,6 +155,13 @@ class HiddenStateDataModule(LightningDataModule):
         return {k: v for k, v in found.items() if k not in EFFECTS} | {
             k: v for k, v in found.items() if k in EFFECTS
         }
+
+    def _task_identity(self, split: Split) -> dict[str, Any]:
+        """Kept: it renders every prompt."""
+        if split not in self._identities:
+            rows = self._load_rows(split)
+            self._identities[split] = tasks.identity(self.config, rows, self.tokenizer)
+        return self._identities[split]
 
     def folder(self, split: Split) -> Path:
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
