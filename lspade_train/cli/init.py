@@ -1,0 +1,1 @@
+def init(a): return 0
