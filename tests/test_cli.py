@@ -218,7 +218,7 @@ def test_a_missing_checkpoint_is_named(project, capsys):
 def test_a_checkpoint_that_is_none_is_named(project, capsys):
     (project.home / "bad.ckpt").write_bytes(b"not a checkpoint")
     message = refused(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
-    assert message.startswith("bad.ckpt is damaged or no checkpoint")
+    assert message.startswith("bad.ckpt is damaged or not a checkpoint")
 
 
 def test_a_checkpoint_of_other_heads_is_named(fitted, project, capsys):

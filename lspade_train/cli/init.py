@@ -1,1 +1,0 @@
-def init(a): return 0

@@ -125,7 +125,9 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Parsed:
 def _add_trainer(parser: CommandParser, *, typed: bool) -> None:
     """Lightning's arguments: with their types, or as one mapping that is not looked into."""
     if not typed:
-        help_text = f"--trainer.KEY VALUE: Lightning's Trainer arguments ({HELP_TRAINER} lists them)"
+        help_text = (
+            f"--trainer.KEY VALUE: Lightning's Trainer arguments ({HELP_TRAINER} lists them)"
+        )
         parser.add_argument("--trainer", type=dict[str, Any], default={}, help=help_text)
         return
     from lightning.pytorch import Trainer
@@ -244,7 +246,9 @@ def _wrong(parser: CommandParser, key: str, message: str) -> str:
     expected = f"one of {', '.join(map(str, choices))}" if choices else wording(hint)
     advice = ""
     if "str" in str(hint) and ("True" in message or "False" in message):
-        advice = '\nYAML reads a bare yes or no as true or false: write it in quotes, as in ["yes"].'
+        advice = (
+            '\nYAML reads a bare yes or no as true or false: write it in quotes, as in ["yes"].'
+        )
     return f"is {value:.80}; expected {expected}.{advice}"
 
 

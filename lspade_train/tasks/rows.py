@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -182,7 +181,7 @@ def rename(row: Record, columns: Mapping[str, str] | None) -> Record:
 def _read(config: DataConfig, task: Task, source: Source, split: Split) -> list[Record]:
     shares = sides(config, source)
     if split not in source.splits and split not in shares:
-        raise TaskError(_no_split(config, task, source, split))
+        raise TaskError(_no_split(task, source, split))
     records = source.splits["train" if split in shares else split]()
     records = _columns(config, task, records, source.name)
     if not records:
@@ -202,7 +201,7 @@ def _read(config: DataConfig, task: Task, source: Source, split: Split) -> list[
     return mine
 
 
-def _no_split(config: DataConfig, task: Task, source: Source, split: Split) -> str:
+def _no_split(task: Task, source: Source, split: Split) -> str:
     has = f"{source.name} has no {split} split (it has: {', '.join(source.splits) or 'none'}). "
     if task.dataset is None and split != "train" and "train" in source.splits:
         return has + f"Cut one from the training rows with --data.{split}_fraction 0.1."

@@ -213,6 +213,10 @@ class HiddenStateDataModule(LightningDataModule):
         shards = [online.extract(examples[i : i + size.prompts_per_shard]) for i in parts]
         return StateDataset(shards, online.groups, online.layers)
 
+    def answer_prefix(self, split: Split) -> str:
+        """Text between the prompts and the answers of a split that is open."""
+        return self._prefixes[split]
+
     def _require_prefix(self, split: Split, prefix: str) -> None:
         """Refuse splits whose answers are other tokens: heads of one would not fit the other."""
         self._prefixes[split] = prefix
