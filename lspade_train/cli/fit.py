@@ -70,10 +70,12 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
     from lspade_train.artifacts.export import ExportHeads
     from lspade_train.cli.trainer import early_end_named, open_modules, open_trainer
     from lspade_train.training.callbacks import LAST, LastCheckpoint, group_folder
+    from lspade_train.training.module import check_rank
 
     last = group_folder(folder, group) / LAST
     checkpoint = _checkpoint(asked, last)
     module, data = open_modules(parsed, group=group)
+    check_rank(parsed.recipe.model, data.hidden_size)  # before a cache is built for it
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
     if parsed.trainer.get("enable_checkpointing") is not False:
         callbacks.append(LastCheckpoint(last.parent))

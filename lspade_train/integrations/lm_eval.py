@@ -9,9 +9,10 @@ up to 0.4.13) find it from plain `lm_eval` too.
 A question whose continuations are all single tokens goes through SPADE-EXIT once, and its choices
 share the answer. The harness moves white space at the end of a context, such as the newline that a
 chat template ends in, into the continuations; for a question it is read as part of the prompt
-again, and its log-likelihood, one term for all choices, is left out of their scores. Longer continuations, rolling likelihoods and generated text are the full
-model's, by the harness's own `hf` model, and are counted. With a policy that never exits every
-request is, so that the scores are those of `--model hf` bit for bit.
+again, and its log-likelihood, one term for all choices, is left out of their scores. Longer
+continuations, rolling likelihoods and generated text are the full model's, by the harness's own
+`hf` model, and are counted. With a policy that never exits every request is, so that the scores
+are those of `--model hf` bit for bit.
 """
 
 import logging

@@ -167,8 +167,8 @@ def _check_borders(
         if ids != [*tokens[i], text.token_of[answer]]:
             pieces = tokenizer.convert_ids_to_tokens(ids[shared_start(tokens[i], ids) :])
             raise TaskError(
-                f"{text.prefix + answer!r} is not the same one token behind the prompt of row {i + 1} "
-                f"as behind that of row 1: the prompt continues as {pieces}.\n"
+                f"{text.prefix + answer!r} is not the same one token behind the prompt of row "
+                f"{i + 1} as behind that of row 1: the prompt continues as {pieces}.\n"
                 "End every prompt alike (--data.prompt.template), or choose other text before the "
                 "answer (--data.prompt.answer_prefix)."
             )
