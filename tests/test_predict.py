@@ -205,3 +205,16 @@ def test_answers_are_compared_where_rows_give_them(runtime):
         line = {"prompt": "Tom", "choices": ["a", "e"], "answer": answer}
         assert one(runtime, json.dumps(line))["correct"] is right
     assert "correct" not in one(runtime, '{"prompt": "Tom", "choices": ["a", "e"]}')
+
+
+@pytest.mark.parametrize(
+    ("prompts", "choices", "problem"),
+    [
+        ("Tom and", None, "prompts are one text; expected a list"),
+        (["Tom"], "ae", "choices are one text; expected a list"),
+        (["Tom", "Lily"], [["a", "e"], "ae"], "got both"),
+    ],
+)
+def test_a_text_in_place_of_a_list_is_refused(runtime, prompts, choices, problem):
+    with pytest.raises(TaskError, match=problem):
+        runtime.decide(prompts, choices)

@@ -423,6 +423,7 @@ def test_prompts_over_the_context_are_an_error_or_left_out(mini, tokenizer):
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": 2}, "C", "A B C"),
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": "B"}, "B", "A B C"),
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": "it"}, "A", "A B C"),
+        ({"question": "is it", "choices": ["it", "is", "it"], "answer": 2}, "C", "A B C"),
     ],
 )
 def test_own_rows_name_their_answer_by_index_label_or_text(row, answer, choices, tmp_path):
@@ -475,11 +476,11 @@ def test_own_rows_may_differ_in_choices_and_carry_further_fields_and_a_group(tmp
         ('{"prompt": "x", "choices": ["a"], "answer": "a"}', "1 choices"),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": "c"}', "names 0 of the 2 choices"),
         ('{"prompt": "x", "answer": 3}', "not a text"),
-        ('{"question": "x"}', "0 options"),
+        ('{"question": "x"}', "a question needs choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "names 0 of the 2 choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": true}', "names 0 of the 2"),
         ('{"question": "x", "choices": ["B", "A"], "answer": "A"}', "names 2 of the 2"),
-        ('{"question": "x", "choices": ["a", "a"], "answer": 0}', "holds a text twice"),
+        ('{"question": "x", "choices": ["a", "a"], "answer": "a"}', "names 2 of the 2"),
         ('{"prompt": "x", "choices": ["a", "a"], "answer": 0}', "holds a text twice"),
         ('{"prompt": "x", "choices": [], "answer": "a"}', "choices is an empty list"),
         ('{"question": "x", "choices": []}', "choices is an empty list"),
@@ -988,3 +989,21 @@ def test_a_cached_copy_of_another_commit_is_refused(revision, cached_commit, min
     config = mini("boolq", dataset=None, dataset_revision=revision)
     with pytest.raises(TaskError, match=f"google/boolq at {revision} is cached here. Connect"):
         tasks.load_rows(config, "train")
+
+
+def test_a_cache_of_the_loader_that_cannot_be_written_is_said_to_be_that(tmp_path, monkeypatch):
+    pq.write_table(pa.Table.from_pylist([QUESTION]), tmp_path / "train.parquet")
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
+    with pytest.raises(TaskError, match=r"cannot write its cache .*file/cache.*HF_DATASETS_CACHE"):
+        tasks.load_rows(own(tmp_path), "train")
+
+
+def test_a_path_that_the_loader_takes_for_a_pattern_is_said_to_be_that(tmp_path):
+    folder = tmp_path / "a[x]b"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([QUESTION]), folder / "train.parquet")
+    with pytest.raises(TaskError, match=r"takes for a pattern. Rename the folder"):
+        tasks.load_rows(own(folder), "train")
+    jsonl(folder, "train", [QUESTION])
+    assert len(tasks.load_rows(own(folder), "train").records) == 1

@@ -75,19 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_any_text()
     if argv and argv[0] == "help":
         argv = [*argv[1:2], "--help"]
-    if not argv or argv[0] in {"-h", "--help"}:
-        sys.stdout.write(_help())
-        return 0 if argv else 2
-    if argv[0] in {"-V", "--version"}:
-        from lspade_train import __version__
-
-        sys.stdout.write(f"lspade-train {__version__}\n")
-        return 0
-    if argv[0] not in COMMANDS:
-        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "lspade-train --help lists them"
-        sys.stderr.write(f"lspade-train: no command {argv[0]!r}; {hint}\n")
-        return 2
+    if not argv or argv[0] not in COMMANDS:
+        return _without_command(argv)
     _quiet()
     try:
         with sigterm.caught():
@@ -103,6 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (OSError, RuntimeError) as error:
         return _machine_trouble(error)
+
+
+def _without_command(argv: Sequence[str]) -> int:
+    """Help, the version, or what was mistyped."""
+    if not argv or argv[0] in {"-h", "--help"}:
+        sys.stdout.write(_help())
+        return 0 if argv else 2
+    if argv[0] in {"-V", "--version"}:
+        from lspade_train import __version__
+
+        sys.stdout.write(f"lspade-train {__version__}\n")
+        return 0
+    nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "lspade-train --help lists them"
+    sys.stderr.write(f"lspade-train: no command {argv[0]!r}; {hint}\n")
+    return 2
 
 
 def _is_first() -> bool:

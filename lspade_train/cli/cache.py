@@ -45,7 +45,7 @@ def cache(arguments: list[str]) -> int:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe = parsed.recipe
-    asked: list[str] = parsed.options.splits
+    asked: list[Any] = parsed.options.splits
     wrong = [split for split in asked if split not in SPLITS]
     if wrong or not asked:
         named = f"No split {wrong[0]!r}" if wrong else "--splits is empty"
@@ -61,7 +61,7 @@ def cache(arguments: list[str]) -> int:
         name=recipe.name,
         overwrite=parsed.options.overwrite,
     )
-    require_splits(recipe.data, asked)  # type: ignore[arg-type]
+    require_splits(recipe.data, asked)
     for split in asked:
         data.states(split)
         log.info("%s: complete in %s", split, data.folder(split))

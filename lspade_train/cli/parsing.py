@@ -237,7 +237,7 @@ def _place(key: str, arguments: Sequence[str], files: Sequence[RecipeFile]) -> s
 
 
 def _wrong(parser: CommandParser, key: str, message: str) -> str:
-    """`is 'many'; expected a whole number.`"""
+    """What a key is and should be, as in "is many; expected a whole number"."""
     given = GIVEN.findall(message)
     value = given[-1].strip() if given else "not what it takes"
     action = next((action for action in parser._actions if action.dest == key), None)

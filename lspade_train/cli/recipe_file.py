@@ -14,7 +14,6 @@ from lspade_train.cli.shipped import find_recipe, recipes
 from lspade_train.errors import RecipeError
 from lspade_train.io.text import read_text
 
-
 KINDS = {"scalar": "a single value", "sequence": "a list", "mapping": "keys"}
 
 

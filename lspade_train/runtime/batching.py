@@ -149,7 +149,9 @@ def _refuse_text(prompts: object, choices: object) -> None:
     if isinstance(choices, Sequence):
         inner = [choice for choice in choices if choice is not None]
         if len({isinstance(choice, str | int) for choice in inner}) > 1:
-            raise TaskError("Choices are texts or ids for all prompts, or a list for each; got both.")
+            raise TaskError(
+                "Choices are texts or ids for all prompts, or a list for each; got both."
+            )
 
 
 def _choices_of_each(

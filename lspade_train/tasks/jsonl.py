@@ -57,6 +57,8 @@ def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Que
                 "(--data.prompt.labels)"
             )
         return Question(fields, (), answer)
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"choices {list(choices)!r} holds a text twice")
     choices = choices or labels
     labels = labels or tuple(choices)
     if not 2 <= len(choices) <= len(labels):
@@ -66,7 +68,11 @@ def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Que
 
 
 def _question(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
-    """A question with its options listed under labels."""
+    """A question with its options listed under labels; two options may read alike."""
+    if not choices:
+        raise ValueError(
+            "a question needs choices, in its row or for all rows with --data.prompt.labels"
+        )
     labels = labels or LETTERS
     question = multiple_choice(
         row["question"], choices, _right(row.get("answer"), choices, labels), labels
@@ -85,8 +91,6 @@ def _choices(value: Any) -> tuple[str, ...]:
         raise ValueError("choices is an empty list; leave the key out of an open question")
     if not all(choice.strip() for choice in value):
         raise ValueError(f"choices {value!r} holds an empty text")
-    if len(set(value)) < len(value):
-        raise ValueError(f"choices {value!r} holds a text twice")
     return tuple(value)
 
 

@@ -241,9 +241,9 @@ def _explain(name: str, subset: str | None, error: Exception) -> str:
 
 def _unwritable_cache(error: Exception) -> Path | None:
     """The loader's cache, if writing it is what failed."""
-    import datasets
+    from datasets import config
 
-    place = Path(datasets.config.HF_DATASETS_CACHE)
+    place = Path(config.HF_DATASETS_CACHE)
     named = str(getattr(error, "filename", None) or "")
     if not isinstance(error, OSError) or not named:
         return None

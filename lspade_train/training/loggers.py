@@ -25,10 +25,11 @@ def default_loggers(folder: Path, name: str) -> list[Logger]:
 def start_run(**settings: Any) -> Any:
     """A W&B run of its own, offline where the service cannot be reached or refuses the key."""
     import wandb
+    from wandb.errors import Error
 
     try:
         return wandb.init(settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT), **settings)
-    except wandb.errors.Error as error:
+    except Error as error:
         _say_offline(error)
         return wandb.init(mode="offline", **settings)
 
@@ -42,13 +43,14 @@ def _wandb_logger(folder: Path, name: str) -> Logger:
     """A W&B logger that writes offline where the service cannot be reached, or refuses the key."""
     import wandb
     from lightning.pytorch import loggers
+    from wandb.errors import Error
 
     class WandbLogger(loggers.WandbLogger):
         @property
         def experiment(self) -> Any:
             try:
                 return super().experiment
-            except wandb.errors.Error as error:
+            except Error as error:
                 _say_offline(error)
                 self._wandb_init["mode"] = "offline"
                 return super().experiment
