@@ -7,7 +7,7 @@ from typing import Any
 from lspade_train.io.layout import RESULTS
 from lspade_train.reporting.page import REPORT
 from lspade_train.reporting.tables import METRICS, all_tables
-from lspade_train.training.loggers import wandb_is_on
+from lspade_train.training.loggers import start_run, wandb_is_on
 
 PROJECT = "lspade-train"
 
@@ -30,7 +30,7 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
 
     about = {name: results[name] for name in ("split", "part", "provenance")}
     config = {**results["recipe"], **about}
-    with wandb.init(
+    with start_run(
         project=PROJECT, name=results["name"], job_type="evaluate", dir=folder, config=config
     ) as run:
         run.define_metric("eval/layer")

@@ -35,7 +35,10 @@ from lspade_train.tasks.held_out import held_out
 
 CACHE_FORMAT = 1
 
-EFFECTS = {"rows", "rows_digest", "shots_digest", "model_weights", "unembedding"}
+EFFECTS = {
+    *("rows", "rows_digest", "shots_digest", "rendered_prompts"),
+    *("model_weights", "unembedding"),
+}
 """Fields that differ because another one does: a mismatch names that one first."""
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class HiddenStateDataModule(LightningDataModule):
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
         self._prefixes: dict[Split, str] = {}
         self._held_out: dict[Split, Tensor] = {}
+        self._identities: dict[Split, dict[str, Any]] = {}
         self._train: RowLoader | None = None
         self._stopped_at: dict[str, int] = {}
         self.reused: dict[Split, bool] = {}
@@ -163,7 +167,7 @@ class HiddenStateDataModule(LightningDataModule):
             "cache_format": CACHE_FORMAT,
             "dtype": decides.pop("dtype"),
             **decides,
-            **tasks.identity(self.config, self._load_rows(split)),
+            **self._task_identity(split),
             "layers": list(self.layers),
             "positions": self.config.positions,
             "targets": self.config.targets,
@@ -172,6 +176,13 @@ class HiddenStateDataModule(LightningDataModule):
         return {k: v for k, v in found.items() if k not in EFFECTS} | {
             k: v for k, v in found.items() if k in EFFECTS
         }
+
+    def _task_identity(self, split: Split) -> dict[str, Any]:
+        """Kept: it renders every prompt."""
+        if split not in self._identities:
+            rows = self._load_rows(split)
+            self._identities[split] = tasks.identity(self.config, rows, self.tokenizer)
+        return self._identities[split]
 
     def folder(self, split: Split) -> Path:
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
@@ -226,6 +237,10 @@ class HiddenStateDataModule(LightningDataModule):
         parts = track(starts, f"{split}: states", len(starts))
         shards = [online.extract(examples[i : i + size.prompts_per_shard]) for i in parts]
         return StateDataset(shards, online.groups, online.layers)
+
+    def answer_prefix(self, split: Split) -> str:
+        """Text between the prompts and the answers of a split that is open."""
+        return self._prefixes[split]
 
     def _require_prefix(self, split: Split, prefix: str) -> None:
         """Refuse splits whose answers are other tokens: heads of one would not fit the other."""
