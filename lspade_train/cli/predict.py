@@ -62,9 +62,6 @@ def predict(arguments: list[str]) -> int:
         if options.threshold is None
         else ExitPolicy(layers=heads.layers, threshold=options.threshold, positions=data.positions)
     )
-    tokenizer = load_tokenizer(
-        data.model_id, revision=data.revision, trust_remote_code=data.trust_remote_code
-    )
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
     ask = RawPrompts() if options.raw else Asker(data, tokenizer, _fitted_prefix(heads))
     done = 0
