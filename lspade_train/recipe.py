@@ -63,6 +63,8 @@ class DataConfig:
 
     Args:
         model_id: Hub id or folder of a decoder-only causal language model.
+        gguf_file: name of a GGUF file in that folder or repository: model and tokenizer are read
+            from it, the weights unpacked into `dtype` (auto: float32 where they are quantised).
         revision: the model's commit; null resolves the Hub's current one once and records it.
         task: arc_easy, arc_challenge, boolq, headqa, jsonl or text.
         dataset: Hub id, a folder laid out like one, or a JSONL file (or folder of
@@ -96,6 +98,7 @@ class DataConfig:
 
     model_id: str
     task: str
+    gguf_file: str | None = None
     revision: str | None = None
     dataset: str | None = None
     dataset_revision: str | None = None

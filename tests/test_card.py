@@ -17,18 +17,14 @@ from lspade_train.probes.heads import LSpadeHeads
 
 
 @pytest.fixture(scope="module")
-def made(toy_root, tmp_path_factory):
+def made(evaluated_once, tmp_path_factory):
     """Cards after fit, after evaluate and after calibrate, and the finished folder; read only."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("made"))
-    recipe, cards = str(project.recipe(trainer__max_epochs=1)), {}
+    mine = evaluated_once.copy(tmp_path_factory.mktemp("made"))
+    recipe = str(mine.project.home / "recipe.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        for command in ("fit", "evaluate", "calibrate"):
-            budget = ["--max_disagreement", "0.5"] if command == "calibrate" else []
-            assert main([command, "--config", recipe, *budget]) == 0
-            cards[command] = (project.home / "checkpoints/toy/README.md").read_text()
-    return project, cards
+        patch.chdir(mine.project.home)
+        assert main(["calibrate", "--config", recipe, "--max_disagreement", "0.5"]) == 0
+    return mine.project, mine.cards | {"calibrate": (mine.folder / "README.md").read_text()}
 
 
 @pytest.fixture
@@ -120,11 +116,11 @@ def test_the_card_grows_with_what_is_measured(made):
     _, cards = made
     assert "KL to the target (nats)" in cards["fit"]
     assert "None was chosen" in cards["fit"]
-    assert "logit lens | L-SPADE | SPADE" in cards["evaluate"]
+    assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["evaluate"]
     assert "![every lens by layer](figures/accuracy_by_layer.png)" in cards["evaluate"]
     assert "None was chosen" in cards["evaluate"]
     assert "None was chosen" not in cards["calibrate"]
-    assert "logit lens | L-SPADE | SPADE" in cards["calibrate"]
+    assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["calibrate"]
 
 
 def test_the_table_has_every_lens_and_layer_of_the_results(folder):
@@ -155,7 +151,7 @@ def test_without_labels_the_table_compares_with_the_model(folder):
     (folder / "results.json").write_text(json.dumps(results))
     text = card(folder)
     assert "Agreement with the full model, `jsonl`, test split" in text
-    assert "not with the truth" in text
+    assert "not with correct answers" in text
     metrics = [result.metric_type for result in ModelCard(text).data.eval_results]
     assert metrics[0] == "agrees_model"
 
@@ -240,8 +236,8 @@ def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):
 
 def test_provenance_says_how_many_steps_were_really_taken(folder):
     text = card(folder)
-    assert "3 optimiser steps taken, batches of 16" in text
-    assert "asked for: 1 epochs" in text
+    assert "6 optimiser steps taken, batches of 16" in text
+    assert "asked for: 2 epochs" in text
     config = json.loads((folder / "config.json").read_text())
     assert config["weights_sha256"][:16] in text
     assert config["base_model"]["unembedding"][:16] in text

@@ -61,14 +61,9 @@ def left_behind(project):
 
 
 @pytest.fixture(scope="module")
-def fitted(toy_root, tmp_path_factory):
-    """A finished fit with its cache; read only."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("fitted"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        assert main(["fit", "--config", str(project.recipe())]) == 0
-    return project
+def fitted(evaluated_once, tmp_path_factory):
+    """A finished fit with its cache and results."""
+    return evaluated_once.copy(tmp_path_factory.mktemp("fitted")).project
 
 
 def heads_of(project, name="toy"):
@@ -498,34 +493,27 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_evaluate_prints_what_it_writes(fitted, project, capsys, monkeypatch):
+def test_evaluate_measures_test_or_the_split_asked_for_and_prints_what_it_writes(
+    fitted, project, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "200")
+    written = heads_of(fitted) / "results.json"
+    results = json.loads(written.read_text())
+    assert (results["split"], results["n"]) == ("test", 12)
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
-    assert main(["evaluate", "--config", str(recipe), "--heads", str(heads_of(fitted))]) == 0
-    printed = capsys.readouterr().out
-    results = json.loads((heads_of(fitted) / "results.json").read_text())
-    assert results["split"] == "test"
-    assert results["n"] == 12
+    arguments = ["--heads", str(heads_of(fitted)), "--split", "validation"]
+    assert main(["evaluate", "--config", str(recipe), *arguments]) == 0
+    printed, results = capsys.readouterr().out, json.loads(written.read_text())
+    assert (results["split"], results["n"]) == ("validation", 20)
     assert results["layers"] == [1, 2, 3]
-    assert list(results["lenses"]) == ["logit_lens", "l_spade", "spade"]
-    assert "n = 12" in printed
+    assert list(results["lenses"]) == ["logit_lens", "tuned_lens", "l_spade", "spade"]
+    assert "n = 20" in printed
     assert f"accuracy {results['full_model']['accuracy']:.3f}" in printed
     shown = set(printed.replace("│", " ").split())
     for lens in results["lenses"].values():
         for metric in ("accuracy", "agrees_model"):
             assert {f"{value:.3f}" for value in lens[metric]} <= shown
     assert set(results["lenses"]["spade"]["agrees_spade"]) == {1.0}
-
-
-def test_the_tuned_lens_is_evaluated_where_it_was_fitted(fitted, project, capsys):
-    recipe = project.recipe(data__cache_dir=str(fitted.cache))
-    assert main(["fit", "--config", str(recipe)]) == 0
-    assert main(["fit", "--config", str(recipe), "--model.target", "final"]) == 0
-    assert main(["evaluate", "--config", str(recipe), "--split", "validation"]) == 0
-    results = json.loads((heads_of(project) / "results.json").read_text())
-    assert results["split"] == "validation"
-    assert "tuned_lens" in results["lenses"]
-    assert "tuned" in capsys.readouterr().out
 
 
 def test_validate_and_test_run_on_their_splits(fitted, project, capsys):

@@ -18,7 +18,7 @@ from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.evaluation import ablations
 from lspade_train.evaluation.comparison import comparable
 from lspade_train.evaluation.exits import measure_exits, measure_policy
-from lspade_train.evaluation.run import Subject
+from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import spade_states
 from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.exit_table import ExitCosts, ExitTable, evaluate_policy
@@ -87,7 +87,7 @@ def subject(fitted):
     recipe = parse(command_parser("evaluate", ""), [f"--config={fitted.home / 'recipe.yaml'}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(fitted.home)
-        return Subject(recipe.recipe, fitted.home / "checkpoints/toy")
+        return FittedRecipe(recipe.recipe, fitted.home / "checkpoints/toy")
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +458,7 @@ def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeyp
     with caplog.at_level("WARNING", "lspade_train"):
         run("evaluate", project.recipe())
     assert list(results_of(project)["lenses"]) == ["logit_lens", "l_spade", "spade"]
-    assert "tuned lens left out: it has layers [1]" in caplog.text
+    assert "tuned lens left out: its heads have layers [1]" in caplog.text
 
 
 def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, caplog):
@@ -481,7 +481,7 @@ def test_heads_without_a_layer_of_the_recipe_are_named(fitted, capsys, monkeypat
     monkeypatch.chdir(fitted.home)
     arguments = ["--model.layers=[0]", "--data.cache_dir=zero"]
     assert main(["evaluate", f"--config={fitted.home / 'recipe.yaml'}", *arguments]) == 1
-    assert "none in common. Set --model.layers" in capsys.readouterr().err
+    assert "none is in common. Set --model.layers" in capsys.readouterr().err
 
 
 # compare ---------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_folders_of_one_recipe_are_told_apart_by_their_paths(results):
 def test_compare_says_when_the_rows_are_not_the_same(results, caplog):
     with caplog.at_level("WARNING", "lspade_train"):
         comparable({"a": results, "b": results | {"split": "validation"}})
-    assert "another split each (test, validation)" in caplog.text
+    assert "differ in split (test, validation)" in caplog.text
 
 
 @pytest.mark.parametrize(

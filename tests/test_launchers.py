@@ -159,9 +159,7 @@ def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     wait_for(lambda: len(shards(project.home)) > 9, *both)
     for process in both:
         process.terminate()
-    began = time.monotonic()
     assert codes(both) == [143, 143]
-    assert time.monotonic() - began < 10
     said = [(project.home / f"err{n}").read_text() for n in range(2)]
     assert said[0].endswith("terminated; run the same command again to go on\n"), said
     assert not said[1]

@@ -16,17 +16,13 @@ from yaml import YAMLError
 from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.probes.lenses import label_of
 from lspade_train.reporting.rows import rows_measured
+from lspade_train.reporting.tables import exit_lens
 
 TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
 NO_LICENCE = "unknown"  # the Hub's own word for it
 KEEP = "<!-- Generated above this line; what is written below it is kept. -->"
-LENSES = {
-    "logit_lens": "logit lens",
-    "tuned_lens": "tuned lens",
-    "l_spade": "L-SPADE",
-    "spade": "SPADE",
-}
 FIGURES = ("figures/accuracy_by_layer.png", "figures/agreement_by_layer.png")
 
 Json = dict[str, Any]
@@ -203,15 +199,15 @@ def _measure_words(policy: Json) -> Json:
 
 
 def _layer_table(results: Json) -> Json:
-    """Every lens by layer: accuracy, or without labels agreement with the model; KL of L-SPADE."""
+    """Every lens by layer: accuracy, or agreement with the model without labels; the heads' KL."""
     metric = "accuracy" if results["n_labelled"] else "agrees_model"
-    lenses = {name: results["lenses"][name] for name in LENSES if name in results["lenses"]}
+    lenses, heads = results["lenses"], exit_lens(results)
     rows: list[list[str]] = []
     for place, layer in enumerate(results["layers"]):
         cells = [_cell(lens, metric, place) for lens in lenses.values()]
-        kl = lenses["l_spade"]["kl_to_spade"][place]
+        kl = lenses[heads]["kl_to_spade"][place]
         rows.append([str(layer), *cells, "-" if kl is None else f"{kl:.3f}"])
-    header = ["layer", *(LENSES[name] for name in lenses), "KL of L-SPADE to SPADE (nats)"]
+    header = ["layer", *map(label_of, lenses), f"KL of {label_of(heads)} to SPADE (nats)"]
     what = "Accuracy" if metric == "accuracy" else "Agreement with the full model"
     level = (results.get("interval") or {}).get("level")
     return {"what": what, "header": header, "rows": rows, "level": level}
@@ -264,10 +260,11 @@ def _measured(recipe: Json, data: Json, results: Json, policy: Json) -> list[Any
 def _of_the_heads(results: Json) -> Iterator[tuple[str, str, str, float | None]]:
     """Split, kind, name and value of each metric of the deepest head."""
     if results:
-        lens, deepest = results["lenses"]["l_spade"], results["layers"][-1]
+        key, deepest = exit_lens(results), results["layers"][-1]
+        lens = results["lenses"][key]
         for kind, name in (("accuracy", "accuracy"), ("agrees_model", "agreement with the model")):
             value = lens[kind][-1] if lens[kind] else None  # without labels there is no accuracy
-            yield results["split"], kind, f"L-SPADE {name}, layer {deepest}", value
+            yield results["split"], kind, f"{label_of(key)} {name}, layer {deepest}", value
 
 
 def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str, float | None]]:

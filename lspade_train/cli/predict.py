@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.options import heads_given, heads_option, runtime_model
+from lspade_train.cli.options import heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ def predict(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.errors import TaskError
-    from lspade_train.models.tokenizer import load_tokenizer
     from lspade_train.policies.policy import ExitPolicy
     from lspade_train.runtime import ExitRuntime
     from lspade_train.runtime.predict import predict_lines
@@ -46,7 +45,7 @@ def predict(arguments: list[str]) -> None:
     if options.input != "-" and not Path(options.input).is_file():
         raise TaskError(f"No input file {options.input}. Give a JSONL or text file with --input.")
     folder = heads_given(parsed)
-    heads, adapter = runtime_model(parsed, folder)
+    heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy = (
         ExitPolicy.load(folder / "policy.json")
         if options.threshold is None
@@ -54,7 +53,6 @@ def predict(arguments: list[str]) -> None:
             layers=heads.layers, threshold=options.threshold, positions=recipe.data.positions
         )
     )
-    tokenizer = load_tokenizer(recipe.data.model_id, revision=recipe.data.revision)
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
     done = 0
     if options.resume and options.output != "-" and output.exists():

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.options import heads_given, heads_option, runtime_model
+from lspade_train.cli.options import heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import DataConfig
@@ -54,9 +54,9 @@ def profile(arguments: list[str]) -> None:
     from lspade_train.runtime import ExitRuntime
 
     folder = heads_given(parsed, written_by="profile")
-    heads, adapter = runtime_model(parsed, folder)
+    heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
-    prompts, choices = _prompts(parsed, adapter)
+    prompts, choices = _prompts(parsed, adapter, tokenizer)
     runtime = ExitRuntime(adapter, heads, policy=policy)
     console = Console(width=max(Console().width, 110))
     found = profiling.profile(
@@ -111,17 +111,11 @@ def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
     return policy, list(PAPER_THRESHOLDS) if asked is None else asked
 
 
-def _prompts(parsed: Parsed, adapter: Any) -> tuple[list[list[int]], list[int]]:
+def _prompts(parsed: Parsed, adapter: Any, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """Validation prompts as token ids, and the first one's choices."""
     from lspade_train import tasks
-    from lspade_train.models.tokenizer import load_tokenizer
 
     config = parsed.recipe.data
-    tokenizer = load_tokenizer(
-        config.model_id,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
     rows = tasks.load_rows(config, "validation")
     encoded = tasks.encode(config, rows, tokenizer, adapter.max_length or 2**31)
     examples = encoded.examples

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from lspade_train.errors import PolicyError, UnsupportedModelError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import POLICY
+from lspade_train.models.checkpoint import load_checkpoint
 from lspade_train.policies.flops import count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
@@ -156,6 +158,12 @@ class LSpadeLM(HFLM):
                 policy=chosen,
                 tokens_per_batch=tokens_per_batch,
             )
+
+    def _create_model(self, *args: Any, **settings: Any) -> None:
+        """As the harness loads it, and refused where its weights do not fit its configuration."""
+        if self.backend == "causal":
+            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load_checkpoint)
+        super()._create_model(*args, **settings)
 
     def _loglikelihood_tokens(
         self,

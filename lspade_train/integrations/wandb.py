@@ -12,8 +12,8 @@ from lspade_train.training.loggers import wandb_is_on
 PROJECT = "lspade-train"
 
 
-def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) -> None:
-    """Log one evaluation as a run of its own; nothing happens where W&B is off.
+def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -> None:
+    """Log one evaluation as a run of its own; does nothing where W&B is off.
 
     History, one step per layer with `eval/layer` as x axis: `eval/METRIC/LENS`. Summary:
     `eval/full_model/METRIC`, `eval/policy/VALUE`. `tables/NAME` and `figures/NAME` hold the
@@ -21,8 +21,8 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
 
     Args:
         results: as in `results.json`.
-        folder: the heads folder; the run's files land in `wandb/` there.
-        figures: files of `plots.write_figures`; the PNGs are logged.
+        folder: the heads folder; the run's files are written to `wandb/` there.
+        images: files that `plots.write_figures` wrote; the PNGs are logged.
     """
     if not wandb_is_on():
         return
@@ -42,8 +42,8 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
             f"tables/{table.name}": wandb.Table(list(table.columns), [list(r) for r in table.rows])
             for table in all_tables(results)
         }
-        pictures = [path for path in figures if path.suffix == ".png"]
-        run.log(tables | {f"figures/{path.stem}": wandb.Image(str(path)) for path in pictures})
+        drawn = [path for path in images if path.suffix == ".png"]
+        run.log(tables | {f"figures/{path.stem}": wandb.Image(str(path)) for path in drawn})
         artifact = wandb.Artifact(f"{results['name']}-evaluation", type="evaluation")
         for name in (RESULTS, REPORT):
             if (folder / name).exists():
@@ -52,7 +52,7 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
 
 
 def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
-    """What is logged per layer: `eval/layer` and `eval/METRIC/LENS`."""
+    """The rows logged, one per layer: `eval/layer` and `eval/METRIC/LENS`."""
     rows: list[dict[str, float]] = [{"eval/layer": layer} for layer in results["layers"]]
     for lens, values in results["lenses"].items():
         for metric in METRICS:
@@ -63,7 +63,7 @@ def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
-    """What is one number per evaluation: the full model's metrics, and what the policy gives."""
+    """One number per evaluation: the full model's metrics and the policy's."""
     full = results["full_model"]
     found = {f"eval/full_model/{m}": full[m] for m in METRICS if full.get(m) is not None}
     policy = (results["exits"] or {}).get("policy") or {}

@@ -85,6 +85,7 @@ class ModelAdapter:
         device_map: str | None = None,
         quantization: Quantization | None = None,
         trust_remote_code: bool = False,
+        gguf_file: str | None = None,
         check: bool = True,
         compile: bool = False,
     ) -> Self:
@@ -99,6 +100,7 @@ class ModelAdapter:
             quantization: int8 or int4 quantises the blocks while loading; None leaves the
                 checkpoint as it is, quantised or not.
             trust_remote_code: run code from the model's repository.
+            gguf_file: name of a GGUF file there, whose weights are unpacked while loading.
             check: run the load-time check.
             compile: run the blocks through `torch.compile`.
 
@@ -106,7 +108,7 @@ class ModelAdapter:
             UnsupportedModelError: nothing there, no decoder, or the check fails.
             RecipeError: no such device, no bitsandbytes here, or blocks that do not compile.
         """
-        commit = hub_commit(model_id, revision)
+        commit = hub_commit(model_id, revision, gguf_file=gguf_file)
         model = load_model(
             model_id,
             revision=commit or revision,
@@ -115,6 +117,7 @@ class ModelAdapter:
             device_map=device_map,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
         )
         adapter = cls(model, check=check, compile=compile)
         adapter.revision = commit
