@@ -187,12 +187,10 @@ def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
 
 
 def _measure_words(policy: Json) -> Json:
-    """How a confidence stands to its threshold, and its unit; of a measure not known here neither.
-
-    Imported here: a card of heads alone needs no torch.
-    """
+    """How a confidence that stops stands to its threshold, and its unit, in words."""
     from lspade_train.probes.measures import MEASURES
 
+    # A policy of another's measure may be shown where that measure is not registered.
     known = MEASURES.get(policy.get("measure", "entropy"))
     return {
         "relation": known.relation if known else "as certain as",

@@ -94,6 +94,7 @@ def _untouched(config: DataConfig) -> Any:
         device_map=config.device_map,
         quantization=config.quantization,
         trust_remote_code=config.trust_remote_code,
+        gguf_file=config.gguf_file,
     )
 
 
