@@ -138,7 +138,7 @@ class ModelAdapter:
     def check(self) -> None:
         """Prove on one short probe that every path gives the model's own numbers.
 
-        Done once, and again when the model's modules, mode, hooks or adapters have changed.
+        Done once, and again when the model's modules, mode or adapters have changed.
 
         Raises:
             UnsupportedModelError: one of them does not.
