@@ -69,6 +69,19 @@ class LayerSums:
         }
 
 
+def check_rank(config: HeadConfig, hidden_size: int) -> None:
+    """Refuse low-rank heads that have more numbers than full ones could use.
+
+    Raises:
+        RecipeError: the rank is over the model's width.
+    """
+    if config.form == "low_rank" and config.rank > hidden_size:
+        raise RecipeError(
+            f"model.rank is {config.rank}, and the model's hidden size is {hidden_size}; expected "
+            f"at most {hidden_size}. Lower --model.rank, or set --model.form full."
+        )
+
+
 class LSpadeModule(LightningModule):
     """Trains one linear map per layer by cross-entropy against SPADE (or the model's own answer).
 
@@ -109,6 +122,7 @@ class LSpadeModule(LightningModule):
                     f"model.layer_groups is {self.group.count}, and there are {len(data.layers)} "
                     "layers; expected no more groups than layers. Lower --model.layer_groups."
                 )
+            check_rank(self.config, data.hidden_size)
             self.heads = LSpadeHeads(
                 layers, data.hidden_size, form=self.config.form, rank=self.config.rank
             )
