@@ -51,7 +51,7 @@ def toolkit_command(words: list[str]) -> list[str] | None:
 
 
 def _plain_quotes(line: str) -> str:
-    """Bash's $'a\\nb' in quotes that shlex knows."""
+    """Bash's quotes that begin with a dollar sign, as quotes that shlex knows."""
     return re.sub(
         r"\$'([^']*)'", lambda found: shlex.quote(found[1].encode().decode("unicode_escape")), line
     )

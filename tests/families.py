@@ -1,6 +1,6 @@
 """The table of families and features, each cell computed on a tiny random model.
 
-`python tests/families.py` prints it, `--write` puts it into docs/models.md; a test compares the two.
+`python tests/families.py` prints it, `--write` puts it into docs/models.md; a test compares both.
 """
 
 import sys

@@ -70,7 +70,7 @@ def shortened(text: str) -> str:
 
 def save_reviewer(folder: Path) -> None:
     """A random Llama that reads the words of the reviews, in the place of a model of the Hub."""
-    words = "<unk> <s> positive negative Review Sentiment movie witty gorgeous : ( ) . ,".split()
+    words = ["<unk>", "<s>", "positive", "negative", "Review", "Sentiment", "movie", "witty"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
