@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lspade_train.artifacts.folder import push_to_hub
     from lspade_train.models import ModelAdapter
     from lspade_train.policies.policy import ExitPolicy
+    from lspade_train.policies.selection import calibrate
     from lspade_train.probes.heads import LSpadeHeads
     from lspade_train.probes.spade import spade_logits
     from lspade_train.recipe import DataConfig, HeadConfig
@@ -25,6 +26,7 @@ _MODULES = {
     "LSpadeHeads": "probes.heads",
     "LSpadeModule": "training.module",
     "ModelAdapter": "models",
+    "calibrate": "policies.selection",
     "push_to_hub": "artifacts.folder",
     "spade_logits": "probes.spade",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "LSpadeHeads",
     "LSpadeModule",
     "ModelAdapter",
+    "calibrate",
     "push_to_hub",
     "spade_logits",
 ]

@@ -1,6 +1,9 @@
 """The typed recipe every command reads. Knows nothing of torch, Lightning or parsing."""
 
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lspade_train.errors import RecipeError
@@ -39,6 +42,17 @@ class PromptConfig:
     system: str | None = None
     answer_prefix: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse labels that cannot be told apart."""
+        labels = self.labels
+        if labels is not None and (len({*labels} - {""}) < len(labels) or len(labels) < 2):
+            raise RecipeError(
+                f"data.prompt.labels is {labels}; expected two or more texts, each once and none "
+                "empty.\nLeave it out for the task's own labels."
+            )
+        if self.shots < 0:
+            raise RecipeError(f"data.prompt.shots is {self.shots}; expected 0 or more.")
+
 
 @dataclass(kw_only=True)
 class TextConfig:
@@ -63,12 +77,20 @@ class DataConfig:
 
     Args:
         model_id: Hub id or folder of a decoder-only causal language model.
+        gguf_file: name of a GGUF file in that folder or repository: model and tokenizer are read
+            from it, the weights unpacked into `dtype` (auto: float32 where they are quantised).
         revision: the model's commit; null resolves the Hub's current one once and records it.
         task: arc_easy, arc_challenge, boolq, headqa, jsonl or text.
-        dataset: Hub id, a folder laid out like one, or a JSONL file (or folder of
+        dataset: Hub id, a folder laid out like one, or a JSONL or CSV file (or folder of
             `train.jsonl`, `validation.jsonl`, `test.jsonl`); null takes the task's Hub id.
         dataset_revision: the data set's commit on the Hub; null resolves the current one.
         subset: the data set's configuration, such as `es` for headqa; null takes the task's own.
+        columns: the data's own names for the task's columns, such as
+            `{question: text, answer: label, group: topic}`; null where they are the task's.
+        validation_fraction: share of the training rows that is cut off for validation where the
+            data has no such split (tasks jsonl and text). A hash of each row's text decides its
+            side, so that adding rows does not move others.
+        test_fraction: the same for the test split, where the data has neither.
         prompt: template, labels, shots and chat format.
         text: settings of the `text` task.
         limit: rows used per split; null uses all.
@@ -96,10 +118,14 @@ class DataConfig:
 
     model_id: str
     task: str
+    gguf_file: str | None = None
     revision: str | None = None
     dataset: str | None = None
     dataset_revision: str | None = None
     subset: str | None = None
+    columns: dict[str, str] | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
     prompt: PromptConfig = field(default_factory=PromptConfig)
     text: TextConfig = field(default_factory=TextConfig)
     limit: int | None = None
@@ -124,6 +150,16 @@ class DataConfig:
         for name in ("topk", "batch_size", "tokens_per_batch"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
         _require(self.shard_mb > 0, "data.shard_mb", self.shard_mb, "more than 0")
+        fractions = (self.validation_fraction, self.test_fraction)
+        for name, value in zip(("validation_fraction", "test_fraction"), fractions, strict=True):
+            _require(0 <= value < 1, f"data.{name}", value, "0 up to, but not including, 1")
+        _require(
+            sum(fractions) < 1, "data.validation_fraction + data.test_fraction", sum(fractions),
+            "less than 1, so that rows are left for training",
+        )  # fmt: skip
+        self.model_id = _from_home("data.model_id", self.model_id)
+        self.dataset = _from_home("data.dataset", self.dataset)
+        self.cache_dir = _from_home("data.cache_dir", self.cache_dir)
 
 
 @dataclass(kw_only=True)
@@ -177,6 +213,35 @@ class Recipe:
     seed_everything: int = 0
     model: HeadConfig = field(default_factory=HeadConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can have."""
+        seed = self.seed_everything
+        _require(0 <= seed < 2**32, "seed_everything", seed, "0 to 4294967295")
+        for key, value in _numbers("", asdict(self)):
+            _require(math.isfinite(value), key, value, "a finite number")
+
+
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every floating-point number of a recipe, with its dotted key."""
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(f"{place}.{key}" if place else str(key), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(place, inner)
+
+
+def _from_home(key: str, path: Any) -> Any:
+    """A path with the home directory in place of `~`."""
+    if path is None or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)  # noqa: PTH111 (Path's raises where there is no home)
+    if found.startswith("~"):
+        raise RecipeError(f"{key} is {path}, and no such home directory is known. Set --{key}.")
+    return found
 
 
 def _require(right: bool, key: str, value: float, expected: str) -> None:

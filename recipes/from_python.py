@@ -7,16 +7,13 @@ by Lightning, a policy with its promise, the runtime. Nothing is written but `--
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
 
-from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, spade_logits
+from lspade_train import ExitRuntime, LSpadeHeads, calibrate, spade_logits
 from lspade_train.artifacts.export import ExportHeads
-from lspade_train.evaluation import exit_table
-from lspade_train.policies.calibration import calibrate
 from lspade_train.recipe import DataConfig, HeadConfig, Recipe
 from lspade_train.training.datamodule import HiddenStateDataModule
 from lspade_train.training.module import LSpadeModule
@@ -72,13 +69,10 @@ def from_python(
     _say("KL to SPADE, mean over layers:", f"{trainer.logged_metrics['val/kl/mean']:.3f} nats")
 
     # The policy that saves most of those that keep the promise, and the runtime that follows it.
-    policy = ExitPolicy(layers=heads.layers, scope="choices", heads_digest=heads.digest)
-    table = exit_table(states.stored("validation"), states.adapter, heads, policy)
-    chosen = calibrate([(table, table.grid())], "accuracy_drop", max_accuracy_drop, 0.95)
-    policy = replace(policy, threshold=chosen.chosen.threshold, calibration=chosen.to_json())
-    policy.save(output)
-    _say("FLOPs saved on validation:", f"{chosen.chosen.compute_saved:.1%}")
-    runtime = ExitRuntime(frozen, heads, policy=policy, tokenizer=tokenizer)
+    found = calibrate(states, heads, max_accuracy_drop=max_accuracy_drop, scope="choices")
+    found.policy.save(output)
+    _say("FLOPs saved on validation:", f"{found.calibration.chosen.compute_saved:.1%}")
+    runtime = ExitRuntime(frozen, heads, policy=found.policy, tokenizer=tokenizer)
     questions = [f"{PROMPT}which holds {thing}" for thing in ("box", "ring", "sam")]
     for answer in runtime.decide(questions, choices=["A", "B"]):
         _say(f"answer {answer.text} from layer {answer.layer},", f"entropy {answer.entropy:.3f}")

@@ -31,7 +31,14 @@ TOKENS_PER_BATCH = 32_768 if GPU else 8192
 
 
 def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> ModelAdapter:
-    """A random Llama; on a GPU the shape of the 7B one in bf16."""
+    """A random Llama, driven block by block; on a GPU the shape of the 7B one in bf16."""
+    return ModelAdapter(untouched_llama(width, layers, vocab))
+
+
+def untouched_llama(
+    width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB
+) -> LlamaForCausalLM:
+    """The same weights as a user's own model: the baseline of times."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
@@ -39,7 +46,7 @@ def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> Model
         num_attention_heads=max(width // 128, 4), max_position_embeddings=512,
     )  # fmt: skip
     with torch.device(DEVICE):
-        return ModelAdapter(LlamaForCausalLM(config).to(DTYPE).eval())
+        return LlamaForCausalLM(config).to(DTYPE).eval()
 
 
 def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
@@ -47,7 +54,7 @@ def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
     ids = np.random.default_rng(0).integers(3, vocab, (count, tokens), dtype=np.int32)
     ids[:, 0] = 1
     last, answer = np.array([tokens - 1]), np.array([4])
-    return [Example(row, last, answer, (4, 5, 6, 7)) for row in ids]
+    return [Example(prompt, last, answer, (4, 5, 6, 7), row) for row, prompt in enumerate(ids)]
 
 
 def build(
@@ -69,8 +76,8 @@ def row_bytes() -> int:
 
 
 def extraction(rounds: int = 3) -> list[Row]:
-    """Extraction with writing against the model's forward over the same batches."""
-    adapter, rows = llama(), []
+    """Extraction with writing against an untouched model's forward over the same batches."""
+    adapter, plain, rows = llama(), untouched_llama(), []
     with tempfile.TemporaryDirectory() as folder:
         for tokens, most in ((256, 1.15),) if GPU else ((256, 1.20), (128, 1.35)):
             examples = prompts(PROMPTS, tokens)
@@ -82,7 +89,7 @@ def extraction(rounds: int = 3) -> list[Row]:
                 # The strictest baseline: unembeds the last position only.
                 for ids in batches:
                     mask = torch.ones_like(ids)
-                    adapter.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+                    plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
             def extract(examples: Any = examples) -> Manifest:
                 # Two shards: the second is computed while the first is written.

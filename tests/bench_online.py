@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_cache import DEVICE, GPU, LAYERS, TOKENS_PER_BATCH, VOCAB, WIDTH, build, llama, prompts
+from bench_cache import (
+    DEVICE,
+    GPU,
+    LAYERS,
+    TOKENS_PER_BATCH,
+    VOCAB,
+    WIDTH,
+    build,
+    llama,
+    prompts,
+    untouched_llama,
+)
 from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 
 from lspade_train import cache
@@ -27,7 +38,8 @@ class Setting:
 
     def __init__(self, folder: Path) -> None:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        self.adapter, examples = llama(), prompts(PROMPTS, TOKENS)
+        self.adapter, self.plain = llama(), untouched_llama()
+        examples = prompts(PROMPTS, TOKENS)
         layers = tuple(range(1, LAYERS))
         what = Extraction(layers, "original", "hidden", 64, 4, ("",))
         self.online = OnlineDataset(
@@ -42,10 +54,10 @@ class Setting:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """The model's own forward in the same batches; unembeds the last position only."""
+        """An untouched model's forward in the same batches; unembeds the last position only."""
         for ids in self.ids.split(BATCH):
             mask = torch.ones_like(ids)
-            self.adapter.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            self.plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
     def online_epoch(self) -> None:
         """States and targets computed batch by batch, and a step on each."""

@@ -1,4 +1,4 @@
-"""Timing and memory for the benchmarks: cases in turn, ratios in pairs, peaks in own processes."""
+"""Timing and memory for the benchmarks: cases in turn, ratios of medians, peaks of processes."""
 
 import statistics
 import subprocess
@@ -26,8 +26,8 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def ratio(taken: dict[str, list[float]], case: str, base: str) -> float:
-    """Median over the rounds of a case's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(taken[case], taken[base], strict=True))
+    """A case's median time over another's: the ratio of the two times that are printed."""
+    return seconds(taken, case) / seconds(taken, base)
 
 
 def seconds(taken: dict[str, list[float]], case: str) -> float:

@@ -78,3 +78,15 @@ def project(toy_root: Path, tmp_path: Path):
     import toy
 
     return toy.Project(toy_root, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def evaluated_once(toy_root: Path, tmp_path_factory):
+    """A toy project fitted and evaluated; read only: a test that writes takes a `copy`."""
+    from results import evaluate_toy
+
+    home = tmp_path_factory.mktemp("evaluated-once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(home)
+        return evaluate_toy(toy_root, home)

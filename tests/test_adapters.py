@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
+from tiny_models import FAMILIES, LAYERS, VOCAB, WIDTH, tiny
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.models import ModelAdapter
+from lspade_train.models import ModelAdapter, Plan, load_check
 
 
 def padded_batch(side: str, lengths=(7, 3, 5)):
@@ -141,16 +143,51 @@ def test_a_model_with_nan_weights_is_refused():
 
 def test_a_model_whose_head_is_not_what_it_seems_is_refused():
     model = tiny("llama")
-    forward = model.forward
 
-    def doubled(*args, **kwargs):
-        output = forward(*args, **kwargs)
+    def double(_, __, output):
         output.logits = output.logits * 2
-        return output
 
-    model.forward = doubled
+    model.register_forward_hook(double)
     with pytest.raises(UnsupportedModelError, match="norm and head do not give its logits"):
         ModelAdapter(model)
+
+
+class Box:
+    """What `Plan.select` cannot see into."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+class BoxedBlock(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, box, **kwargs):
+        scale = box.rows[: len(hidden_states)]
+        return super().forward(hidden_states, *args, **kwargs) * scale
+
+
+class BoxedDecoder(LlamaModel):
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        rows = self.embed_tokens(input_ids[:, :1]).mean(-1, keepdim=True).sigmoid()
+        return super().forward(input_ids, position_ids=position_ids, box=Box(rows), **kwargs)
+
+
+def test_a_family_whose_rows_cannot_be_dropped_is_refused(monkeypatch):
+    model = tiny("llama")
+    model.model.__class__ = BoxedDecoder
+    for block in model.model.layers:
+        block.__class__ = BoxedBlock
+    with pytest.raises(UnsupportedModelError, match="change when others are dropped halfway"):
+        ModelAdapter(model)
+    # Nothing else tells: with every row kept it runs as any other.
+    monkeypatch.setattr(load_check, "KEPT", (0, 1, 2, 3))
+    assert ModelAdapter(model).num_layers == LAYERS
+
+
+def test_a_mask_of_flex_attention_is_never_given_to_the_wrong_rows():
+    blocks = create_block_mask(lambda row, _, query, key: query >= key, 3, None, 7, 7, "cpu")
+    plan = Plan(torch.zeros(3, 7, WIDTH), (((), {"attention_mask": blocks}),))
+    with pytest.raises(UnsupportedModelError, match=r"set_attn_implementation\('sdpa'\)"):
+        plan.select(torch.tensor([0, 2]))
 
 
 def test_a_missing_folder_is_a_named_error(tmp_path):

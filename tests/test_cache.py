@@ -116,6 +116,16 @@ def test_rows_equal_plain_hooks_and_the_naive_two_token_forward(project, setting
     assert row == len(dataset)
 
 
+def test_some_of_the_rows_are_those_rows_whatever_shard_they_are_in(finished):
+    dataset = finished.module().states("train")
+    some = dataset.select(torch.tensor([40, 3, 3, 17, 0]))
+    again = some.select(torch.tensor([3, 0, 4]))
+    assert (len(some), len(again), len(again.first(2))) == (5, 3, 2)
+    expected = dataset.gather(torch.tensor([17, 40, 0]))
+    assert_same_rows(everything(again), expected)
+    assert torch.equal(again.labels["answer_id"], expected.answer_id)
+
+
 @torch.no_grad()
 def test_stored_logits_are_those_of_the_stored_hidden_state(project):
     data, hidden = build(project, mode="memory")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, multinomial
 
 from lspade_train.errors import NumericsError, PolicyError, TaskError
-from lspade_train.policies.calibration import calibrate, propose, rows_needed
-from lspade_train.policies.exit_table import ExitTable, evaluate_policy, oracle_saving
+from lspade_train.policies.calibration import learn_then_test, rows_needed
+from lspade_train.policies.exit_table import (
+    ExitCosts,
+    ExitRule,
+    ExitTable,
+    evaluate_policy,
+    oracle_saving,
+)
+from lspade_train.policies.proposals import propose, prune, uniform_rules
 from lspade_train.policies.pvalues import (
     ABSOLUTE_GAP,
     NUISANCE,
@@ -24,27 +32,40 @@ BUDGETS = {"accuracy_drop": 0.01, "disagreement": 0.02}
 CHOICES = 4
 
 
-def table_of(confidence, answers, full_answer, gold, check=0.004) -> ExitTable:
-    """A model of K+1 equal blocks that is checked after each of the first K."""
+ANSWER = 0.01
+
+
+def table_of(confidence, answers, full_answer, gold, check=0.004, bounds=None) -> ExitTable:
+    """A model of cost 1 and K+1 equal blocks that is checked after each of the first K."""
     n, checks = confidence.shape
-    layers = np.arange(1, checks + 1)
-    free = np.tile(layers / (checks + 1) + 0.01, (n, 1))
+    reach = np.tile(np.arange(1, checks + 2) / (checks + 1), (n, 1))
+    reach[:, -1] -= ANSWER
     return ExitTable(
-        layers=tuple(layers.tolist()),
+        layers=tuple(range(1, checks + 1)),
         num_layers=checks + 1,
-        bounds=(0.0, math.log(CHOICES)),
+        bounds=bounds or (0.0, math.log(CHOICES)),
         confidence=confidence.astype(np.float32),
         answers=answers,
         full_answer=full_answer,
         gold=gold,
-        cost=free + check * layers,
-        full_cost=np.full(n, 1 + check * checks),
-        free_cost=free,
-        plain_cost=np.ones(n),
+        costs=ExitCosts(
+            reach=reach,
+            check=np.full((n, checks), check),
+            answer=np.full((n, checks + 1), ANSWER),
+            unchecked=np.full((n, checks), ANSWER),
+            plain=np.ones(n),
+        ),
     )
 
 
-def realistic(n: int, seed: int, checks: int = 8, skew: float = 0.0) -> ExitTable:
+def on_every_layer(table, thresholds=None):
+    """Rules that check all the table's layers: the grid's, or those of other thresholds."""
+    return [ExitRule(layers=table.layers, threshold=t) for t in thresholds or table.grid()]
+
+
+def realistic(
+    n: int, seed: int, checks: int = 8, skew: float = 0.0, check: float = 0.004
+) -> ExitTable:
     """Rows of varied difficulty; deeper layers agree with the model more, sure ones above all.
 
     `skew` makes some layers' heads overconfident and others timid.
@@ -60,7 +81,13 @@ def realistic(n: int, seed: int, checks: int = 8, skew: float = 0.0) -> ExitTabl
     confidence = math.log(CHOICES) / (1 + np.exp(2 * (margin + noise) - 1))
     gold = np.select([rng.random(n) < 0.7, rng.random(n) < 0.4], [full, other], (full + 2) % 4)
     confidence = confidence * np.exp(skew * np.resize([-2, -1, 1, -1.5, 0.5, -0.5], checks))
-    return table_of(confidence, np.where(agrees, full[:, None], other[:, None]), full, gold)
+    answers = np.where(agrees, full[:, None], other[:, None])
+    return table_of(confidence, answers, full, gold, check)
+
+
+def propose_limits(table) -> tuple[float, ...]:
+    """A threshold per layer at which about a third of the rows is sure."""
+    return tuple(np.quantile(table.confidence, 0.3, axis=0).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +102,11 @@ def test_a_policys_row_equals_a_loop_over_prompts(n, seed, place):
     threshold = table.grid()[place]
     exits, costs, right, unlike = [], [], [], []
     for row in range(n):
-        answer, cost, layer = table.full_answer[row], table.full_cost[row], table.num_layers
+        answer, cost, layer = table.full_answer[row], 1 + 3 * 0.004, table.num_layers
         for check in reversed(range(3)):
             if table.confidence[row, check] <= np.float32(threshold):
-                answer, cost = table.answers[row, check], table.cost[row, check]
                 layer = table.layers[check]
+                answer, cost = table.answers[row, check], layer / 4 + 0.004 * layer + ANSWER
         exits.append(layer)
         costs.append(cost)
         right.append(answer == table.gold[row])
@@ -105,8 +132,102 @@ def test_each_layer_is_held_to_its_own_threshold():
 def test_the_oracle_stops_at_the_first_layer_that_answers_like_the_model_and_pays_no_check():
     answers = np.array([[1, 0, 0], [1, 1, 1], [0, 1, 0]])
     table = table_of(np.ones((3, 3)), answers, np.zeros(3, int), None)
-    paid = table.free_cost[0, 1] + 1 + table.free_cost[2, 0]
+    paid = (2 / 4 + ANSWER) + 1 + (1 / 4 + ANSWER)
     assert oracle_saving(table) == pytest.approx(1 - paid / 3)
+
+
+@given(seed=st.integers(0, 10_000), price=st.floats(0.001, 0.2))
+@settings(max_examples=25, deadline=None)
+def test_no_check_of_a_pruned_rule_could_be_dropped_with_a_gain(seed, price):
+    table = realistic(80, seed, checks=5, check=price)
+    rule = prune(table, propose_limits(table))
+    if rule is None:
+        return
+    saved = evaluate_policy(table.at(rule.layers), rule.threshold).compute_saved
+    for left_out in rule.layers:
+        kept = [place for place, layer in enumerate(rule.layers) if layer != left_out]
+        if kept:
+            limits = tuple(rule.threshold[place] for place in kept)
+            without = table.at([rule.layers[place] for place in kept])
+            assert evaluate_policy(without, limits).compute_saved < saved
+        else:
+            assert saved > 0
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_pruning_drops_the_check_whose_removal_saves_most_each_time(seed):
+    table = realistic(60, seed, checks=4, check=0.05)
+    limits = dict(zip(table.layers, propose_limits(table), strict=True))
+
+    def saved(layers):
+        if not layers:
+            return 0.0
+        return evaluate_policy(table.at(layers), tuple(map(limits.get, layers))).compute_saved
+
+    kept = table.layers
+    while kept:
+        without = [tuple(layer for layer in kept if layer != one) for one in kept]
+        best = max(without, key=saved)
+        if saved(best) < saved(kept) - 1e-12:
+            break
+        kept = best
+    found = prune(table, tuple(limits.values()))
+    assert saved(() if found is None else found.layers) == pytest.approx(saved(kept))
+
+
+def test_a_check_that_stops_nobody_is_not_in_a_proposed_rule(population):
+    table = population.rows(np.arange(800))
+    for rule in [*propose(table), *uniform_rules(table)]:
+        stops = table.at(rule.layers).exits(rule.threshold)
+        assert {*range(len(rule.layers))} <= {*stops.tolist()}
+
+
+def test_checks_too_dear_to_pay_leave_no_rule():
+    full = np.zeros(100, int)
+    table = table_of(np.ones((100, 3)), np.zeros((100, 3), int), full, full, check=0.9)
+    assert propose(table) == uniform_rules(table) == []
+
+
+def test_never_stopping_with_checks_costs_more_than_the_plain_model(population):
+    assert (population.costs.stops()[:, -1] > population.costs.plain).all()
+    strictest = evaluate_policy(population, 0.0)
+    assert strictest.mean_exit_layer == population.num_layers
+    assert strictest.compute_saved == pytest.approx(-0.004 * len(population.layers))
+
+
+def test_costs_at_some_layers_are_those_of_a_table_of_these_layers_alone(population):
+    some = population.costs.at([1, 4])
+    check, reach = 0.004, [2 / 9, 5 / 9, 1 - ANSWER]
+    expected = [r + k * check + ANSWER for r, k in zip(reach, (1, 2, 2), strict=True)]
+    np.testing.assert_allclose(some.stops()[0], expected)
+
+
+def as_probability(table) -> ExitTable:
+    """The same confidences as a measure that is high where it is certain."""
+    upper = math.log(CHOICES)
+    return replace(table, confidence=1 - table.confidence / upper, bounds=(1.0, 0.0))
+
+
+def test_a_measure_that_is_high_when_sure_chooses_the_same_exits(population):
+    proposing, tested = population.rows(np.arange(1500)), population.rows(np.arange(1500, 4000))
+    found = {
+        name: learn_then_test([(of(tested), propose(of(proposing)))], "disagreement", 0.05)
+        for name, of in {"low": lambda t: t, "high": as_probability}.items()
+    }
+    low, high = found["low"].chosen, found["high"].chosen
+    assert high.compute_saved > 0.1
+    assert high.compute_saved == pytest.approx(low.compute_saved, abs=2e-3)
+    assert high.layers == low.layers
+    assert all(0 <= limit <= 1 for limit in high.threshold)
+
+
+def test_a_grid_of_a_measure_that_is_high_when_sure_runs_from_strict_to_loose(population):
+    table = as_probability(population.rows(np.arange(500)))
+    assert (table.grid()[0], table.grid()[-1]) == (1.0, 0.0)
+    layers = [evaluate_policy(table, threshold).mean_exit_layer for threshold in table.grid()]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > layers[-1]
 
 
 def test_looser_thresholds_never_exit_later():
@@ -224,8 +345,8 @@ def exceeded(population, risk, sequences_of, splits, n):
     for seed in range(splits):
         rng = np.random.default_rng(seed)
         split = population.rows(rng.integers(0, len(population), n))
-        chosen = calibrate(sequences_of(split), risk, BUDGETS[risk]).chosen
-        truth = evaluate_policy(population, chosen.threshold)
+        chosen = learn_then_test(sequences_of(split), risk, BUDGETS[risk]).chosen
+        truth = evaluate_policy(population.at(chosen.layers), chosen.threshold)
         value = truth.drop if risk == "accuracy_drop" else truth.disagreement
         over += value > BUDGETS[risk]
         saved.append(truth.compute_saved)
@@ -234,7 +355,9 @@ def exceeded(population, risk, sequences_of, splits, n):
 
 @pytest.mark.parametrize("risk", BUDGETS)
 def test_the_promise_holds_over_200_random_splits(population, risk):
-    over, saved = exceeded(population, risk, lambda split: [(split, split.grid())], 200, 500)
+    over, saved = exceeded(
+        population, risk, lambda split: [(split, on_every_layer(split))], 200, 500
+    )
     assert over <= binom.ppf(0.99, 200, 0.05)
     assert saved > 0.15  # a promise kept by never exiting would be worth nothing
 
@@ -242,7 +365,8 @@ def test_the_promise_holds_over_200_random_splits(population, risk):
 def test_the_promise_holds_when_the_split_also_proposes_and_several_sequences_are_tried(population):
     def sequences_of(split):
         tested = split.rows(np.arange(0, len(split), 2))
-        return [(tested, tested.grid()), (tested, propose(split.rows(np.arange(1, len(split), 2))))]
+        proposing = split.rows(np.arange(1, len(split), 2))
+        return [(tested, uniform_rules(proposing)), (tested, propose(proposing))]
 
     over, _ = exceeded(population, "disagreement", sequences_of, 40, 800)
     assert over <= binom.ppf(0.99, 40, 0.05)
@@ -250,15 +374,15 @@ def test_the_promise_holds_when_the_split_also_proposes_and_several_sequences_ar
 
 def test_thresholds_per_layer_save_more_where_layers_heads_differ():
     others, all_rows = realistic(6000, seed=7, skew=1.5), realistic(10_000, seed=8, skew=1.5)
-    each = propose(others)
-    assert len(each[0]) == len(others.layers)
-    _, saved_one = exceeded(all_rows, "disagreement", lambda s: [(s, s.grid())], 15, 1500)
+    one, each = uniform_rules(others), propose(others)
+    _, saved_one = exceeded(all_rows, "disagreement", lambda s: [(s, one)], 15, 1500)
     _, saved_each = exceeded(all_rows, "disagreement", lambda s: [(s, each)], 15, 1500)
     assert saved_each > saved_one + 0.01
 
 
 def test_testing_stops_at_the_first_failure(population):
-    found = calibrate([(population.rows(np.arange(2000)), population.grid())], "disagreement", 0.02)
+    tested = population.rows(np.arange(2000))
+    found = learn_then_test([(tested, on_every_layer(tested))], "disagreement", 0.02)
     accepted = [row.accepted for row in found.curve]
     assert accepted == sorted(accepted, reverse=True)
     assert all(row.p_value <= 0.05 for row in found.curve if row.accepted)
@@ -269,20 +393,22 @@ def test_testing_stops_at_the_first_failure(population):
 
 def test_several_sequences_share_the_error_probability(population):
     table = population.rows(np.arange(500))
-    found = calibrate([(table, [0.0]), (table, table.grid())], "accuracy_drop", 0.01)
+    sequences = [(table, on_every_layer(table, [0.0])), (table, on_every_layer(table))]
+    found = learn_then_test(sequences, "accuracy_drop", 0.01)
     assert all(row.p_value <= 0.025 for row in found.curve if row.accepted)
     assert any(0.025 < row.p_value <= 0.05 and not row.accepted for row in found.curve)
 
 
 def test_the_record_survives_json(population):
     table = population.rows(np.arange(400))
-    record = calibrate([(table, propose(table))], "accuracy_drop", 0.05).to_json()
+    record = learn_then_test([(table, propose(table))], "accuracy_drop", 0.05).to_json()
     assert json.loads(json.dumps(record, allow_nan=False))["n"] == 400
 
 
 @pytest.mark.parametrize("risk", BUDGETS)
 def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, risk):
-    found = calibrate([(population.rows(np.array([0])), [0.1])], risk, 0.01)
+    one = population.rows(np.array([0]))
+    found = learn_then_test([(one, on_every_layer(one, [0.1]))], risk, 0.01)
     assert found.chosen.threshold is None
     assert "1 rows cannot prove" in found.reason
     assert "at least 299 rows" in found.reason
@@ -291,7 +417,7 @@ def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, r
 
 def test_wrong_answers_that_are_sure_lead_to_never_exit():
     table = table_of(np.zeros((1000, 3)), np.ones((1000, 3), int), np.zeros(1000, int), None)
-    found = calibrate([(table, table.grid())], "disagreement", 0.02)
+    found = learn_then_test([(table, on_every_layer(table))], "disagreement", 0.02)
     assert (found.chosen.threshold, found.chosen.compute_saved) == (None, 0)
     assert "strictest" in found.reason
     assert found.oracle_saving == 0
@@ -301,7 +427,7 @@ def test_wrong_answers_that_are_sure_lead_to_never_exit():
 def test_checks_dearer_than_what_exits_save_lead_to_never_exit():
     full = np.zeros(1000, int)
     table = table_of(np.ones((1000, 3)), np.zeros((1000, 3), int), full, full, check=0.9)
-    found = calibrate([(table, table.grid())], "accuracy_drop", 0.01)
+    found = learn_then_test([(table, on_every_layer(table))], "accuracy_drop", 0.01)
     assert found.chosen.threshold is None
     assert "checks" in found.reason
 
@@ -309,7 +435,7 @@ def test_checks_dearer_than_what_exits_save_lead_to_never_exit():
 def test_an_accuracy_budget_without_right_answers_names_the_other_budget():
     table = table_of(np.ones((5, 2)), np.ones((5, 2), int), np.ones(5, int), None)
     with pytest.raises(TaskError, match="--max_disagreement"):
-        calibrate([(table, [0.1])], "accuracy_drop", 0.01)
+        learn_then_test([(table, on_every_layer(table, [0.1]))], "accuracy_drop", 0.01)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -333,9 +459,11 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("budget", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.01, 1.0)])
 def test_budgets_and_confidences_out_of_range_are_refused(population, budget, confidence):
     with pytest.raises(PolicyError, match=r"--(max_disagreement|confidence) .* out of range"):
-        calibrate([(population, [0.1])], "disagreement", budget, confidence)
+        learn_then_test(
+            [(population, on_every_layer(population))], "disagreement", budget, confidence
+        )
 
 
 def test_nothing_to_test_is_refused():
     with pytest.raises(PolicyError, match="check layers"):
-        calibrate([], "disagreement", 0.02)
+        learn_then_test([], "disagreement", 0.02)

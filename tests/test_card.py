@@ -17,18 +17,14 @@ from lspade_train.probes.heads import LSpadeHeads
 
 
 @pytest.fixture(scope="module")
-def made(toy_root, tmp_path_factory):
+def made(evaluated_once, tmp_path_factory):
     """Cards after fit, after evaluate and after calibrate, and the finished folder; read only."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("made"))
-    recipe, cards = str(project.recipe(trainer__max_epochs=1)), {}
+    mine = evaluated_once.copy(tmp_path_factory.mktemp("made"))
+    recipe = str(mine.project.home / "recipe.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        for command in ("fit", "evaluate", "calibrate"):
-            budget = ["--max_disagreement", "0.5"] if command == "calibrate" else []
-            assert main([command, "--config", recipe, *budget]) == 0
-            cards[command] = (project.home / "checkpoints/toy/README.md").read_text()
-    return project, cards
+        patch.chdir(mine.project.home)
+        assert main(["calibrate", "--config", recipe, "--max_disagreement", "0.5"]) == 0
+    return mine.project, mine.cards | {"calibrate": (mine.folder / "README.md").read_text()}
 
 
 @pytest.fixture
@@ -84,7 +80,7 @@ def test_model_index_holds_the_measured_numbers(folder):
     }
     accuracy = results["lenses"]["l_spade"]["accuracy"][-1]
     assert found["test", "L-SPADE accuracy, layer 3"] == pytest.approx(accuracy, abs=1e-4)
-    saved = found["validation", "FLOPs saved with the exit policy"]
+    saved = found["validation", "FLOPs saved with the exit policy, on the rows that chose it"]
     assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
 
 
@@ -120,11 +116,11 @@ def test_the_card_grows_with_what_is_measured(made):
     _, cards = made
     assert "KL to the target (nats)" in cards["fit"]
     assert "None was chosen" in cards["fit"]
-    assert "logit lens | L-SPADE | SPADE" in cards["evaluate"]
+    assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["evaluate"]
     assert "![every lens by layer](figures/accuracy_by_layer.png)" in cards["evaluate"]
     assert "None was chosen" in cards["evaluate"]
     assert "None was chosen" not in cards["calibrate"]
-    assert "logit lens | L-SPADE | SPADE" in cards["calibrate"]
+    assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["calibrate"]
 
 
 def test_the_table_has_every_lens_and_layer_of_the_results(folder):
@@ -155,7 +151,7 @@ def test_without_labels_the_table_compares_with_the_model(folder):
     (folder / "results.json").write_text(json.dumps(results))
     text = card(folder)
     assert "Agreement with the full model, `jsonl`, test split" in text
-    assert "not with the truth" in text
+    assert "not with correct answers" in text
     metrics = [result.metric_type for result in ModelCard(text).data.eval_results]
     assert metrics[0] == "agrees_model"
 
@@ -178,12 +174,13 @@ CHOSEN = {
 )
 def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     record = {"risk": risk, "budget": 0.02, "confidence": 0.9, "n": 1234, "chosen": CHOSEN}
-    change(folder / "policy.json", threshold=0.25, calibration=record)
+    change(folder / "policy.json", layers=[1, 2, 3], threshold=0.25, calibration=record)
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
     assert f"With 90% confidence over the draw of the 1,234 validation prompts, {words}" in text
-    assert "| validation | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |" in text
+    row = "| validation split: rows that chose the policy | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
+    assert row in text
 
 
 def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
@@ -191,7 +188,28 @@ def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
     change(folder / "policy.json", threshold=0.25, calibration=record)
     on_test = CHOSEN | {"accuracy": None, "drop": None, "compute_saved": 0.2}
     change(folder / "results.json", exits={"policy": {"row": on_test}})
-    assert "| test | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
+    assert "| test split | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
+
+
+def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
+    rows = {"split": "validation", "part": "calibration"}
+    record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9, "chosen": CHOSEN}
+    change(folder / "policy.json", threshold=0.25, calibration=record | {"rows": rows})
+    policy = {"row": CHOSEN | {"compute_saved": 0.2}, "chosen_on_these_rows": False}
+    held_out = {"split": "validation", "part": "held_out", "exits": {"policy": policy}}
+    change(folder / "results.json", **held_out)
+    text = card(folder)
+    assert "| validation split, held-out half | 0.900 | +0.004 | 0.010 | 2.50 | 20.0% |" in text
+    assert "| validation split, calibration half: rows that chose the policy | 0.900 |" in text
+    saved = {
+        result.metric_name: result.metric_value
+        for result in ModelCard(text).data.eval_results
+        if result.metric_type == "compute_saved"
+    }
+    assert saved == {
+        "FLOPs saved with the exit policy": 0.2,
+        "FLOPs saved with the exit policy, on the rows that chose it": 0.25,
+    }
 
 
 def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder):
@@ -218,8 +236,8 @@ def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):
 
 def test_provenance_says_how_many_steps_were_really_taken(folder):
     text = card(folder)
-    assert "3 optimiser steps taken, batches of 16" in text
-    assert "asked for: 1 epochs" in text
+    assert "6 optimiser steps taken, batches of 16" in text
+    assert "asked for: 2 epochs" in text
     config = json.loads((folder / "config.json").read_text())
     assert config["weights_sha256"][:16] in text
     assert config["base_model"]["unembedding"][:16] in text

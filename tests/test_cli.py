@@ -1,8 +1,11 @@
 """The commands as a user meets them: what they print, write, refuse and leave behind."""
 
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+import yaml
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
+from lspade_train import ExitPolicy
 from lspade_train.cli import COMMANDS, main
+from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.cli.predict import PREDICT
+from lspade_train.errors import CacheError
+from lspade_train.io.storage import default_cache_root
 from lspade_train.models import ModelAdapter
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.training.loggers import default_loggers, start_run
 
 CODE = "import sys; from lspade_train.cli import main; sys.exit(main())"
 
@@ -61,14 +71,9 @@ def left_behind(project):
 
 
 @pytest.fixture(scope="module")
-def fitted(toy_root, tmp_path_factory):
-    """A finished fit with its cache; read only."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("fitted"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        assert main(["fit", "--config", str(project.recipe())]) == 0
-    return project
+def fitted(evaluated_once, tmp_path_factory):
+    """A finished fit with its cache and results."""
+    return evaluated_once.copy(tmp_path_factory.mktemp("fitted")).project
 
 
 def heads_of(project, name="toy"):
@@ -181,6 +186,35 @@ REFUSED = {
     "a device that is not here": (lambda p: {"data__device": "warp"}, r"data\.device"),
     "a rank of none": (lambda p: {"model__form": "low_rank", "model__rank": 0}, r"model\.rank"),
     "a shard size of none": (lambda p: {"data__shard_mb": 0}, r"data\.shard_mb"),
+    "a rank over the width": (
+        lambda p: {"model__form": "low_rank", "model__rank": 9999},
+        r"model\.rank is 9999.*hidden size is 32; expected at most 32",
+    ),
+    "a seed below zero": (
+        lambda p: {"seed_everything": -1},
+        r"seed_everything is -1; expected 0 to",
+    ),
+    "a label twice": (
+        lambda p: {"data__prompt__labels": ["A", "A", "B"]},
+        r"data\.prompt\.labels is \['A', 'A', 'B'\]; expected two or more",
+    ),
+    "a fraction over one": (lambda p: {"data__test_fraction": 1.5}, r"data\.test_fraction is 1\.5"),
+    "fractions that leave nothing": (
+        lambda p: {"data__test_fraction": 0.5, "data__validation_fraction": 0.5},
+        r"less than 1, so that rows are left",
+    ),
+    "a negative number of shots": (
+        lambda p: {"data__prompt__shots": -1},
+        r"data\.prompt\.shots is -1",
+    ),
+    "a column that is not there": (
+        lambda p: {"data__columns": {"prompt": "body"}},
+        r"line 1: no column 'body' \(found: prompt, choices, answer; see --data\.columns",
+    ),
+    "a home that nobody has": (
+        lambda p: {"data__cache_dir": "~nobody-of-that-name/x"},
+        r"data\.cache_dir is ~nobody-of-that-name/x, and no such home directory is known",
+    ),
     "a top-k of none": (lambda p: {"data__targets": "topk", "data__topk": 0}, r"data\.topk"),
 }
 
@@ -206,7 +240,7 @@ def test_a_missing_recipe_is_named(capsys, tmp_path):
 def test_a_recipe_that_is_not_yaml_is_named(capsys, tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("data: [1, {")
-    assert "cannot be used" in refused(capsys, "fit", "--config", path)
+    assert "broken.yaml, line 1 is not YAML" in refused(capsys, "fit", "--config", path)
 
 
 def test_a_missing_checkpoint_is_named(project, capsys):
@@ -218,7 +252,7 @@ def test_a_missing_checkpoint_is_named(project, capsys):
 def test_a_checkpoint_that_is_none_is_named(project, capsys):
     (project.home / "bad.ckpt").write_bytes(b"not a checkpoint")
     message = refused(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
-    assert message.startswith("bad.ckpt is damaged or no checkpoint")
+    assert message.startswith("bad.ckpt is damaged or not a checkpoint")
 
 
 def test_a_checkpoint_of_other_heads_is_named(fitted, project, capsys):
@@ -327,16 +361,19 @@ def mounted(place, size):
 
 
 @pytest.mark.parametrize(
-    ("what", "settings"),
+    ("what", "size", "settings"),
     [
-        ("cache", {}),
-        ("heads", {"trainer__enable_checkpointing": False}),
-        ("checkpoint", {}),
+        ("cache", "16k", {}),
+        ("heads", "16k", {"trainer__enable_checkpointing": False}),
+        ("checkpoint", "16k", {}),
+        # Room for a part of it: torch then fails while it closes its archive.
+        ("checkpoint", "32k", {}),
+        ("checkpoint", "64k", {}),
     ],
 )
-def test_a_full_disk_is_a_named_error(fitted, project, capsys, what, settings):
+def test_a_full_disk_is_a_named_error(fitted, project, capsys, what, size, settings):
     place = project.home / "full"
-    mounted(place, "16k")
+    mounted(place, size)
     try:
         if what == "cache":
             recipe = project.recipe(data__cache_dir=str(place))
@@ -362,6 +399,367 @@ def test_a_real_process_prints_the_error_and_nothing_else(project):
     assert len(done.stderr.splitlines()) == 2
 
 
+def test_validation_rows_are_looked_at_before_any_model_is_loaded(project, capsys, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(ModelAdapter, "from_pretrained", forbidden)
+    toy.write_jsonl(project.home / "rows/train.jsonl", toy.questions(6))
+    data = project.home / "rows"
+    recipe = project.recipe(data__dataset=str(data), data__validation_fraction=0)
+    assert "no validation split" in refused(capsys, "fit", "--config", recipe)
+    toy.write_jsonl(data / "validation.jsonl", [{"prompt": 3}])
+    assert "validation.jsonl, line 1" in refused(capsys, "fit", "--config", recipe)
+
+
+# A recipe's text -> what is said of it. `ok` is one that would parse.
+OK = "name: t\ndata: {model_id: m, task: jsonl}\n"
+RECIPES = {
+    "nothing": ("", r"holds nothing; expected keys"),
+    "a list": ("- name", r"holds a list; expected keys"),
+    "a tab": ("name: t\n\tdata: 1", r"line 2 is not YAML: .*'\\t'"),
+    "two documents": (f"{OK}---\n{OK}", r"line 3 is not YAML"),
+    "a section twice": (
+        f"{OK}model: {{lr: 1}}\nmodel: {{rank: 2}}",
+        r"line 4: model is given a sec",
+    ),
+    "a key twice": ("name: t\nname: u", r"line 2: name is given a second time \(first in line 1\)"),
+    "an unknown key": (
+        f"{OK}model: {{rnk: 2}}",
+        r"line 3: unknown key model\.rnk; did you mean mo",
+    ),
+    "a key in the wrong place": (
+        f"{OK}batch_size: 3",
+        r"line 3: .*; did you mean data\.batch_size",
+    ),
+    "an unknown section": (f"{OK}modle: {{lr: 1}}", r"line 3: .*modle; did you mean model\?"),
+    "a section that is a value": (f"{OK}model: 3", r"line 3: model holds a single value"),
+    "a key that is a list": (f"{OK}? [a]\n: 1", r"line 3: a key is not a text"),
+    "a word for a number": (
+        f"{OK}model: {{lr: fast}}",
+        r"line 3: model\.lr is fast; expected a numb",
+    ),
+    "a word of no choice": (
+        f"{OK}model: {{form: x}}",
+        r"model\.form is x; expected one of full, lo",
+    ),
+    "bare yes and no": (
+        "name: t\ndata: {model_id: m, task: jsonl, prompt: {labels: [yes, no]}}",
+        r"data\.prompt\.labels is \[True, False\]; expected a list of texts.*\n.*in quotes",
+    ),
+    "no task": ("name: t\ndata: {model_id: m}", r"does not set data\.task, which is required"),
+    "an empty data section": ("name: t\ndata:\n", r"does not set data\.\w+, which is required"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_is_refused_by_file_and_line(case, tmp_path, capsys):
+    text, message = RECIPES[case]
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    printed = refused(capsys, "evaluate", "--config", path)
+    assert re.search(message, printed), printed
+    assert "r.yaml" in printed
+    assert not re.search("Parser key|Union|subtypes|Namespace|typing", printed), printed
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("latin-1", r"line 1 is not UTF-8 text \(byte 0xf1\)"), ("utf-16-le", r"not YAML|not UTF-8")],
+)
+def test_a_recipe_in_another_encoding_is_refused(encoding, message, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_bytes(OK.replace("t\n", "señor\n", 1).encode(encoding))
+    assert re.search(message, refused(capsys, "evaluate", "--config", tmp_path / "r.yaml"))
+
+
+def parsed(path, *arguments):
+    return parse(command_parser("evaluate", ""), ["--config", str(path), *arguments]).recipe
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_recipe_with_a_byte_order_mark_is_read(encoding, tmp_path):
+    (tmp_path / "r.yaml").write_bytes(OK.replace("t\n", "señor\n", 1).encode(encoding))
+    assert parsed(tmp_path / "r.yaml").name == "señor"
+
+
+def test_sections_that_hold_nothing_keep_their_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "name: t\nmodel:\n  # rank: 3\ntrainer:\ndata:\n  model_id: m\n  task: jsonl\n"
+        "  prompt:\n  text:\n  shard_mb: 1e-1\n"
+    )
+    found = parsed(tmp_path / "r.yaml")
+    (tmp_path / "s.yaml").write_text(OK)
+    plain = parsed(tmp_path / "s.yaml", "--data.shard_mb=0.1")
+    assert found == plain
+
+
+def test_home_is_written_out_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/some/home")
+    (tmp_path / "r.yaml").write_text(OK)
+    found = parsed(tmp_path / "r.yaml", "--data.cache_dir=~/x", "--data.dataset", "~/d").data
+    assert (found.cache_dir, found.dataset) == ("/some/home/x", "/some/home/d")
+
+
+# On the command line: exit code and what is said.
+LINES = {
+    "--data.batch_size many": (
+        1,
+        r"On the command line: data\.batch_size is many; expected a whole",
+    ),
+    "--data.batchsize 3": (1, r"Unknown key --data\.batchsize; did you mean data\.batch_size"),
+    "--model.layers some": (1, r"model\.layers is some; expected all, or a list of whole numbers"),
+    "--data.limit x": (1, r"data\.limit is x; expected a whole number, or null"),
+    "--data 3": (1, r"data is not what it takes; expected a section of keys"),
+    "--data.batch_size": (2, r"expected one argument"),
+    "--spilt test": (2, r"no option --spilt; did you mean split"),
+    "surplus": (2, r"an argument that it does not take: surplus"),
+    "--config": (2, r"a recipe is needed: --config RECIPE"),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_is_refused_in_words(line, tmp_path, capsys):
+    code, message = LINES[line]
+    (tmp_path / "r.yaml").write_text(OK)
+    given = ["evaluate", *([] if line == "--config" else ["--config", f"{tmp_path}/r.yaml"])]
+    assert code_of([*given, *line.split()]) == code
+    printed = capsys.readouterr().err
+    assert re.search(message, printed), printed
+    assert not re.search("Parser key|Union|subtypes|Namespace|Traceback", printed), printed
+    assert len(printed.splitlines()) == 2 if code == 2 else len(printed.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("quikstart", "quickstart"), ("arc_esay", "arc_easy"), ("mine.yml", "mine.yaml")],
+)
+def test_a_recipe_that_is_not_there_is_answered_with_a_near_one(
+    name, near, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(OK)
+    assert f"did you mean {near}?" in refused(capsys, "fit", "--config", name)
+
+
+def test_a_recipe_that_is_not_there_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import sys\nfrom lspade_train.cli import main\n"
+        "assert main(['fit', '--config', 'nosuch']) == 1\n"
+        "print('loaded', *{n.split('.')[0] for n in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning", "transformers"} & set(done.stdout.split())
+
+
+def test_trainer_keys_are_listed_apart_and_near_ones_are_named(project, capsys):
+    assert code_of(["fit", "--help"]) == 0
+    assert "--trainer.max_epochs" not in capsys.readouterr().out.split("options:")[1]
+    assert code_of(["fit", "--help-trainer"]) == 0
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+    recipe = project.recipe(trainer__max_epoch=1)
+    assert "did you mean trainer.max_epochs?" in refused(capsys, "fit", "--config", recipe)
+    given = ["--trainer.max_steps", "many"]
+    message = refused(capsys, "fit", "--config", project.recipe(), *given)
+    assert "trainer.max_steps is many; expected a whole number" in message
+
+
+def test_examples_keep_their_lines_in_help(capsys):
+    assert code_of(["predict", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n  lspade-train predict --config arc --input questions.jsonl --output" in printed
+
+
+@pytest.mark.parametrize("arguments", [["help", "cache"], ["-V"], ["help"]], ids=" ".join)
+def test_short_ways_to_ask(arguments, capsys):
+    assert code_of(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(("usage: lspade-train", "lspade-train 0."))
+
+
+def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(printed, "ascii", write_through=True))
+    assert main(["fit", "--config", "señor"]) == 1
+    assert printed.getvalue().startswith(b"error: No recipe se?or")
+
+
+@pytest.mark.parametrize("key", ["model.lr", "trainer.gradient_clip_val", "data.shard_mb"])
+def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
+    section, name = key.split(".")
+    values = {"data": {"model_id": "m", "task": "jsonl"}}
+    values.setdefault(section, {})[name] = float("inf")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
+    message = refused(capsys, "evaluate", "--config", tmp_path / "r.yaml")
+    assert message.startswith(f"{key} is inf; expected a finite number")
+
+
+def test_a_machine_without_a_home_keeps_its_cache_where_it_is_told(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
+    assert default_cache_root() == tmp_path
+    monkeypatch.delenv("LSPADE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_root() == tmp_path / "lspade-train"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(CacheError, match="Set LSPADE_CACHE"):
+        default_cache_root()
+
+
+# init
+
+
+def initialised(tmp_path, monkeypatch, rows, model):
+    monkeypatch.chdir(tmp_path)
+    toy.write_jsonl(tmp_path / "mine.jsonl", rows)
+    return main(["init", "mine.jsonl", "--model_id", str(model)])
+
+
+def labelled(count=60):
+    sides = ["A", "B"]
+    return [
+        {"sentence": f"w{n} w{n + 1}", "label": n % 2, "name": sides[n % 2]} for n in range(count)
+    ]
+
+
+def test_init_writes_a_recipe_that_says_what_it_saw_and_fits(project, monkeypatch, capsys):
+    assert initialised(project.home, monkeypatch, labelled(), project.model) == 0
+    told = capsys.readouterr().err
+    assert "Texts under 'sentence', answered by one of 2 labels." in told
+    assert "A 50.0%, B 50.0% (majority baseline 50.0%)" in told
+    assert told.endswith("next:   lspade-train fit --config mine.yaml\n")
+    recipe = parsed(project.home / "mine.yaml").data
+    assert recipe.columns == {"question": "sentence", "answer": "label"}
+    assert recipe.prompt.labels == ["A", "B"]
+    short = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--data.device=cpu"]
+    short += ["--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", "mine.yaml", *short]) == 0
+    assert (project.home / "checkpoints/mine/heads.safetensors").exists()
+
+
+def test_init_does_not_overwrite(project, monkeypatch, capsys):
+    (project.home / "mine.yaml").write_text("precious")
+    assert initialised(project.home, monkeypatch, labelled(), project.model) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert (project.home / "mine.yaml").read_text() == "precious"
+
+
+KINDS = {
+    "choices": (
+        [{"question": f"q {n}", "choices": ["a", "b"], "answer": n % 2, "subject": f"s{n % 3}"}
+         for n in range(60)],
+        {"task": "jsonl", "columns": {"group": "subject"}},
+    ),
+    "text": ([{"body": f"w1 w2 {n}"} for n in range(60)], {"task": "text", "columns": None}),
+    "free answers": (
+        [{"text": f"w1 {n}", "label": f"w{n}"} for n in range(60)],
+        {"task": "jsonl", "columns": {"prompt": "text", "answer": "label"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
+    rows, expected = KINDS[kind]
+    assert initialised(tmp_path, monkeypatch, rows, "org/model") == 0
+    found = parsed(tmp_path / "mine.yaml").data
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_init_says_which_answer_is_not_one_token(project, monkeypatch, capsys):
+    rows = [{"text": f"w{n}", "label": ["A", "w1 w2"][n % 2]} for n in range(60)]
+    assert initialised(project.home, monkeypatch, rows, project.model) == 0
+    assert "first:  An answer must be one token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "No column holds text"), ([{"n": 3}], r"No column holds text in every row \(found: n\)")],
+)
+def test_init_refuses_data_that_it_cannot_ask_about(rows, message, tmp_path, monkeypatch, capsys):
+    assert initialised(tmp_path, monkeypatch, rows, "org/model") == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+# predict
+
+
+@pytest.fixture
+def asks(fitted, project, capsys):
+    """Runs predict on lines of input; exit code, answers and standard error."""
+
+    def run_it(lines, *options):
+        (project.home / "in").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+        recipe = project.recipe(data__cache_dir=str(fitted.cache))
+        given = ["--config", str(recipe), "--heads", str(heads_of(fitted)), "--input", "in"]
+        capsys.readouterr()
+        code = main(["predict", *given, "--threshold", "0.1", *options])
+        printed = capsys.readouterr()
+        return code, [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+    return run_it
+
+
+def test_predict_reports_the_accuracy_of_rows_with_answers(asks, caplog):
+    rows = toy.questions(6)
+    with caplog.at_level("INFO", "lspade_train"):
+        code, answers, _ = asks("".join(json.dumps(row) + "\n" for row in rows))
+    assert code == 0
+    right = sum(a["text"] == row["answer"] for a, row in zip(answers, rows, strict=True))
+    assert f"accuracy {right / 6:.3f} on 6 with an answer" in caplog.text
+    assert [answer["correct"] for answer in answers] == [
+        answer["text"] == row["answer"] for answer, row in zip(answers, rows, strict=True)
+    ]
+
+
+def test_predict_counts_bad_lines_and_fails_where_all_are(asks):
+    good = json.dumps(toy.questions(1)[0]).encode()
+    code, answers, err = asks(good + b'\n\xff\xfe{"prompt"\n')
+    assert (code, ["error" in answer for answer in answers]) == (0, [False, True])
+    assert err.startswith("error: 1 of 2 lines failed; line 2: ")
+    code, answers, err = asks("{broken\n{}\n")
+    assert (code, len(answers)) == (1, 2)
+    assert err.startswith("error: all 2 lines failed; line 1: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_raw_prompts_are_not_rendered(fitted, project, asks):
+    template = "w1 {prompt}"
+    plain = asks('{"prompt": "w2 w3 ? :"}\n')[1]
+    assert (
+        asks('{"prompt": "w2 w3 ? :"}\n', "--raw", "--data.prompt.template", template)[1] == plain
+    )
+    rendered = asks('{"prompt": "w2 w3 ? :"}\n', "--data.prompt.template", template)[1]
+    by_hand = asks('{"prompt": "w1 w2 w3 ? :"}\n', "--raw")[1]
+    assert rendered == by_hand != plain
+
+
+def test_the_examples_of_predicts_help_run(fitted, project, monkeypatch, capsys):
+    recipe = project.recipe(data__cache_dir=str(fitted.cache))
+    shutil.copytree(heads_of(fitted), heads_of(project))
+    ExitPolicy.always(2).save(heads_of(project))
+    toy.write_jsonl(project.home / "questions.jsonl", toy.questions(3))
+    examples = [line.strip() for line in PREDICT.splitlines() if line.startswith("  ")]
+    assert len(examples) == 3
+    for example in examples:
+        words = shlex.split(example.replace("--config arc", f"--config {recipe}"))
+        if "|" in words:
+            pipe = words.index("|")
+            monkeypatch.setattr(sys, "stdin", io.StringIO(words[1] + "\n"))
+            words = words[pipe + 1 :]
+        assert main(words[1:]) == 0, example
+    assert len((project.home / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_heads_say_what_stood_before_the_answers(fitted):
+    config = json.loads((heads_of(fitted) / "config.json").read_text())
+    manifest = json.loads((fitted.cache / "train/manifest.json").read_text())
+    assert config["training"]["data"]["answer_prefix"] == manifest["answer_prefix"]
+
+
 # Usage
 
 
@@ -369,6 +767,8 @@ def test_a_real_process_prints_the_error_and_nothing_else(project):
     "arguments",
     [
         [],
+        ["fti"],
+        ["init"],
         ["dance"],
         ["fit"],
         ["fit", "--colour", "1"],
@@ -407,8 +807,8 @@ def test_every_command_explains_itself(command, capsys):
     assert len(printed.splitlines()) > 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in {"fit", "validate", "test"}])
-def test_help_of_commands_without_training_does_not_wait_for_torch(command):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_does_not_wait_for_torch(command):
     code = (
         "import sys\nfrom lspade_train.cli import main\n"
         f"try: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
@@ -498,34 +898,27 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_evaluate_prints_what_it_writes(fitted, project, capsys, monkeypatch):
+def test_evaluate_measures_test_or_the_split_asked_for_and_prints_what_it_writes(
+    fitted, project, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "200")
+    written = heads_of(fitted) / "results.json"
+    results = json.loads(written.read_text())
+    assert (results["split"], results["n"]) == ("test", 12)
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
-    assert main(["evaluate", "--config", str(recipe), "--heads", str(heads_of(fitted))]) == 0
-    printed = capsys.readouterr().out
-    results = json.loads((heads_of(fitted) / "results.json").read_text())
-    assert results["split"] == "test"
-    assert results["n"] == 12
+    arguments = ["--heads", str(heads_of(fitted)), "--split", "validation"]
+    assert main(["evaluate", "--config", str(recipe), *arguments]) == 0
+    printed, results = capsys.readouterr().out, json.loads(written.read_text())
+    assert (results["split"], results["n"]) == ("validation", 20)
     assert results["layers"] == [1, 2, 3]
-    assert list(results["lenses"]) == ["logit_lens", "l_spade", "spade"]
-    assert "n = 12" in printed
+    assert list(results["lenses"]) == ["logit_lens", "tuned_lens", "l_spade", "spade"]
+    assert "n = 20" in printed
     assert f"accuracy {results['full_model']['accuracy']:.3f}" in printed
     shown = set(printed.replace("│", " ").split())
     for lens in results["lenses"].values():
         for metric in ("accuracy", "agrees_model"):
             assert {f"{value:.3f}" for value in lens[metric]} <= shown
     assert set(results["lenses"]["spade"]["agrees_spade"]) == {1.0}
-
-
-def test_the_tuned_lens_is_evaluated_where_it_was_fitted(fitted, project, capsys):
-    recipe = project.recipe(data__cache_dir=str(fitted.cache))
-    assert main(["fit", "--config", str(recipe)]) == 0
-    assert main(["fit", "--config", str(recipe), "--model.target", "final"]) == 0
-    assert main(["evaluate", "--config", str(recipe), "--split", "validation"]) == 0
-    results = json.loads((heads_of(project) / "results.json").read_text())
-    assert results["split"] == "validation"
-    assert "tuned_lens" in results["lenses"]
-    assert "tuned" in capsys.readouterr().out
 
 
 def test_validate_and_test_run_on_their_splits(fitted, project, capsys):
@@ -599,7 +992,7 @@ def test_a_recipe_fits_in_a_real_process_and_its_heads_are_those_of_this_one(fit
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert "train: caching 48 rows" in lines[0]
-    assert lines[-1] == "next:  lspade-train evaluate --config RECIPE.yaml"
+    assert lines[-1] == f"next:  lspade-train evaluate --config {recipe}"
     assert len(lines) < 10, done.stderr
     one, two = (load_file(heads_of(p) / "heads.safetensors") for p in (fitted, project))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -645,3 +1038,27 @@ def test_info_on_heads_and_caches_loads_no_lightning(fitted):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split("loaded ")[-1].split()
     assert not {"lightning", "datasets", "wandb"} & set(loaded)
+
+
+# W&B out of reach
+
+
+def test_a_run_is_written_offline_where_wandb_cannot_be_reached(tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    asked = []
+
+    def unreachable(**settings):
+        asked.append(settings.get("mode"))
+        if settings.get("mode") != "offline":
+            raise wandb.errors.CommError("no such host\nmore")
+        return "run"
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    logger = default_loggers(tmp_path, "name")[1]
+    with caplog.at_level("WARNING", "lspade_train"):
+        assert logger.experiment == "run"
+        assert start_run(project="x") == "run"
+    assert asked[1::2] == ["offline", "offline"]
+    said = "W&B: no such host; writing offline, send it with `wandb sync`."
+    assert [record.getMessage() for record in caplog.records] == [said, said]

@@ -10,7 +10,7 @@ import torch
 
 from lspade_train.cli import main
 from lspade_train.cli.parsing import command_parser, parse
-from lspade_train.evaluation import exit_table
+from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.exit_table import evaluate_policy
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
@@ -89,7 +89,7 @@ def test_the_table_from_cached_states_is_what_the_runtime_does(fitted, decoder, 
     folder = fitted.folder / "tuned_lens" if decoder == "tuned_lens" else fitted.folder
     heads = LSpadeHeads.from_pretrained(folder).bind(data.adapter)
     policy = ExitPolicy(layers=(2, 4, 6, 8), scope=scope, decoder=decoder)
-    table = exit_table(data.stored("validation"), data.adapter, heads, policy, rows=64)
+    table = exit_table(data.stored("validation", 64), data.adapter, heads, policy)
     limit = float(table.confidence.mean())
     runtime = ExitRuntime(data.adapter, heads, policy=replace(policy, threshold=limit))
     lines = (ROOT / "recipes/quickstart/data/validation.jsonl").read_text().splitlines()[:64]

@@ -1,9 +1,13 @@
 """Models whose blocks lie on several devices, or off them until they run."""
 
 import pytest
+import torch
 from processes import cache_digests
+from test_heads import trained
+from tiny_models import WIDTH, tiny
 
 from lspade_train.models import ModelAdapter
+from lspade_train.models import unembedding as module
 
 pytest.importorskip("accelerate")
 
@@ -36,3 +40,26 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_cache(project, whole, whe
 def test_the_map_of_a_recipe_gives_the_same_cache(project, whole):
     project.module(device_map="auto").states("train")
     assert cache_digests(project.home) == whole
+
+
+def test_a_norm_on_another_device_than_the_head_hands_its_states_on(monkeypatch):
+    monkeypatch.setattr(module, "_is_linear", lambda head, weight: True)  # meta has no numbers
+    model = tiny("llama")
+    model.lm_head.to("meta")  # a second device that every machine has
+    unembed = module.find_unembedding(model, model.model)
+    hidden, ids = torch.randn(5, WIDTH), torch.zeros(5, 2, dtype=torch.long, device="meta")
+    assert unembed(hidden).device.type == "meta"
+    assert unembed.tokens(hidden, ids).device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_heads_read_the_states_of_blocks_on_another_device():
+    from accelerate import dispatch_model
+
+    heads, hidden = trained(), torch.randn(5, WIDTH)
+    expected = heads.bind(tiny("llama")).logits(hidden, 2)
+    places = BLOCKS | WHOLE | {"model.norm": 0, "lm_head": 0}
+    split = ModelAdapter(dispatch_model(tiny("llama"), places, main_device="cpu"))
+    heads.bind(split)
+    assert heads.bias.is_cuda
+    torch.testing.assert_close(heads.logits(hidden, 2).cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -12,15 +12,16 @@ import torch
 import toy
 from sklearn.metrics import roc_auc_score
 
-from lspade_train import evaluation, spade_logits
+from lspade_train import spade_logits
 from lspade_train.cli import main
 from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.evaluation import ablations
 from lspade_train.evaluation.comparison import comparable
 from lspade_train.evaluation.exits import measure_exits, measure_policy
-from lspade_train.evaluation.run import Subject
+from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import spade_states
-from lspade_train.policies.exit_table import ExitTable, evaluate_policy
+from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.exit_table import ExitCosts, ExitTable, evaluate_policy
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.spade import collect_states
@@ -86,7 +87,7 @@ def subject(fitted):
     recipe = parse(command_parser("evaluate", ""), [f"--config={fitted.home / 'recipe.yaml'}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(fitted.home)
-        return Subject(recipe.recipe, fitted.home / "checkpoints/toy")
+        return FittedRecipe(recipe.recipe, fitted.home / "checkpoints/toy")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_groups_split_the_rows(results):
 
 
 def test_the_sweep_is_the_exit_table_row_by_row(results, subject):
-    table = evaluation.exit_table(
+    table = exit_table(
         subject.data.stored("test"), subject.data.adapter, subject.heads,
         ExitPolicy(layers=tuple(LAYERS)),
     )  # fmt: skip
@@ -207,14 +208,15 @@ def test_the_calibrated_policy_is_measured_on_the_same_rows(results, fitted):
 def test_a_policy_of_another_measure_is_measured_by_it(subject, measure):
     dataset, adapter = subject.data.stored("test"), subject.data.adapter
     policy = ExitPolicy(layers=(1, 3), measure=measure, threshold=(0.02, 0.0), scope="choices")
-    found = measure_policy(dataset, adapter, subject.heads, policy)
+    found = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
     assert found["row"]["threshold"] == [0.02, 0.0]
     assert found["row"]["exit_counts"][2] == 0  # everyone is at or over a margin of 0
 
 
 def test_a_policy_for_other_heads_is_noted_and_left_out(subject):
     policy = ExitPolicy(layers=(1,), threshold=1.0, heads_digest="0" * 64)
-    found = measure_policy(subject.data.stored("test"), subject.data.adapter, subject.heads, policy)
+    dataset, adapter = subject.data.stored("test"), subject.data.adapter
+    found = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
     assert found["row"] is None
     assert "lspade-train calibrate" in found["note"]
 
@@ -223,8 +225,10 @@ def test_exits_of_rows_without_right_answers_have_no_accuracy():
     table = ExitTable(
         layers=(1,), num_layers=2, bounds=(0.0, 1.0), confidence=np.array([[0.1], [0.9]]),
         answers=np.array([[1], [2]]), full_answer=np.array([1, 1]), gold=None,
-        cost=np.ones((2, 1)), full_cost=np.full(2, 3.0), free_cost=np.ones((2, 1)),
-        plain_cost=np.full(2, 2.0),
+        costs=ExitCosts(
+            reach=np.array([[0.5, 1.0]] * 2), check=np.full((2, 1), 0.5),
+            answer=np.full((2, 2), 0.5), unchecked=np.ones((2, 1)), plain=np.full(2, 2.0),
+        ),
     )  # fmt: skip
     (row,) = measure_exits(table, [0.5])
     assert (row["accuracy"], row["drop"], row["accuracy_interval"]) == (None, None, None)
@@ -454,7 +458,7 @@ def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeyp
     with caplog.at_level("WARNING", "lspade_train"):
         run("evaluate", project.recipe())
     assert list(results_of(project)["lenses"]) == ["logit_lens", "l_spade", "spade"]
-    assert "tuned lens left out: it has layers [1]" in caplog.text
+    assert "tuned lens left out: its heads have layers [1]" in caplog.text
 
 
 def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, caplog):
@@ -477,7 +481,7 @@ def test_heads_without_a_layer_of_the_recipe_are_named(fitted, capsys, monkeypat
     monkeypatch.chdir(fitted.home)
     arguments = ["--model.layers=[0]", "--data.cache_dir=zero"]
     assert main(["evaluate", f"--config={fitted.home / 'recipe.yaml'}", *arguments]) == 1
-    assert "none in common. Set --model.layers" in capsys.readouterr().err
+    assert "none is in common. Set --model.layers" in capsys.readouterr().err
 
 
 # compare ---------------------------------------------------------------------------------------
@@ -507,7 +511,7 @@ def test_folders_of_one_recipe_are_told_apart_by_their_paths(results):
 def test_compare_says_when_the_rows_are_not_the_same(results, caplog):
     with caplog.at_level("WARNING", "lspade_train"):
         comparable({"a": results, "b": results | {"split": "validation"}})
-    assert "another split each (test, validation)" in caplog.text
+    assert "differ in split (test, validation)" in caplog.text
 
 
 @pytest.mark.parametrize(

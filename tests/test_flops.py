@@ -1,12 +1,14 @@
 """The FLOPs formula against PyTorch's counter on real runs, and against a count by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
 from tiny_models import KINDS, LAYERS, VOCAB, WIDTH, tiny
 
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.flops import count_flops, counter, exit_costs, exit_flops
+from lspade_train.policies.flops import cost_parts, count_flops, counter, exit_costs, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.runtime.decide import decide_batch
 
@@ -41,6 +43,21 @@ def test_the_choices_scope_is_charged_for_its_choices_only(family):
     counts = count_flops(model, runtime.heads)
     got = float(exit_flops(counts, [6, 6], [2], policy, choices=3).sum())
     assert got == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens"])
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+def test_the_parts_of_a_policy_without_threshold_add_up_to_what_it_costs_with_one(scope, decoder):
+    model, tokens, layers = tiny("llama"), [9, 30], (1, 3)
+    policy = ExitPolicy(layers=layers, scope=scope, decoder=decoder)
+    counts = count_flops(model, runtime_of(model, policy).heads)
+    parts = cost_parts(counts, tokens, layers, policy, choices=torch.tensor([3, 3]))
+    ends = [*layers, LAYERS]
+    checked = exit_flops(counts, tokens, ends, replace(policy, threshold=0.1), choices=3)
+    torch.testing.assert_close(torch.from_numpy(parts.stops()), checked)
+    free = exit_flops(counts, tokens, layers, policy, choices=3, checks=())
+    torch.testing.assert_close(torch.from_numpy(parts.without_checks()), free)
+    assert (parts.stops()[:, -1] > parts.plain).all() or scope == "choices"
 
 
 def test_a_llama_is_counted_as_by_hand():

@@ -64,6 +64,7 @@ def test_norm_and_head_alone_give_the_logits_of_the_whole_model(family, tmp_path
     alone = load_unembedding(str(tmp_path), dtype="float32", device="cpu")
     assert not caplog.messages  # transformers would list every weight that was left out
     assert alone.digest == whole.unembed.digest
+    assert alone.linear
     hidden = torch.randn(5, WIDTH)
     assert torch.equal(alone(hidden), whole.unembed(hidden))
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy import WORDS
+from transformers import PreTrainedTokenizerFast
 
 from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter, spade_logits
 from lspade_train.cli import main
@@ -85,6 +88,7 @@ def test_with_never_every_kind_of_request_gets_the_hf_models_own_numbers(model, 
     assert never.generate_until(prompts, True) == hf.generate_until(prompts, True)
     assert never.get_model_info()["lspade"] == {
         "questions": 0,
+        "white_space_read_as_prompt": 0,
         "full_model_requests": {
             "continuations": 36 + 8,
             "rolling windows": len(texts),
@@ -137,12 +141,93 @@ def test_the_results_say_how_early_and_what_it_saved(lspade):
     assert facts["flops_saved"] == pytest.approx(1 - float(paid))
     assert facts == {
         "questions": len(contexts),
+        "white_space_read_as_prompt": 0,
         "full_model_requests": {},
         "num_layers": 4,
         "exited": 1.0,
         "mean_exit_layer": LAYER,
         "flops_saved": facts["flops_saved"],
     }
+
+
+@pytest.fixture(scope="module")
+def newlines(toy_root, tmp_path_factory):
+    """That model with a tokenizer in which a newline is a token, as in chat models."""
+    folder = tmp_path_factory.mktemp("newlines") / "model"
+    shutil.copytree(toy_root / "model", folder)
+    vocabulary = {
+        w: i for i, w in enumerate(["<unk>", "<s>", "\n", "A", "B", "C", "?", ":", *WORDS])
+    }
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def chats(choices=("A", "B", "C")) -> list[Instance]:
+    """Contexts that end as a chat template ends."""
+    return asked("loglikelihood", *[(f"w{n} ? :\n", c) for n in range(6) for c in choices])
+
+
+def test_white_space_that_ends_a_chat_template_is_read_as_part_of_the_prompt(
+    newlines, heads, tmp_path, caplog
+):
+    ExitPolicy.always(LAYER).save(tmp_path)
+    early = LSpadeLM(pretrained=newlines, heads=str(heads), policy=str(tmp_path), device="cpu")
+    requests = chats()
+    with caplog.at_level("WARNING", "lm_eval.lspade"):
+        found = early.loglikelihood(requests, disable_tqdm=True)
+    for request, (score, _) in zip(requests, found, strict=True):
+        context, choice = request.args
+        ids = torch.tensor([early.tokenizer(context)["input_ids"]])
+        assert early.tokenizer.decode(ids[0, -1]) == "\n"
+        expected = spade_logits(early.model, ids, layers=[LAYER])[0, 0].log_softmax(-1)
+        token = early.tokenizer.convert_tokens_to_ids(choice)
+        assert score == pytest.approx(float(expected[token]), abs=1e-5)
+    facts = early.get_model_info()["lspade"]
+    assert (facts["questions"], facts["white_space_read_as_prompt"]) == (6, 6)
+    assert facts["full_model_requests"] == {}
+    assert [r.message for r in caplog.records].count(
+        "6 of 6 questions end in white space, as chat templates do: it is read as part of the "
+        "prompt, and scores are of the answer behind it."
+    ) == 1
+
+
+def test_the_order_of_the_choices_is_hfs_where_white_space_ends_the_context(
+    newlines, heads, tmp_path
+):
+    ExitPolicy(layers=(1,), threshold=0.0).save(tmp_path)
+    never = LSpadeLM(pretrained=newlines, heads=str(heads), policy=str(tmp_path), device="cpu")
+    plain = HFLM(pretrained=newlines, device="cpu")
+    mine, theirs = (
+        torch.tensor([score for score, _ in m.loglikelihood(chats(), disable_tqdm=True)])
+        for m in (never, plain)
+    )
+    # One term per question is left out: the likelihood of the white space itself.
+    left_out = (theirs - mine).reshape(6, 3)
+    torch.testing.assert_close(left_out, left_out[:, :1].expand(6, 3), atol=1e-4, rtol=0)
+    assert (left_out < 0).all()
+
+
+def test_it_is_said_loudly_where_no_request_goes_through_the_runtime(lspade, caplog):
+    early = lspade(ExitPolicy.always(LAYER))
+    with caplog.at_level("WARNING", "lm_eval.lspade"):
+        early.loglikelihood(questions(4, ("A B", "B C")), disable_tqdm=True)
+    assert "NO REQUEST WENT THROUGH EARLY EXITS: all 8 " in caplog.text
+    assert "(8 of 2 tokens)" in caplog.text
+
+
+def test_a_first_word_that_choices_share_is_not_white_space(lspade, hf):
+    early = lspade(ExitPolicy.always(LAYER))
+    shared = questions(3, ("A B", "A C"))
+    assert early.loglikelihood(shared, True) == hf.loglikelihood(shared, True)
 
 
 def test_a_question_with_one_longer_choice_is_the_full_models_as_a_whole(lspade, hf):
@@ -227,7 +312,8 @@ def harness(tmp_path: Path, model: str, arguments: str) -> dict:
     output = tmp_path / model / "results.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments,
+            sys.executable, "-m", "lspade_train.integrations.lm_eval",
+            "--model", model, "--model_args", arguments,
             "--include_path", str(TASKS), "--tasks", "tiny_world", "--device", "cpu",
             "--batch_size", "32", "--output_path", str(output),
         ],

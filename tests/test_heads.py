@@ -11,6 +11,7 @@ from tiny_models import WIDTH, tiny
 
 from lspade_train import LSpadeHeads, ModelAdapter
 from lspade_train.errors import ArtifactError
+from lspade_train.probes.heads import check_same_model
 
 FORMS = ["full", "low_rank", "bias"]
 
@@ -102,6 +103,80 @@ def test_heads_used_with_another_model_are_refused():
         heads.bind(other)
     with pytest.raises(ArtifactError, match="another configuration"):
         heads.bind(tiny("llama", rms_norm_eps=1e-3))
+
+
+def fitted_for(model):
+    """Heads whose record names `model`."""
+    heads = trained()
+    base = {"model_id": "org/base", "revision": "abc"}
+    heads.metadata = {"base_model": base | ModelAdapter(model).identity}
+    return heads
+
+
+def merge(model, block, size=1e-2):
+    """Add a LoRA's product of rank 2 to one matrix of one block: norm and head stay."""
+    weight = model.model.layers[block].self_attn.q_proj.weight
+    with torch.no_grad():
+        low_rank = torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
+        weight.add_((size * low_rank * weight.abs().mean()).to(weight.dtype))
+    return model
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_heads_are_refused_by_a_model_with_a_lora_merged_into_one_block(block):
+    heads = fitted_for(tiny("llama"))
+    with pytest.raises(
+        ArtifactError, match=r"org/base(.|\n)*other weights in its blocks(.|\n)*fit"
+    ):
+        heads.bind(merge(tiny("llama"), block))
+
+
+def test_a_merge_that_bfloat16_mostly_rounds_away_is_seen():
+    large = {"intermediate_size": 8192, "dtype": torch.bfloat16}
+    heads, model = fitted_for(tiny("llama", **large)), tiny("llama", **large)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    before = weight.clone()
+    with torch.no_grad():
+        weight.add_(1e-5 * before.abs().mean() * torch.randn_like(weight))
+    changed = (weight != before).float().mean()
+    assert 1e-4 < changed < 1e-2
+    with pytest.raises(ArtifactError, match="other weights"):
+        heads.bind(model)
+
+
+BOUND = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("fitted", BOUND)
+def test_the_same_model_in_another_dtype_is_not_refused(fitted, dtype):
+    model = tiny("llama").to(BOUND[dtype])
+    heads = fitted_for(tiny("llama").to(BOUND[fitted])).bind(model)
+    assert heads.logits(torch.randn(WIDTH, dtype=BOUND[dtype]), 2).dtype == BOUND[dtype]
+
+
+@pytest.mark.parametrize(("fitted", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_merge_is_seen_between_float32_and_bfloat16(fitted, dtype):
+    heads = fitted_for(tiny("llama").to(BOUND[fitted]))
+    with pytest.raises(ArtifactError, match="other weights"):
+        heads.bind(merge(tiny("llama"), 2, size=0.1).to(BOUND[dtype]))
+
+
+def test_other_weights_of_the_same_quantisation_are_a_warning(caplog):
+    identity = ModelAdapter(tiny("llama")).identity | {"quantization": "bitsandbytes int8"}
+    check_same_model(identity | {"model_weights": "those of another device"}, identity)
+    assert "other weights in its blocks" in caplog.text
+
+
+def test_weights_are_not_compared_with_those_of_another_quantisation(caplog):
+    identity = ModelAdapter(tiny("llama")).identity
+    check_same_model(identity | {"quantization": "awq", "model_weights": "packed"}, identity)
+    assert not caplog.text
+
+
+def test_a_state_on_another_device_is_brought_to_the_heads():
+    heads = LSpadeHeads([1, 3], WIDTH).to("meta")  # a second device that every machine has
+    assert heads.translate(torch.randn(5, WIDTH), 3).device.type == "meta"
 
 
 def test_heads_of_another_width_are_refused():

@@ -35,7 +35,7 @@ from lspade_train.io.storage import file_digest, file_tag, json_digest, read_jso
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import predict
-from lspade_train.tasks.sources import read_jsonl
+from lspade_train.tasks.files import read_jsonl
 
 COUNT = int(os.environ.get("LSPADE_FUZZ", "60"))
 MEMORY = 6 << 30
@@ -327,7 +327,10 @@ def test_fuzz_of_rows_and_of_prompts_to_predict(tmp_path, data):
     path.write_bytes(damaged(data, line.encode()))
     accepts_or_refuses(TaskError, read_jsonl, path, lambda row: row)
     for text in path.read_text(errors="replace").splitlines():
-        assert {"echo"} <= predict._parse(1, text).keys()
+        line = predict.parse_line(1, text, predict.RawPrompts())
+        assert line.echo["line"] == 1
+        assert (line.asked is None) == bool(line.error)
+        json.dumps(line.echo, allow_nan=False)
 
 
 BOMBS = {
@@ -400,7 +403,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_is_not_run(
     torch.save({"state_dict": {}, "callbacks": Evil(mark)}, path)
     recipe = str(project.recipe())
     assert main(["fit", "--config", recipe, "--ckpt_path", str(path)]) == 1
-    assert "is damaged or no checkpoint" in capsys.readouterr().err
+    assert "is damaged or not a checkpoint" in capsys.readouterr().err
     assert not mark.exists()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello", "world")

@@ -118,7 +118,8 @@ def test_a_process_that_serves_a_model_has_not_loaded_what_trains_it():
     assert not loaded_after(statement) & TRAINING_ONLY
 
 
-def test_the_package_and_its_help_load_nothing_heavy():
+def test_the_package_its_help_and_what_only_shows_results_load_nothing_heavy():
     statement = "import lspade_train\nfrom lspade_train.cli import main\nmain(['--help'])"
+    statement += "\nimport lspade_train.probes.lenses, lspade_train.reporting.plots"
     heavy = {"torch", "transformers", "numpy", "jsonargparse", *TRAINING_ONLY}
     assert not loaded_after(statement) & heavy

@@ -15,7 +15,7 @@ from lspade_train.cli import main
 from lspade_train.errors import RecipeError
 from lspade_train.inspection import inspect_prompt, render_html, render_terminal
 from lspade_train.inspection.render import style
-from lspade_train.probes.lenses import HeadsLens, LogitLens, SpadeLens
+from lspade_train.probes.lenses import L_SPADE, LENSES, LOGIT_LENS, SPADE
 
 IDS = [1, 9, 10, 30, 11, 12, 6, 7]
 BELOW = tuple(range(LAYERS))
@@ -37,8 +37,9 @@ def best(logits):
 # The numbers
 
 
+@torch.no_grad()
 def test_the_top_row_is_the_full_model_at_every_position(adapter):
-    view = view_of(adapter, LogitLens(adapter.unembed), top_k=VOCAB)
+    view = view_of(adapter, LOGIT_LENS, top_k=VOCAB)
     logits = adapter.model(torch.tensor([IDS])).logits[0]
     assert view.layers == (*BELOW, LAYERS)
     assert view.tokens == tuple(toy.tokenizer().convert_ids_to_tokens(IDS))
@@ -52,7 +53,7 @@ def test_the_top_row_is_the_full_model_at_every_position(adapter):
 
 
 def test_spade_at_each_position_is_spade_of_the_prompt_cut_there(adapter):
-    view = view_of(adapter, SpadeLens())
+    view = view_of(adapter, SPADE)
     for place in range(len(IDS)):
         expected = spade_logits(adapter, torch.tensor([IDS[: place + 1]]), layers=BELOW)[0]
         for layer in BELOW:
@@ -62,19 +63,19 @@ def test_spade_at_each_position_is_spade_of_the_prompt_cut_there(adapter):
 
 
 def test_spade_at_the_start_token_is_the_full_model(adapter):
-    column = [row[0] for row in view_of(adapter, SpadeLens()).cells]
+    column = [row[0] for row in view_of(adapter, SPADE).cells]
     assert all(cell.agrees and cell.kl == pytest.approx(0.0, abs=1e-5) for cell in column)
 
 
 def test_untrained_heads_read_what_the_logit_lens_reads(adapter):
     heads = LSpadeHeads([1, 3], adapter.hidden_size).bind(adapter)
-    through_heads = view_of(adapter, HeadsLens(heads), heads.layers)
+    through_heads = view_of(adapter, L_SPADE, heads.layers, heads=heads)
     assert through_heads.layers == (1, 3, LAYERS)
-    assert through_heads.cells == view_of(adapter, LogitLens(adapter.unembed), (1, 3)).cells
+    assert through_heads.cells == view_of(adapter, LOGIT_LENS, (1, 3)).cells
 
 
 def test_the_last_positions_are_those_of_the_whole_view(adapter):
-    lens = LogitLens(adapter.unembed)
+    lens = LOGIT_LENS
     part, whole = view_of(adapter, lens, last=3), view_of(adapter, lens)
     assert part.first == len(IDS) - 3
     assert part.tokens == whole.tokens[-3:]
@@ -87,7 +88,7 @@ def test_white_space_is_made_visible(stories):
     tokenizer = load_tokenizer(str(stories))
     real = ModelAdapter.from_pretrained(str(stories), device="cpu")
     ids = tokenizer("Once upon a time\nthere was").input_ids
-    view = inspect_prompt(real, tokenizer, ids, LogitLens(real.unembed), [1], top_k=1)
+    view = inspect_prompt(real, tokenizer, ids, LOGIT_LENS, [1], top_k=1)
     assert "·upon" in view.tokens
     assert "⏎" in view.tokens
     assert not any(re.search(r"\s", token) for token in view.tokens)
@@ -103,14 +104,14 @@ def printed(view, width=100, **settings):
 
 
 def test_without_colours_entropy_is_a_number_in_the_cell(adapter):
-    view = view_of(adapter, LogitLens(adapter.unembed))
+    view = view_of(adapter, LOGIT_LENS)
     text = printed(view)
     assert f"{view.answer[-1].tokens[0]} {view.answer[-1].entropy:.1f}" in text
     assert "\x1b[" not in text
 
 
 def test_with_colours_entropy_is_the_cells_background(adapter):
-    view = view_of(adapter, LogitLens(adapter.unembed))
+    view = view_of(adapter, LOGIT_LENS)
     text = printed(view, color_system="truecolor", force_terminal=True)
     background = style(view.answer[-1].entropy, view.uniform)[0]
     red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
@@ -118,7 +119,7 @@ def test_with_colours_entropy_is_the_cells_background(adapter):
 
 
 def test_a_narrow_terminal_keeps_the_answer_and_says_what_it_left_out(adapter):
-    text = printed(view_of(adapter, LogitLens(adapter.unembed)), width=60)
+    text = printed(view_of(adapter, LOGIT_LENS), width=60)
     assert all(len(line) <= 60 for line in text.split("answer position")[0].splitlines()[4:])
     assert re.search(r"\d earlier positions are not shown", text)
     assert re.search(r"┃ : +┃\n", text)  # the prompt's last token is the last column
@@ -139,7 +140,7 @@ def test_the_scale_darkens_all_the_way_and_its_text_stands_out():
 
 
 def test_the_page_is_one_file_that_asks_nothing_of_a_network(adapter, tmp_path):
-    view = view_of(adapter, SpadeLens())
+    view = view_of(adapter, SPADE)
     page = render_html(view, tmp_path / "view.html", model="<b>org/name</b>").read_text()
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
     assert "<b>org/name" not in page
@@ -152,23 +153,17 @@ def test_the_page_is_one_file_that_asks_nothing_of_a_network(adapter, tmp_path):
 # The command
 
 
-@pytest.fixture(scope="module")
-def fitted(toy_root, tmp_path_factory):
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("inspected"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        for target in ("spade", "final"):
-            recipe = project.recipe(trainer__max_epochs=1, model__target=target)
-            assert main(["fit", "--config", str(recipe)]) == 0
-    return project
+@pytest.fixture
+def fitted(evaluated_once, monkeypatch):
+    """A project whose heads are found from where the test runs; read only."""
+    monkeypatch.chdir(evaluated_once.project.home)
+    return evaluated_once.project
 
 
-@pytest.mark.parametrize("lens", ["logit_lens", "tuned_lens", "l_spade", "spade"])
-def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, monkeypatch, lens):
-    monkeypatch.chdir(fitted.home)
-    page = fitted.home / f"{lens}.html"
-    arguments = ["--config", str(fitted.recipe()), "--lens", lens, "--html", str(page)]
+@pytest.mark.parametrize("lens", LENSES)
+def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, tmp_path, lens):
+    page, recipe = tmp_path / f"{lens}.html", str(fitted.home / "recipe.yaml")
+    arguments = ["--config", recipe, "--lens", lens, "--html", str(page)]
     assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
     text = capsys.readouterr().out
     shown = re.findall(r"^│ (\d)(?: \(model\))? ", text, re.M)
@@ -178,7 +173,7 @@ def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, monkeypat
 
 
 def test_a_prompt_may_come_on_standard_input(fitted, capsys, monkeypatch):
-    arguments = ["--config", str(fitted.recipe()), "--lens", "spade"]
+    arguments = ["--config", str(fitted.home / "recipe.yaml"), "--lens", "spade"]
     assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
     given = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 ? :\n"))
@@ -218,4 +213,4 @@ def test_inspect_refuses(project, capsys, monkeypatch, case):
 
 def test_a_layer_that_the_model_does_not_have_is_refused(adapter):
     with pytest.raises(RecipeError, match="Layer 4 is out of range"):
-        view_of(adapter, SpadeLens(), (1, LAYERS))
+        view_of(adapter, SPADE, (1, LAYERS))

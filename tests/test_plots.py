@@ -6,10 +6,9 @@ import subprocess
 import sys
 
 import pytest
-import toy
 from PIL import Image
-from results import evaluated
 
+from lspade_train.probes.lenses import LENSES, label_of
 from lspade_train.reporting.plots import (
     Bars,
     Chart,
@@ -20,23 +19,14 @@ from lspade_train.reporting.plots import (
     comparison,
     write_figures,
 )
-from lspade_train.reporting.plots.charts import CYCLE, LENSES
+from lspade_train.reporting.plots.charts import CYCLE
 from lspade_train.reporting.plots.interactive import plotly
 from lspade_train.reporting.plots.static import draw
 
 
-@pytest.fixture(scope="module")
-def measured(toy_root, tmp_path_factory):
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("plotted"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        return evaluated(project)[1]
-
-
 @pytest.fixture
-def results(measured):
-    return copy.deepcopy(measured)
+def results(evaluated_once):
+    return evaluated_once.results
 
 
 def row(**changes):
@@ -91,7 +81,7 @@ def test_the_figures_hold_the_numbers_of_the_results(results):
     }.items():
         drawn = {series.label: series for series in figures[name].series}
         for lens, values in results["lenses"].items():
-            series = drawn[LENSES[lens][0]]
+            series = drawn[label_of(lens)]
             assert list(series.x) == results["layers"]
             assert list(series.y) == values[metric]
             if f"{metric}_interval" in values:
@@ -116,7 +106,7 @@ def test_the_policy_is_marked_and_its_exits_are_counted(results):
     figures = by_name(results)
     marked = {series.label: series for series in figures["exits_by_layer"].series}
     assert (marked["policy.json"].x, marked["policy.json"].y) == ([2.5], [0.8])
-    assert figures["exit_histogram"].groups["policy"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
+    assert figures["exit_histogram"].groups["policy.json"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
 
 
 def test_the_matrix_says_where_heads_cannot_be_used(results):
@@ -147,10 +137,10 @@ def test_every_figure_has_labelled_axes_n_and_seed(results):
 def test_no_two_series_of_a_figure_differ_by_colour_alone(results):
     for figure in by_name(with_extras(results)).values():
         if isinstance(figure, Chart):
-            joined = [(s.look.marker, s.look.dash) for s in figure.series if s.joined]
+            joined = [(s.style.marker, s.style.dash) for s in figure.series if s.joined]
             assert len(joined) == len(set(joined)), figure.name
-    for looks in (CYCLE, tuple(style for _, style in LENSES.values())):
-        assert len({(one.marker, one.dash) for one in looks}) == len(looks)
+    for styles in (CYCLE, [lens.style for lens in LENSES.values()]):
+        assert len({(one.marker, one.dash) for one in styles}) == len(styles)
 
 
 def test_they_are_written_as_png_and_svg_and_replace_those_of_before(results, tmp_path):
@@ -186,7 +176,7 @@ def test_plotly_accepts_every_figure_on_its_own_terms(results):
 def test_a_band_on_screen_passes_over_layers_without_an_interval(results):
     chart = by_name(all_right(results))["entropy_by_correctness"]
     bands = {t["name"]: t for t in plotly(chart)["data"] if t.get("fill") == "toself"}
-    assert len(bands["right"]["x"]) == 2 * len(results["layers"])
+    assert len(bands["correct"]["x"]) == 2 * len(results["layers"])
     assert bands["wrong"]["x"] == []
 
 
@@ -228,18 +218,16 @@ def all_right(results):
     return results
 
 
-def no_heads(results):
-    for lens in ("l_spade", "spade"):
-        results["lenses"].pop(lens, None)
+def no_exits(results):
     return results | {"exits": None, "iso_compute": None}
 
 
-@pytest.mark.parametrize("reduce", [unlabelled, one_layer, all_right, no_heads])
+@pytest.mark.parametrize("reduce", [unlabelled, one_layer, all_right, no_exits])
 def test_reduced_results_give_reduced_figures_and_say_why(results, reduce):
     reduced = reduce(results)
     reasons = [figure.why for figure in all_figures(reduced) if isinstance(figure, Omitted)]
     assert all(reason.endswith(".") for reason in reasons)
-    assert ("These rows have no right answers." in reasons) == (reduce is unlabelled)
+    assert ("These rows have no labels." in reasons) == (reduce is unlabelled)
     for figure in by_name(reduced).values():
         json.dumps(plotly(figure), allow_nan=False)
 

@@ -1,11 +1,17 @@
 """Answers in input order, line by line, whatever single lines are like."""
 
+import io
 import json
 
 import pytest
 from test_runtime import ExitPolicy, ExitRuntime, LSpadeHeads, ModelAdapter, load_tokenizer
 
+from lspade_train import tasks
+from lspade_train.errors import TaskError
+from lspade_train.io.text import lines_of, require_text
+from lspade_train.recipe import DataConfig, PromptConfig
 from lspade_train.runtime.predict import predict_lines
+from lspade_train.tasks.asking import Asker
 
 
 @pytest.fixture
@@ -57,3 +63,158 @@ def test_no_more_than_a_window_is_read_ahead(runtime):
     lines = (read.append(i) or "Tom" for i in range(100))
     next(iter(predict_lines(runtime, lines, window=4)))
     assert len(read) == 4
+
+
+# What lines may hold
+
+
+def one(runtime, line, **settings):
+    (row,) = predict_lines(runtime, [line], **settings)
+    return row
+
+
+def test_keys_that_are_named_like_an_answers_are_echoed_under_another_name(runtime):
+    row = {"prompt": "Tom", "error": "mine", "text": "x", "layer": 9, "line": 7, "input_text": 1}
+    answer = one(runtime, json.dumps(row))
+    assert "error" not in answer
+    assert answer["line"] == 1
+    assert answer["layer"] == 3
+    assert (answer["input_error"], answer["input_layer"], answer["input_line"]) == ("mine", 9, 7)
+    assert (answer["input_text"], answer["input_input_text"]) == (1, "x")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "Tom", "id": NaN}', "NaN is not JSON"),
+        ('{"prompt": "Tom", "id": 1e999}', "too large a number"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        ("Tom \udcff", "bytes that are not text"),
+        ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
+        ('{"prompt": "Tom", "choices": "ab"}', "Expected"),
+        ('{"prompt": "Tom", "choices": ["a", "a"]}', "each once"),
+        ('{"prompt": "Tom", "choices": []}', "two or more"),
+    ],
+)
+def test_a_bad_line_is_an_error_in_plain_json(runtime, line, problem):
+    answer = one(runtime, line)
+    assert problem in answer["error"]
+    json.dumps(answer, allow_nan=False)
+
+
+# Encoding, that of what follows its byte-order mark, bytes that are nothing in it.
+ENCODINGS = [
+    ("utf-8", "utf-8", b"\xe9"),
+    ("utf-8-sig", "utf-8", b"\xe9"),
+    ("utf-16", "utf-16-le", b"\x00\xd8"),
+    ("utf-32", "utf-32-le", b"\xff\xff\xff\x7f"),
+]
+
+
+@pytest.mark.parametrize(("first", "rest", "wrong"), ENCODINGS)
+def test_a_line_of_wrong_bytes_costs_itself_only_in_every_encoding(first, rest, wrong):
+    content = "señor\n\nx".encode(first) + wrong + "\nlast\n".encode(rest)
+    lines = list(lines_of(io.BufferedReader(io.BytesIO(content))))
+    assert lines[:2] + lines[3:] == ["señor\n", "\n", "last\n"]
+    with pytest.raises(ValueError, match="not text"):
+        require_text(lines[2])
+
+
+# Asking as fit asked
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:\n"
+ROWS = [
+    {"question": "Is it big", "choices": ["a dog", "a cat"], "answer": "a cat", "id": 5},
+    {"question": "Is it red", "choices": ["a ball", "a tree"], "answer": 0},
+    {"question": "Is it old", "choices": ["a man", "a boy"], "answer": "a man"},
+]
+SETTINGS = {
+    "plain": {},
+    "template": {"template": "{question}\n{choices}\nSo:"},
+    "shots": {"shots": 1},
+    "chat": {"chat": True, "chat_template": CHAT, "system": "Be brief."},
+    "chat and shots": {"chat": True, "chat_template": CHAT, "shots": 2},
+    "labels": {"labels": ["a", "e"], "answer_prefix": " "},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_rows_are_asked_exactly_as_fit_asks_them(stories, tmp_path, settings):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = DataConfig(
+        model_id="unused", task="jsonl", dataset=str(path), validation_fraction=0.0,
+        test_fraction=0.0, prompt=PromptConfig(**SETTINGS[settings]),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(str(stories))
+    encoded = tasks.encode(config, tasks.load_rows(config, "train"), tokenizer, 4096)
+    for prefix in (encoded.prefix, None):
+        ask = Asker(config, tokenizer, prefix)
+        for example, row in zip(encoded.examples, ROWS, strict=True):
+            asked = ask(row)
+            assert asked.prompt == tuple(example.input_ids.tolist())
+            assert tuple((asked.choices or {}).values()) == example.choice_ids
+            assert (asked.choices or {})[asked.answer or ""] == int(example.answer_ids[0])
+
+
+def arc():
+    return Asker(DataConfig(model_id="unused", task="arc_easy"), LETTERS, "")
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    unk_token_id = None
+    chat_template = None
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(i) for i in ids]
+
+
+LETTERS = Letters()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "x", "choices": {"label": ["A", "B"], "text": ["i", "j"]}, "answerKey": "B"},
+        {"question": "x", "choices": {"label": ["A", "B"], "text": ["i", "j"]}},
+        {"question": "x", "choices": ["i", "j"], "answer": "j"},
+    ],
+)
+def test_a_benchmarks_rows_are_taken_in_its_own_form_and_in_that_of_own_data(row):
+    asked = arc()(row)
+    assert "".join(map(chr, asked.prompt)) == "Question: x\nA. i\nB. j\nAnswer:"
+    assert asked.answer == ("B" if len(row) == 3 else None)
+
+
+@pytest.mark.parametrize("row", [{}, {"question": "x"}, {"prompt": "x"}, {"choices": ["a", "b"]}])
+def test_a_row_that_does_not_fit_the_recipes_task_is_an_error_with_the_remedy(row):
+    with pytest.raises(TaskError, match=r"--raw|--data\.prompt\.template"):
+        arc()(row)
+
+
+def test_answers_are_compared_where_rows_give_them(runtime):
+    given = [one(runtime, json.dumps({"prompt": "Tom", "choices": ["a", "e"]}))["text"]]
+    other = "e" if given == ["a"] else "a"
+    for answer, right in ((given[0], True), (other, False), (["a", "e"].index(given[0]), True)):
+        line = {"prompt": "Tom", "choices": ["a", "e"], "answer": answer}
+        assert one(runtime, json.dumps(line))["correct"] is right
+    assert "correct" not in one(runtime, '{"prompt": "Tom", "choices": ["a", "e"]}')
+
+
+@pytest.mark.parametrize(
+    ("prompts", "choices", "problem"),
+    [
+        ("Tom and", None, "prompts are one text; expected a list"),
+        (["Tom"], "ae", "choices are one text; expected a list"),
+        (["Tom", "Lily"], [["a", "e"], "ae"], "got both"),
+    ],
+)
+def test_a_text_in_place_of_a_list_is_refused(runtime, prompts, choices, problem):
+    with pytest.raises(TaskError, match=problem):
+        runtime.decide(prompts, choices)

@@ -7,17 +7,27 @@ from rich.console import Console
 from test_runtime import prompts_of, runtime_of
 from tiny_models import LAYERS, tiny
 
-from lspade_train.errors import TaskError
+from lspade_train.errors import PolicyError, RecipeError, TaskError, UnsupportedModelError
 from lspade_train.policies.flops import count_flops, exit_costs
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.profiling import profile, profile_generation
+
+
+def untouched():
+    """A second load of the tiny model."""
+    return tiny("llama")
 
 
 @pytest.fixture(scope="module")
 def measured():
     runtime = runtime_of(tiny("llama"), ExitPolicy(layers=(1, 2), threshold=0.5))
     return runtime, profile(
-        runtime, lengths=(8, 16), batch_sizes=(1, 3), thresholds=(None, 0.0, 4.15), repeats=2
+        runtime,
+        untouched(),
+        lengths=(8, 16),
+        batch_sizes=(1, 3),
+        thresholds=(None, 0.0, 4.15),
+        repeats=2,
     )
 
 
@@ -49,10 +59,70 @@ def test_the_flops_are_those_of_the_accounting(measured):
 
 def test_times_and_memory_are_of_this_machine(measured):
     for row in measured[1].results:
-        assert 0 < row.seconds < 5
+        assert row.seconds > 0
         assert row.tokens_per_second == pytest.approx(row.tokens * row.rows / row.seconds)
-        assert row.speedup > 0
         assert row.peak_mb is None or row.peak_mb >= 0
+
+
+def test_the_speed_up_is_that_of_the_two_printed_medians(measured, monkeypatch):
+    # Ratios of 2, 3 and 3, whose median is not that of the medians.
+    ticks = iter([2.0, 1.0, 6.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr("lspade_train.profiling.forward.seconds_of", lambda *_: next(ticks))
+    shape = {"lengths": (8,), "batch_sizes": (1,), "thresholds": (None,), "repeats": 3}
+    (row,) = profile(measured[0], untouched(), **shape).results
+    assert (row.plain_seconds, row.seconds) == (2.0, 1.0)
+    assert row.speedup == 2.0
+    assert row.paired_speedup == (2.0, 3.0)
+
+
+def test_the_baseline_is_a_model_that_nothing_was_done_to():
+    runtime, plain = runtime_of(tiny("llama"), ExitPolicy.never()), untouched()
+    called = []
+    hook = runtime.adapter.model.register_forward_pre_hook(lambda *_: called.append(1))
+    profile(runtime, plain, lengths=(4,), batch_sizes=(1,), repeats=1)
+    hook.remove()
+    assert not called
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+def test_the_runtimes_own_model_is_no_baseline():
+    runtime = runtime_of(tiny("llama"), ExitPolicy.never())
+    with pytest.raises(UnsupportedModelError, match=r"own model(.|\n)*from_pretrained"):
+        profile(runtime, runtime.adapter.model, lengths=(4,))
+
+
+def test_another_model_is_no_baseline():
+    runtime = runtime_of(tiny("llama"), ExitPolicy.never())
+    with pytest.raises(UnsupportedModelError, match=r"another model(.|\n)*from_pretrained"):
+        profile(runtime, tiny("gpt2"), lengths=(4,))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repeats", 0),
+        ("batch_sizes", (0,)),
+        ("batch_sizes", ()),
+        ("lengths", ()),
+        ("lengths", (-3,)),
+    ],
+)
+def test_a_number_that_no_profile_can_have_is_named(measured, name, value):
+    with pytest.raises(RecipeError, match=f"--{name} is .*expected"):
+        profile(measured[0], untouched(), **{name: value})
+
+
+def test_a_threshold_out_of_the_measures_range_is_named(measured):
+    with pytest.raises(PolicyError, match="threshold -1.0 is out of range for entropy"):
+        profile(measured[0], untouched(), lengths=(4,), thresholds=(-1.0,))
+    with pytest.raises(PolicyError, match="the entropy of 64 tokens is at most"):
+        profile(measured[0], untouched(), lengths=(4,), thresholds=(99.0,))
+
+
+@pytest.mark.parametrize(("tokens", "repeats"), [(0, 1), (2, 0)])
+def test_generation_of_nothing_is_refused(measured, tokens, repeats):
+    with pytest.raises(RecipeError, match="expected 1 or more"):
+        profile_generation(measured[0], prompts_of([4]), tokens, repeats=repeats)
 
 
 def test_it_is_written_drawn_and_printed(measured, tmp_path):
@@ -69,12 +139,12 @@ def test_it_is_written_drawn_and_printed(measured, tmp_path):
 
 def test_real_prompts_are_cut_from_the_left_or_joined_to_the_length():
     seen = []
-    runtime = runtime_of(tiny("llama"), ExitPolicy.never())
-    hook = runtime.adapter.model.model.embed_tokens.register_forward_pre_hook(
+    runtime, plain = runtime_of(tiny("llama"), ExitPolicy.never()), untouched()
+    hook = plain.model.embed_tokens.register_forward_pre_hook(
         lambda _, x: seen.append(x[0].tolist())
     )
     first, second = prompts_of([4, 9])
-    profile(runtime, lengths=(6,), batch_sizes=(2,), prompts=[first, second], repeats=1)
+    profile(runtime, plain, lengths=(6,), batch_sizes=(2,), prompts=[first, second], repeats=1)
     hook.remove()
     batch = next(ids for ids in seen if len(ids) == 2)
     assert batch == [[1, *second[-2:], *first[1:]], [1, *second[-5:]]]
@@ -83,7 +153,7 @@ def test_real_prompts_are_cut_from_the_left_or_joined_to_the_length():
 def test_the_policys_own_threshold_is_the_default():
     policy = ExitPolicy(layers=(1, 2), threshold=(0.1, 0.2), scope="choices")
     runtime = runtime_of(tiny("llama"), policy)
-    found = profile(runtime, lengths=(4,), batch_sizes=(1,), choices=(5, 6), repeats=1)
+    found = profile(runtime, untouched(), lengths=(4,), batch_sizes=(1,), choices=(5, 6), repeats=1)
     assert [row.threshold for row in found.results] == [(0.1, 0.2)]
 
 
@@ -94,7 +164,7 @@ def test_the_policys_own_threshold_is_the_default():
 def test_what_cannot_be_profiled_is_one_clear_error(scope, length, match):
     runtime = runtime_of(tiny("llama"), ExitPolicy.always(1, scope=scope))
     with pytest.raises(TaskError, match=match):
-        profile(runtime, lengths=(length,))
+        profile(runtime, untouched(), lengths=(length,))
 
 
 def test_generation_at_the_top_layer_is_the_full_models_and_earlier_exits_hold_less():

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import s3_server
 import torch
-import toy
-from results import evaluated
 from s3_server import BUCKET
 
 from lspade_train import ExitPolicy, LSpadeHeads
@@ -26,16 +24,12 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def fitted(toy_root, tmp_path_factory):
+def fitted(evaluated_once, tmp_path_factory):
     """A project with heads, a policy, results and figures; read only."""
-    made = toy.Project(toy_root, tmp_path_factory.mktemp("fitted"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(made.home)
-        folder, results = evaluated(made)
-        digest = results["heads"]["weights_sha256"]
-        ExitPolicy(layers=(1, 2, 3), threshold=3.0, heads_digest=digest).save(folder)
-    return made
+    made = evaluated_once.copy(tmp_path_factory.mktemp("fitted"))
+    digest = made.results["heads"]["weights_sha256"]
+    ExitPolicy(layers=(1, 2, 3), threshold=3.0, heads_digest=digest).save(made.folder)
+    return made.project
 
 
 @pytest.fixture(params=["s3"])

@@ -7,10 +7,8 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-import toy
-from results import evaluated
 
-from lspade_train.cli import main
+from lspade_train.cli.printing import print_results
 from lspade_train.errors import ArtifactError
 from lspade_train.reporting.page import write_report
 from lspade_train.reporting.plots import Omitted, all_figures
@@ -24,21 +22,16 @@ def _wandb_off(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-@pytest.fixture(scope="module")
-def measured(toy_root, tmp_path_factory):
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("reported"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(project.home)
-        return (project, *evaluated(project))
+@pytest.fixture
+def results(evaluated_once):
+    return evaluated_once.results
 
 
 @pytest.fixture
-def written(measured, tmp_path):
+def written(evaluated_once, results, tmp_path):
     """A heads folder of the test's own, and its results."""
-    _, folder, results = measured
     mine = tmp_path / "toy"
-    shutil.copytree(folder, mine)
+    shutil.copytree(evaluated_once.folder, mine)
     return mine, results
 
 
@@ -133,8 +126,7 @@ def test_its_tables_are_the_results_rounded(written):
                 assert cell == ("-" if value is None else expected)
 
 
-def test_the_tables_round_nothing(measured):
-    _, _, results = measured
+def test_the_tables_round_nothing(results):
     tables = {table.name: table for table in all_tables(results)}
     for metric in METRICS:
         columns = dict(
@@ -155,12 +147,10 @@ def test_its_plots_hold_every_digit_of_the_results(written):
     assert drawn["SPADE"]["customdata"] == intervals
 
 
-def test_the_printed_tables_are_the_reports(measured, capsys, monkeypatch):
-    project, folder, _ = measured
-    monkeypatch.chdir(project.home)
+def test_the_printed_tables_are_the_reports(written, capsys, monkeypatch):
+    folder, results = written
     monkeypatch.setenv("COLUMNS", "200")
-    recipe = project.recipe(trainer__max_epochs=1, trainer__logger=False)
-    assert main(["evaluate", "--config", str(recipe)]) == 0
+    print_results(results)
     printed = set(re.findall(r"[0-9]+\.[0-9]{3}", capsys.readouterr().out))
     shown = Tables((folder / "report.html").read_text(encoding="utf-8")).found
     assert printed
@@ -171,7 +161,7 @@ def test_the_printed_tables_are_the_reports(measured, capsys, monkeypatch):
 def test_recipe_and_provenance_are_on_it(written):
     folder, results = written
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "max_epochs: 1" in page
+    assert "max_epochs: 2" in page
     assert results["provenance"]["versions"]["torch"] in page
     assert results["heads"]["weights_sha256"] in page
 

@@ -1,6 +1,7 @@
 """Tasks: what the model reads and which token is right, against the files read by hand."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from lspade_train import tasks
-from lspade_train.errors import TaskError
+from lspade_train.errors import RecipeError, TaskError
 from lspade_train.recipe import DataConfig, PromptConfig, TextConfig
 from lspade_train.tasks import sources
 
@@ -81,8 +83,14 @@ def jsonl(folder, name, rows):
     return path
 
 
+UNCUT = {"validation_fraction": 0.0, "test_fraction": 0.0}
+CUT = {"validation_fraction": 0.1, "test_fraction": 0.1}
+
+
 def own(path, **settings):
-    return DataConfig(model_id="unused", task="jsonl", dataset=str(path), **settings)
+    """Rows that are not cut into splits, unless a fraction says so."""
+    known = {"model_id": "unused", "task": "jsonl", "dataset": str(path)}
+    return DataConfig(**known | UNCUT | settings)
 
 
 def word_level(template="<s> $A", chat_template=None):
@@ -324,6 +332,9 @@ def test_a_template_of_the_recipe_replaces_the_tasks(mini, tokenizer):
         ("{question.x}", r"names {question.x}"),
         ("{}", r"names {}"),
         ("{question", r"not a format string.*{question}, {choices}"),
+        ("{question:{w}}", r"names {w}.*{question}, {choices}"),
+        ("{question:{choices}}", r"not a format string"),
+        ("{question!x}", r"not a format string"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_an_error(template, problem, mini, tokenizer):
@@ -374,6 +385,10 @@ def test_chat_templates_are_told_not_to_think_and_not_to_look_at_the_clock(tmp_p
             PromptConfig(chat=True, chat_template="{{ raise_exception('no system role') }}"),
             "refuses the prompt: no system role.*data.prompt.system",
         ),
+        (
+            PromptConfig(chat=True, chat_template="{{ 1 + messages[0].content }}"),
+            "refuses the prompt: unsupported operand",
+        ),
     ],
 )
 def test_chat_settings_that_cannot_work_are_errors(prompt, problem, tmp_path):
@@ -408,6 +423,7 @@ def test_prompts_over_the_context_are_an_error_or_left_out(mini, tokenizer):
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": 2}, "C", "A B C"),
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": "B"}, "B", "A B C"),
         ({"question": "is it", "choices": ["it", "is", "what"], "answer": "it"}, "A", "A B C"),
+        ({"question": "is it", "choices": ["it", "is", "it"], "answer": 2}, "C", "A B C"),
     ],
 )
 def test_own_rows_name_their_answer_by_index_label_or_text(row, answer, choices, tmp_path):
@@ -460,11 +476,18 @@ def test_own_rows_may_differ_in_choices_and_carry_further_fields_and_a_group(tmp
         ('{"prompt": "x", "choices": ["a"], "answer": "a"}', "1 choices"),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": "c"}', "names 0 of the 2 choices"),
         ('{"prompt": "x", "answer": 3}', "not a text"),
-        ('{"question": "x"}', "0 options"),
+        ('{"question": "x"}', "a question needs choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "names 0 of the 2 choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": true}', "names 0 of the 2"),
         ('{"question": "x", "choices": ["B", "A"], "answer": "A"}', "names 2 of the 2"),
         ('{"question": "x", "choices": ["a", "a"], "answer": "a"}', "names 2 of the 2"),
+        ('{"prompt": "x", "choices": ["a", "a"], "answer": 0}', "holds a text twice"),
+        ('{"prompt": "x", "choices": [], "answer": "a"}', "choices is an empty list"),
+        ('{"question": "x", "choices": []}', "choices is an empty list"),
+        ('{"prompt": "x", "choices": ["a", " "], "answer": "a"}', "holds an empty text"),
+        (r'{"prompt": "x \ud800", "answer": "a"}', "half of a surrogate pair"),
+        ('{"prompt": "x", "weight": 1e999}', "1e999 is too large"),
+        ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_malformed_line_is_an_error_by_line_number(line, problem, tmp_path):
@@ -486,10 +509,166 @@ def test_own_rows_may_come_as_a_data_set_laid_out_like_a_hub_one(tmp_path):
         encode(own(tmp_path), tokenizer)
 
 
-def test_one_file_is_the_training_split_and_a_folder_has_those_it_holds(tmp_path):
-    file = jsonl(tmp_path, "validation", [QUESTION])
-    assert tasks.splits(own(file)) == ("train",)
+def many(count, start=0):
+    return [{**QUESTION, "prompt": f"is it {i} ?"} for i in range(start, start + count)]
+
+
+def sides(config):
+    return {
+        split: [row["prompt"] for row in tasks.load_rows(config, split).records]
+        for split in tasks.splits(config)
+    }
+
+
+def test_one_file_is_cut_into_splits_by_fractions_of_its_rows(tmp_path):
+    file = jsonl(tmp_path, "rows", many(2000))
+    config = own(file, validation_fraction=0.2, test_fraction=0.05)
+    found = sides(config)
+    assert list(found) == ["train", "validation", "test"]
+    assert sorted(sum(found.values(), [])) == sorted(row["prompt"] for row in many(2000))
+    # Binomial: three standard deviations of a share of 2000 rows are at most 0.034.
+    for split, share in zip(found, (0.75, 0.2, 0.05), strict=True):
+        assert len(found[split]) / 2000 == pytest.approx(share, abs=0.034)
+
+
+def test_rows_that_are_added_to_a_file_move_no_other(tmp_path):
+    few = sides(own(jsonl(tmp_path, "few", many(200)), **CUT))
+    more = sides(own(jsonl(tmp_path, "more", [*many(100, start=900), *many(200)]), **CUT))
+    assert all(set(few[split]) <= set(more[split]) for split in few)
+
+
+def test_copies_of_a_question_stay_on_one_side_of_the_cut(tmp_path):
+    copies = [{**row, "choices": ["no", "yes"], "id": i} for i, row in enumerate(many(100))]
+    found = sides(own(jsonl(tmp_path, "rows", [*many(100), *copies]), **CUT))
+    assert not set(found["train"]) & {*found["validation"], *found["test"]}
+
+
+def test_only_what_is_missing_is_cut(tmp_path):
+    jsonl(tmp_path, "train", many(100))
+    jsonl(tmp_path, "test", many(5, start=500))
+    found = sides(own(tmp_path, **CUT))
+    assert sorted(found["train"] + found["validation"]) == sorted(r["prompt"] for r in many(100))
+    assert found["test"] == [row["prompt"] for row in many(5, start=500)]
+    jsonl(tmp_path, "validation", many(5, start=600))
+    assert sides(own(tmp_path, **CUT))["train"] == [row["prompt"] for row in many(100)]
+
+
+def test_a_fraction_of_nothing_cuts_nothing_off_and_the_remedy_is_named(tmp_path):
+    config = own(jsonl(tmp_path, "rows", many(20)))
+    assert tasks.splits(config) == ("train",)
+    with pytest.raises(TaskError, match=r"no validation split .*--data\.validation_fraction 0\.1"):
+        tasks.require_splits(config, ("train", "validation"))
+
+
+def test_a_cut_that_leaves_a_split_empty_is_an_error(tmp_path):
+    config = own(jsonl(tmp_path, "rows", many(3)), validation_fraction=0.001)
+    with pytest.raises(TaskError, match=r"validation split .* empty.*--data\.validation_fraction"):
+        tasks.load_rows(config, "validation")
+
+
+def test_a_folder_has_the_splits_that_its_files_names_say(tmp_path):
+    jsonl(tmp_path, "validation", [QUESTION])
     assert tasks.splits(own(tmp_path)) == ("validation",)
+    jsonl(tmp_path, "my-train.v2", many(3))
+    jsonl(tmp_path, "notes", [{"text": "not a row"}])
+    assert tasks.splits(own(tmp_path)) == ("train", "validation")
+    assert len(tasks.load_rows(own(tmp_path), "train").records) == 3
+
+
+CSV = """text,label,topic
+is it ?,1,x
+"what, is it ?",0,y
+"""
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_csv_file_with_other_names_and_integer_labels_is_read(suffix, tmp_path):
+    rows = [{"text": "is it ?", "label": 1}, {"text": "what, is it ?", "label": 0}]
+    text = CSV if suffix == "csv" else "text\tlabel\nis it ?\t1\nwhat, is it ?\t0\n"
+    (tmp_path / f"rows.{suffix}").write_text(text)
+    settings = {
+        "columns": {"prompt": "text", "answer": "label"},
+        "prompt": PromptConfig(labels=["no", "yes"]),
+    }
+    tokenizer = word_level()
+    encoded = [
+        encode(own(path, **settings), tokenizer).examples
+        for path in (tmp_path / f"rows.{suffix}", jsonl(tmp_path, "rows", rows))
+    ]
+    for examples in encoded:
+        answers = [tokenizer.convert_ids_to_tokens(e.answer_ids)[0] for e in examples]
+        assert answers == ["yes", "no"]
+        assert tokenizer.decode(examples[1].input_ids) == "<s> what <unk> is it ?"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("prompt,answer\nx,yes,no\n", "line 2: 3 cells under 2 columns"),
+        ("prompt,prompt\nx,y\n", "line 1 names its columns"),
+        ('prompt,choices\nx,"yes,no"\n', "line 2: choices 'yes,no' is not a JSON list"),
+        ('prompt,answer\n"x,yes\n', "unexpected end of data"),
+        ("text,label\nx,1\n", r"line 2: needs text under 'prompt' or 'question'"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_read_is_an_error_by_line(text, problem, tmp_path):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(TaskError, match=problem):
+        tasks.load_rows(own(tmp_path / "rows.csv"), "train")
+
+
+def test_a_hub_data_set_with_other_names_is_mapped_and_its_dates_left_out(tmp_path):
+    rows = [{"text": "is it ?", "label": 1, "when": np.datetime64("2020-01-01T00:00:00", "s")}]
+    pq.write_table(pa.Table.from_pylist(rows * 40), tmp_path / "train.parquet")
+    config = own(
+        tmp_path,
+        columns={"question": "text", "answer": "label"},
+        prompt=PromptConfig(labels=["no", "yes"], template="{question} :"),
+    )
+    tokenizer = word_level()
+    example = encode(config, tokenizer).examples[0]
+    assert tokenizer.convert_ids_to_tokens(example.answer_ids) == ["yes"]
+    assert tokenizer.decode(example.input_ids) == "<s> is it ? :"
+    wrong = dataclasses.replace(config, columns={"question": "txt"})
+    with pytest.raises(TaskError, match=r"no column 'txt' \(found: text, label.*--data.columns"):
+        tasks.load_rows(wrong, "train")
+
+
+def test_a_question_without_choices_is_answered_by_the_recipes_labels(tmp_path):
+    row = {"question": "is it", "answer": 1, "group": 3}
+    prompt = PromptConfig(labels=["no", "yes"])
+    (example,) = encode(own(jsonl(tmp_path, "train", [row]), prompt=prompt), word_level()).examples
+    tokens = word_level().convert_ids_to_tokens
+    assert (tokens(example.choice_ids), tokens(example.answer_ids)) == (["no", "yes"], ["yes"])
+    assert word_level().decode(example.input_ids) == "<s> Question : is it Answer :"
+    assert example.group == "3"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    text = mark + json.dumps({**QUESTION, "note": "ñ"}, ensure_ascii=False) + "\n"
+    (tmp_path / "train.jsonl").write_bytes(text.encode(encoding))
+    (row,) = tasks.load_rows(own(tmp_path), "train").records
+    assert row["note"] == "ñ"
+
+
+def test_a_file_in_another_encoding_is_an_error_by_line(tmp_path):
+    lines = json.dumps(QUESTION) + '\n{"prompt": "señor"}\n'
+    (tmp_path / "train.jsonl").write_bytes(lines.encode("latin-1"))
+    with pytest.raises(TaskError, match=r"line 2 is not UTF-8 text \(byte 0xf1\).*as UTF-8"):
+        tasks.load_rows(own(tmp_path), "train")
+
+
+def test_a_lone_surrogate_in_a_label_is_a_named_error():
+    with pytest.raises(TaskError, match="half of a surrogate pair"):
+        tasks.resolve_choices(word_level(), "Question", ["yes", "\ud800"])
+
+
+@pytest.mark.parametrize("labels", [["A", "A"], ["A", ""], ["A"], []], ids=str)
+def test_labels_that_cannot_be_told_apart_are_refused(labels):
+    with pytest.raises(RecipeError, match=r"data\.prompt\.labels is .*two or more"):
+        PromptConfig(labels=labels)
 
 
 def test_a_test_split_without_labels_is_not_evaluated_on(tmp_path):
@@ -589,6 +768,15 @@ def test_a_corpus_laid_out_like_a_hub_data_set_may_hold_empty_entries(tmp_path, 
     assert tasks.evaluation_split(config) == "test"
 
 
+def test_a_folder_of_text_files_is_split_at_blank_lines_as_a_file_is(tmp_path):
+    texts = ["One story.\nIts second line.", "Another."]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "b.txt").write_text(texts[0].upper())
+    config = DataConfig(model_id="unused", task="text", dataset=str(tmp_path), **UNCUT)
+    rows = tasks.load_rows(config, "train").records
+    assert [row["text"] for row in rows] == [*texts, texts[0].upper()]
+
+
 def test_texts_too_short_for_one_position_are_counted(tmp_path, tokenizer):
     (tmp_path / "train.txt").write_text("The end.\n\n" + STORIES[0])
     (tmp_path / "validation.txt").write_text("The end.")
@@ -617,10 +805,14 @@ def test_text_settings_out_of_range_are_errors(settings, remedy, tmp_path, token
 # Identity
 
 
-def test_the_digest_is_of_the_rows_and_not_of_where_they_lie(mini, shared, tmp_path):
+def identity(config, tokenizer, split="train"):
+    return tasks.identity(config, tasks.load_rows(config, split), tokenizer)
+
+
+def test_the_digest_is_of_the_rows_and_not_of_where_they_lie(mini, shared, tmp_path, tokenizer):
     copy = shutil.copytree(shared / "data/hub-mini" / ARC, tmp_path / "elsewhere")
     here, there = mini("arc_easy"), mini("arc_easy", dataset=str(copy))
-    first, second = (tasks.identity(c, tasks.load_rows(c, "train")) for c in (here, there))
+    first, second = (identity(c, tokenizer) for c in (here, there))
     assert first == second
     shorter = tasks.load_rows(mini("arc_easy", limit=31), "train")
     assert shorter.digest != first["rows_digest"]
@@ -641,38 +833,69 @@ def test_the_digest_changes_with_a_used_column_and_with_no_other(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("template", "{question}", {"template"}),
-        ("labels", ["a", "b", "c", "d", "e"], {"labels"}),
+        ("template", "{prompt} :", {"template"}),
+        ("labels", ["A", "B"], {"labels"}),
         ("shots", 1, {"shots", "shots_digest"}),
-        ("chat", True, {"chat"}),
-        ("chat_template", "x", {"chat_template"}),
+        ("chat_template", CHAT + "x", {"chat_template"}),
         ("system", "x", {"system"}),
         ("answer_prefix", "", {"answer_prefix"}),
     ],
 )
-def test_every_prompt_setting_is_a_named_part_of_the_identity(field, value, named, mini):
-    def identity(prompt):
-        config = mini("arc_easy", prompt=prompt)
-        return tasks.identity(config, tasks.load_rows(config, "train"))
-
-    plain, changed = identity(PromptConfig()), identity(PromptConfig(**{field: value}))
-    assert {name for name in plain if plain[name] != changed[name]} == named
+def test_every_prompt_setting_is_a_named_part_of_the_identity(field, value, named, tmp_path):
+    rows = [QUESTION, {**QUESTION, "prompt": "what ?"}]
+    path = jsonl(tmp_path, "train", rows)
+    chat = {"chat": True, "chat_template": CHAT} if field in {"chat_template", "system"} else {}
+    prompts = (PromptConfig(**chat), PromptConfig(**chat | {field: value}))
+    plain, changed = (identity(own(path, prompt=prompt), word_level()) for prompt in prompts)
+    different = {name for name in plain if plain[name] != changed[name]}
+    assert different - {"rendered_prompts"} == named
     assert json.loads(json.dumps(changed)) == changed
 
 
-def test_text_settings_are_part_of_a_text_identity_only(tmp_path, mini):
+def test_a_prompt_that_reads_differently_tomorrow_is_another_identity(tmp_path, monkeypatch):
+    prompt = PromptConfig(
+        chat=True, chat_template="{{ strftime_now('%Y') }} {{ messages[0].content }} :"
+    )
+    config = own(jsonl(tmp_path, "train", [QUESTION]), prompt=prompt)
+    found = []
+    for year in (2024, 2024, 2025):
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None, year=year):
+                return cls(year, 1, 1)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        found.append(identity(config, word_level()))
+    assert found[0] == found[1]
+    assert {k for k in found[0] if found[0][k] != found[2][k]} == {"rendered_prompts"}
+
+
+def test_solved_examples_prefixes_and_rows_are_all_part_of_the_rendered_prompts(tmp_path):
+    rows = [QUESTION, {**QUESTION, "prompt": "what ?"}, {**QUESTION, "prompt": "is it ?"}]
+    path = jsonl(tmp_path, "train", rows)
+    settings = ({}, {"shots": 1}, {"shots": 2}, {"template": "{prompt} :"}, {"answer_prefix": ""})
+    digests = [
+        identity(own(path, prompt=PromptConfig(**s)), word_level())["rendered_prompts"]
+        for s in settings
+    ]
+    assert len(set(digests)) == len(settings)
+
+
+def test_text_settings_are_part_of_a_text_identity_only(tmp_path, mini, tokenizer):
     config = corpus(tmp_path, STORIES)
     rows = tasks.load_rows(config, "train")
-    plain = tasks.identity(config, rows)
+    plain = tasks.identity(config, rows, tokenizer)
     for field in dataclasses.fields(TextConfig):
         changed = dataclasses.replace(
             config, text=dataclasses.replace(config.text, **{field.name: "7"})
         )
-        different = tasks.identity(changed, rows)
+        different = tasks.identity(changed, rows, tokenizer)
         assert {n for n in plain if plain[n] != different[n]} == {f"text_{field.name}"}
     other = mini("arc_easy")
     assert not any(
-        "text_" in name for name in tasks.identity(other, tasks.load_rows(other, "train"))
+        "text_" in name
+        for name in tasks.identity(other, tasks.load_rows(other, "train"), tokenizer)
     )
 
 
@@ -750,12 +973,15 @@ def cached_commit(offline, mini):
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_cached_copy_of_a_hub_data_set_is_taken_with_its_commit(pinned, cached_commit, mini):
+def test_a_cached_copy_of_a_hub_data_set_is_taken_with_its_commit(
+    pinned, cached_commit, mini, tokenizer
+):
     config = mini("boolq", dataset=None, dataset_revision=cached_commit if pinned else None)
     rows = tasks.load_rows(config, "train")
     assert (rows.dataset, rows.revision) == ("google/boolq", cached_commit)
     assert rows.digest == tasks.load_rows(mini("boolq"), "train").digest
-    assert tasks.identity(config, rows)["dataset_revision"] == cached_commit
+    prompted = dataclasses.replace(config, prompt=PromptConfig(labels=["y", "n"]))
+    assert tasks.identity(prompted, rows, tokenizer)["dataset_revision"] == cached_commit
 
 
 @pytest.mark.parametrize("revision", ["f" * 40, "main"])
@@ -763,3 +989,21 @@ def test_a_cached_copy_of_another_commit_is_refused(revision, cached_commit, min
     config = mini("boolq", dataset=None, dataset_revision=revision)
     with pytest.raises(TaskError, match=f"google/boolq at {revision} is cached here. Connect"):
         tasks.load_rows(config, "train")
+
+
+def test_a_cache_of_the_loader_that_cannot_be_written_is_said_to_be_that(tmp_path, monkeypatch):
+    pq.write_table(pa.Table.from_pylist([QUESTION]), tmp_path / "train.parquet")
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
+    with pytest.raises(TaskError, match=r"cannot write its cache .*file/cache.*HF_DATASETS_CACHE"):
+        tasks.load_rows(own(tmp_path), "train")
+
+
+def test_a_path_that_the_loader_takes_for_a_pattern_is_said_to_be_that(tmp_path):
+    folder = tmp_path / "a[x]b"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([QUESTION]), folder / "train.parquet")
+    with pytest.raises(TaskError, match=r"takes for a pattern. Rename the folder"):
+        tasks.load_rows(own(folder), "train")
+    jsonl(folder, "train", [QUESTION])
+    assert len(tasks.load_rows(own(folder), "train").records) == 1

@@ -4,9 +4,8 @@ import json
 import struct
 
 import pytest
-import toy
-from results import evaluated
 
+from lspade_train.cli import main
 from lspade_train.integrations.wandb import log_results
 from lspade_train.reporting.tables import METRICS, all_tables
 
@@ -40,17 +39,17 @@ def values_of(items):
 
 
 @pytest.fixture(scope="module")
-def logged(toy_root, tmp_path_factory):
+def logged(evaluated_once, tmp_path_factory):
     """Results, and the history, summary and media folder of the run they were logged to."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("tracked"))
+    made = evaluated_once.copy(tmp_path_factory.mktemp("tracked"))
     wandb.teardown()  # another test's settings would outlive the environment's
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        patch.chdir(project.home)
-        folder, results = evaluated(project)
+        patch.chdir(made.project.home)
+        assert main(["evaluate", "--config", str(made.project.home / "recipe.yaml")]) == 0
     wandb.teardown()  # the service writes the file's end when it stops
-    [run] = (folder / "wandb").glob("offline-run-*")
+    [run] = (made.folder / "wandb").glob("offline-run-*")
     [file] = run.glob("*.wandb")
     history, summary = [], {}
     for record in records(file):
@@ -59,7 +58,7 @@ def logged(toy_root, tmp_path_factory):
             history.append(values_of(record.history.item))
         elif kind == "summary":
             summary |= values_of(record.summary.update)
-    return results, history, summary, run / "files"
+    return made.results, history, summary, run / "files"
 
 
 def test_every_metric_of_every_lens_is_logged_by_layer(logged):

@@ -6,6 +6,7 @@ Whoever changes the folder (fit, evaluate, calibrate, push) calls `write_card`; 
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,13 @@ from yaml import YAMLError
 from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.probes.lenses import label_of
+from lspade_train.reporting.rows import rows_measured
+from lspade_train.reporting.tables import exit_lens
 
 TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
 NO_LICENCE = "unknown"  # the Hub's own word for it
 KEEP = "<!-- Generated above this line; what is written below it is kept. -->"
-LENSES = {
-    "logit_lens": "logit lens",
-    "tuned_lens": "tuned lens",
-    "l_spade": "L-SPADE",
-    "spade": "SPADE",
-}
 FIGURES = ("figures/accuracy_by_layer.png", "figures/agreement_by_layer.png")
 
 Json = dict[str, Any]
@@ -105,11 +103,13 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         recipe=recipe,
         data=data,
         results=results,
+        rows=rows_measured(results) if results else None,
         table=_layer_table(results) if results else _training_table(training),
         figure=next((name for name in FIGURES if (folder / name).is_file()), None),
         policy=policy,
         check_layers=ranges(policy.get("layers", [])),
         thresholds=_as_list(policy.get("threshold")),
+        measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
         policy_rows=_policy_rows(results, policy),
         of_others=[
@@ -153,26 +153,61 @@ def _present(path: Path) -> tuple[str | None, str]:
         return None, "\n"
 
 
-def _policy_rows(results: Json, policy: Json) -> dict[str, Json]:
-    """The policy at work, by split: where it was measured, and where it was chosen."""
-    measured = ((results.get("exits") or {}).get("policy") or {}).get("row")
-    rows = {
-        results.get("split", ""): measured,
-        "validation": policy.get("calibration", {}).get("chosen"),
+@dataclass(frozen=True)
+class _Measured:
+    """The policy's figures on some rows.
+
+    Attributes:
+        split: of the data set.
+        where: the rows in words.
+        flattered: whether they chose the policy.
+        row: the figures.
+    """
+
+    split: str
+    where: str
+    flattered: bool
+    row: Json
+
+
+def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
+    """The policy at work: where `evaluate` measured it, then on the rows that chose it."""
+    found: list[_Measured] = []
+    measured = (results.get("exits") or {}).get("policy") or {}
+    if measured.get("row"):
+        split = results["split"]
+        # Results of before this was recorded: only validation rows choose.
+        flattered = measured.get("chosen_on_these_rows", split == "validation")
+        found.append(_Measured(split, rows_measured(results), flattered, measured["row"]))
+    record = policy.get("calibration", {})
+    if record.get("chosen"):
+        rows = record.get("rows", {"split": "validation"})
+        found.append(_Measured(rows["split"], rows_measured(rows), True, record["chosen"]))
+    return found
+
+
+def _measure_words(policy: Json) -> Json:
+    """How a confidence that stops stands to its threshold, and its unit, in words."""
+    from lspade_train.probes.measures import MEASURES
+
+    # A policy of another's measure may be shown where that measure is not registered.
+    known = MEASURES.get(policy.get("measure", "entropy"))
+    return {
+        "relation": known.relation if known else "as certain as",
+        "unit": known.unit if known else "",
     }
-    return {split: row for split, row in rows.items() if row}
 
 
 def _layer_table(results: Json) -> Json:
-    """Every lens by layer: accuracy, or without labels agreement with the model; KL of L-SPADE."""
+    """Every lens by layer: accuracy, or agreement with the model without labels; the heads' KL."""
     metric = "accuracy" if results["n_labelled"] else "agrees_model"
-    lenses = {name: results["lenses"][name] for name in LENSES if name in results["lenses"]}
+    lenses, heads = results["lenses"], exit_lens(results)
     rows: list[list[str]] = []
     for place, layer in enumerate(results["layers"]):
         cells = [_cell(lens, metric, place) for lens in lenses.values()]
-        kl = lenses["l_spade"]["kl_to_spade"][place]
+        kl = lenses[heads]["kl_to_spade"][place]
         rows.append([str(layer), *cells, "-" if kl is None else f"{kl:.3f}"])
-    header = ["layer", *(LENSES[name] for name in lenses), "KL of L-SPADE to SPADE (nats)"]
+    header = ["layer", *map(label_of, lenses), f"KL of {label_of(heads)} to SPADE (nats)"]
     what = "Accuracy" if metric == "accuracy" else "Agreement with the full model"
     level = (results.get("interval") or {}).get("level")
     return {"what": what, "header": header, "rows": rows, "level": level}
@@ -225,10 +260,11 @@ def _measured(recipe: Json, data: Json, results: Json, policy: Json) -> list[Any
 def _of_the_heads(results: Json) -> Iterator[tuple[str, str, str, float | None]]:
     """Split, kind, name and value of each metric of the deepest head."""
     if results:
-        lens, deepest = results["lenses"]["l_spade"], results["layers"][-1]
+        key, deepest = exit_lens(results), results["layers"][-1]
+        lens = results["lenses"][key]
         for kind, name in (("accuracy", "accuracy"), ("agrees_model", "agreement with the model")):
             value = lens[kind][-1] if lens[kind] else None  # without labels there is no accuracy
-            yield results["split"], kind, f"L-SPADE {name}, layer {deepest}", value
+            yield results["split"], kind, f"{label_of(key)} {name}, layer {deepest}", value
 
 
 def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str, float | None]]:
@@ -238,6 +274,7 @@ def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str,
         "disagreement": "answers unlike the model's",
         "compute_saved": "FLOPs saved",
     }
-    for split, row in _policy_rows(results, policy).items():
+    for found in _policy_rows(results, policy):
+        whose = ", on the rows that chose it" if found.flattered else ""
         for kind, name in names.items():
-            yield split, kind, f"{name} with the exit policy", row[kind]
+            yield found.split, kind, f"{name} with the exit policy{whose}", found.row[kind]

@@ -88,7 +88,10 @@ class ExportHeads(Callback):
             heads,
             base_model=data.base_model,
             recipe=self.recipe,
-            data={key: identity[key] for key in ("dataset", "dataset_revision", "subset", "rows")},
+            data={
+                **{k: identity[k] for k in ("dataset", "dataset_revision", "subset", "rows")},
+                "answer_prefix": data.answer_prefix("train"),
+            },
             cache_digests={
                 split: json_digest(data.identity(split)) for split in ("train", "validation")
             },
@@ -115,7 +118,8 @@ def export(
         heads: the trained heads.
         base_model: id, revision and digests of the frozen model.
         recipe: the whole recipe, as run.
-        data: the training rows' Hub data set, revision and subset (None for local files), number.
+        data: the training rows' Hub data set, revision and subset (None for local files), number,
+            and the text between prompt and answer.
         cache_digests: identity digest of each split's cache.
         steps: optimiser steps taken.
         metrics: last logged metrics by name.

@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -113,6 +114,7 @@ class StateDataset:
         self.layers = tuple(layers)
         sizes = torch.tensor([len(shard["final"]) for shard in self.shards])
         self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        self._chosen: Tensor | None = None  # places of the rows among the shards'; None: all
         self._memory = _Memory()
         # A few bytes a row: in one piece, since a call per shard would cost more than the reading.
         self.labels = {
@@ -122,7 +124,7 @@ class StateDataset:
         }
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) if self._chosen is None else len(self._chosen)
 
     @property
     def rows_at_once(self) -> int:
@@ -139,24 +141,27 @@ class StateDataset:
         return (block.rows(slice(first, None, count)) for first in range(count))
 
     def first(self, rows: int) -> "StateDataset":
-        """The leading rows, without a copy."""
-        cut = [
-            {name: value[: max(rows - start, 0)] for name, value in shard.items()}
-            for start, shard in zip(self.starts[:-1].tolist(), self.shards, strict=True)
-        ]
-        return StateDataset(cut, self.groups, self.layers)
+        """The leading rows, without a copy of their states."""
+        return self.select(torch.arange(min(rows, len(self))))
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "StateDataset":
+        """Some of the rows, in the given order, without a copy of their states."""
+        found = copy(self)
+        found._chosen = self._places(rows)
+        found.labels = {name: label[rows] for name, label in self.labels.items()}
+        return found
 
     def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
         """The asked rows in the asked order, copied out of the maps once."""
         rows = rows.contiguous()
-        which = self._shard_of(rows)
+        which, places = self._shard_of(rows), self._places(rows)
         out = {name: label.index_select(0, rows) for name, label in self.labels.items()}
         states = {name: value for name, value in self.shards[0].items() if name in STATES}
         for name, value in states.items():
             out[name] = self._memory.take((len(rows), *value.shape[1:]), value.dtype)
         for number in which.unique().tolist():
             place = (which == number).nonzero()[:, 0]
-            local = rows[place] - self.starts[number]
+            local = places[place] - self.starts[number]
             first, last = int(place[0]), int(place[-1]) + 1
             for name in states:
                 value = self.shards[number][name]
@@ -166,8 +171,12 @@ class StateDataset:
                     out[name][place] = value[local]
         return StateBatch(**out)
 
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where rows stand among those of all shards."""
+        return rows if self._chosen is None else self._chosen[rows]
+
     def _shard_of(self, rows: Tensor) -> Tensor:
-        return torch.bucketize(rows, self.starts, right=True) - 1
+        return torch.bucketize(self._places(rows), self.starts, right=True) - 1
 
 
 class _Memory:

@@ -1,7 +1,9 @@
 """`lspade-train`: dispatch, help and exit codes. Imports nothing heavy until a command runs."""
 
+import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -13,6 +15,7 @@ from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
 COMMANDS = {
+    "init": "a commented recipe for your own data, after a look at it",
     "fit": "train the heads; builds a missing cache first; export to checkpoints/NAME/",
     "validate": "loss, KL, agreement and accuracy of fitted heads on validation",
     "test": "the same on the test split",
@@ -52,9 +55,9 @@ A first run (lspade-train recipes says what each recipe costs):
   lspade-train fit --config pythia
   lspade-train evaluate --config pythia
 
-lspade-train COMMAND --help explains a command and lists the recipe's keys.
+lspade-train help COMMAND explains a command and lists the recipe's keys; -V prints the version.
 Exit codes: 0 done, 1 a named error, 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM);
-after the last two the same command goes on where it stopped (fit: with --ckpt_path last).
+after the last two the same command resumes where it stopped (fit: with --ckpt_path last).
 """
 
 
@@ -69,18 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 interrupted, 143 terminated.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    if not argv or argv[0] in {"-h", "--help", "help"}:
-        sys.stdout.write(_help())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from lspade_train import __version__
-
-        sys.stdout.write(f"lspade-train {__version__}\n")
-        return 0
-    if argv[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        sys.stderr.write(f"lspade-train: no command {argv[0]!r}; expected one of {known}\n")
-        return 2
+    _print_any_text()
+    if argv and argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
+    if not argv or argv[0] not in COMMANDS:
+        return _without_command(argv)
     _quiet()
     try:
         with sigterm.caught():
@@ -90,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LSpadeError as error:
         return _told(error)
     except KeyboardInterrupt as stop:
-        return _stopped(isinstance(stop, Terminated))
+        return _stopped(stop)
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -98,16 +94,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _machine_trouble(error)
 
 
+def _without_command(argv: Sequence[str]) -> int:
+    """Help, the version, or what was mistyped."""
+    if not argv or argv[0] in {"-h", "--help"}:
+        sys.stdout.write(_help())
+        return 0 if argv else 2
+    if argv[0] in {"-V", "--version"}:
+        from lspade_train import __version__
+
+        sys.stdout.write(f"lspade-train {__version__}\n")
+        return 0
+    nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "lspade-train --help lists them"
+    sys.stderr.write(f"lspade-train: no command {argv[0]!r}; {hint}\n")
+    return 2
+
+
 def _is_first() -> bool:
-    """Whether this process speaks for its run: each launcher counts by a name of its own."""
+    """Whether this process reports for its run: each launcher counts by a name of its own."""
     counts = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
     return all(os.environ.get(count, "0") == "0" for count in counts)
 
 
-def _stopped(terminated: bool) -> int:
+def _print_any_text() -> None:
+    """A terminal that cannot show a character shows `?` in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    """Say how to resume: as the command says, or by running it again."""
+    terminated = isinstance(stop, Terminated)
     if _is_first():
         what = "terminated" if terminated else "interrupted"
-        sys.stderr.write(f"{what}; run the same command again to go on\n")
+        how = stop.args[0] if stop.args else "run the same command again to resume"
+        sys.stderr.write(f"{what}; {how}\n")
     return TERMINATED if terminated else 130
 
 
@@ -118,7 +140,7 @@ def _told(error: LSpadeError) -> int:
 
 
 def _machine_trouble(error: OSError | RuntimeError) -> int:
-    """What cannot be written or does not fit is the user's to mend; the rest is a bug."""
+    """Name what cannot be written and what does not fit; anything else is a bug, and raised."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for its name
         what = f"{str(error).splitlines()[0]:.150}"
         remedy = (
@@ -165,7 +187,7 @@ def _quiet() -> None:
 def _name_lost_process(record: logging.LogRecord) -> bool:
     record.msg = (
         "error: A process of this run ended before its work was done; the others stop.\n"
-        "What is complete is kept: run the same command again to go on "
+        "What is complete is kept: run the same command again to resume "
         "(fit: with --ckpt_path last)."
     )
     return True

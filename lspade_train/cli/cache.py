@@ -16,19 +16,19 @@ log = logging.getLogger(__name__)
 CACHE = """\
 Run the frozen model once over the task and write its hidden states and SPADE targets.
 The size is printed before anything runs. A run that was stopped resumes at its first missing
-shard and ends with the same bytes. fit and evaluate do this by themselves where it is missing.
---trainer.devices and --trainer.num_nodes share the shards out among processes.
+shard and ends with the same bytes. fit and evaluate do this themselves where a cache is missing.
+--trainer.devices and --trainer.num_nodes distribute the shards over processes.
 
   lspade-train cache --config recipes/arc.yaml
   lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
-  lspade-train cache --verify s3://bucket/path    the same, of what a mirror here brings"""
+  lspade-train cache --verify s3://bucket/path    the same for a cache behind a URL"""
 
 
 def cache(arguments: list[str]) -> int:
     """Build the caches of a recipe, or verify one."""
     if arguments and arguments[0].split("=")[0] == "--verify":
         return _verify(arguments)
-    parser = command_parser("cache", CACHE, with_trainer="--help" not in arguments)
+    parser = command_parser("cache", CACHE, with_trainer=True)
     parser.add_argument(
         "--splits",
         type=list[str],
@@ -41,13 +41,15 @@ def cache(arguments: list[str]) -> int:
     parsed = parse(parser, arguments)
 
     from lspade_train.errors import RecipeError
-    from lspade_train.tasks import SPLITS
+    from lspade_train.tasks import SPLITS, require_splits
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe = parsed.recipe
-    wrong = [split for split in parsed.options.splits if split not in SPLITS]
-    if wrong:
-        raise RecipeError(f"No split {wrong[0]!r}; expected some of {', '.join(SPLITS)}.")
+    asked: list[Any] = parsed.options.splits
+    wrong = [split for split in asked if split not in SPLITS]
+    if wrong or not asked:
+        named = f"No split {wrong[0]!r}" if wrong else "--splits is empty"
+        raise RecipeError(f"{named}; expected some of {', '.join(SPLITS)}.")
     if recipe.data.mode != "disk":
         raise RecipeError(
             f"data.mode is {recipe.data.mode}: that mode stores nothing. Set data.mode to disk."
@@ -59,7 +61,8 @@ def cache(arguments: list[str]) -> int:
         name=recipe.name,
         overwrite=parsed.options.overwrite,
     )
-    for split in parsed.options.splits:
+    require_splits(recipe.data, asked)
+    for split in asked:
         data.states(split)
         log.info("%s: complete in %s", split, data.folder(split))
     return 0

@@ -3,30 +3,33 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lspade_train.cli.options import heads_given, heads_option
-from lspade_train.cli.parsing import Parsed, command_parser, parse
+from lspade_train.cli.parsing import command_parser, parse
 
 if TYPE_CHECKING:
-    from lspade_train.policies.policy import ExitPolicy
+    from lspade_train.policies.exit_table import PolicyRow
+    from lspade_train.policies.selection import Selection
 
 log = logging.getLogger(__name__)
 
 CALIBRATE = """\
 Choose the exit policy that saves the most compute while the risk stays within your budget, with a
 distribution-free guarantee (Learn then Test, arXiv:2110.01052). The training split proposes
-thresholds, the validation split tests them. Writes policy.json beside the heads and prints the
-trade-off. Where nothing qualifies the policy is: never exit.
+thresholds and the checks worth their cost, the validation split tests them (one half of it where
+the data have no labelled test split: the other half is for evaluate). Writes policy.json beside
+the heads and prints the trade-off. Where nothing qualifies the policy is: never exit.
 
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
   lspade-train calibrate --config recipes/arc.yaml --heads checkpoints/arc/tuned_lens"""
 
-DESIGN_ROWS = 4_000
-"""Training rows that propose thresholds: more would change them little."""
+OPTIONS = (
+    *("max_accuracy_drop", "max_disagreement", "confidence"),
+    *("interval", "scope", "measure", "decoder"),
+)
+"""The command's own options, by their names in `policies.selection.calibrate`."""
 
 STEP = 0.08
 """Least difference in saving between two rows of the printed table."""
@@ -49,7 +52,12 @@ def calibrate(arguments: list[str]) -> None:
         default=None,
         help="what a check looks at: vocabulary or choices; null: what saves more in training",
     )
-    add("--measure", type=str, default="entropy", help="of a check: entropy, margin or max_prob")
+    add(
+        "--measure",
+        type=str,
+        default="entropy",
+        help="of a check: entropy, margin, max_prob or another registered measure",
+    )
     add(
         "--decoder",
         type=str | None,
@@ -60,115 +68,49 @@ def calibrate(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.card import write_card
-    from lspade_train.policies.calibration import calibrate as choose
-    from lspade_train.policies.exit_table import evaluate_policy
-
-    risk, budget = _budget(parsed.options)
-    folder, heads, data = _model(parsed)
-    policy, proposed = _design(parsed, heads, data, risk, budget)
-    table = _table(data, heads, policy, "validation")
-    sequences = [(table, table.grid()), *([(table, proposed)] if proposed else [])]
-    result = choose(sequences, risk, budget, parsed.options.confidence)
-    _print_curve(result, evaluate_policy(table, None))
-    policy = replace(policy, threshold=result.chosen.threshold, calibration=result.to_json())
-    policy.save(folder)
-    write_card(folder)
-    sys.stdout.write(f"{_verdict(result)}\n")
-    log.info("policy: %s", folder / "policy.json")
-
-
-def _design(
-    parsed: Parsed, heads: Any, data: Any, risk: Any, budget: float
-) -> "tuple[ExitPolicy, list[Any]]":
-    """Everything of a policy but its threshold, and thresholds to test, from training rows.
-
-    Without stored training rows (`data.mode: online`) only the grid is tested.
-    """
-    from lspade_train.policies.calibration import most_promising, propose
-
-    policies = _candidates(parsed, heads, data)
-    policies[0].check_heads(heads.digest, heads.target)
-    if data.config.mode == "online":
-        return policies[0], []
-    tables = [_table(data, heads, policy, "train", DESIGN_ROWS) for policy in policies]
-    best = most_promising(tables, risk, budget)
-    return policies[best], propose(tables[best])
-
-
-def _candidates(parsed: Parsed, heads: Any, data: Any) -> "list[ExitPolicy]":
-    """One policy per scope to choose from."""
-    from lspade_train.policies.policy import ExitPolicy
-
-    options = parsed.options
-    offered = data.stored("validation").shards[0]["choice_ids"].shape[1] > 0
-    scopes: Any = [options.scope] if options.scope else ["choices", "vocabulary"][not offered :]
-    layers = [layer for layer in data.layers if layer in heads.layers]
-    return [
-        ExitPolicy(
-            layers=tuple(layers[options.interval - 1 :: options.interval]),
-            measure=options.measure,
-            scope=scope,
-            decoder=options.decoder or ("tuned_lens" if heads.target == "final" else "spade"),
-            positions=parsed.recipe.data.positions,
-            heads_digest=heads.digest,
-        )
-        for scope in scopes
-    ]
-
-
-def _table(data: Any, heads: Any, policy: "ExitPolicy", split: str, rows: int | None = None) -> Any:
-    from lspade_train.evaluation import exit_table
-
-    return exit_table(data.stored(split), data.adapter, heads, policy, rows=rows)
-
-
-def _budget(options: Any) -> tuple[Any, float]:
-    from lspade_train.errors import PolicyError
-
-    drop, disagreement = options.max_accuracy_drop, options.max_disagreement
-    if drop is not None and disagreement is not None:
-        raise PolicyError("Give one budget: --max_accuracy_drop or --max_disagreement, not both.")
-    if disagreement is not None:
-        return "disagreement", disagreement
-    return "accuracy_drop", 0.01 if drop is None else drop
-
-
-def _model(parsed: Parsed) -> tuple[Path, Any, Any]:
+    from lspade_train.policies.selection import calibrate as choose
     from lspade_train.probes.heads import LSpadeHeads
     from lspade_train.training.datamodule import HiddenStateDataModule
 
-    recipe = parsed.recipe
+    recipe, options = parsed.recipe, parsed.options
     folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
     data = HiddenStateDataModule(
         recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
     )
-    return folder, heads.bind(data.adapter), data
+    found = choose(data, heads, **{name: options[name] for name in OPTIONS})
+    _print_curve(found)
+    found.policy.save(folder)
+    write_card(folder)
+    sys.stdout.write(f"{_verdict(found)}\n")
+    log.info("policy: %s", folder / "policy.json")
 
 
-def _print_curve(result: Any, never: Any) -> None:
+def _print_curve(found: "Selection") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    result, policy = found.calibration, found.policy
     table = Table(
-        "threshold", "accuracy", "drop", "disagreement", "mean exit", "FLOPs saved",
-        "of oracle", "p-value",
-        title=f"{result.n:,} validation rows, oracle saves {result.oracle_saving:.1%}",
+        "threshold", "checks", "accuracy", "drop", "disagreement", "mean exit",
+        "FLOPs saved", "of oracle", "p-value",
+        title=f"{policy.measure} over {policy.scope}; {result.n:,} rows ({found.side.words}), "
+        f"which choose the policy; an oracle saves {result.oracle_saving:.1%}",
     )  # fmt: skip
     chosen = result.chosen
-    rows = [] if chosen.threshold is None else _telling(result.curve, chosen)
-    for row in [never, *rows]:
+    rows = [] if chosen.threshold is None else _frontier(result.curve, chosen)
+    for row in [found.never, *rows]:
         table.add_row(*_cells(row), style="bold reverse" if row is chosen else "")
     Console(width=max(Console().width, 100)).print(table)
 
 
-def _telling(curve: Sequence[Any], chosen: Any) -> list[Any]:
+def _frontier(curve: "Sequence[PolicyRow]", chosen: "PolicyRow") -> "list[PolicyRow]":
     """What no other row beats in saving and disagreement, a few points apart, and the chosen."""
-    best: list[Any] = []
+    best: list[PolicyRow] = []
     for row in sorted(curve, key=lambda row: -row.compute_saved):
         if not best or row.disagreement < best[-1].disagreement:
             best.append(row)
-    shown: list[Any] = []
+    shown: list[PolicyRow] = []
     for row in reversed(best):
         near = shown and row.compute_saved < shown[-1].compute_saved + STEP
         if row is chosen or not (near or abs(row.compute_saved - chosen.compute_saved) < STEP):
@@ -176,13 +118,14 @@ def _telling(curve: Sequence[Any], chosen: Any) -> list[Any]:
     return shown if chosen in shown else sorted([*shown, chosen], key=lambda row: row.compute_saved)
 
 
-def _cells(row: Any) -> list[str]:
+def _cells(row: "PolicyRow") -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     several = isinstance(row.threshold, tuple)
     return [
-        "per layer" if several else "never" if row.threshold is None else f"{row.threshold:.3f}",
+        "per layer" if several else "never" if row.threshold is None else f"{row.threshold:.3g}",
+        "0" if row.threshold is None else f"{len(row.layers)}",
         number(row.accuracy, ".3f"),
         number(row.drop, "+.3f"),
         number(row.disagreement, ".3f"),
@@ -193,15 +136,19 @@ def _cells(row: Any) -> list[str]:
     ]
 
 
-def _verdict(result: Any) -> str:
+def _verdict(found: "Selection") -> str:
     """The choice in words: what it saves and what is promised."""
+    result = found.calibration
     chosen = result.chosen
     if chosen.threshold is None:
         return result.reason
     what = "accuracy drop" if result.risk == "accuracy_drop" else "disagreement with the model"
+    layers = ", ".join(map(str, chosen.layers))
     return (
         f"Chosen: {chosen.compute_saved:.1%} of the FLOPs saved "
         f"({1 / (1 - chosen.compute_saved):.2f} times fewer), mean exit at layer "
-        f"{chosen.mean_exit_layer:.2f}.\nPromise: {what} of at most {result.budget:g} with "
-        f"{result.confidence:.0%} confidence, for prompts like the validation split's."
+        f"{chosen.mean_exit_layer:.2f}, checks at layers {layers}.\n"
+        "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
+        f"Promise: {what} of at most {result.budget:g} with {result.confidence:.0%} confidence, "
+        f"for prompts like those of the {found.side.split} split."
     )

@@ -12,13 +12,15 @@ lspade-train evaluate writes."""
 
 
 def compare(arguments: list[str]) -> None:
-    """Several folders' `results.json` in one table and one figure."""
+    """Print and draw the `results.json` of several folders."""
     parser = argparse.ArgumentParser(prog="lspade-train compare", description=COMPARE)
     parser.add_argument("folders", nargs="+", help="heads folders or URLs that were evaluated")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the figure, PNG")
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare.png"), help="PNG of the figure"
+    )
     options = parser.parse_args(arguments)
 
-    from lspade_train.cli.tables import print_comparison
+    from lspade_train.cli.printing import print_comparison
     from lspade_train.evaluation.comparison import comparable
     from lspade_train.io.fetch import local_folder
     from lspade_train.io.layout import read_results

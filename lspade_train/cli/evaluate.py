@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: every experiment on cached states, printed, written and drawn."""
+"""`evaluate`: every experiment on cached states, printed, written and drawn."""
 
 import logging
 from typing import Any
@@ -10,9 +10,9 @@ log = logging.getLogger(__name__)
 
 EVALUATE = """\
 The logit lens, the tuned lens (where one was fitted with --model.target final), L-SPADE and SPADE
-against the full model, layer by layer: accuracy, agreement, KL, calibration, with intervals;
+against the full model, layer by layer: accuracy, agreement, KL and calibration, with intervals;
 SPADE-EXIT over thresholds; accuracy at equal FLOPs. Reads cached states, builds the split's cache
-where it is missing, and writes results.json and figures/ into the heads folder.
+if it is missing, and writes results.json, figures/ and report.html into the heads folder.
 
   lspade-train evaluate --config recipes/arc.yaml
   lspade-train evaluate --config recipes/arc.yaml --cross recipes/boolq.yaml,recipes/text.yaml
@@ -34,21 +34,21 @@ def evaluate(arguments: list[str]) -> None:
         "--cross",
         type=str | None,
         default=None,
-        help="recipes of other tasks with fitted heads, separated by commas: every task's heads "
-        "and threshold are used on every task",
+        help="recipes of other tasks with fitted heads, separated by commas: the heads and "
+        "threshold of every task are used on every task",
     )
     add(
         "--ablations",
         type=bool,
         default=False,
-        help="also change SPADE's start token, the heads' form and target and the number of "
-        "training rows, one at a time; trains small heads, resumes",
+        help="also change SPADE's start token, the heads' form and target, and the number of "
+        "training rows, one at a time; trains heads, resumes",
     )
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.card import write_card
-    from lspade_train.cli.tables import print_ablations, print_cross_task, print_results
-    from lspade_train.evaluation.run import Subject, evaluate_recipe
+    from lspade_train.cli.printing import print_ablations, print_cross_task, print_results
+    from lspade_train.evaluation.run import FittedRecipe, evaluate_recipe
     from lspade_train.integrations.wandb import log_results
     from lspade_train.io.layout import write_results
     from lspade_train.reporting.page import write_report
@@ -56,55 +56,55 @@ def evaluate(arguments: list[str]) -> None:
 
     recipe, options = parsed.recipe, parsed.options
     folder = heads_given(parsed, written_by="evaluate")
-    subject = Subject(recipe, folder, options.split)
+    fitted = FittedRecipe(recipe, folder, options.split)
     others = _others(options.cross)
-    results = evaluate_recipe(subject)
+    results = evaluate_recipe(fitted)
     print_results(results)
     if others:
-        results["cross_task"] = _cross(subject, others)
+        results["cross_task"] = _cross(fitted, others)
         print_cross_task(results["cross_task"])
     if options.ablations:
-        results["ablations"] = _ablations(subject)
+        results["ablations"] = _ablations(fitted)
         print_ablations(results["ablations"], results["layers"])
     write_results(folder, results)
-    figures = write_figures(results, folder / "figures")
+    images = write_figures(results, folder / "figures")
     write_card(folder)
     report = write_report(folder)
-    log_results(results, folder, figures)
+    log_results(results, folder, images)
     log.info("results: %s", folder / "results.json")
     log.info("figures: %s", folder / "figures")
     log.info("report:  %s", report)
 
 
 def _others(names: str | None) -> list[Any]:
-    """Subjects of the recipes in `--cross`."""
+    """The recipes in `--cross`, opened."""
     from lspade_train.artifacts.folder import heads_folder
-    from lspade_train.evaluation.run import Subject
+    from lspade_train.evaluation.run import FittedRecipe
 
     found: list[Any] = []
     for name in (names or "").split(","):
         if name.strip():
             parser = command_parser("evaluate", EVALUATE, with_trainer=True)
             recipe = parse(parser, ["--config", name.strip()]).recipe
-            found.append(Subject(recipe, heads_folder(recipe)))
+            found.append(FittedRecipe(recipe, heads_folder(recipe)))
     return found
 
 
-def _cross(subject: Any, others: list[Any]) -> dict[str, Any]:
+def _cross(fitted: Any, others: list[Any]) -> dict[str, Any]:
     from lspade_train.evaluation.cross_task import cross_task
     from lspade_train.io.progress import track
 
     def bar(items: Any) -> Any:
         return track(items, "heads on other tasks", len(items))
 
-    return cross_task([subject, *others], bar)
+    return cross_task([fitted, *others], bar)
 
 
-def _ablations(subject: Any) -> dict[str, Any]:
+def _ablations(fitted: Any) -> dict[str, Any]:
     from lspade_train.evaluation.ablations import run_ablations
     from lspade_train.io.progress import track
 
     def bar(items: Any) -> Any:
         return track(items, "ablations", len(items))
 
-    return run_ablations(subject, bar)
+    return run_ablations(fitted, bar)

@@ -1,13 +1,14 @@
-"""`fit`, `validate` and `test`: Lightning's loops around the heads."""
+"""`fit`: train the heads, from a recipe to a heads folder."""
 
 import logging
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
 from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
-from lspade_train.cli.trainer import open_loggers, open_modules, open_trainer
 
 log = logging.getLogger(__name__)
 
@@ -16,10 +17,13 @@ Train one linear head per layer by distillation and export them to checkpoints/N
 The frozen model runs once: its hidden states and SPADE targets are cached on disk and reused
 (see lspade-train cache). --trainer.KEY is Lightning's Trainer: epochs, devices, precision, logger.
 Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
-A run that was stopped goes on with --ckpt_path last, from its last whole epoch or, after SIGTERM
-(exit code 143), its last whole step. A job that a scheduler may requeue gives it from the start."""
+A run that was stopped is resumed with --ckpt_path last, from its last whole epoch or, after SIGTERM
+(exit code 143), its last whole step. A job that a scheduler may requeue sets it from the start.
 
-LOST = "Run it again with --ckpt_path last: it goes on from the last whole epoch."
+  lspade-train fit --config recipes/arc.yaml
+  lspade-train fit --config arc --trainer.max_epochs 5 --ckpt_path last"""
+
+LOST = "Run it again with --ckpt_path last: it resumes from the last whole epoch."
 
 
 def fit(arguments: list[str]) -> None:
@@ -27,13 +31,15 @@ def fit(arguments: list[str]) -> None:
     parser = command_parser("fit", FIT, with_trainer=True)
     parser.add_argument(
         "--ckpt_path", type=str, default=None,
-        help="checkpoint to go on from; last: this fit's own, or a new start where it has none",
+        help="checkpoint to resume from; last: this fit's own, or a new start where it has none",
     )  # fmt: skip
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.cli.trainer import open_loggers
     from lspade_train.errors import ArtifactError
     from lspade_train.io.storage import require_writable
+    from lspade_train.tasks import require_splits
     from lspade_train.training.callbacks import finished_groups, forget_groups
     from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
@@ -41,6 +47,7 @@ def fit(arguments: list[str]) -> None:
     if parsed.recipe.model.target == "final":
         folder /= "tuned_lens"
     require_writable(folder, ArtifactError)
+    require_splits(parsed.recipe.data, ("train", "validation"))
     count, asked = parsed.recipe.model.layer_groups, parsed.options.ckpt_path
     loggers = open_loggers(parsed, folder)
     if count == 1:
@@ -55,18 +62,20 @@ def fit(arguments: list[str]) -> None:
             log.info("layer group %d of %d", number + 1, count)
             _fit_group(parsed, folder, loggers, LayerGroup(number, count), asked)
     log.info("heads: %s", folder)
-    log.info("next:  lspade-train evaluate --config RECIPE.yaml")
+    log.info("next:  lspade-train evaluate --config %s", parsed.recipes[-1])
 
 
 def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: str | None) -> None:
     """Train one group of layers; the last one exports them all."""
     from lspade_train.artifacts.export import ExportHeads
-    from lspade_train.cli.trainer import early_end_named
+    from lspade_train.cli.trainer import early_end_named, open_modules, open_trainer
     from lspade_train.training.callbacks import LAST, LastCheckpoint, group_folder
+    from lspade_train.training.module import check_rank
 
     last = group_folder(folder, group) / LAST
     checkpoint = _checkpoint(asked, last)
     module, data = open_modules(parsed, group=group)
+    check_rank(parsed.recipe.model, data.hidden_size)  # before a cache is built for it
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
     if parsed.trainer.get("enable_checkpointing") is not False:
         callbacks.append(LastCheckpoint(last.parent))
@@ -79,10 +88,20 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
         try:
             with early_end_named(trainer, LOST):
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if last.exists():
-                log.info("go on with --ckpt_path last (%s)", last)
+                stop.args = (f"resume it with: {_resumed(parsed.arguments)}",)
             raise
+
+
+def _resumed(arguments: Sequence[str]) -> str:
+    """The command that resumes this fit."""
+    words = list(arguments)
+    if "--ckpt_path" in words:
+        place = words.index("--ckpt_path")
+        del words[place : place + 2]
+    words = [word for word in words if not word.startswith("--ckpt_path=")]
+    return shlex.join(["lspade-train", "fit", *words, "--ckpt_path", "last"])
 
 
 def _require_last(asked: str | None) -> None:
@@ -92,25 +111,25 @@ def _require_last(asked: str | None) -> None:
 
         raise RecipeError(
             f"--ckpt_path is {asked}, and model.layer_groups is over 1; expected: last.\n"
-            "Go on with --ckpt_path last, or without it from the start."
+            "Resume with --ckpt_path last, or start again without it."
         )
 
 
 def _checkpoint(asked: str | None, last: Path) -> str | None:
-    """The checkpoint to go on from, checked to be one."""
+    """The checkpoint to resume from, checked to be one."""
     if asked is None or (asked == "last" and not last.exists()):
         return None
     path = last if asked == "last" else Path(asked)
     if not _is_checkpoint(path):
         from lspade_train.errors import RecipeError
 
-        what = "is damaged or no checkpoint" if path.exists() else "does not exist"
+        what = "is damaged or not a checkpoint" if path.exists() else "does not exist"
         raise RecipeError(f"{path} {what}. Look in {last.parent}.")
     return str(path)
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether Lightning can go on from it. Mapped, not read; code in it is not run."""
+    """Whether Lightning can resume from it. Mapped, not read; code in it is not run."""
     import torch
 
     if not is_zipfile(path):

@@ -1,4 +1,4 @@
-"""`info`: what a folder or a model is."""
+"""`info`: describe a heads folder, a cache or a model."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 INFO = """\
 usage: lspade-train info PATH
 
-What a heads folder, a cache or a model is. Heads and caches are read from their files alone;
-a model (folder or Hub id) is loaded and its load-time check is run. Heads and caches may be URLs.
+Describe a heads folder, a cache or a model. Heads and caches are read from their files alone and
+may be URLs; a model (folder, Hub id or GGUF file) is loaded and its load-time check is run.
 
   lspade-train info checkpoints/arc
   lspade-train info checkpoints/tiny-world
@@ -38,7 +38,7 @@ def info(arguments: list[str]) -> int:
 
 
 def _show_remote(url: str) -> None:
-    """A cache from its manifests alone, or heads."""
+    """A cache, from its manifests alone, or heads."""
     from lspade_train.artifacts.folder import describe
     from lspade_train.cache.manifest import MANIFEST
     from lspade_train.errors import CacheError
@@ -80,7 +80,12 @@ def _show_cache(path: Path, name: str) -> None:
 def _show_model(path: str) -> None:
     from lspade_train.models import ModelAdapter
 
-    adapter = ModelAdapter.from_pretrained(path)
+    file = Path(path)
+    adapter = (
+        ModelAdapter.from_pretrained(str(file.parent), gguf_file=file.name)
+        if file.suffix == ".gguf"
+        else ModelAdapter.from_pretrained(path)
+    )
     parameters = sum(p.numel() for p in adapter.model.parameters())
     _show(
         {

@@ -1,4 +1,4 @@
-"""What several commands share: `--heads`, and opening the model for the runtime."""
+"""What several commands share: `--heads`, and opening what the runtime needs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,22 +7,22 @@ from lspade_train.cli.parsing import Parsed
 
 
 def heads_option(parser: Any) -> None:
-    """`--heads`: where the heads are."""
+    """Add `--heads`, the heads folder."""
     parser.add_argument(
         "--heads", type=str | None, default=None, help="heads folder or URL; null: checkpoints/NAME"
     )
 
 
 def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
-    """The folder that `--heads` names: a URL's is its mirror, which no command writes into.
+    """The folder that `--heads` names; for a URL its local mirror, which no command writes into.
 
     Args:
         parsed: the command line.
         written_by: the command, if it writes into the folder.
 
     Raises:
-        HubError: a URL that cannot be read, or that would be written.
-        ArtifactError: a folder that would be written and cannot be.
+        HubError: a URL that cannot be read, or would be written to.
+        ArtifactError: a folder that would be written to and cannot be.
     """
     from lspade_train.artifacts.folder import heads_folder
     from lspade_train.errors import ArtifactError, HubError
@@ -39,25 +39,15 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
     if written_by is not None:
         raise HubError(
             f"{written_by} writes into the heads folder, and {given} is not on this machine.\n"
-            f"Bring it here (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
+            f"Pull it (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
         )
     return local_folder(given)
 
 
-def runtime_model(parsed: Parsed, folder: Path) -> tuple[Any, Any]:
-    """The model without the data module: predict does not load Lightning."""
-    from lspade_train.models import ModelAdapter
+def runtime_parts(parsed: Parsed, folder: Path) -> tuple[Any, Any, Any]:
+    """Heads, model and tokenizer, without the data module: Lightning is not loaded."""
+    from lspade_train.models.open import open_model
     from lspade_train.probes.heads import LSpadeHeads
 
-    recipe = parsed.recipe
     heads = LSpadeHeads.from_pretrained(folder)
-    adapter = ModelAdapter.from_pretrained(
-        recipe.data.model_id,
-        revision=recipe.data.revision,
-        dtype=recipe.data.dtype,
-        device=recipe.data.device,
-        device_map=recipe.data.device_map,
-        quantization=recipe.data.quantization,
-        trust_remote_code=recipe.data.trust_remote_code,
-    )
-    return heads, adapter
+    return heads, *open_model(parsed.recipe.data)

@@ -1,16 +1,32 @@
 """Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
 
+import re
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+)
 
-from lspade_train.cli.shipped import find_recipe, is_shipped, locate
+from lspade_train.cli.keys import KEYS, is_known, near, wording
+from lspade_train.cli.recipe_file import RecipeFile, read_recipe
+from lspade_train.cli.shipped import is_shipped, locate
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import Recipe
+
+HELP_TRAINER = "--help-trainer"
+KEY_FAULT = re.compile(r'Parser key "([\w.]+)"')
+GIVEN = re.compile(r"(?:Got value|Given value): (.*)")
+MISSING = re.compile(r"Option '([\w.]+)' is required")
+STRAY = re.compile(r"Unrecognized arguments: (.*)|Group '(\w+)' does not accept option '(\w+)'")
 
 
 @dataclass(frozen=True)
@@ -21,41 +37,53 @@ class Parsed:
         recipe: the typed recipe; `trainer` holds what was given, for the record.
         options: the command's own options by name.
         trainer: Lightning's arguments with classes instantiated; empty where not asked for.
+        arguments: the command line as it was given.
+        recipes: what --config named, as it was given.
     """
 
     recipe: Recipe
     options: Namespace
     trainer: dict[str, Any]
+    arguments: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
 
 
-def command_parser(command: str, description: str, *, with_trainer: bool = False) -> ArgumentParser:
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults, and the description's lines as they were written."""
+
+
+class CommandParser(ArgumentParser):
+    """A command's parser; Lightning's arguments are added when they are needed, not before."""
+
+    with_trainer: bool = False
+
+
+def command_parser(command: str, description: str, *, with_trainer: bool = False) -> CommandParser:
     """A parser for a recipe and its overrides.
 
     Args:
         command: the command's name.
         description: what `--help` says first.
-        with_trainer: type and list Lightning's own arguments (takes seconds to import).
+        with_trainer: type Lightning's own arguments (takes seconds to import, so that only a
+            recipe that can be read pays for it).
     """
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"lspade-train {command}",
         usage=f"lspade-train {command} --config RECIPE [--dotted.key VALUE ...]",
         description=description,
+        formatter_class=HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
+    parser.with_trainer = with_trainer
     parser.add_argument(
         "--config", action=ActionConfigFile, help="recipe: a YAML file, or a shipped one's name"
     )
-    if not with_trainer:
-        parser.add_class_arguments(Recipe, None)
-        return parser
-    from lightning.pytorch import Trainer
-
     parser.add_class_arguments(Recipe, None, skip={"trainer"})
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
+def parse(parser: CommandParser, arguments: Sequence[str]) -> Parsed:
     """Parse a command line into a recipe.
 
     A shipped recipe may be given by name, and finds the data and model that ship with it.
@@ -64,12 +92,18 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
         RecipeError: an unknown key, a missing file, a value of the wrong type.
         SystemExit: 0 for `--help`, 2 for wrong usage.
     """
-    arguments = list(_with_paths(arguments))
+    if HELP_TRAINER in arguments:
+        _show_trainer_help(parser)
+    files: list[RecipeFile] = []
+    words: list[str] = []
+    if not {"-h", "--help"} & {*arguments}:
+        words, files = _with_recipes(parser, arguments)
+    _add_trainer(parser, typed=bool(files) and parser.with_trainer)
     try:
-        config = parser.parse_args(arguments)
+        config = parser.parse_args(words or list(arguments))
         asked = parser.instantiate_classes(config)
     except ArgumentError as error:
-        _refuse(parser, str(error), arguments)
+        _refuse(parser, str(error), arguments, files)
     names = {field.name for field in fields(Recipe)}
     values = {name: asked[name] for name in names if name in asked}
     trainer = values.get("trainer", {})
@@ -81,21 +115,64 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Parsed:
         trainer = {name: trainer[name] for name in values["trainer"]}
     options = Namespace(**{k: v for k, v in vars(asked).items() if k not in {*names, "config"}})
     recipe = Recipe(**values)
-    if any(is_shipped(file.absolute) for file in asked["config"] or ()):
+    if any(is_shipped(file.path) for file in files):
         data = recipe.data
         recipe.data = replace(data, model_id=locate(data.model_id), dataset=locate(data.dataset))
-    return Parsed(recipe, options, trainer)
+    names_given = tuple(file.name for file in files)
+    return Parsed(recipe, options, trainer, tuple(arguments), names_given)
 
 
-def _with_paths(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments, with shipped recipes' paths in place of their names."""
+def _add_trainer(parser: CommandParser, *, typed: bool) -> None:
+    """Lightning's arguments: with their types, or as one mapping that is not looked into."""
+    if not typed:
+        help_text = (
+            f"--trainer.KEY VALUE: Lightning's Trainer arguments ({HELP_TRAINER} lists them)"
+        )
+        parser.add_argument("--trainer", type=dict[str, Any], default={}, help=help_text)
+        return
+    from lightning.pytorch import Trainer
+
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+
+
+def _show_trainer_help(parser: CommandParser) -> NoReturn:
+    """Print Lightning's arguments alone."""
+    from lightning.pytorch import Trainer
+
+    listing = CommandParser(
+        prog=parser.prog, usage=f"{parser.prog} --config RECIPE [--trainer.KEY VALUE ...]"
+    )
+    listing.add_class_arguments(Trainer, "trainer", instantiate=False)
+    listing.print_help()
+    raise SystemExit(0)
+
+
+def _with_recipes(
+    parser: CommandParser, arguments: Sequence[str]
+) -> tuple[list[str], list[RecipeFile]]:
+    """The arguments with each recipe's text in place of its name, and the recipes."""
+    words: list[str] = []
+    files: list[RecipeFile] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
-        if before == "--config":
-            yield find_recipe(word)
-        elif word.startswith("--config="):
-            yield f"--config={find_recipe(word.removeprefix('--config='))}"
+        name = word.removeprefix("--config=")
+        if before == "--config" or name != word:
+            files.append(read_recipe(name))
+            words.append(word.removesuffix(name) + files[-1].text)
         else:
-            yield word
+            words.append(word)
+            _check_key(word)
+    if not files:
+        _usage(parser, "a recipe is needed: --config RECIPE, such as --config arc")
+    return words, files
+
+
+def _check_key(word: str) -> None:
+    """Refuse `--data.colour`: a recipe has no such key."""
+    key = word.removeprefix("--").split("=", 1)[0]
+    if word.startswith("--") and "." in key and not is_known(key):
+        raise RecipeError(
+            f"Unknown key --{key}{near(key, KEYS)}\nlspade-train fit --help lists every key."
+        )
 
 
 @contextmanager
@@ -110,29 +187,69 @@ def refusals_named() -> Generator[None]:
         raise RecipeError(f"The Trainer refuses: {text[:300]}\nCheck trainer.*.") from cause
 
 
-def _refuse(parser: ArgumentParser, message: str, arguments: Sequence[str]) -> NoReturn:
-    """A recipe's mistake is a named error; a mistake in using the command is wrong usage."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    if "--config" not in " ".join(arguments):
-        _usage(parser, f"{lines[0]} Give a recipe: --config arc")
-    if "File does not exist" in text:
-        path = text.rsplit(": ", 1)[-1].strip("'")
+def _refuse(
+    parser: CommandParser, message: str, arguments: Sequence[str], files: Sequence[RecipeFile]
+) -> NoReturn:
+    """Say a parser's message as a user would: which key, where, what was got and expected."""
+    stray, missing = STRAY.search(message), MISSING.search(message)
+    known = [action.dest for action in parser._actions if action.dest != SUPPRESS]
+    if stray and stray[2]:
+        key = f"{stray[2]}.{stray[3]}"
         raise RecipeError(
-            f"No recipe {path}. Expected a YAML file, or a name that lspade-train recipes lists; "
-            "check --config."
+            f"{_place(key, arguments, files)}: unknown key {key}{near(key, known)}\n"
+            f"{parser.prog} {HELP_TRAINER} lists Lightning's keys."
         )
-    if "nrecognized" in text and "--" in text and "." not in text.split("--", 1)[1].split("=")[0]:
-        _usage(parser, text)
-    if "labels" in text and ("True" in text or "False" in text):
-        text = "data.prompt.labels: YAML reads a bare yes or no as true or false"
+    if stray:
+        _stray(parser, stray[1].split()[0], known)
+    if missing:
+        file = files[-1].path if files else "The recipe"
         raise RecipeError(
-            f'{text}; expected quoted strings.\nWrite --data.prompt.labels \'["yes", "no"]\''
+            f"{file} does not set {missing[1]}, which is required. Add it, or give it as "
+            f"--{missing[1]}."
         )
-    raise RecipeError(
-        f"The recipe cannot be used: {text[:400]}\n"
-        f"{parser.prog} --help lists every key and its type."
-    )
+    keys = KEY_FAULT.findall(message)
+    if not keys:
+        _usage(parser, " ".join(message.split()))
+    key = keys[-1]
+    if key not in KEYS and not key.startswith("trainer."):
+        _usage(parser, f"--{key} {_wrong(parser, key, message)}")
+    raise RecipeError(f"{_place(key, arguments, files)}: {key} {_wrong(parser, key, message)}")
+
+
+def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
+    name = word.removeprefix("--").split("=", 1)[0]
+    if name.startswith("trainer."):
+        raise RecipeError(
+            f"Unknown key --{name}{near(name, known)}\n"
+            f"{parser.prog} {HELP_TRAINER} lists Lightning's keys."
+        )
+    options = [name for name in known if "." not in name]
+    what = "no option" if word.startswith("-") else "an argument that it does not take:"
+    _usage(parser, f"{what} {word}{near(name, options)}")
+
+
+def _place(key: str, arguments: Sequence[str], files: Sequence[RecipeFile]) -> str:
+    """Where a key was given: on the command line, or in a line of a recipe."""
+    if any(word.split("=", 1)[0] == f"--{key}" for word in arguments):
+        return "On the command line"
+    found = [f"{file.path}, line {file.lines[key]}" for file in files if key in file.lines]
+    return found[-1] if found else "In the recipe"
+
+
+def _wrong(parser: CommandParser, key: str, message: str) -> str:
+    """What a key is and should be, as in "is many; expected a whole number"."""
+    given = GIVEN.findall(message)
+    value = given[-1].strip() if given else "not what it takes"
+    action = next((action for action in parser._actions if action.dest == key), None)
+    hint = KEYS.get(key, getattr(action, "_typehint", None))
+    choices = getattr(action, "choices", None)
+    expected = f"one of {', '.join(map(str, choices))}" if choices else wording(hint)
+    advice = ""
+    if "str" in str(hint) and ("True" in message or "False" in message):
+        advice = (
+            '\nYAML reads a bare yes or no as true or false: write it in quotes, as in ["yes"].'
+        )
+    return f"is {value:.80}; expected {expected}.{advice}"
 
 
 def _usage(parser: ArgumentParser, text: str) -> NoReturn:

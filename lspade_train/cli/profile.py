@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.options import heads_given, heads_option, runtime_model
+from lspade_train.cli.options import heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import Parsed, command_parser, parse
+from lspade_train.errors import RecipeError
+from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
 PROFILE = """\
-Wall time, memory and FLOPs of the exit policy against the model's own forward, in turn on the same
-batches, over prompt lengths, batch sizes and thresholds, on whatever device the model is on.
+Wall time, memory and FLOPs of the exit policy against the forward of an untouched model, in turn
+on the same batches, over prompt lengths, batch sizes and thresholds, on whatever device the model
+is on. The untouched model is loaded beside the policy's, so there must be memory for two.
 Prompts are the task's validation prompts, cut or joined to each length. Writes profile.json and
 figures/speedup into the heads folder.
 
@@ -34,11 +37,15 @@ def profile(arguments: list[str]) -> None:
         "--thresholds",
         type=list[float] | None,
         default=None,
-        help="entropies in nats; null: policy.json's, or the paper's 0.5 to 2 where there is none",
+        help="in the policy's measure; null: policy.json's, or the paper's 0.5 to 2 nats where "
+        "there is none",
     )
-    add("--repeats", type=int, default=5, help="timed rounds per shape, after one to warm up")
+    add("--repeats", type=int, default=5, help="timed rounds per shape, after one that warms up")
     add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
     parsed = parse(parser, arguments)
+    options = parsed.options
+    if options.generate < 0:
+        raise RecipeError(f"--generate is {options.generate}; expected 0 (off) or more tokens.")
 
     from rich.console import Console
 
@@ -46,16 +53,16 @@ def profile(arguments: list[str]) -> None:
     from lspade_train.io.progress import track
     from lspade_train.runtime import ExitRuntime
 
-    options = parsed.options
     folder = heads_given(parsed, written_by="profile")
-    heads, adapter = runtime_model(parsed, folder)
+    heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
-    prompts, choices = _prompts(parsed, adapter)
+    prompts, choices = _prompts(parsed, adapter, tokenizer)
     runtime = ExitRuntime(adapter, heads, policy=policy)
     console = Console(width=max(Console().width, 110))
     found = profiling.profile(
         runtime,
-        lengths=options.lengths or _fitting(adapter),
+        _untouched(parsed.recipe.data),
+        lengths=_fitting(adapter) if options.lengths is None else options.lengths,
         batch_sizes=options.batch_sizes,
         thresholds=[None, *thresholds],
         prompts=prompts,
@@ -68,10 +75,27 @@ def profile(arguments: list[str]) -> None:
         rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
     sys.stdout.write(
-        "Speed-up and FLOPs are against the model's own forward; what an exit costs in answers\n"
-        "is in lspade-train calibrate.\n"
+        "Speed-up: the untouched model's median time over the policy's; beside it the smallest\n"
+        "and the largest ratio of one round. FLOPs: as a fraction of the model's. What an exit\n"
+        "costs in answers is in lspade-train calibrate and evaluate.\n"
     )
     log.info("profile: %s", found.save(folder))
+
+
+def _untouched(config: DataConfig) -> Any:
+    """The recipe's model as transformers loads it: the baseline."""
+    from lspade_train.models.loading import load_model
+
+    return load_model(
+        config.model_id,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+        gguf_file=config.gguf_file,
+    )
 
 
 def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
@@ -88,13 +112,11 @@ def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
     return policy, list(PAPER_THRESHOLDS) if asked is None else asked
 
 
-def _prompts(parsed: Parsed, adapter: Any) -> tuple[list[list[int]], list[int]]:
+def _prompts(parsed: Parsed, adapter: Any, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
     """Validation prompts as token ids, and the first one's choices."""
     from lspade_train import tasks
-    from lspade_train.models.tokenizer import load_tokenizer
 
     config = parsed.recipe.data
-    tokenizer = load_tokenizer(config.model_id, revision=config.revision)
     rows = tasks.load_rows(config, "validation")
     encoded = tasks.encode(config, rows, tokenizer, adapter.max_length or 2**31)
     examples = encoded.examples

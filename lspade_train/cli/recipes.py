@@ -1,4 +1,4 @@
-"""`recipes`: what ships with the package, to run by name or to start one's own from."""
+"""`recipes`: the recipes that ship with the package, to run by name or to adapt."""
 
 import sys
 
@@ -32,7 +32,7 @@ def recipes(arguments: list[str]) -> int:
     if name not in known:
         raise RecipeError(
             f"No recipe {name!r} ships with lspade-train; it has {', '.join(known)}.\n"
-            "lspade-train recipes says what each is."
+            "lspade-train recipes describes each."
         )
     sys.stdout.write(known[name].read_text(encoding="utf-8"))
     return 0

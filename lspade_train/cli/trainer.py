@@ -106,7 +106,6 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch import Trainer
 
-    from lspade_train.cli.trainer import StopTogether
     from lspade_train.training.callbacks import AtomicCheckpoints
 
     arguments = parsed.trainer | {"logger": loggers}

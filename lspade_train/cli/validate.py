@@ -2,7 +2,6 @@
 
 from lspade_train.cli.options import heads_option
 from lspade_train.cli.parsing import command_parser, parse, refusals_named
-from lspade_train.cli.trainer import open_loggers, open_modules, open_trainer
 
 CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
 
@@ -19,7 +18,12 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.folder import heads_folder
-    from lspade_train.cli.trainer import early_end_named
+    from lspade_train.cli.trainer import (
+        early_end_named,
+        open_loggers,
+        open_modules,
+        open_trainer,
+    )
     from lspade_train.probes.heads import LSpadeHeads, check_same_model
 
     folder = heads_folder(parsed.recipe)

@@ -1,25 +1,22 @@
-"""Every experiment on cached states: lenses, exits, equal compute, other tasks, ablations."""
+"""Every experiment on cached states: lenses, exits, equal compute, transfer, ablations."""
 
 from lspade_train.evaluation.exits import (
     PAPER_THRESHOLDS,
-    exit_table,
     measure_exits,
     measure_policy,
     sweep_thresholds,
 )
 from lspade_train.evaluation.iso_compute import iso_compute
-from lspade_train.evaluation.readings import Readings, pick_answer, read_lenses
+from lspade_train.evaluation.readings import Readings, read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 
 __all__ = [
     "FORMAT_VERSION",
     "PAPER_THRESHOLDS",
     "Readings",
-    "exit_table",
     "iso_compute",
     "measure_exits",
     "measure_policy",
-    "pick_answer",
     "plain",
     "read_lenses",
     "summarise",

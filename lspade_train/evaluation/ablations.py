@@ -1,6 +1,6 @@
-"""What SPADE and its heads owe to each choice: one small run each, kept beside the heads.
+"""Ablations of SPADE and its heads: one small run per change, kept beside the heads.
 
-Knows nothing of pictures or terminals.
+Knows nothing of figures or terminals.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +11,16 @@ from typing import Any, cast, get_args
 import torch
 
 from lspade_train.cache import StateDataset
+from lspade_train.cache.answers import chunks
 from lspade_train.errors import ArtifactError
-from lspade_train.evaluation.readings import chunks, read_lenses
+from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.refit import fit_heads, subset
-from lspade_train.evaluation.run import Subject
+from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import Start, spade_states
 from lspade_train.evaluation.summary import FORMAT_VERSION, summarise
 from lspade_train.io.storage import json_digest, read_json, write_json
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.lenses import HeadsLens, SpadeLens
+from lspade_train.probes.lenses import L_SPADE, SPADE, TUNED_LENS
 from lspade_train.recipe import HeadConfig
 
 FOLDER = "ablations"
@@ -45,9 +46,9 @@ class Ablation:
         group: start (of SPADE), heads (form and target) or rows (the learning curve).
         name: unique in its group.
         label: for tables and figures.
-        measure: gives the numbers, as `results.json` holds them.
-        rows: training rows; None where nothing is trained.
-        settings: what else decides the numbers, as JSON.
+        measure: returns the numbers as `results.json` holds them.
+        rows: training rows; None if nothing is trained.
+        settings: what else determines the numbers, as JSON.
     """
 
     group: str
@@ -61,34 +62,34 @@ class Ablation:
 Track = Callable[[list[Ablation]], Iterable[Ablation]]
 
 
-def run_ablations(subject: Subject, track: Track = iter) -> dict[str, list[dict[str, Any]]]:
-    """Measure every change, or take its numbers from an earlier run of the same, as JSON.
+def run_ablations(fitted: FittedRecipe, track: Track = iter) -> dict[str, list[dict[str, Any]]]:
+    """Measure every change, or reuse the numbers of an earlier, identical run, as JSON.
 
-    Each is written to `ablations/` in the heads folder when it is done, so that a run that was
-    stopped goes on where it was.
+    Each is written to `ablations/` in the heads folder as soon as it is done, so that an
+    interrupted run resumes where it stopped.
 
     Args:
-        subject: heads, model and data.
+        fitted: heads, model and data.
         track: wraps the list in a progress bar.
     """
-    wanted = [*_starts(subject), *_forms(subject), *_learning_curve(subject)]
+    wanted = [*_starts(fitted), *_forms(fitted), *_learning_curve(fitted)]
     common = {
         "format_version": FORMAT_VERSION,
-        "rows": subject.data.identity(subject.split),
-        "train": subject.data.identity("train"),
-        "heads": subject.heads.digest,
-        "layers": subject.layers,
-        "seed": subject.recipe.seed_everything,
-        "batch_size": subject.recipe.data.batch_size,
+        "rows": fitted.data.identity(fitted.split),
+        "train": fitted.data.identity("train"),
+        "heads": fitted.heads.digest,
+        "layers": fitted.layers,
+        "seed": fitted.recipe.seed_everything,
+        "batch_size": fitted.recipe.data.batch_size,
     }
     found: dict[str, list[dict[str, Any]]] = {}
     for ablation in track(wanted):
-        found.setdefault(ablation.group, []).append(_kept(subject, ablation, common))
+        found.setdefault(ablation.group, []).append(_kept(fitted, ablation, common))
     return found
 
 
-def _kept(subject: Subject, ablation: Ablation, common: dict[str, Any]) -> dict[str, Any]:
-    path = subject.folder / FOLDER / f"{ablation.group}-{ablation.name}.json"
+def _kept(fitted: FittedRecipe, ablation: Ablation, common: dict[str, Any]) -> dict[str, Any]:
+    path = fitted.folder / FOLDER / f"{ablation.group}-{ablation.name}.json"
     key = json_digest(common | {"rows_trained": ablation.rows, "settings": ablation.settings})
     if path.exists():
         kept = read_json(path, ArtifactError, f"Delete {path.parent} to measure again.")
@@ -108,41 +109,41 @@ def _kept(subject: Subject, ablation: Ablation, common: dict[str, Any]) -> dict[
 # SPADE's start token ---------------------------------------------------------------------------
 
 
-def _starts(subject: Subject) -> Iterator[Ablation]:
-    other = _other_token(subject)
-    text = subject.data.tokenizer.convert_ids_to_tokens(other)
+def _starts(fitted: FittedRecipe) -> Iterator[Ablation]:
+    other = _other_token(fitted)
+    text = fitted.data.tokenizer.convert_ids_to_tokens(other)
     for start in cast(tuple[Start, ...], get_args(Start)):
         yield Ablation(
             group="start",
             name=start,
             label=START_LABELS[start].format(other=text),
-            measure=partial(_measure_start, subject, start, other),
+            measure=partial(_measure_start, fitted, start, other),
             settings={"start": start, "other": other},
         )
 
 
-def _other_token(subject: Subject) -> int:
-    """A token of the vocabulary drawn by the seed; never the rows' own start token."""
-    first = int(subject.data.stored(subject.split).shards[0]["start_id"][0])
-    generator = torch.Generator().manual_seed(subject.recipe.seed_everything)
-    vocab = len(subject.data.tokenizer)
+def _other_token(fitted: FittedRecipe) -> int:
+    """A token of the vocabulary drawn with the recipe's seed; never the rows' start token."""
+    first = int(fitted.states().labels["start_id"][0])
+    generator = torch.Generator().manual_seed(fitted.recipe.seed_everything)
+    vocab = len(fitted.data.tokenizer)
     step = int(torch.randint(1, vocab, (), generator=generator))
     return (first + step) % vocab
 
 
-def _measure_start(subject: Subject, start: Start, other: int) -> dict[str, Any]:
-    dataset, adapter = subject.data.stored(subject.split), subject.data.adapter
+def _measure_start(fitted: FittedRecipe, start: Start, other: int) -> dict[str, Any]:
+    dataset, adapter = fitted.states(), fitted.data.adapter
     shards: list[dict[str, torch.Tensor]] = []
     for batch in chunks(dataset):
         tensors = {n: v for n, v in vars(batch).items() if not (v is None or "target" in n)}
         moved = batch.to(adapter.device)
         target = spade_states(
-            adapter, moved, dataset.layers, start, other=other, seed=subject.recipe.seed_everything
+            adapter, moved, dataset.layers, start, other=other, seed=fitted.recipe.seed_everything
         )
         shards.append({**tensors, "target": target.cpu()})
     changed = StateDataset(shards, dataset.groups, dataset.layers)
-    readings = read_lenses(changed, adapter.unembed, [SpadeLens()], subject.layers)
-    numbers = summarise(readings, adapter.vocab_size)["lenses"]["spade"]
+    readings = read_lenses(changed, adapter.unembed, {SPADE.key: None}, fitted.layers)
+    numbers = summarise(readings, adapter.vocab_size)["lenses"][SPADE.key]
     kept = {name: numbers[name] for name in PER_LAYER}
     return {"parameters": None, **kept, "kl_to_spade": None}
 
@@ -150,12 +151,12 @@ def _measure_start(subject: Subject, start: Start, other: int) -> dict[str, Any]
 # Heads: form, target, training rows ------------------------------------------------------------
 
 
-def _forms(subject: Subject) -> Iterator[Ablation]:
+def _forms(fitted: FittedRecipe) -> Iterator[Ablation]:
     """The heads as they are, then one change of form or target at a time."""
-    heads, config = subject.heads, _trained_as(subject)
-    rows = len(subject.data.stored("train"))
-    yield _of_heads(subject, "as_fitted", _label(config), lambda: heads, rows, config)
-    rank = max(subject.data.adapter.hidden_size // 8, 1)
+    heads, config = fitted.heads, _trained_as(fitted)
+    rows = len(fitted.data.stored("train"))
+    yield _of_heads(fitted, "as_fitted", _label(config), lambda: heads, rows, config)
+    rank = max(fitted.data.adapter.hidden_size // 8, 1)
     changes = {
         "target_spade": replace(config, target="spade"),
         "target_final": replace(config, target="final"),
@@ -163,29 +164,29 @@ def _forms(subject: Subject) -> Iterator[Ablation]:
         "low_rank": replace(config, form="low_rank", rank=rank),
         "bias": replace(config, form="bias"),
     }
-    tuned = subject.tuned_lens()
+    tuned = fitted.lenses.get(TUNED_LENS.key)
     for name, changed in changes.items():
         if changed == config or (name == "low_rank" and config.form == "low_rank"):
             continue
-        make = partial(_fit, subject, changed, rows)
+        make = partial(_fit, fitted, changed, rows)
         if name == "target_final" and tuned is not None and tuned.form == config.form:
             make = partial(_same, tuned)
-        yield _of_heads(subject, name, _label(changed), make, rows, changed)
+        yield _of_heads(fitted, name, _label(changed), make, rows, changed)
 
 
-def _learning_curve(subject: Subject) -> Iterator[Ablation]:
-    """The same heads from fewer training rows, in as many steps."""
-    heads, config = subject.heads, _trained_as(subject)
-    rows = len(subject.data.stored("train"))
+def _learning_curve(fitted: FittedRecipe) -> Iterator[Ablation]:
+    """The same heads from fewer training rows, in the same number of steps."""
+    heads, config = fitted.heads, _trained_as(fitted)
+    rows = len(fitted.data.stored("train"))
     for part in sorted({max(int(rows * fraction), 1) for fraction in FRACTIONS} - {rows}):
-        make = partial(_fit, subject, config, part)
-        yield _of_heads(subject, f"{part}", f"{part:,} rows", make, part, config, group="rows")
+        make = partial(_fit, fitted, config, part)
+        yield _of_heads(fitted, f"{part}", f"{part:,} rows", make, part, config, group="rows")
     make = partial(_same, heads)
-    yield _of_heads(subject, f"{rows}", f"{rows:,} rows", make, rows, config, group="rows")
+    yield _of_heads(fitted, f"{rows}", f"{rows:,} rows", make, rows, config, group="rows")
 
 
 def _of_heads(
-    subject: Subject,
+    fitted: FittedRecipe,
     name: str,
     label: str,
     make: Callable[[], LSpadeHeads],
@@ -193,43 +194,43 @@ def _of_heads(
     config: HeadConfig,
     group: str = "heads",
 ) -> Ablation:
-    settings = {"config": asdict(config), "steps": _steps(subject)}
-    measure = partial(_measure_heads, subject, make)
+    settings = {"config": asdict(config), "steps": _steps(fitted)}
+    measure = partial(_measure_heads, fitted, make)
     return Ablation(group, name, label, measure, rows, settings)
 
 
-def _measure_heads(subject: Subject, make: Callable[[], LSpadeHeads]) -> dict[str, Any]:
-    heads, adapter = make(), subject.data.adapter
-    dataset = subject.data.stored(subject.split)
-    readings = read_lenses(dataset, adapter.unembed, [HeadsLens(heads)], subject.layers)
-    numbers = summarise(readings, adapter.vocab_size)["lenses"]["l_spade"]
+def _measure_heads(fitted: FittedRecipe, make: Callable[[], LSpadeHeads]) -> dict[str, Any]:
+    heads, adapter = make(), fitted.data.adapter
+    dataset = fitted.states()
+    readings = read_lenses(dataset, adapter.unembed, {L_SPADE.key: heads}, fitted.layers)
+    numbers = summarise(readings, adapter.vocab_size)["lenses"][L_SPADE.key]
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     return {"parameters": parameters, **{name: numbers[name] for name in PER_LAYER}}
 
 
-def _fit(subject: Subject, config: HeadConfig, rows: int) -> LSpadeHeads:
-    dataset = subject.data.stored("train")
+def _fit(fitted: FittedRecipe, config: HeadConfig, rows: int) -> LSpadeHeads:
+    dataset = fitted.data.stored("train")
     if rows < len(dataset):
-        generator = torch.Generator().manual_seed(subject.recipe.seed_everything)
+        generator = torch.Generator().manual_seed(fitted.recipe.seed_everything)
         chosen = torch.randperm(len(dataset), generator=generator)[:rows].sort().values
         dataset = subset(dataset, chosen)
-    return fit_heads(subject.recipe, config, dataset, subject.data.adapter, _steps(subject))
+    return fit_heads(fitted.recipe, config, dataset, fitted.data.adapter, _steps(fitted))
 
 
 def _same(heads: LSpadeHeads) -> LSpadeHeads:
     return heads
 
 
-def _trained_as(subject: Subject) -> HeadConfig:
-    """The settings of the heads in hand: their own record, or the recipe where they have none."""
-    training = subject.heads.metadata.get("training", {})
+def _trained_as(fitted: FittedRecipe) -> HeadConfig:
+    """The settings the heads were trained with: their own record, or the recipe without one."""
+    training = fitted.heads.metadata.get("training", {})
     known = training.get("recipe", {}).get("model")
-    return HeadConfig(**known) if known else subject.recipe.model
+    return HeadConfig(**known) if known else fitted.recipe.model
 
 
-def _steps(subject: Subject) -> int:
-    """Optimiser steps of the fit that made the heads."""
-    return int(subject.heads.metadata.get("training", {}).get("steps", 1000))
+def _steps(fitted: FittedRecipe) -> int:
+    """Optimiser steps of the fit that produced the heads."""
+    return int(fitted.heads.metadata.get("training", {}).get("steps", 1000))
 
 
 def _label(config: HeadConfig) -> str:

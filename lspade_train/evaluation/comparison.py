@@ -1,4 +1,7 @@
-"""Results of several heads folders made ready to stand side by side. Knows nothing of models."""
+"""Results of several heads folders, checked and labelled for comparison.
+
+Knows nothing of models.
+"""
 
 import logging
 from typing import Any
@@ -6,19 +9,19 @@ from typing import Any
 from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.summary import FORMAT_VERSION
 
-SAME_ROWS = ("task", "dataset", "split", "n")
+SAME_ROWS = ("task", "dataset", "split", "part", "n")
 
 log = logging.getLogger(__name__)
 
 
 def comparable(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results by folder, each with its `label`: the recipe's name, or the folder if shared.
+    """The results, each with a `label`: the recipe's name, or the folder where names repeat.
 
     Args:
         results: `results.json` by the name of its folder.
 
     Raises:
-        ArtifactError: one was written in another format.
+        ArtifactError: one of them has another format version.
     """
     for folder, one in results.items():
         if one.get("format_version") != FORMAT_VERSION:
@@ -28,10 +31,10 @@ def comparable(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             )
     first, *others = results.values()
     for name in SAME_ROWS:
-        if any(other[name] != first[name] for other in others):
+        if any(other.get(name) != first.get(name) for other in others):
             log.warning(
-                "These results are of another %s each (%s): not the same rows.",
-                name, ", ".join(sorted({str(one[name]) for one in results.values()})),
+                "These results differ in %s (%s): they are not of the same rows.",
+                name, ", ".join(sorted({str(one.get(name)) for one in results.values()})),
             )  # fmt: skip
             break
     names = [one["name"] for one in results.values()]

@@ -1,22 +1,20 @@
-"""SPADE-EXIT from cached states: what every row would answer and cost, and sweeps of thresholds.
+"""SPADE-EXIT on cached rows: sweeps of thresholds, and a saved policy, as `results.json` has them.
 
 Knows nothing of how a threshold is chosen, of files or of pictures.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.cache import StateDataset
 from lspade_train.errors import PolicyError
-from lspade_train.evaluation.readings import choice_logits, chunks, pick_answer
 from lspade_train.evaluation.summary import LEVEL, RESAMPLES, SEED, plain
-from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.cached_exits import exit_table, has_choices
 from lspade_train.policies.exit_table import (
     ExitTable,
     Threshold,
@@ -24,62 +22,13 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
-from lspade_train.policies.flops import count_flops, exit_flops
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import Side, chose
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.metrics import bootstrap_interval
-from lspade_train.training.module import target_logits
 
 PAPER_THRESHOLDS = (0.5, 1.0, 1.5, 2.0)
 """Nats, over the vocabulary; arXiv:2507.17618."""
-
-
-@torch.no_grad()
-def exit_table(
-    dataset: StateDataset,
-    adapter: ModelAdapter,
-    heads: LSpadeHeads,
-    policy: ExitPolicy,
-    *,
-    rows: int | None = None,
-) -> ExitTable:
-    """What every cached row would answer, and cost, if it stopped at each check layer.
-
-    Confidence and answer are those of the policy's decoder: what `ExitRuntime` does, from cached
-    states.
-
-    Args:
-        dataset: cached states of one split.
-        adapter: the frozen model.
-        heads: bound heads of the check layers.
-        policy: check layers, measure, scope and decoder; its threshold is not read.
-        rows: leading rows used; None takes all.
-    """
-    dataset = dataset if rows is None else dataset.first(rows)
-    batches = [batch.to(adapter.device) for batch in chunks(dataset)]
-    parts = [_exits(batch, dataset.layers, adapter.unembed, heads, policy) for batch in batches]
-    confidence, answers, full = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-    labels = dataset.gather(torch.arange(len(dataset)))
-    choices = labels.choice_ids.shape[1] if policy.scope == "choices" else None
-    counts = count_flops(adapter, heads)
-    tokens, top = labels.position_id + 1, adapter.num_layers
-    cost = exit_flops(counts, tokens, [*policy.layers, top], policy, choices=choices)
-    free = exit_flops(counts, tokens, policy.layers, policy, choices=choices, checks=())
-    options = adapter.vocab_size if choices is None else choices
-    certain = (0.0, math.log(options)) if policy.measure == "entropy" else (-1.0, 0.0)
-    return ExitTable(
-        layers=tuple(policy.layers),
-        num_layers=top,
-        bounds=certain,
-        confidence=confidence.numpy(),
-        answers=answers.numpy(),
-        full_answer=full.numpy(),
-        gold=labels.answer_id.long().numpy() if bool(labels.labelled.all()) else None,
-        cost=cost[:, :-1].numpy(),
-        full_cost=cost[:, -1].numpy(),
-        free_cost=free.numpy(),
-        plain_cost=counts.full(tokens).numpy(),
-    )
 
 
 def sweep_thresholds(table: ExitTable) -> dict[str, Any]:
@@ -100,13 +49,17 @@ def sweep_thresholds(table: ExitTable) -> dict[str, Any]:
     }
 
 
-def measure_exits(table: ExitTable, thresholds: Sequence[Threshold | None]) -> list[dict[str, Any]]:
+def measure_exits(
+    table: ExitTable, thresholds: Sequence[Threshold | None], *, oracle: float | None = None
+) -> list[dict[str, Any]]:
     """What each threshold makes of the same rows, with intervals and exit counts, as JSON.
 
     Args:
-        table: confidence, answers and costs.
+        table: confidence, answers and costs of the layers that are checked, all of them priced.
         thresholds: in the table's measure; None is the plain model, unchecked.
+        oracle: as for `evaluate_policy`.
     """
+    ideal = oracle_saving(table) if oracle is None else oracle
     checks = len(table.layers)
     stops = [
         np.full(len(table), checks) if limit is None else table.exits(limit) for limit in thresholds
@@ -119,7 +72,7 @@ def measure_exits(table: ExitTable, thresholds: Sequence[Threshold | None]) -> l
     intervals = {name: _intervals(value) for name, value in means.items()}
     rows: list[dict[str, Any]] = []
     for place, (limit, stop) in enumerate(zip(thresholds, stops, strict=True)):
-        row = asdict(evaluate_policy(table, limit))
+        row = asdict(evaluate_policy(table, limit, oracle=ideal))
         for unused in ("layers", "p_value", "accepted"):
             del row[unused]
         for name in ("accuracy", "drop", "disagreement"):
@@ -130,7 +83,11 @@ def measure_exits(table: ExitTable, thresholds: Sequence[Threshold | None]) -> l
 
 
 def measure_policy(
-    dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
+    dataset: StateDataset,
+    adapter: ModelAdapter,
+    heads: LSpadeHeads,
+    policy: ExitPolicy,
+    side: Side,
 ) -> dict[str, Any]:
     """A saved policy on these rows, under its own measure and scope, as JSON.
 
@@ -139,10 +96,14 @@ def measure_policy(
         adapter: the frozen model.
         heads: bound heads.
         policy: as `policy.json` has it.
+        side: which rows these are.
 
     Returns:
-        `row` is None, with a `note`, where these rows cannot show what the policy does.
+        `row` is None, with a `note`, where these rows cannot show what the policy does;
+        `chosen_on_these_rows` says that its figures here flatter it.
     """
+    flattered = chose(policy, side)
+    warning = ", on the rows that chose it" if flattered else ""
     found: dict[str, Any] = {
         "layers": list(policy.layers),
         "exit_layers": [*policy.layers, adapter.num_layers],
@@ -150,19 +111,19 @@ def measure_policy(
         "scope": policy.scope,
         "decoder": policy.decoder,
         "threshold": policy.threshold,
+        "chosen_on_these_rows": flattered,
+        "label": f"policy.json: {policy.measure} over {policy.scope}{warning}",
     }
     note = _why_not(dataset, heads, policy)
     if note is not None:
         return found | {"oracle_saving": None, "row": None, "note": note}
-    table = exit_table(dataset, adapter, heads, policy)
-    threshold = policy.threshold
-    if threshold is not None and policy.measure != "entropy":
-        # The table holds these measures negated, so that lower is more certain.
-        several = isinstance(threshold, tuple)
-        threshold = tuple(-limit for limit in threshold) if several else -threshold
-    (row,) = measure_exits(table, [threshold])
-    row["threshold"] = plain(policy.threshold)
-    return found | {"oracle_saving": oracle_saving(table), "row": row, "note": None}
+    # The oracle may stop at any layer, so that a policy of few checks is compared with all of them.
+    known = {layer for layer in dataset.layers if layer in heads.layers}
+    every = replace(policy, layers=tuple(sorted(known | {*policy.layers})), threshold=None)
+    table = exit_table(dataset, adapter, heads, every)
+    oracle = oracle_saving(table)
+    (row,) = measure_exits(table.at(policy.layers), [policy.threshold], oracle=oracle)
+    return found | {"oracle_saving": oracle, "row": row, "note": None}
 
 
 def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> str | None:
@@ -175,8 +136,8 @@ def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> s
         policy.check_heads(heads.digest, heads.target)
     except PolicyError as stale:  # heads that were fitted again, say
         return str(stale).replace("\n", " ")
-    if policy.scope == "choices" and not dataset.shards[0]["choice_ids"].shape[1]:
-        return "The policy looks at the choices, and these rows have none."
+    if policy.scope == "choices" and not has_choices(dataset):
+        return "The policy looks at the choices, and some of these rows have none."
     return None
 
 
@@ -184,29 +145,3 @@ def _intervals(values: Any) -> list[list[float]]:
     """Bounds of the mean of each row of (thresholds, rows)."""
     columns = torch.from_numpy(np.asarray(values, dtype=np.float64)).T
     return bootstrap_interval(columns, level=LEVEL, resamples=RESAMPLES, seed=SEED).tolist()
-
-
-def _exits(
-    batch: StateBatch,
-    cached: Sequence[int],
-    unembed: Unembedding,
-    heads: LSpadeHeads,
-    policy: ExitPolicy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Signal and answer at each check layer, (rows, checks), and the model's answer."""
-    stored = target_logits(batch, "spade", unembed)
-    signals: list[Tensor] = []
-    answers: list[Tensor] = []
-    for layer in policy.layers:
-        place = cached.index(layer)
-        hidden = batch.hidden[:, place]
-        bare = policy.decoder == "logit_lens"
-        logits = unembed(hidden) if bare else heads.logits(hidden, layer)
-        seen = choice_logits(logits, batch) if policy.scope == "choices" else logits
-        value = signal(seen, policy.measure)
-        signals.append(value if policy.measure == "entropy" else -value)
-        if policy.decoder == "spade":
-            logits = stored(slice(place, len(batch) * len(cached), len(cached)))
-        answers.append(pick_answer(logits, batch))
-    full = pick_answer(unembed(batch.final), batch)
-    return torch.stack(signals, 1), torch.stack(answers, 1), full

@@ -1,9 +1,8 @@
 """Iso-compute accuracy: every lens at equal total FLOPs. Knows nothing of wall time or files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lspade_train.cache import StateDataset
@@ -11,13 +10,8 @@ from lspade_train.models import ModelAdapter
 from lspade_train.policies.flops import FlopCounts, count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.lenses import find_lens
 
-DECODERS = {
-    "logit_lens": "logit_lens",
-    "tuned_lens": "tuned_lens",
-    "l_spade": "l-spade",
-    "spade": "spade",
-}
 BUDGETS = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 
@@ -25,33 +19,38 @@ def iso_compute(
     results: dict[str, Any],
     dataset: StateDataset,
     adapter: ModelAdapter,
-    heads: dict[str, LSpadeHeads],
+    heads: Mapping[str, LSpadeHeads | None],
 ) -> dict[str, Any]:
-    """Accuracy of every lens against all the FLOPs it takes, as JSON.
+    """Accuracy of every lens against all the FLOPs that it takes, as JSON.
 
-    Charged to a lens at layer l: the prompt's blocks up to l, its map, the final norm and the
-    unembedding of one row over the vocabulary; to SPADE also the two-token continuation through
+    A lens at layer l is charged for the prompt's blocks up to l, its map, the final norm and the
+    unembedding of one row over the vocabulary; SPADE also for the two-token continuation through
     the blocks above (the start token's half is a constant of the model). SPADE-EXIT, read from
-    the threshold grid, is charged every check on the way.
+    the threshold grid, is charged for every check on the way. A lens that no exit policy can
+    decode with is left out: its cost is not known.
 
     Args:
         results: holds `layers`, `lenses`, `full_model` and, for SPADE-EXIT, `exits`.
         dataset: gives the prompts' lengths.
         adapter: the frozen model.
-        heads: trained heads by the name of their lens.
+        heads: bound heads by the key of their lens; None for a lens without any.
 
     Source: arXiv:2507.17618v2, accuracy at equal compute.
     """
     metric = "accuracy" if results["n_labelled"] else "answer_agrees_model"
-    lengths = torch.cat([shard["position_id"] for shard in dataset.shards]) + 1
-    plain_counts = count_flops(adapter)
-    full = plain_counts.full(lengths)
+    lengths = dataset.labels["position_id"] + 1
+    without_heads = count_flops(adapter)
+    full = without_heads.full(lengths)
     lenses: dict[str, Any] = {}
-    for name, values in results["lenses"].items():
-        counts = count_flops(adapter, heads[name]) if name in heads else plain_counts
-        flops = _fixed_layers(counts, lengths, results["layers"], DECODERS[name]).sum(0)
+    for key, values in results["lenses"].items():
+        decoder = find_lens(key).decoder
+        if decoder is None:
+            continue
+        own = heads[key]
+        counts = without_heads if own is None else count_flops(adapter, own)
+        flops = _fixed_layers(counts, lengths, results["layers"], decoder).sum(0)
         fractions: list[float] = (flops / full.sum()).tolist()
-        lenses[name] = {"flops": fractions, "accuracy": values[metric]}
+        lenses[key] = {"flops": fractions, "accuracy": values[metric]}
     points = {
         name: list(zip(lens["flops"], lens["accuracy"], strict=True))
         for name, lens in lenses.items()

@@ -1,22 +1,23 @@
-"""What every lens reads off every cached row at every layer: no model forward.
+"""What every lens reads off every cached row at every layer, without a model forward.
 
-Knows nothing of means, files or pictures.
+Knows nothing of means, files or figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.cache.answers import choice_logits, chunks, pick_answer
 from lspade_train.errors import TaskError
 from lspade_train.models import Unembedding
-from lspade_train.probes.lenses import LayerView, Lens
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.lenses import LayerView, find_lens
 from lspade_train.probes.metrics import agreement, entropy, kl_divergence
-from lspade_train.training.module import target_logits
+from lspade_train.training.targets import target_logits
 
-CHUNK_ROWS = 256
 OF_ANSWER = ("answer", "best", "confidence", "entropy")
 PER_LENS = (*OF_ANSWER, "agrees_model", "agrees_spade", "kl_to_spade", "kl_to_model")
 
@@ -26,17 +27,17 @@ class Readings:
     """Per-row measurements of every lens at every layer.
 
     Attributes:
-        lenses: names, in the order of the first dimension of `values`.
-        layers: in the order of the second.
+        lenses: their keys, in the order of the first dimension of `values`.
+        layers: in the order of the second dimension.
         values: by name of `PER_LENS`, (lenses, layers, rows): `answer` is the best of the row's
-            choices (of the vocabulary where it has none), `best` that of the vocabulary,
+            choices (of the vocabulary if the row has none), `best` the best of the vocabulary,
             `confidence` the answer's probability among the choices, `entropy` and KL in nats.
-        full: the model's own, by name of `OF_ANSWER`, (rows,).
-        answer_id: right token, (rows,).
-        labelled: whether there is one, (rows,).
+        full: the same for the full model, by name of `OF_ANSWER`, (rows,).
+        answer_id: correct token, (rows,).
+        labelled: whether the row has a label, (rows,).
         group: index into `groups`, (rows,).
         groups: names of the subgroups.
-        has_choices: whether rows have choices.
+        has_choices: whether any row has choices.
     """
 
     lenses: tuple[str, ...]
@@ -57,19 +58,25 @@ class Readings:
 def read_lenses(
     dataset: StateDataset,
     unembed: Unembedding,
-    lenses: Sequence[Lens],
+    lenses: Mapping[str, LSpadeHeads | None],
     layers: Sequence[int],
 ) -> Readings:
     """Measure `lenses` on every cached row.
 
+    SPADE is unembedded once per layer, whatever the number of lenses, and the logits of one layer
+    of `CHUNK_ROWS` rows are in memory at a time.
+
     Args:
         dataset: cached states of one split.
         unembed: the frozen norm and head.
-        lenses: what to compare.
+        lenses: keys of the registry, each with the bound heads that the lens reads through (None
+            for a lens without any).
         layers: layers to measure, a subset of the cached ones.
 
     Raises:
         TaskError: the split is empty.
+        RecipeError: a lens is not registered.
+        ArtifactError: a lens that reads through heads has none.
     """
     if len(dataset) == 0:
         raise TaskError("The split has no rows to evaluate. Choose another with --split.")
@@ -83,7 +90,7 @@ def read_lenses(
             rows.setdefault(name, []).append(value)
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
     return Readings(
-        lenses=tuple(lens.name for lens in lenses),
+        lenses=tuple(lenses),
         layers=tuple(layers),
         values={name: torch.cat(parts, dim=-1) for name, parts in values.items()},
         full={name: joined[f"full_{name}"] for name in OF_ANSWER},
@@ -95,46 +102,25 @@ def read_lenses(
     )
 
 
-def chunks(dataset: StateDataset) -> Iterator[StateBatch]:
-    """All rows in order, a few hundred at a time: logits of all of them would not fit."""
-    for first in range(0, len(dataset), CHUNK_ROWS):
-        yield dataset.gather(torch.arange(first, min(first + CHUNK_ROWS, len(dataset))))
-
-
-def pick_answer(logits: Tensor, batch: StateBatch) -> Tensor:
-    """The best of a row's choices, or of the vocabulary where it has none, (rows,)."""
-    best = logits.argmax(-1)
-    if batch.choice_ids.shape[1] == 0:
-        return best
-    choices = batch.choice_ids.long()
-    chosen = choices.gather(1, logits.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
-    return torch.where(batch.choice_count > 0, chosen, best)
-
-
-def choice_logits(logits: Tensor, batch: StateBatch) -> Tensor:
-    """Logits of each row's choices, (rows, choices); padding of shorter rows is no choice."""
-    chosen = logits.gather(1, batch.choice_ids.long())
-    padding = torch.arange(chosen.shape[1], device=chosen.device) >= batch.choice_count[:, None]
-    return chosen.masked_fill(padding, -torch.inf)
-
-
 def _read(
     batch: StateBatch,
     cached: Sequence[int],
     unembed: Unembedding,
-    lenses: Sequence[Lens],
+    lenses: Mapping[str, LSpadeHeads | None],
     layers: Sequence[int],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One chunk: by name, the lenses' values (lenses, layers, rows) and the rows' own (rows,)."""
     batch = batch.to(unembed.weight.device)
     full = unembed(batch.final)
     stored = target_logits(batch, "spade", unembed)
     values: dict[str, list[Tensor]] = {name: [] for name in PER_LENS}
-    for lens in lenses:
-        for layer in layers:
-            place = cached.index(layer)
-            spade = stored(slice(place, len(batch) * len(cached), len(cached)))
-            view = LayerView(layer, batch.hidden[:, place], lambda spade=spade: spade)
-            logits = lens.logits(view)
+    for layer in layers:
+        place = cached.index(layer)
+        spade = stored(slice(place, len(batch) * len(cached), len(cached)))
+        for key, heads in lenses.items():
+            hidden = batch.hidden[:, place]
+            view = LayerView(layer, hidden, unembed, heads, lambda spade=spade: spade)
+            logits = find_lens(key).logits(view)
             found = _of_answer(logits, batch) | {
                 "agrees_model": agreement(logits, full),
                 "agrees_spade": agreement(logits, spade),
@@ -143,8 +129,11 @@ def _read(
             }
             for name, value in found.items():
                 values[name].append(value)
-    shape = (len(lenses), len(layers), len(batch))
-    stacked = {name: torch.stack(parts).reshape(shape).cpu() for name, parts in values.items()}
+    shape = (len(layers), len(lenses), len(batch))
+    stacked = {
+        name: torch.stack(parts).reshape(shape).transpose(0, 1).cpu()
+        for name, parts in values.items()
+    }
     rows = {f"full_{name}": value for name, value in _of_answer(full, batch).items()} | {
         "answer_id": batch.answer_id.long(),
         "labelled": batch.labelled,
@@ -155,7 +144,7 @@ def _read(
 
 
 def _of_answer(logits: Tensor, batch: StateBatch) -> dict[str, Tensor]:
-    """The answer of each row, the vocabulary's best token, and how sure each is, (rows,)."""
+    """Each row's answer, the vocabulary's best token, confidence and entropy, (rows,)."""
     wide = logits.float()
     confidence = wide.softmax(-1).amax(-1)
     if batch.choice_ids.shape[1]:

@@ -1,4 +1,4 @@
-"""Small extra fits on cached rows, for ablations. Knows nothing of files."""
+"""Short extra fits on cached rows, for ablations. Knows nothing of files."""
 
 import torch
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from lspade_train.training.module import LSpadeModule
 
 
 class TrainingRows(LightningDataModule):
-    """Cached rows to train on, and what `LSpadeModule` asks of its data."""
+    """Cached rows to train on, with what `LSpadeModule` needs of a data module."""
 
     def __init__(self, dataset: StateDataset, adapter: ModelAdapter, loader: RowLoader) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TrainingRows(LightningDataModule):
         return self.loader
 
     def val_dataloader(self) -> RowLoader:
-        """Asked for by Lightning and never read: these fits do not validate."""
+        """Required by Lightning, never read: these fits do not validate."""
         return self.loader
 
 

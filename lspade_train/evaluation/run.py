@@ -1,25 +1,29 @@
 """One recipe's whole evaluation: opens model, heads and cache, and gathers `results.json`.
 
-Knows nothing of pictures or terminals.
+Knows nothing of figures or terminals.
 """
 
 import logging
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lspade_train import tasks
+from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
-from lspade_train.evaluation.exits import exit_table, measure_policy, sweep_thresholds
+from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
+from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sides import Side, evaluation_side
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.lenses import HeadsLens, Lens, LogitLens, SpadeLens
+from lspade_train.probes.lenses import LENSES, HeadsSource, Lens, lens_of_target
 from lspade_train.recipe import Recipe
 from lspade_train.tasks import Split
 from lspade_train.training.datamodule import HiddenStateDataModule
@@ -27,13 +31,14 @@ from lspade_train.training.datamodule import HiddenStateDataModule
 log = logging.getLogger(__name__)
 
 
-class Subject:
-    """Heads, their model and the data of one recipe, opened for measuring.
+class FittedRecipe:
+    """A recipe whose heads were fitted: heads, model and data, opened for measuring.
 
     Args:
         recipe: names model, data and layers.
         folder: heads folder.
-        split: split to measure; None takes test, or validation where test has no labels.
+        split: split to measure, all of it; None takes test, or the half of validation that chooses
+            no policy where test has no labels.
 
     Raises:
         LSpadeError: heads, model, data or split cannot be used; says which and why.
@@ -46,69 +51,89 @@ class Subject:
             recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
         )
         self.heads.bind(self.data.adapter)
-        self.split: Split = _known_split(recipe, split)
+        self.side: Side = evaluation_side(self.data, _known_split(recipe, split))
         self.layers = _common_layers(self.data, self.heads, folder)
 
-    def lenses(self) -> list[Lens]:
-        """Those that exist, in the order of tables and figures."""
-        found: list[Lens] = [LogitLens(self.data.adapter.unembed)]
-        if (tuned := self.tuned_lens()) is not None:
-            found.append(HeadsLens(tuned, "tuned_lens"))
-        return [*found, HeadsLens(self.heads), SpadeLens()]
+    @property
+    def split(self) -> Split:
+        """The split that is measured."""
+        return self.side.split
 
-    def tuned_lens(self) -> LSpadeHeads | None:
-        """Heads fitted with `target: final`, where they are there and have the same layers."""
-        folder = self.folder / "tuned_lens"
+    def states(self) -> StateDataset:
+        """The rows that are measured."""
+        return self.side.states(self.data)
+
+    @cached_property
+    def lenses(self) -> dict[str, LSpadeHeads | None]:
+        """Every lens that can be read here, by key, with the bound heads it reads through.
+
+        A lens with heads of its own is left out where they were not fitted, or do not have the
+        layers that are measured.
+        """
+        found: dict[str, LSpadeHeads | None] = {}
+        for lens in LENSES.values():
+            heads = None if lens.heads is None else self._heads_of(lens, lens.heads)
+            if lens.heads is None or heads is not None:
+                found[lens.key] = heads
+        return found
+
+    def _heads_of(self, lens: Lens, source: HeadsSource) -> LSpadeHeads | None:
+        target = self.heads.target or "spade"
+        if lens is lens_of_target(target):
+            return self.heads
+        folder = self.folder / source.folder
+        if folder == self.folder:
+            return self.heads if source.target == target else None
         if not folder.is_dir():
             return None
         heads = LSpadeHeads.from_pretrained(folder).bind(self.data.adapter)
         if not set(self.layers) <= set(heads.layers):
             log.warning(
-                "tuned lens left out: it has layers %s, L-SPADE has %s. Fit it again with "
-                "--model.target final.",
-                list(heads.layers), self.layers,
+                "%s left out: its heads have layers %s, the heads measured have %s. Fit it again "
+                "with --model.target %s.",
+                lens.label, list(heads.layers), self.layers, source.target,
             )  # fmt: skip
             return None
         return heads
 
 
-def evaluate_recipe(subject: Subject) -> dict[str, Any]:
+def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
     """Lenses, exits and equal compute of one recipe, as `results.json` holds them.
 
     Args:
-        subject: what is measured.
+        fitted: what is measured.
     """
-    data, heads, adapter = subject.data, subject.heads, subject.data.adapter
-    dataset = data.stored(subject.split)
-    readings = read_lenses(dataset, adapter.unembed, subject.lenses(), subject.layers)
-    results = _header(subject) | summarise(readings, adapter.vocab_size)
-    results["exits"] = _exits(subject)
-    tuned = subject.tuned_lens()
-    trained = {"l_spade": heads} | ({} if tuned is None else {"tuned_lens": tuned})
-    results["iso_compute"] = iso_compute(results, dataset, adapter, trained)
+    adapter = fitted.data.adapter
+    dataset = fitted.states()
+    readings = read_lenses(dataset, adapter.unembed, fitted.lenses, fitted.layers)
+    results = _header(fitted) | summarise(readings, adapter.vocab_size)
+    results["exits"] = _measured_exits(fitted)
+    results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
     return plain(results | {"cross_task": None, "ablations": None})
 
 
-def _exits(subject: Subject) -> dict[str, Any] | None:
-    """The threshold sweep and the saved policy; None for heads that give no finite entropy."""
-    heads, adapter = subject.heads, subject.data.adapter
-    dataset = subject.data.stored(subject.split)
-    policy = ExitPolicy(layers=tuple(subject.layers), positions=subject.recipe.data.positions)
+def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
+    """The threshold sweep and the saved policy; None for heads whose entropy is not finite."""
+    heads, adapter = fitted.heads, fitted.data.adapter
+    dataset = fitted.states()
+    policy = ExitPolicy(layers=tuple(fitted.layers), positions=fitted.recipe.data.positions)
     try:
         found = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
     except NumericsError as broken:
         log.warning("no exits measured: %s", str(broken).split(". ")[0])
         return None
-    saved = subject.folder / POLICY
+    saved = fitted.folder / POLICY
     found["policy"] = (
-        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved)) if saved.exists() else None
+        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved), fitted.side)
+        if saved.exists()
+        else None
     )
     return found
 
 
-def _header(subject: Subject) -> dict[str, Any]:
+def _header(fitted: FittedRecipe) -> dict[str, Any]:
     """What was measured, and with what."""
-    recipe, adapter, heads = subject.recipe, subject.data.adapter, subject.heads
+    recipe, adapter, heads = fitted.recipe, fitted.data.adapter, fitted.heads
     trained = heads.metadata.get("training", {}).get("recipe", {})
     return {
         "format_version": FORMAT_VERSION,
@@ -120,10 +145,11 @@ def _header(subject: Subject) -> dict[str, Any]:
         "dtype": adapter.identity["dtype"],
         "task": recipe.data.task,
         "dataset": recipe.data.dataset,
-        "split": subject.split,
+        "split": fitted.split,
+        "part": fitted.side.part,
         "seed": recipe.seed_everything,
         "heads": {
-            "folder": str(subject.folder),
+            "folder": str(fitted.folder),
             "form": heads.form,
             "rank": heads.rank if heads.form == "low_rank" else None,
             "layers": list(heads.layers),
@@ -141,9 +167,9 @@ def _header(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _known_split(recipe: Recipe, asked: str | None) -> Split:
+def _known_split(recipe: Recipe, asked: str | None) -> Split | None:
     if asked is None:
-        return tasks.evaluation_split(recipe.data)
+        return None
     available = tasks.splits(recipe.data)
     for split in available:
         if split == asked:
@@ -157,7 +183,7 @@ def _common_layers(data: HiddenStateDataModule, heads: LSpadeHeads, folder: Path
     layers = [layer for layer in data.layers if layer in heads.layers]
     if not layers:
         raise RecipeError(
-            f"{folder} has heads of layers {list(heads.layers)}, the recipe asks for "
-            f"{list(data.layers)}: none in common. Set --model.layers to those of the heads."
+            f"{folder} has heads for layers {list(heads.layers)}, the recipe asks for "
+            f"{list(data.layers)}; none is in common. Set --model.layers to layers of the heads."
         )
     return layers

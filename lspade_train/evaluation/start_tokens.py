@@ -1,4 +1,4 @@
-"""SPADE with its start token moved, replaced or left out. Knows nothing of heads or of files."""
+"""SPADE with its start token moved, replaced or left out. Knows nothing of heads or files."""
 
 from typing import Literal
 
@@ -22,17 +22,17 @@ def spade_states(
     other: int = 0,
     seed: int = 0,
 ) -> Float[Tensor, "rows layers d"]:
-    """SPADE's hidden state before the final norm, from every cached layer, under one change.
+    """SPADE's hidden state before the final norm, from every cached layer, with one change.
 
     Args:
         adapter: the frozen model.
         batch: cached rows.
         layers: the layers of `batch.hidden`.
-        start: `original` keeps the two tokens' position ids, `compact` makes them 0 and 1,
-            `no_start` leaves the answer's token alone, `other_token` puts token `other` in the
-            start token's place, `random_vector` a random direction of the start state's length.
+        start: `original` keeps the two tokens' position ids, `compact` sets them to 0 and 1,
+            `no_start` runs the answer token alone, `other_token` replaces the start token by
+            `other`, `random_vector` replaces its state by a random one of the same norm.
         other: token id.
-        seed: of the random direction, one per layer.
+        seed: seeds the random directions, one per layer.
     """
     if start == "no_start":
         return _alone(adapter, batch, layers)
@@ -75,7 +75,7 @@ def _behind_noise(
 def _start_lengths(
     adapter: ModelAdapter, start_ids: Int[Tensor, " rows"], layers: tuple[int, ...]
 ) -> Float[Tensor, "rows layers"]:
-    """Euclidean length of each row's own h_s^l."""
+    """Euclidean norm of each row's own h_s^l."""
     distinct, which = start_ids.unique(return_inverse=True)
     first = torch.zeros_like(distinct)[:, None]
     states = collect_states(adapter, distinct[:, None], None, first, layers)

@@ -1,4 +1,4 @@
-"""Readings to numbers: means with intervals, calibration, selective prediction. Plain JSON out.
+"""From readings to JSON: means with intervals, calibration, selective prediction.
 
 Knows nothing of models, caches or files.
 """
@@ -38,12 +38,12 @@ NEEDS_LABELS = (
 def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
     """Every lens at every layer, and the model itself, as JSON.
 
-    Accuracy is over the task's choices (over the vocabulary where it has none) and over the
-    vocabulary; null where no row has a label. README, "results.json", names every key.
+    Accuracy is over the task's choices (over the vocabulary if it has none) and over the
+    vocabulary; null if no row has a label. README, "results.json", names every key.
 
     Args:
         readings: per-row measurements.
-        vocab_size: V, which bounds the entropy histograms.
+        vocab_size: V; ln V bounds the entropy histograms.
     """
     edges = torch.linspace(0, math.log(vocab_size), ENTROPY_BINS + 1, dtype=torch.float64)
     lenses = {
@@ -80,7 +80,7 @@ def means_with_intervals(values: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The same nested value as JSON can hold it: a number that is not finite becomes null."""
+    """A nested value as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -89,7 +89,7 @@ def plain(value: Any) -> Any:
 
 
 def _lens(values: dict[str, Tensor], readings: Readings, edges: Tensor) -> dict[str, Any]:
-    """One lens; `values` are (layers, rows). Only what it was compared with is there."""
+    """One lens from its `values`, (layers, rows); only the comparisons it has are summarised."""
     compared = {
         name: value for name, value in values.items() if name.startswith(("agrees", "kl_to"))
     }
@@ -139,7 +139,7 @@ def _confidence(
 
 
 def _histogram(values: Tensor, edges: Tensor) -> list[int]:
-    """Rows per bin; rounding may take an entropy past either end by a hair, and NaN has no bin."""
+    """Rows per bin; entropies that rounding pushed past an end are clamped, NaN is not counted."""
     inside = values[values.isfinite()].double().clamp(edges[0], edges[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
 

@@ -9,22 +9,17 @@ from rich.text import Text
 
 from lspade_train.inspection.view import Cell, TokenView
 from lspade_train.io.storage import write_text
+from lspade_train.probes.lenses import label_of
 
-LENSES = {
-    "logit_lens": "logit lens",
-    "tuned_lens": "tuned lens",
-    "l_spade": "L-SPADE",
-    "spade": "SPADE",
-}
 LONGEST = 12  # characters of a token in a terminal cell
-# Certain to uniform: one hue, and luminance falls all the way, so that it reads in grey too.
+# Certain to uniform: one hue of falling luminance, which reads in greyscale too.
 SCALE = ((224, 239, 251), (86, 152, 208), (8, 36, 74))
 
 
 def render_terminal(view: TokenView, console: Console) -> None:
-    """Print the positions that fit the console's width, then top-k at the answer position.
+    """Print the positions that fit the console's width, then the top-k of the answer position.
 
-    Entropy is the cell's colour; where colours are too few it is printed in the cell.
+    A cell's colour is its entropy; on a console with few colours, the entropy is printed instead.
     """
     coloured = console.color_system in {"256", "truecolor"}
     console.print(_heading(view, coloured), highlight=False)
@@ -33,7 +28,7 @@ def render_terminal(view: TokenView, console: Console) -> None:
 
 
 def render_html(view: TokenView, path: Path, *, model: str) -> Path:
-    """Write one file that needs no network: both tables, every cell's top-k on hover.
+    """Write one self-contained file: both tables, with every cell's top-k on hover.
 
     Raises:
         LSpadeError: the file cannot be written.
@@ -42,7 +37,7 @@ def render_html(view: TokenView, path: Path, *, model: str) -> Path:
     page = pages.get_template("template.html").render(
         view=view,
         model=model,
-        lens=LENSES[view.lens],
+        lens=label_of(view.lens),
         style=style,
         legend=[step / 8 * view.uniform for step in range(9)],
     )
@@ -51,11 +46,11 @@ def render_html(view: TokenView, path: Path, *, model: str) -> Path:
 
 
 def style(entropy: float, uniform: float) -> tuple[str, str]:
-    """Background and text colour of an entropy, as hex: pale where certain, dark where uniform.
+    """Background and text colour of an entropy, as hex: pale for certain, dark for uniform.
 
     Args:
         entropy: nats.
-        uniform: the highest entropy there is, nats.
+        uniform: the highest possible entropy, nats.
     """
     share = min(max(entropy / uniform, 0.0), 1.0)
     half = int(share >= 0.5)
@@ -68,14 +63,14 @@ def style(entropy: float, uniform: float) -> tuple[str, str]:
 def _heading(view: TokenView, coloured: bool) -> str:
     how = "colour, from pale" if coloured else "number, from"
     return (
-        f"\n{LENSES[view.lens]}: likeliest next token by layer and position; underlined where it "
+        f"\n{label_of(view.lens)}: likeliest next token by layer and position; underlined where it "
         f"is the full model's.\nEntropy: the {how} 0 (certain) to {view.uniform:.2f} nats "
         "(uniform)\n"
     )
 
 
 def _positions(view: TokenView, width: int, coloured: bool) -> Table:
-    """Layer x position: the last positions, as many as the width holds."""
+    """Layer x position: as many of the last positions as fit the width."""
     columns = [
         [_cell(row[place], view.uniform, coloured) for row in view.cells]
         for place in range(len(view.tokens))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import RecipeError
 from lspade_train.models import ModelAdapter
+from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LayerView, Lens
 from lspade_train.probes.metrics import entropy, kl_divergence
 from lspade_train.probes.spade import check_layers, collect_states, continue_states
@@ -28,7 +29,7 @@ class Cell:
 
     Attributes:
         tokens: likeliest next tokens, best first, with their white space made visible.
-        probabilities: theirs, 0..1.
+        probabilities: of those tokens, 0..1.
         entropy: of the whole distribution, nats.
         kl: KL(full model || lens) in nats.
         agrees: whether the best token is the full model's.
@@ -46,12 +47,12 @@ class TokenView:
     """Layer x position for one prompt.
 
     Attributes:
-        lens: name of the lens.
+        lens: key of the lens.
         tokens: the prompt's tokens at the positions shown.
         first: index of the first of them in the prompt.
         layers: ascending; the last is L, the full model.
         cells: by layer, then by position.
-        uniform: ln(vocabulary), the highest entropy there is, nats.
+        uniform: ln(vocabulary), the highest possible entropy, nats.
     """
 
     lens: str
@@ -75,6 +76,7 @@ def inspect_prompt(
     lens: Lens,
     layers: Sequence[int],
     *,
+    heads: LSpadeHeads | None = None,
     last: int | None = None,
     top_k: int = 5,
     positions: PositionIds = "original",
@@ -87,17 +89,19 @@ def inspect_prompt(
         ids: the prompt, start token first.
         lens: how a layer is read.
         layers: layers below L to read.
-        last: positions to show, counted from the prompt's end; None shows all.
+        heads: bound heads, for a lens that reads through some.
+        last: number of positions shown, counted from the prompt's end; None shows all.
         top_k: tokens kept per cell.
         positions: position ids of SPADE's two tokens.
 
     Raises:
         RecipeError: a layer out of range, or nothing to show.
+        ArtifactError: a lens that reads through heads, without any.
     """
     shown = len(ids) if last is None else min(last, len(ids))
     if shown < 1 or top_k < 1:
         raise RecipeError(
-            f"{last} positions and {top_k} tokens asked for; expected 1 or more of each. "
+            f"{last} positions and {top_k} tokens were asked for; expected 1 or more of each. "
             "Set --last and --top_k."
         )
     asked = sorted(check_layers(layers, adapter.num_layers, last=adapter.num_layers - 1))
@@ -117,12 +121,16 @@ def inspect_prompt(
     rows: list[tuple[Cell, ...]] = []
     for place, layer in enumerate(asked):
         view = LayerView(
-            layer, hidden[:, place], lambda place=place: adapter.unembed(continued()[:, place])
+            layer,
+            hidden[:, place],
+            adapter.unembed,
+            heads,
+            lambda place=place: adapter.unembed(continued()[:, place]),
         )
         rows.append(_cells(lens.logits(view), full, top_k, words))
     rows.append(_cells(full, full, top_k, words))
     return TokenView(
-        lens=lens.name,
+        lens=lens.key,
         tokens=tuple(words(token) for token in list(ids)[len(ids) - shown :]),
         first=len(ids) - shown,
         layers=(*asked, adapter.num_layers),
@@ -149,7 +157,7 @@ def _cells(logits: Tensor, full: Tensor, top_k: int, words: "_Words") -> tuple[C
 
 
 class _Words:
-    """Token id -> text with visible white space, also where decoding alone would drop it."""
+    """Token id -> text with visible white space, even where decoding alone would drop it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -157,7 +165,7 @@ class _Words:
     def __call__(self, token: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
-            return f"<{token}>"  # the unembedding has rows that no token uses
+            return f"<{token}>"  # a row of the unembedding that no token uses
         text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
         if not text or "\ufffd" in text:
             return piece.replace("▁", SPACE)  # part of a character, or white space alone

@@ -7,9 +7,12 @@ is the harness's own command line with this model registered. Releases that read
 up to 0.4.13) find it from plain `lm_eval` too.
 
 A question whose continuations are all single tokens goes through SPADE-EXIT once, and its choices
-share the answer. Longer continuations, rolling likelihoods and generated text are the full
-model's, by the harness's own `hf` model, and are counted. With a policy that never exits every
-request is, so that the scores are those of `--model hf` bit for bit.
+share the answer. The harness moves white space at the end of a context, such as the newline that a
+chat template ends in, into the continuations; for a question it is read as part of the prompt
+again, and its log-likelihood, one term for all choices, is left out of their scores. Longer
+continuations, rolling likelihoods and generated text are the full model's, by the harness's own
+`hf` model, and are counted. With a policy that never exits every request is, so that the scores
+are those of `--model hf` bit for bit.
 """
 
 import logging
@@ -17,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from tqdm import tqdm
 from lspade_train.errors import PolicyError, UnsupportedModelError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import POLICY
+from lspade_train.models.checkpoint import load_checkpoint
 from lspade_train.policies.flops import count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
@@ -42,6 +47,24 @@ HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 Request = tuple[Any, list[int], list[int]]
 """The harness's: (context, continuation) in text, None within a rolling likelihood; token ids."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Requests that share a context and differ in one last token.
+
+    Args:
+        context: token ids up to the answer.
+        tokens: place among the requests -> its answer's token.
+        texts: the same -> the harness's own texts.
+        moved: whether white space that the harness had moved is part of the context again.
+    """
+
+    context: tuple[int, ...]
+    tokens: dict[int, int]
+    texts: dict[int, Any]
+    moved: bool
+
 
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether the continuation is the most probable one."""
@@ -69,18 +92,21 @@ class Tally:
         tokens: prompt length of each question.
         choices: number of its choices.
         layers: where it stopped; L is the full model.
+        moved: questions whose white space was read as part of the prompt again.
         full_model: requests that no exit was tried for, by kind.
     """
 
     tokens: list[int] = field(default_factory=list[int])
     choices: list[int] = field(default_factory=list[int])
     layers: list[int] = field(default_factory=list[int])
+    moved: int = 0
     full_model: Counter[str] = field(default_factory=Counter[str])
 
     def summary(self, runtime: ExitRuntime | None) -> dict[str, Any]:
         """As it stands in the harness's results; shares and FLOPs are over the questions."""
         found: dict[str, Any] = {
             "questions": len(self.layers),
+            "white_space_read_as_prompt": self.moved,
             "full_model_requests": dict(self.full_model),
         }
         if runtime is None or not self.layers:
@@ -157,6 +183,12 @@ class LSpadeLM(HFLM):
                 tokens_per_batch=tokens_per_batch,
             )
 
+    def _create_model(self, *args: Any, **settings: Any) -> None:
+        """As the harness loads it, and refused where its weights do not fit its configuration."""
+        if self.backend == "causal":
+            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load_checkpoint)
+        super()._create_model(*args, **settings)
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[Request],
@@ -165,13 +197,14 @@ class LSpadeLM(HFLM):
     ) -> list[Answer]:
         """Questions by the runtime, the rest by `hf`, in the order asked."""
         questions = list(self._questions(requests))
-        found = self._decide(requests, questions, disable_tqdm) if questions else {}
+        found = self._decide(questions, disable_tqdm) if questions else {}
         rest = [place for place in range(len(requests)) if place not in found]
         if rest:
             others = [requests[place] for place in rest]
             self.tally.full_model.update(map(_kind, others))
             answers = super()._loglikelihood_tokens(others, disable_tqdm, override_bs)
             found |= dict(zip(rest, answers, strict=True))
+        self._warn_of_none(questions, requests)
         return [found[place] for place in range(len(requests))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -183,8 +216,8 @@ class LSpadeLM(HFLM):
         """The harness's own facts, and the exits so far: it writes both into its results."""
         return super().get_model_info() | {"lspade": self.tally.summary(self.runtime)}
 
-    def _questions(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Places of the requests that share a context, where all of them are single tokens."""
+    def _questions(self, requests: Sequence[Request]) -> Iterator[Question]:
+        """The requests that share a context, where all of them differ in one last token."""
         if self.runtime is None:
             return
         contexts: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -192,21 +225,44 @@ class LSpadeLM(HFLM):
             contexts[tuple(context)].append(place)
         needed = 2 if self.runtime.policy.scope == "choices" else 1
         for context, places in contexts.items():
-            asked = [requests[place] for place in places]
-            short = all(text and len(tokens) == 1 for text, _, tokens in asked)
+            moved = self._moved([requests[place] for place in places])
+            if moved is None:
+                continue
+            tokens = {place: requests[place][2][-1] for place in places}
+            texts = {place: requests[place][0] for place in places}
             # A start token alone is its own answer position: there is nothing to leave early.
-            if short and len(context) > 1 and len({t[0] for _, _, t in asked}) >= needed:
-                yield places
+            if len(context) + len(moved) > 1 and len({*tokens.values()}) >= needed:
+                yield Question((*context, *moved), tokens, texts, bool(moved))
+
+    def _moved(self, asked: Sequence[Request]) -> tuple[int, ...] | None:
+        """The tokens of white space before every continuation's one token; None for longer ones."""
+        starts = {tuple(tokens[:-1]) for _, _, tokens in asked}
+        if len(starts) > 1 or not all(text and tokens for text, _, tokens in asked):
+            return None
+        (moved,) = starts
+        # Where it stood in the context, and nothing but white space: not a shared first word.
+        spaced = all(text[0] != text[0].rstrip() for text, _, _ in asked)
+        return moved if not moved or (spaced and self.tok_decode(moved).isspace()) else None
+
+    def _warn_of_none(self, questions: Sequence[Question], requests: Sequence[Request]) -> None:
+        """Say it where a policy is there and no request was asked through it."""
+        asked = [request for request in requests if request[0]]
+        if self.runtime is None or questions or not asked:
+            return
+        lengths = Counter(len(tokens) for _, _, tokens in asked)
+        told = ", ".join(f"{count:,} of {n} tokens" for n, count in sorted(lengths.items()))
+        log.warning(
+            "NO REQUEST WENT THROUGH EARLY EXITS: all %s were answered by the full model, since "
+            "their continuations are not single tokens (%s).", f"{len(asked):,}", told,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def _decide(
-        self, requests: Sequence[Request], questions: list[list[int]], quiet: bool
-    ) -> dict[int, Answer]:
+    def _decide(self, questions: Sequence[Question], quiet: bool) -> dict[int, Answer]:
         """One run of the runtime for each question; the answers by place among the requests."""
         runtime = self.runtime
         assert runtime is not None
         scorer = Scorer(runtime.adapter, runtime.heads, runtime.policy)
-        queries = [self._query(n, requests, places) for n, places in enumerate(questions)]
+        queries = [self._query(n, question) for n, question in enumerate(questions)]
         found: dict[int, Answer] = {}
         bar = tqdm(total=len(queries), disable=quiet, desc="Questions with early exits")
         for batch in batches(queries, runtime.tokens_per_batch, runtime.adapter.device):
@@ -217,19 +273,29 @@ class LSpadeLM(HFLM):
             ):
                 self._count(query, layer)
                 best = int(row.argmax())
-                for place in questions[query.index]:
-                    text, _, (token,) = requests[place]
+                question = questions[query.index]
+                for place, token in question.tokens.items():
                     found[place] = float(row[token]), token == best
-                    self.cache_hook.add_partial("loglikelihood", text, found[place])
+                    self.cache_hook.add_partial(
+                        "loglikelihood", question.texts[place], found[place]
+                    )
             bar.update(len(batch.queries))
         bar.close()
+        moved = sum(question.moved for question in questions)
+        self.tally.moved += moved
+        if moved:
+            log.warning(
+                "%s of %s questions end in white space, as chat templates do: it is read as part "
+                "of the prompt, and scores are of the answer behind it.",
+                f"{moved:,}", f"{len(questions):,}",
+            )  # fmt: skip
         log.info("%s", _sentence(self.tally.summary(runtime)))
         return found
 
-    def _query(self, number: int, requests: Sequence[Request], places: list[int]) -> Query:
+    def _query(self, number: int, question: Question) -> Query:
         """A question for the runtime, cut on the left to the model's context as `hf` does."""
-        context = tuple(requests[places[0]][1][-self.max_length :])
-        tokens = dict.fromkeys(requests[place][2][0] for place in places)
+        tokens = dict.fromkeys(question.tokens.values())
+        context = question.context[-self.max_length :]
         return Query(number, context, {str(token): token for token in tokens})
 
     def _count(self, query: Query, layer: int) -> None:

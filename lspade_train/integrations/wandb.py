@@ -7,13 +7,13 @@ from typing import Any
 from lspade_train.io.layout import RESULTS
 from lspade_train.reporting.page import REPORT
 from lspade_train.reporting.tables import METRICS, all_tables
-from lspade_train.training.loggers import wandb_is_on
+from lspade_train.training.loggers import start_run, wandb_is_on
 
 PROJECT = "lspade-train"
 
 
-def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) -> None:
-    """Log one evaluation as a run of its own; nothing happens where W&B is off.
+def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -> None:
+    """Log one evaluation as a run of its own; does nothing where W&B is off.
 
     History, one step per layer with `eval/layer` as x axis: `eval/METRIC/LENS`. Summary:
     `eval/full_model/METRIC`, `eval/policy/VALUE`. `tables/NAME` and `figures/NAME` hold the
@@ -21,15 +21,16 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
 
     Args:
         results: as in `results.json`.
-        folder: the heads folder; the run's files land in `wandb/` there.
-        figures: files of `plots.write_figures`; the PNGs are logged.
+        folder: the heads folder; the run's files are written to `wandb/` there.
+        images: files that `plots.write_figures` wrote; the PNGs are logged.
     """
     if not wandb_is_on():
         return
     import wandb
 
-    config = {**results["recipe"], "split": results["split"], "provenance": results["provenance"]}
-    with wandb.init(
+    about = {name: results[name] for name in ("split", "part", "provenance")}
+    config = {**results["recipe"], **about}
+    with start_run(
         project=PROJECT, name=results["name"], job_type="evaluate", dir=folder, config=config
     ) as run:
         run.define_metric("eval/layer")
@@ -41,8 +42,8 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
             f"tables/{table.name}": wandb.Table(list(table.columns), [list(r) for r in table.rows])
             for table in all_tables(results)
         }
-        pictures = [path for path in figures if path.suffix == ".png"]
-        run.log(tables | {f"figures/{path.stem}": wandb.Image(str(path)) for path in pictures})
+        drawn = [path for path in images if path.suffix == ".png"]
+        run.log(tables | {f"figures/{path.stem}": wandb.Image(str(path)) for path in drawn})
         artifact = wandb.Artifact(f"{results['name']}-evaluation", type="evaluation")
         for name in (RESULTS, REPORT):
             if (folder / name).exists():
@@ -51,7 +52,7 @@ def log_results(results: dict[str, Any], folder: Path, figures: Sequence[Path]) 
 
 
 def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
-    """What is logged per layer: `eval/layer` and `eval/METRIC/LENS`."""
+    """The rows logged, one per layer: `eval/layer` and `eval/METRIC/LENS`."""
     rows: list[dict[str, float]] = [{"eval/layer": layer} for layer in results["layers"]]
     for lens, values in results["lenses"].items():
         for metric in METRICS:
@@ -62,9 +63,12 @@ def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
-    """What is one number per evaluation: the full model's metrics, and what the policy gives."""
+    """One number per evaluation: the full model's metrics and the policy's."""
     full = results["full_model"]
     found = {f"eval/full_model/{m}": full[m] for m in METRICS if full.get(m) is not None}
-    row = ((results["exits"] or {}).get("policy") or {}).get("row") or {}
+    policy = (results["exits"] or {}).get("policy") or {}
+    row = policy.get("row") or {}
+    if row:
+        found["eval/policy/chosen_on_these_rows"] = policy["chosen_on_these_rows"]
     names = ("accuracy", "drop", "disagreement", "mean_exit_layer", "compute_saved")
     return found | {f"eval/policy/{n}": row[n] for n in names if row.get(n) is not None}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lspade_train.errors import LSpadeError
+from lspade_train.errors import CacheError, LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 TAG_END = ", content sha256:"
@@ -37,9 +37,21 @@ UNREADABLE = (
 
 
 def default_cache_root() -> Path:
-    """`$LSPADE_CACHE`, or a folder under the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(os.environ.get("LSPADE_CACHE", Path(home) / "lspade-train"))
+    """`$LSPADE_CACHE`, or a folder under the user's cache directory.
+
+    Raises:
+        CacheError: neither is known: a container may run without a home directory.
+    """
+    for name, below in (("LSPADE_CACHE", ""), ("XDG_CACHE_HOME", "lspade-train")):
+        if os.environ.get(name):
+            return Path(os.environ[name]) / below
+    try:
+        return Path.home() / ".cache/lspade-train"
+    except RuntimeError as cause:
+        raise CacheError(
+            "There is no home directory to keep a cache in. Set LSPADE_CACHE to a folder that you "
+            "can write to."
+        ) from cause
 
 
 @contextlib.contextmanager

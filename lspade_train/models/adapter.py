@@ -1,13 +1,13 @@
 """`ModelAdapter` over any Hugging Face decoder: record the model's own plan, replay it.
 
-No forward is re-implemented. The model's decoder runs once with recorders in place of its blocks,
-so that embeddings, masks, position embeddings and per-layer choices are computed by the model's
-own code; `Plan` keeps what each block was given. Whoever holds a plan runs the blocks, stops where
-it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, heads or tasks.
+No forward is re-implemented. A shallow copy of the decoder runs once with recorders in place of
+its blocks, so that the model's own code computes embeddings, masks, position embeddings and
+per-layer choices; `Plan` keeps what each block was given. Whoever holds a plan runs the blocks,
+stops where it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, heads or
+tasks.
 """
 
-import inspect
-from functools import cached_property
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -15,12 +15,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from lspade_train.errors import TaskError
 from lspade_train.models.compiled import apply_block, compiled_apply
 from lspade_train.models.identity import model_identity, quantization
+from lspade_train.models.known import Known, known_of
 from lspade_train.models.load_check import check_adapter
 from lspade_train.models.loading import hub_commit, load_model
-from lspade_train.models.plan import Plan, StartCache
-from lspade_train.models.structure import Stage, find_decoder
+from lspade_train.models.plan import Plan, StartCache, token_mask
+from lspade_train.models.recorder import Recorder
+from lspade_train.models.shadow import without_checkpointing
+from lspade_train.models.snapshot import snapshot
+from lspade_train.models.structure import (
+    Signature,
+    find_decoder,
+    refuse_dropout,
+    unwrapped,
+)
 from lspade_train.models.unembedding import find_unembedding
 from lspade_train.recipe import Quantization
 
@@ -28,10 +38,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_CHECKING: ContextVar[bool] = ContextVar("lspade_checking", default=False)
+
+
 class ModelAdapter:
-    """A frozen causal language model, driven block by block.
+    """A causal language model, driven block by block, and left as it was found.
+
+    The model stays the caller's: nothing is set on it, and it may change between two calls. What
+    is kept of it (start-token caches, digests) is then worked out again, and so is the load-time
+    check where more than its weights' values changed. Safe to use from several threads, also
+    while others run the model itself. Every call that returns numbers runs without gradients.
 
     Attributes:
+        model: what the caller gave, out of `DataParallel` or `torch.compile`.
         revision: the Hub commit that `from_pretrained` loaded; None for a folder.
 
     Args:
@@ -41,24 +60,22 @@ class ModelAdapter:
         compile: run the blocks through `torch.compile`; `data.compile` says what that takes.
 
     Raises:
-        UnsupportedModelError: the model is no decoder, or fails the check.
+        UnsupportedModelError: the model is not a decoder, drops values at random (training mode),
+            or fails the check.
         RecipeError: the blocks cannot be compiled here.
     """
 
     def __init__(
         self, model: "PreTrainedModel", *, check: bool = True, compile: bool = False
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.decoder, self.blocks = find_decoder(model)
-        self.unembed = find_unembedding(model, self.decoder)
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.model = unwrapped(model)
         self.compiled = compile
         self._apply = compiled_apply() if compile else apply_block
-        self._stage = Stage(self.blocks, self._call_padded)
-        self._starts: dict[int, DynamicCache] = {}
-        self._checked = False
+        self._wants_check = False  # while its parts are looked up
+        self._known: Known | None = None
         self.revision: str | None = None
-        if quantization(model) is not None:
+        self.refresh()
+        if quantization(self.model) is not None:
             # Now: bitsandbytes rounds 4-bit scales when their first product on a CPU repacks them.
             _ = self.identity
         if check:
@@ -66,13 +83,8 @@ class ModelAdapter:
 
     @classmethod
     def of(cls, model: "PreTrainedModel | ModelAdapter") -> "ModelAdapter":
-        """The adapter of `model`, made once and kept on it."""
-        if isinstance(model, ModelAdapter):
-            return model
-        known = model.__dict__.get("_lspade_adapter")
-        if known is None:
-            known = model.__dict__["_lspade_adapter"] = cls(model)
-        return known
+        """An adapter of `model`; what it finds out is kept beside the model for the next one."""
+        return model if isinstance(model, ModelAdapter) else cls(model)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +97,7 @@ class ModelAdapter:
         device_map: str | None = None,
         quantization: Quantization | None = None,
         trust_remote_code: bool = False,
+        gguf_file: str | None = None,
         check: bool = True,
         compile: bool = False,
     ) -> Self:
@@ -99,6 +112,7 @@ class ModelAdapter:
             quantization: int8 or int4 quantises the blocks while loading; None leaves the
                 checkpoint as it is, quantised or not.
             trust_remote_code: run code from the model's repository.
+            gguf_file: name of a GGUF file there, whose weights are unpacked while loading.
             check: run the load-time check.
             compile: run the blocks through `torch.compile`.
 
@@ -106,7 +120,7 @@ class ModelAdapter:
             UnsupportedModelError: nothing there, no decoder, or the check fails.
             RecipeError: no such device, no bitsandbytes here, or blocks that do not compile.
         """
-        commit = hub_commit(model_id, revision)
+        commit = hub_commit(model_id, revision, gguf_file=gguf_file)
         model = load_model(
             model_id,
             revision=commit or revision,
@@ -115,20 +129,57 @@ class ModelAdapter:
             device_map=device_map,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
         )
-        adapter = cls(model, check=check, compile=compile)
+        # Ours alone, so it may be frozen: training heads then computes no gradient of its norm.
+        adapter = cls(model.eval().requires_grad_(False), check=check, compile=compile)
         adapter.revision = commit
         return adapter
 
     def check(self) -> None:
-        """Prove on one short probe that every path gives the model's own numbers; done once.
+        """Prove on one short probe that every path gives the model's own numbers.
+
+        Done once, and again when the model's modules, mode or adapters have changed.
 
         Raises:
             UnsupportedModelError: one of them does not.
         """
-        if not self._checked:
+        self._wants_check = True
+        self.refresh()
+
+    def refresh(self) -> Known:
+        """See the model as it is now; `plan` and `plan_step` call this.
+
+        Returns:
+            What is known of it: the same object for as long as nothing has changed.
+
+        Raises:
+            UnsupportedModelError: it can no longer be driven.
+        """
+        quantised = quantization(self.model) is not None
+        known = known_of(self.model, snapshot(self.model), keeps_identity=quantised)
+        if known is not self._known:
+            self.decoder, self.blocks = find_decoder(self.model)
+            refuse_dropout(self.model)
+            self.unembed = find_unembedding(self.model, self.decoder)
+            self._recorder = Recorder(self.model, self.decoder, self.blocks)
+            self._known = known
+        if self._wants_check and self.compiled not in known.checked and not _CHECKING.get():
+            with known.lock:
+                if self.compiled not in known.checked:
+                    known = self._check(known)
+        return known
+
+    def _check(self, known: Known) -> Known:
+        checking = _CHECKING.set(True)  # the check itself plans runs
+        try:
             check_adapter(self)
-            self._checked = True
+            if quantization(self.model) is not None:
+                known = self.refresh()  # its weights have moved in its first run
+        finally:
+            _CHECKING.reset(checking)
+        known.checked.add(self.compiled)
+        return known
 
     # What the model is ----------------------------------------------------------------------
 
@@ -175,10 +226,13 @@ class ModelAdapter:
         """Precision of the hidden states."""
         return self.model.dtype
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
         """What tells this model from another: digests, dtype and quantisation."""
-        return model_identity(self.model, self.unembed.digest)
+        known = self.refresh()
+        if known.identity is None:
+            known.identity = model_identity(self.model, self.unembed.digest)
+        return known.identity
 
     # Recording and replaying ----------------------------------------------------------------
 
@@ -192,12 +246,17 @@ class ModelAdapter:
 
         Args:
             input_ids: prompts, padded on either side.
-            attention_mask: 1 for real tokens; None where nothing is padded.
+            attention_mask: 1 or True for real tokens; None where nothing is padded.
 
         Returns:
             The plan; its `hidden` is h^0.
+
+        Raises:
+            TaskError: a token id that the model has no embedding for, or a mask of another shape.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.refresh()
+        self._check_ids(input_ids)
+        mask = token_mask(input_ids, attention_mask)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return self._record(input_ids, mask, positions, None)
 
@@ -210,8 +269,9 @@ class ModelAdapter:
             positions: position id of the row's own token.
 
         Returns:
-            A plan over (rows, 1, d). Its `hidden` is of no meaning: substitute your own.
+            A plan over (rows, 1, d). Its `hidden` means nothing: substitute your own.
         """
+        self.refresh()
         distinct, rows = start_ids.unique(return_inverse=True)
         cache = StartCache([self.start_cache(int(token)) for token in distinct], rows)
         mask = start_ids.new_ones(len(start_ids), 2)
@@ -235,12 +295,13 @@ class ModelAdapter:
         """
         return self._record(input_ids, attention_mask, position_ids, cache)
 
+    @torch.no_grad()
     def run_block(
         self, plan: Plan, block: int, hidden: Float[Tensor, "rows tokens d"]
     ) -> Float[Tensor, "rows tokens d"]:
         """Apply block number `block` (0-based: it makes h^(block+1) of h^block)."""
         args, kwargs = plan.call(block)
-        return self._apply(self.blocks[block], hidden, args, kwargs)
+        return self._apply(without_checkpointing(self.blocks[block]), hidden, args, kwargs)
 
     @torch.no_grad()
     def model_unembed(self, hidden: Float[Tensor, "rows tokens d"]) -> Tensor:
@@ -248,71 +309,53 @@ class ModelAdapter:
 
         The reference that `unembed` is checked against.
         """
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        return self._recorder.unembed(self._signature(), hidden)
 
-        def pass_on(state: Tensor, *_: Any, **__: Any) -> Any:
-            return self._stage.as_output(state)
+    @torch.no_grad()
+    def model_logits(
+        self, input_ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows tokens vocab"]:
+        """The model's own forward over whole prompts."""
+        return self._recorder.logits(self.model, input_ids, mask)
 
-        def last(*_: Any, **__: Any) -> Any:
-            return self._stage.as_output(hidden)
-
-        with self._stage.replaced([pass_on] * (self.num_layers - 1) + [last]):
-            return self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits
+    def _signature(self) -> Signature:
+        known = self._known
+        assert known is not None
+        with known.lock:
+            if known.signature is None:
+                known.signature = self._recorder.signature()
+            return known.signature
 
     def _record(
         self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
     ) -> Plan:
-        per_row = self._stage.signature.per_row
-        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        return self._recorder.plan(self._signature(), input_ids, mask, positions, cache)
 
-        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.append((hidden, args, kwargs))
-            return self._stage.as_output(hidden)
+    def _check_ids(self, input_ids: Tensor) -> None:
+        rows = int(cast(Tensor, self.model.get_input_embeddings().weight).shape[0])
+        low, high = (int(found) for found in input_ids.aminmax())
+        if low < 0 or high >= rows:
+            raise TaskError(
+                f"Token id {low if low < 0 else high} is outside the model's vocabulary, "
+                f"0..{rows - 1}. Tokenize with the tokenizer that belongs to this model."
+            )
 
-        with self._stage.replaced([recorder] * self.num_layers):
-            self._call_decoder(input_ids, mask, positions, cache, use_cache=cache is not None)
-        return Plan(seen[0][0], tuple((args, kwargs) for _, args, kwargs in seen), per_row)
-
-    def _call_padded(self, rows: int) -> None:
-        """Run the decoder on a few tokens, some of them padding, so that every mask is there."""
-        ids = torch.ones(rows, 5, dtype=torch.long, device=self.device)
-        mask = torch.ones_like(ids)
-        mask[1:, -1] = 0
-        self._call_decoder(ids, mask, (mask.cumsum(-1) - 1), None, use_cache=False)
-
-    def _call_decoder(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        cache: DynamicCache | None,
-        *,
-        use_cache: bool,
-    ) -> None:
-        # The mask is always passed: without one, position ids with a gap are taken for two packed
-        # sequences and the start token is masked out in silence.
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        self.decoder(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=use_cache,
-            **extra,
-        )
-
+    @torch.no_grad()
     def start_cache(self, token: int) -> DynamicCache:
-        """Keys and values of one start token at every block, computed once.
+        """Keys and values of one start token at every block, kept for as long as they hold.
 
         Always alone: in a batch their last bits would depend on the other tokens.
         """
-        if token not in self._starts:
+        known = self._known
+        assert known is not None
+
+        def make() -> DynamicCache:
             cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([[token]], device=self.device)
-            with self._stage.lock:
-                self._call_decoder(
-                    ids, torch.ones_like(ids), torch.zeros_like(ids), cache, use_cache=True
-                )
-            self._starts[token] = cache
-        return self._starts[token]
+            plan = self._record(ids, torch.ones_like(ids), torch.zeros_like(ids), cache)
+            hidden = plan.hidden
+            for block in range(self.num_layers):
+                hidden = self.run_block(plan, block, hidden)
+            return cache
+
+        return known.start(token, self.device, make)

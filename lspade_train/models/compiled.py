@@ -1,9 +1,9 @@
 """How a block is applied: as it is, or through `torch.compile`.
 
-One compiled function serves every block of equal structure, and the blocks themselves stay as
-they are: a compiled block would trace the recorders that stand in for it while a plan is made.
+One compiled function serves every block of equal structure; the blocks themselves stay as they are.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -51,7 +51,7 @@ def compiled_apply() -> Apply:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            with _settings():
+            with _SETTINGS:
                 return fast(block, hidden, args, kwargs)
         except TorchDynamoException as cause:
             raise _refused(block, cause) from cause
@@ -59,15 +59,37 @@ def compiled_apply() -> Apply:
     return apply
 
 
-def _settings() -> ExitStack:
-    """Compile for sizes that happen to be equal as for others; do not stop at eight variants."""
-    import torch._dynamo.config as dynamo
-    import torch.fx.experimental._config as shapes
+class _Settings:
+    """The compiler's settings while any thread runs a compiled block; the process's own otherwise.
 
-    held = ExitStack()
-    held.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
-    held.enter_context(dynamo.patch(recompile_limit=VARIANTS))  # type: ignore[attr-defined]
-    return held
+    Sizes that happen to be equal are compiled as others are, eight variants are not the end, and a
+    hook set on a module is noticed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._held = ExitStack()
+
+    def __enter__(self) -> None:
+        import torch._dynamo.config as dynamo
+        import torch.fx.experimental._config as shapes
+
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                own = {"recompile_limit": VARIANTS, "skip_nnmodule_hook_guards": False}
+                self._held.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
+                self._held.enter_context(dynamo.patch(own))  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                self._held.close()
+
+
+_SETTINGS = _Settings()
 
 
 def _refused(block: nn.Module, cause: Exception) -> RecipeError:

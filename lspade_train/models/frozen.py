@@ -1,12 +1,12 @@
 """The frozen model of a recipe, read no further than it is needed.
 
-Its facts, such as digests and sizes, need no weight once a load has told them; a fit on finished
-caches needs its final norm and head; whoever runs blocks gets all of it. Knows nothing of caches.
+Its facts, such as digests and sizes, need no weights once a load has found them; a fit on finished
+caches needs its final norm and head; only running blocks needs all of it. Knows nothing of caches.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import LSpadeError, UnsupportedModelError
-from lspade_train.io.storage import default_cache_root, json_digest, read_json, write_json
-from lspade_train.models import (
-    ModelAdapter,
-    Unembedding,
-    hub_commit,
-    load_unembedding,
-    model_folder,
+from lspade_train.io.storage import (
+    default_cache_root,
+    file_digest,
+    json_digest,
+    read_json,
+    write_json,
 )
-from lspade_train.models.tokenizer import load_tokenizer, tokenizer_digest
+from lspade_train.models import ModelAdapter, Unembedding, load_unembedding, model_folder
+from lspade_train.models.gguf import find_gguf
+from lspade_train.models.open import open_adapter, open_tokenizer, resolved_revision
+from lspade_train.models.tokenizer import tokenizer_digest
 from lspade_train.recipe import DataConfig
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 
 DECIDING = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
 """Files of a model's folder that decide its facts."""
@@ -69,18 +71,19 @@ class FrozenModel:
         """Kept from an earlier load of the same files, or those of the model itself.
 
         Raises:
-            UnsupportedModelError: no model can be loaded, or it is none that can be driven.
+            UnsupportedModelError: no model can be loaded, or it cannot be driven block by block.
         """
         if self._facts is None:
             self._facts = _recall(self._record())
-        return self._facts or ModelFacts.of(self.adapter)
+        return self._facts or self._facts_of(self.adapter)
 
     @property
     def adapter(self) -> ModelAdapter:
         """All of it; the load-time check waits for the first block.
 
         Raises:
-            UnsupportedModelError: as `facts`, or its files changed since they were looked at.
+            UnsupportedModelError: as `facts`, its head is not linear, or its files changed since
+                they were looked at.
         """
         if self._adapter is None:
             self._adapter = self._load()
@@ -103,11 +106,7 @@ class FrozenModel:
         Raises:
             UnsupportedModelError: there is none.
         """
-        return load_tokenizer(
-            self.config.model_id,
-            revision=self._revision,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        return open_tokenizer(self.config, self._revision)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -122,23 +121,16 @@ class FrozenModel:
     @cached_property
     def _revision(self) -> str | None:
         """On the Hub a commit, resolved once: all that is read is of one commit."""
-        return hub_commit(self.config.model_id, self.config.revision) or self.config.revision
+        return resolved_revision(self.config)
 
     def _load(self) -> ModelAdapter:
         config = self.config
         before = self._record()
-        adapter = ModelAdapter.from_pretrained(
-            config.model_id,
-            revision=self._revision,
-            dtype=config.dtype,
-            device=self._device(),
-            device_map=config.device_map,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-            check=False,
-            compile=config.compile,
+        adapter = open_adapter(
+            config, self._revision, device=self._device(), check=False, compile=config.compile
         )
-        facts = ModelFacts.of(adapter)
+        adapter.unembed.require_linear()  # now, and not once hours of caching are done
+        facts = self._facts_of(adapter)
         record = self._record()
         # A commit's files come with the load and stay what they are; a folder's may change.
         if record is not None and (record == before or adapter.revision):
@@ -151,6 +143,19 @@ class FrozenModel:
         self._facts = facts
         return adapter
 
+    def _facts_of(self, adapter: ModelAdapter) -> ModelFacts:
+        """The facts of a model that is loaded, and of the GGUF file it was unpacked from."""
+        facts = ModelFacts.of(adapter)
+        return replace(facts, identity=facts.identity | self._gguf_source)
+
+    @cached_property
+    def _gguf_source(self) -> dict[str, str]:
+        name = self.config.gguf_file
+        if name is None:
+            return {}
+        path = find_gguf(self.config.model_id, name, self._revision)
+        return {"gguf_file": name, "gguf_sha256": file_digest(path, UnsupportedModelError)}
+
     def _record(self) -> Path | None:
         """Where the facts are kept, by all that decides them; None where that is not only files.
 
@@ -159,7 +164,7 @@ class FrozenModel:
         config = self.config
         if config.trust_remote_code or config.quantization is not None:
             return None  # code from elsewhere, or scales that depend on library and device
-        files = _deciding_files(config.model_id, self._revision)
+        files = _deciding_files(config.model_id, self._revision, config.gguf_file)
         if files is None:
             return None
         versions = {name: version(name) for name in ("lspade-train", "transformers")}
@@ -168,6 +173,8 @@ class FrozenModel:
 
     def _unembedding_alone(self, facts: ModelFacts) -> Unembedding | None:
         """Norm and head without the blocks; None where only a whole load can be trusted."""
+        if self.config.gguf_file is not None:
+            return None
         folder = model_folder(self.config.model_id, self._revision)
         try:
             found = load_unembedding(
@@ -183,12 +190,20 @@ class FrozenModel:
         return found
 
 
-def _deciding_files(model_id: str, revision: str | None) -> list[list[Any]] | None:
+def _deciding_files(
+    model_id: str, revision: str | None, gguf_file: str | None
+) -> list[list[Any]] | None:
     """Name, size and times of each; None where they cannot be told. A commit is in their names."""
-    folder = model_folder(model_id, revision)
+    folder = model_folder(model_id, revision, gguf_file=gguf_file)
     if folder is None:
         return None
-    names = sorted(str(path) for pattern in DECIDING for path in folder.resolve().glob(pattern))
+    folder = folder.resolve()
+    found = (
+        (path for pattern in DECIDING for path in folder.glob(pattern))
+        if gguf_file is None
+        else [folder / gguf_file]
+    )
+    names = sorted(map(str, found))
     try:
         stats = [Path(name).stat() for name in names]
     except OSError:

@@ -2,15 +2,15 @@
 
 import importlib.util
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.errors import RecipeError
+from lspade_train.models.checkpoint import load_checkpoint, load_without_blocks
+from lspade_train.models.gguf import clear_gguf_marks, find_gguf, gguf_options
 from lspade_train.models.structure import find_decoder
 from lspade_train.models.unembedding import Unembedding, find_unembedding
 from lspade_train.recipe import Quantization
@@ -28,52 +28,65 @@ def load_model(
     device_map: str | None,
     quantization: Quantization | None,
     trust_remote_code: bool,
+    gguf_file: str | None = None,
 ) -> "PreTrainedModel":
     """Load a Hub id or a folder; `ModelAdapter.from_pretrained` says what the arguments are.
 
     Raises:
-        RecipeError: no such device, or no bitsandbytes for a quantised model.
-        UnsupportedModelError: nothing there, or no causal language model.
+        RecipeError: no such device, or a package that reads such weights is not installed.
+        UnsupportedModelError: nothing there, not a causal language model, or weights that do not
+            fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     where: Any = device_map or resolve_device(device)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     if quantization is not None:
+        if gguf_file is not None:
+            raise RecipeError(
+                f"data.quantization is {quantization} and data.gguf_file is {gguf_file!r}: "
+                "a GGUF file is quantised already.\nSet one of them to null."
+            )
         # Quantised weights are made where they stay: they cannot be moved like others.
         options = {
             "quantization_config": _bitsandbytes(quantization, dtype),
             "device_map": device_map or {"": where},
         }
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_id,
-            revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as cause:
-        raise UnsupportedModelError(_load_failure(model_id, cause)) from cause
-    if not options:
+    if gguf_file is not None:
+        path = find_gguf(model_id, gguf_file, revision)
+        model_id, revision = str(path.parent), None
+        options |= gguf_options(path)
+    model = load_checkpoint(
+        model_id,
+        revision=revision,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    if gguf_file is not None:
+        clear_gguf_marks(model)
+    if "device_map" not in options:
         nn.Module.to(model, where)
     return model
 
 
-def model_folder(model_id: str, revision: str | None) -> Path | None:
+def model_folder(
+    model_id: str, revision: str | None, *, gguf_file: str | None = None
+) -> Path | None:
     """The local folder of a model's files; None where there is none, as loading it will say."""
     from transformers.utils.hub import cached_file
 
+    name = gguf_file or "config.json"
     try:
-        found = cached_file(model_id, "config.json", revision=revision)
+        found = cached_file(model_id, name, revision=revision)
     except (OSError, ValueError):
         return None
-    return None if found is None else Path(found).parent
+    return None if found is None else Path(found).parents[len(Path(name).parts) - 1]
 
 
-def hub_commit(model_id: str, revision: str | None) -> str | None:
+def hub_commit(model_id: str, revision: str | None, *, gguf_file: str | None = None) -> str | None:
     """The commit that a Hub id and a revision stand for; None for a folder."""
-    folder = None if Path(model_id).is_dir() else model_folder(model_id, revision)
+    if Path(model_id).is_dir():
+        return None
+    folder = model_folder(model_id, revision, gguf_file=gguf_file)
     return None if folder is None else folder.name
 
 
@@ -81,7 +94,7 @@ def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:
     """The final norm and head of a model, its blocks left unread.
 
     The family's own class is made without blocks, so that its own code finds and names the rest.
-    Whoever calls compares the digest with that of the whole model: not every family need allow it.
+    Compare the digest with that of the whole model: not every family need allow it.
 
     Args:
         folder: the model's files.
@@ -89,39 +102,15 @@ def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:
         device: auto (a GPU when there is one) or a torch device.
 
     Raises:
+        UnsupportedModelError: norm or head are not in the files.
         Exception: whatever the family's code says to having no blocks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = 0
-    if getattr(text, "layer_types", None):
-        text.layer_types = []
-    with _unread_weights_unsaid():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype)
-        )
+    model = load_without_blocks(folder, dtype=getattr(torch, dtype))
     model.eval().requires_grad_(False)
     found = find_unembedding(model, find_decoder(model)[0])
     for part in found.modules:
         part.to(resolve_device(device))
     return found
-
-
-@contextmanager
-def _unread_weights_unsaid() -> Generator[None]:
-    """Keep transformers from listing every weight of every block as unexpected."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def says_something_else(record: logging.LogRecord) -> bool:
-        return "UNEXPECTED" not in record.getMessage()
-
-    logger.addFilter(says_something_else)
-    try:
-        yield
-    finally:
-        logger.removeFilter(says_something_else)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -152,24 +141,10 @@ def _bitsandbytes(quantization: Quantization, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        # It tells of a cast to half precision at every product of every block.
+        # It logs a cast to half precision at every product of every block.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
-
-
-def _load_failure(model_id: str, cause: Exception) -> str:
-    text = (str(cause).splitlines() or [type(cause).__name__])[0]
-    if "Unrecognized configuration class" in text:
-        return (
-            f"{model_id} is not a decoder-only causal language model "
-            "(AutoModelForCausalLM has no class for it). Set data.model_id to one."
-        )
-    return (
-        f"No model could be loaded from {model_id!r}: {text}\n"
-        "Expected a Hub id that you can reach or a folder with config.json and weights; "
-        "check data.model_id."
     )

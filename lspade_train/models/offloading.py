@@ -1,9 +1,14 @@
 """Weights that accelerate keeps in memory or on disk until their module runs (`device_map`)."""
 
+# pyright: reportPrivateUsage=false
+# PyTorch has no public names for a module's tables of children, weights and hooks.
+
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from lspade_train.models.shadow import shadow
 
 
 def stored(model: nn.Module) -> Iterator[Tensor]:
@@ -15,18 +20,24 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
             yield value if hook is None else hook.weights_map[own]
 
 
-def keep_loaded(module: nn.Module) -> None:
-    """Bring a module's weights to its device for good: here they are used without its forward."""
-    for part in module.modules():
-        hook = _hook(part)
-        if hook is None:
-            continue
-        from accelerate.utils import set_module_tensor_to_device
+def loaded(module: nn.Module) -> nn.Module:
+    """The module, or where its weights are offloaded a copy with its weights on their device.
 
-        for name, _ in part.named_parameters(recurse=False):
-            value = hook.weights_map[name]
-            set_module_tensor_to_device(part, name, hook.execution_device, value=value)
-        hook.offload = False
+    For modules whose weights are used without their forward; the module stays as it is.
+    """
+    hook = _hook(module)
+    children = {n: c if c is None else loaded(c) for n, c in module._modules.items()}
+    if hook is None and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    copy = shadow(module, _modules=children)
+    if hook is not None:
+        vars(copy)["_parameters"] = parameters = dict(module._parameters)
+        for name in [name for name, value in parameters.items() if value is not None]:
+            value = hook.weights_map[name].to(hook.execution_device)
+            parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name in ("forward", "_old_forward", "_hf_hook"):  # nothing to load or to send away
+            vars(copy).pop(name, None)
+    return copy
 
 
 def _hook(module: nn.Module) -> Any:

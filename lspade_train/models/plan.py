@@ -7,9 +7,30 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache
 
+from lspade_train.errors import TaskError, UnsupportedModelError
+
 Rows = Int[Tensor, " rows"] | slice
+
+
+def token_mask(
+    input_ids: Int[Tensor, "rows tokens"], attention_mask: Tensor | None
+) -> Int[Tensor, "rows tokens"]:
+    """A mask of 0 and 1 over prompts, from one of any dtype; None is all ones.
+
+    Raises:
+        TaskError: it has another shape than the prompts.
+    """
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise TaskError(
+            f"attention_mask is {tuple(attention_mask.shape)}, the prompts are "
+            f"{tuple(input_ids.shape)}; expected one number per token."
+        )
+    return (attention_mask != 0).long()
 
 
 class StartCache(DynamicCache):
@@ -124,6 +145,12 @@ class _Selection:
     def _pick(self, value: Any, count: int) -> Any:
         if isinstance(value, StartCache):
             return value.select(self.rows)
+        if isinstance(value, BlockMask):
+            # Its function sees a row by its place in the batch, inside a compiled kernel.
+            raise UnsupportedModelError(
+                "flex_attention's masks hold for the whole batch: rows cannot leave it.\n"
+                "Call model.set_attn_implementation('sdpa') first."
+            )
         # One-dimensional tensors run over tokens, whatever their length.
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.batch * count:
             return value

@@ -3,11 +3,8 @@
 Knows nothing of plans or of what runs between the blocks.
 """
 
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,11 +15,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def unwrapped(model: Any) -> "PreTrainedModel":
+    """The model inside `DataParallel`, `DistributedDataParallel` or `torch.compile`.
+
+    Raises:
+        UnsupportedModelError: it is not a transformers model.
+    """
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_decoder"):
+        return model  # type: ignore[return-value]
+    raise UnsupportedModelError(
+        f"Got a {type(model).__name__}; expected a decoder-only transformers model, such as "
+        "AutoModelForCausalLM.from_pretrained returns."
+    )
+
+
 def find_decoder(model: "PreTrainedModel") -> tuple[nn.Module, nn.ModuleList]:
     """The decoder and its blocks; in a multimodal model, those of its text tower.
 
     Raises:
-        UnsupportedModelError: the model is no decoder-only one.
+        UnsupportedModelError: the model is not a decoder-only one.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -57,61 +71,25 @@ class Signature:
     outputs: int | None
     per_row: Mapping[str | int, int]
 
-
-class Stage:
-    """A decoder's blocks, which others may stand in for while the decoder runs."""
-
-    def __init__(self, blocks: nn.ModuleList, call: Callable[[int], object]) -> None:
-        """Keep the blocks; `call(rows)` runs the decoder on a few padded tokens."""
-        self.blocks = blocks
-        self.lock = threading.RLock()  # the blocks are the model's: one recording at a time
-        self._call = call
-
-    @cached_property
-    def signature(self) -> Signature:
-        """Found by running the first block on 2 and on 3 rows, the others standing still."""
-        first: Callable[..., Any] = self.blocks[0].forward
-        outputs: list[Any] = []
-        arguments: list[dict[str | int, Any]] = []
-
-        def watch(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            outputs.append(first(hidden, *args, **kwargs))
-            arguments.append({**dict(enumerate(args)), **kwargs})
-            return outputs[-1]
-
-        def stand_still(*_: Any, **__: Any) -> Any:
-            return outputs[-1]
-
-        with self.replaced([watch] + [stand_still] * (len(self.blocks) - 1)):
-            for rows in (2, 3):
-                self._call(rows)
-        two, three = arguments
-        per_row = {
-            name: three[name].shape[0] - value.shape[0]
-            for name, value in two.items()
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > 1
-        }
-        size = len(outputs[0]) if isinstance(outputs[0], tuple) else None
-        return Signature(size, {name: count for name, count in per_row.items() if count != 1})
-
     def as_output(self, hidden: Tensor) -> Any:
         """A state as the blocks return it."""
-        size = self.signature.outputs
-        return hidden if size is None else (hidden, *[None] * (size - 1))
+        return hidden if self.outputs is None else (hidden, *[None] * (self.outputs - 1))
 
-    @contextmanager
-    def replaced(self, forwards: Sequence[Callable[..., Any]]) -> Generator[None]:
-        """Let `forwards` stand in for the blocks."""
-        with self.lock:
-            # accelerate's hooks are instance attributes named `forward` too: put them back.
-            kept = [block.__dict__.get("forward") for block in self.blocks]
-            try:
-                for block, forward in zip(self.blocks, forwards, strict=True):
-                    block.__dict__["forward"] = forward
-                yield
-            finally:
-                for block, forward in zip(self.blocks, kept, strict=True):
-                    if forward is None:
-                        del block.__dict__["forward"]
-                    else:
-                        block.__dict__["forward"] = forward
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Only a model that gives the same answer twice can be driven block by block.
+
+    Raises:
+        UnsupportedModelError: a module is in training mode and drops values at random.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        drops = "drop" in type(module).__name__.lower()  # a module for it, whose rate is `p`
+        rates = [v for k, v in vars(module).items() if "drop" in k or (drops and k == "p")]
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is in training mode and drops values at random "
+                f"({name or 'itself'}), so that no two of its answers agree.\n"
+                "Call model.eval() first: expected a decoder-only model with one answer."
+            )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
+from lspade_train.io.text import require_text
 
 BATCH = 1000
 
@@ -128,6 +129,11 @@ def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    for text in texts:
+        try:
+            require_text(text)
+        except ValueError as error:
+            raise TaskError(f"A text {error}, which no tokenizer reads: {text!a:.60}.") from error
     # verbose=False: lengths are checked against the model's own context, with an error.
     return tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False

@@ -1,4 +1,4 @@
-"""The model's tokenizer: loading it, and what tells it from another. Knows nothing of tasks."""
+"""The model's tokenizer: loading it, and its digest. Knows nothing of tasks."""
 
 import hashlib
 import json
@@ -7,27 +7,46 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lspade_train.errors import UnsupportedModelError
+from lspade_train.models.checkpoint import load_failure
+from lspade_train.models.gguf import find_gguf
 
 
 def load_tokenizer(
-    model_id: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model_id: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or a folder.
 
+    Args:
+        model_id: Hub id or folder.
+        revision: commit, tag or branch on the Hub.
+        trust_remote_code: run code from the model's repository.
+        gguf_file: name of the GGUF file that holds the tokenizer.
+
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: none can be loaded, or it needs code that is not trusted.
+        RecipeError: the packages that read a GGUF file are not installed.
     """
+    place = model_id
+    options: dict[str, str] = {}
+    if gguf_file is not None:
+        path = find_gguf(model_id, gguf_file, revision)
+        place, revision, options = str(path.parent), None, {"gguf_file": str(path)}
     try:
         return AutoTokenizer.from_pretrained(
-            model_id, revision=revision, trust_remote_code=trust_remote_code
+            place, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as cause:
-        text = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise UnsupportedModelError(
-            f"No tokenizer could be loaded from {model_id!r}: {text}\n"
-            "Expected a Hub id that you can reach or a folder with tokenizer.json; "
-            "check data.model_id."
-        ) from cause
+    except Exception as cause:  # transformers raises errors of any kind over broken files
+        if "trust_remote_code" in str(cause):
+            raise UnsupportedModelError(
+                f"The tokenizer of {model_id!r} needs code from its repository, which is not run "
+                "unless it is trusted.\nRead that code, then set data.trust_remote_code to true."
+            ) from cause
+        message = load_failure("tokenizer", place, cause, options.get("gguf_file"))
+        raise UnsupportedModelError(message) from cause
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.io.storage import tensor_digest
-from lspade_train.models.offloading import keep_loaded
+from lspade_train.models.offloading import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +29,15 @@ class Unembedding:
         head: linear map onto the vocabulary.
         scale: factor on the logits.
         softcap: `softcap * tanh(logits / softcap)` where the family caps them.
+        linear: the head's own call is its matrix and bias and nothing else: what is computed from
+            those alone (a few tokens' logits, the loss and its gradient) is then exact.
     """
 
     norm: Callable[[Tensor], Tensor]
     head: nn.Module
     scale: float = 1.0
     softcap: float | None = None
+    linear: bool = True
 
     @property
     def weight(self) -> Float[Tensor, "vocab d_head"]:
@@ -57,14 +60,20 @@ class Unembedding:
         return sum(p.nbytes for part in self.modules for p in part.parameters())
 
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype."""
-        return self.finish(self.head(self.norm(hidden)))
+        """Logits of raw block outputs, in the model's dtype; only `hidden` has a graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad):
+            return self.finish(self.head(self.norm(hidden)))
 
     def into(
         self, normed: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"] | None
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits behind the norm, written into `out` where it has the head's own kind of number."""
-        if out is None or out.dtype != self.weight.dtype or type(self.head) is not nn.Linear:
+        """Logits of normed states, written into `out` where it has the head's dtype.
+
+        Raises:
+            UnsupportedModelError: the head is not linear: the loss would take a wrong gradient.
+        """
+        self.require_linear()
+        if out is None or out.dtype != self.weight.dtype:
             return self.finish(self.head(normed))
         torch.mm(normed, self.weight.T, out=out)
         if self.bias is not None:
@@ -76,9 +85,27 @@ class Unembedding:
     def tokens(
         self, hidden: Float[Tensor, "rows d"], ids: Int[Tensor, "rows tokens"]
     ) -> Float[Tensor, "rows tokens"]:
-        """Logits of a few tokens per row: a d x tokens product instead of d x V."""
+        """Logits of a few tokens per row: a d x tokens product instead of d x V.
+
+        A head that is not linear makes all of them.
+        """
+        if not self.linear:
+            return self(hidden).gather(-1, ids)
         logits = (self.weight[ids] @ self.norm(hidden)[..., None]).squeeze(-1)
         return self.finish(logits if self.bias is None else logits + self.bias[ids])
+
+    def require_linear(self) -> None:
+        """Refuse a head whose gradient its matrix does not give.
+
+        Raises:
+            UnsupportedModelError: the head is not linear.
+        """
+        if not self.linear:
+            raise UnsupportedModelError(
+                f"The model's head ({type(self.head).__name__}) is more than a product with its "
+                "weight: it has hooks or an adapter, or normalises what it is given.\n"
+                "Heads are fitted through a plain linear one: merge or remove what was added to it."
+            )
 
     def finish(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """Scaling and soft-capping of the head's output."""
@@ -93,14 +120,15 @@ class Unembedding:
         """SHA-256 of everything here: heads trained for one digest are of no use with another."""
         norms = self.norm.parameters() if isinstance(self.norm, nn.Module) else ()
         extras = torch.tensor([self.scale, self.softcap or 0.0], dtype=torch.float64)
-        return tensor_digest(self.weight, self.bias, *norms, extras)
+        more = () if self.linear else self.head.state_dict().values()
+        return tensor_digest(self.weight, self.bias, *norms, extras, *more)
 
 
 def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembedding:
     """The final norm, head and scaling of a model.
 
     Raises:
-        UnsupportedModelError: it has no language-model head.
+        UnsupportedModelError: it has no language-model head, or one without a matrix.
     """
     norm = next(
         (m for m in (getattr(decoder, n, None) for n in FINAL_NORMS) if m is not None), None
@@ -110,9 +138,16 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
         )
-    stages = [m for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
-    for module in (*stages, head):
-        keep_loaded(module)
+    head = loaded(head)
+    stages = [loaded(m) for m in (norm, getattr(decoder, "project_out", None)) if m is not None]
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"The head of {type(model).__name__} ({type(head).__name__}) has no weight of its own; "
+            "expected a linear layer.\nUnwrap the head before the model is used here."
+        )
+    if any(p.device != weight.device for stage in stages for p in stage.parameters()):
+        stages.append(_MoveTo(weight.device))
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -121,4 +156,49 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
         head=head,
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
+        linear=_is_linear(head, weight),
+    )
+
+
+class _MoveTo(nn.Module):
+    """Bring states to the head's device, where a `device_map` has put the norm on another."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states.to(self.device)
+
+
+@torch.no_grad()
+def _is_linear(head: nn.Module, weight: Tensor) -> bool:
+    """Whether the head's own call gives the product with its weight, and no hook may change it.
+
+    Small states and large ones: a head may normalise or clamp what it is given.
+
+    Raises:
+        UnsupportedModelError: its logits are not as many as its weight has rows.
+    """
+    width = weight.shape[-1]
+    wave = torch.arange(4.0 * width, device=weight.device).reshape(2, 2, width).sin()
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    states = (wave * torch.tensor([1e-3, 1e3], device=weight.device)[:, None, None]).to(dtype)
+    try:
+        found = head(states)
+    except Exception:  # an unusual head may refuse plain states: the load-time check judges it
+        return False
+    if found.shape[-1] != weight.shape[0]:
+        raise UnsupportedModelError(
+            f"The head ({type(head).__name__}) gives {found.shape[-1]} logits, and its weight has "
+            f"{weight.shape[0]} rows.\nExpected a linear layer over the vocabulary; leave the head "
+            "out of the quantisation."
+        )
+    if any(vars(head).get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+        return False
+    expected = nn.functional.linear(states, weight, getattr(head, "bias", None))
+    slack = 4 * torch.finfo(dtype).eps
+    pairs = zip(found.double().nan_to_num(), expected.double().nan_to_num(), strict=True)
+    return all(
+        float((one - other).abs().max()) <= slack * float(other.abs().max()) for one, other in pairs
     )

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-from scipy.optimize import isotonic_regression
-
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.policies.exit_table import (
+    ExitRule,
     ExitTable,
     PolicyRow,
-    Threshold,
     evaluate_policy,
     oracle_saving,
     pick,
@@ -27,7 +24,6 @@ from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
 RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
-RATES = tuple(float(rate) for rate in np.geomspace(1e-3, 0.5, 56))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +37,7 @@ class Calibration:
         budget: largest risk allowed, 0..1.
         confidence: probability that the promise holds.
         n: rows tested.
-        oracle_saving: of the chosen check layers.
+        oracle_saving: of all the layers that could be checked.
         curve: every policy considered, sequence after sequence, strict to loose.
     """
 
@@ -59,8 +55,8 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(
-    sequences: Sequence[tuple[ExitTable, Sequence[Threshold]]],
+def learn_then_test(
+    sequences: Sequence[tuple[ExitTable, Sequence[ExitRule]]],
     risk: RiskKind,
     budget: float,
     confidence: float = 0.95,
@@ -68,9 +64,9 @@ def calibrate(
     """Test each sequence of policies in its order, and take the accepted one that saves most.
 
     Args:
-        sequences: a table and thresholds for it, strict to loose, chosen without the table's rows
-            (`ExitTable.grid`, or `propose` on other rows). Several, for instance one per set of
-            check layers, share the error probability equally (Bonferroni).
+        sequences: a table and rules over its layers, strict to loose, chosen without the table's
+            rows (`uniform_rules` of its grid, or `propose` on other rows). Several share the error
+            probability equally (Bonferroni); an empty one takes no share.
         risk: `accuracy_drop` or `disagreement`, both against the full model.
         budget: largest risk allowed, over 0 and under 1.
         confidence: probability that the chosen policy's true risk is within the budget.
@@ -79,66 +75,64 @@ def calibrate(
         PolicyError: budget or confidence out of range, or nothing to test.
         TaskError: an accuracy budget for rows without right answers.
     """
-    for name, value in ((FLAGS[risk], budget), ("--confidence", confidence)):
-        if not 0 < value < 1:
-            raise PolicyError(f"{name} {value} is out of range: expected over 0 and under 1.")
+    check_budget(risk, budget, confidence)
     if not sequences:
         raise PolicyError("No policies to test. Give at least one set of check layers.")
-    level = (1 - confidence) / len(sequences)
+    tables = [table for table, _ in sequences]
+    level = (1 - confidence) / max(sum(bool(rules) for _, rules in sequences), 1)
+    oracles = [oracle_saving(table) for table in tables]
     curve: list[PolicyRow] = []
-    for table, thresholds in sequences:
+    for (table, rules), oracle in zip(sequences, oracles, strict=True):
         passed = True
-        for threshold in thresholds:
-            row = evaluate_policy(table, threshold)
-            p_value = _p_value(table, threshold, risk, budget)
+        for rule in rules:
+            checked = table.at(rule.layers)
+            row = evaluate_policy(checked, rule.threshold, oracle=oracle)
+            p_value = _p_value(checked, rule, risk, budget)
             passed = passed and p_value <= level
             curve.append(replace(row, p_value=p_value, accepted=passed))
-    first = sequences[0][0]
-    never = evaluate_policy(first, None)
+    never = evaluate_policy(tables[0], None, oracle=oracles[0])
     chosen = max((never, *filter(_accepted, curve)), key=lambda row: row.compute_saved)
-    saving = next(oracle_saving(t) for t, _ in sequences if t.layers == chosen.layers)
     return Calibration(
         chosen=chosen,
-        reason=_reason(chosen, curve, budget, level, len(first)),
+        reason=_reason(chosen, curve, budget, level, len(tables[0])),
         risk=risk,
         budget=budget,
         confidence=confidence,
-        n=len(first),
-        oracle_saving=saving,
+        n=len(tables[0]),
+        oracle_saving=max(oracles),
         curve=tuple(curve),
     )
 
 
-def propose(table: ExitTable, rates: Sequence[float] = RATES) -> list[Threshold]:
-    """One threshold per check layer, strict to loose, learnt from rows that are not tested later.
+def check_budget(risk: RiskKind, budget: float, confidence: float) -> None:
+    """Refuse a budget or a confidence that is not a probability strictly between 0 and 1.
 
-    At rate r every check layer stops the rows, among those that reach it, whose chance to answer
-    unlike the full model is at most r, by an isotonic fit over the confidence: all layers then
-    pay the same price at the margin, which one threshold for all of them cannot arrange.
+    Raises:
+        PolicyError: out of range.
+    """
+    for name, value in ((FLAGS[risk], budget), ("--confidence", confidence)):
+        if not 0 < value < 1:
+            raise PolicyError(f"{name} {value} is out of range: expected over 0 and under 1.")
+
+
+def most_promising(
+    designs: Sequence[tuple[ExitTable, Sequence[ExitRule]]], risk: RiskKind, budget: float
+) -> int:
+    """Position of the table whose own rules save most at half the budget.
 
     Args:
-        table: rows of another split, or one half of the split (`ExitTable.rows`), as in LTT's
-            split fixed-sequence testing; the order it proposes is tested on the other rows.
-        rates: 0..1, ascending.
-    """
-    return [_equal_rate(table, rate) for rate in rates]
-
-
-def most_promising(tables: Sequence[ExitTable], risk: RiskKind, budget: float) -> int:
-    """Position of the table whose own proposals save most at half the budget.
-
-    Args:
-        tables: the same rows measured in several ways, such as both scopes; not tested later.
-        risk: as for `calibrate`.
-        budget: as for `calibrate`.
+        designs: the same rows measured in several ways, such as both scopes, with the rules
+            proposed there; not tested later.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
     """
 
-    def saving(table: ExitTable) -> float:
-        rows = [evaluate_policy(table, threshold) for threshold in propose(table)]
+    def saving(table: ExitTable, rules: Sequence[ExitRule]) -> float:
+        rows = [evaluate_policy(table.at(rule.layers), rule.threshold) for rule in rules]
         fine = (row.compute_saved for row in rows if _risk(row, risk) <= budget / 2)
         return max(fine, default=0.0)
 
-    return max(range(len(tables)), key=lambda place: saving(tables[place]))
+    return max(range(len(designs)), key=lambda place: saving(*designs[place]))
 
 
 def rows_needed(budget: float, confidence: float, sequences: int = 1) -> int:
@@ -146,8 +140,8 @@ def rows_needed(budget: float, confidence: float, sequences: int = 1) -> int:
     return math.ceil(math.log((1 - confidence) / sequences) / math.log1p(-budget))
 
 
-def _p_value(table: ExitTable, threshold: Threshold, risk: RiskKind, budget: float) -> float:
-    answers = pick(table.answers, table.full_answer, table.exits(threshold))
+def _p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> float:
+    answers = pick(table.answers, table.full_answer, table.exits(rule.threshold))
     if risk == "disagreement":
         return disagreement_p_value(int((answers != table.full_answer).sum()), len(table), budget)
     if table.gold is None:
@@ -167,22 +161,6 @@ def _risk(row: PolicyRow, risk: RiskKind) -> float:
     return row.drop
 
 
-def _equal_rate(table: ExitTable, rate: float) -> tuple[float, ...]:
-    thresholds: list[float] = []
-    inside = np.ones(len(table), dtype=bool)
-    for check in range(len(table.layers)):
-        signal = table.confidence[inside, check]
-        wrong = (table.answers[inside, check] != table.full_answer[inside]).astype(float)
-        order = np.argsort(signal, kind="stable")
-        # One more wrong row, the surest of all: a few lucky rows do not prove a rate of zero.
-        chance = np.asarray(isotonic_regression(np.r_[1.0, wrong[order]]).x)[1:]
-        sure = signal[order][chance <= rate]
-        limit = float(sure[-1]) if len(sure) else table.bounds[0]
-        thresholds.append(limit)
-        inside &= table.confidence[:, check] > limit
-    return tuple(thresholds)
-
-
 def _accepted(row: PolicyRow) -> bool:
     return row.accepted is True
 
@@ -192,6 +170,8 @@ def _reason(
 ) -> str:
     if chosen.threshold is not None:
         return "It saves the most compute of the policies that passed the test."
+    if not curve:
+        return "Never exit: no check saves more than it costs on the rows that propose policies."
     if any(map(_accepted, curve)):
         return "Never exit: the policies that passed the test cost more in checks than they save."
     needed = rows_needed(budget, 1 - level)

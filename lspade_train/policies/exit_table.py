@@ -3,21 +3,82 @@
 Arrays in, numbers out: knows nothing of models, of how a threshold is chosen or of files.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from lspade_train.errors import NumericsError, PolicyError
 
 Threshold = float | tuple[float, ...]
-PER_CHECK = ("confidence", "answers", "cost", "free_cost")
-PER_ROW = ("full_answer", "gold", "full_cost", "plain_cost")
 GRID_POINTS = 80
 GRID_FLOOR = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule:
+    """Where a policy checks and what it asks there.
+
+    Attributes:
+        layers: check layers, ascending, at least one.
+        threshold: one for all check layers or one per check layer, in the measure's unit.
+    """
+
+    layers: tuple[int, ...]
+    threshold: Threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitCosts:
+    """The parts of what an exit costs, row by row, so that any set of check layers can be priced.
+
+    All in one unit, such as FLOPs; K check layers.
+
+    Attributes:
+        reach: the model's own work up to each check layer, then to its last block, (n, K+1).
+        check: one check at each check layer, (n, K).
+        answer: from an exit to its answer, what its check computed at hand; the last column is
+            the answer behind the last block, (n, K+1).
+        unchecked: from an exit without a check to its answer, (n, K).
+        plain: the untouched model, (n,).
+    """
+
+    reach: Float[np.ndarray, "rows stages"]
+    check: Float[np.ndarray, "rows checks"]
+    answer: Float[np.ndarray, "rows stages"]
+    unchecked: Float[np.ndarray, "rows checks"]
+    plain: Float[np.ndarray, " rows"]
+
+    def stops(self) -> Float[np.ndarray, "rows stages"]:
+        """Cost of stopping at each check layer and of never stopping, every check on the way paid.
+
+        Returns:
+            (n, K+1); the last column pays all K checks.
+        """
+        checks = self.check.cumsum(1)
+        return self.reach + np.concatenate([checks, checks[:, -1:]], axis=1) + self.answer
+
+    def without_checks(self) -> Float[np.ndarray, "rows checks"]:
+        """Cost of stopping at each check layer for who knows without asking, (n, K)."""
+        return self.reach[:, :-1] + self.unchecked
+
+    def at(self, places: Sequence[int]) -> Self:
+        """Only the check layers at these places."""
+        columns, stages = list(places), [*places, self.check.shape[1]]
+        return replace(
+            self,
+            reach=self.reach[:, stages],
+            check=self.check[:, columns],
+            answer=self.answer[:, stages],
+            unchecked=self.unchecked[:, columns],
+        )
+
+    def rows(self, index: NDArray[Any]) -> Self:
+        """The rows at `index` (positions or a mask)."""
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +88,13 @@ class ExitTable:
     Attributes:
         layers: check layers, ascending, K of them.
         num_layers: blocks of the model: the exit layer of a row that never stops.
-        bounds: confidence of a certain and of an undecided row, such as (0, ln vocab) for entropy
-            in nats. Lower is more certain; pass a margin or a probability negated: (-1, 0).
-        confidence: the signal at each check layer, in the runtime's precision (fp32), (n, K).
+        bounds: the measure's value for a certain and for an undecided row, such as (0, ln vocab)
+            for an entropy or (1, 0) for a probability. Their order says which way is certain.
+        confidence: the measure at each check layer, in the runtime's precision (fp32), (n, K).
         answers: token answered when stopping there, (n, K).
         full_answer: the full model's answer, (n,).
         gold: the right answer, (n,), or None where it is not known.
-        cost: FLOPs of stopping there, with every check on the way, (n, K).
-        full_cost: FLOPs of never stopping, with all K checks, (n,).
-        free_cost: FLOPs of stopping there without any check: what an oracle would pay, (n, K).
-        plain_cost: FLOPs of the model alone, (n,).
+        costs: what stopping costs, and what the model costs that never checks.
 
     Raises:
         PolicyError: no rows, no layers, or shapes that do not fit together.
@@ -50,10 +108,7 @@ class ExitTable:
     answers: Int[np.ndarray, "rows checks"]
     full_answer: Int[np.ndarray, " rows"]
     gold: Int[np.ndarray, " rows"] | None
-    cost: Float[np.ndarray, "rows checks"]
-    full_cost: Float[np.ndarray, " rows"]
-    free_cost: Float[np.ndarray, "rows checks"]
-    plain_cost: Float[np.ndarray, " rows"]
+    costs: ExitCosts
 
     def __post_init__(self) -> None:
         n, checks = len(self.full_answer), len(self.layers)
@@ -62,10 +117,15 @@ class ExitTable:
                 f"{n} rows and {checks} check layers to calibrate on; expected some of both. "
                 "Choose a split that has rows, and heads of at least one layer."
             )
-        for name, value in self._arrays():
-            expected = (n, checks) if name in PER_CHECK else (n,)
-            if value.shape != expected:
-                raise PolicyError(f"{name} has shape {value.shape}, expected {expected}.")
+        expected = {
+            **dict.fromkeys(("confidence", "answers", "check", "unchecked"), (n, checks)),
+            **dict.fromkeys(("reach", "answer"), (n, checks + 1)),
+            **dict.fromkeys(("full_answer", "gold", "plain"), (n,)),
+        }
+        arrays = vars(self) | vars(self.costs)
+        for name, shape in expected.items():
+            if arrays[name] is not None and arrays[name].shape != shape:
+                raise PolicyError(f"{name} has shape {arrays[name].shape}, expected {shape}.")
         broken = np.argwhere(~np.isfinite(self.confidence))
         if len(broken):
             row, check = broken[0]
@@ -78,19 +138,48 @@ class ExitTable:
     def __len__(self) -> int:
         return len(self.full_answer)
 
-    def rows(self, index: NDArray[Any]) -> "ExitTable":
+    @property
+    def lower_is_sure(self) -> bool:
+        """Whether low values of `confidence` are the certain ones."""
+        return self.bounds[0] < self.bounds[1]
+
+    def rows(self, index: NDArray[Any]) -> Self:
         """The rows at `index` (positions or a mask)."""
-        return replace(self, **{name: value[index] for name, value in self._arrays()})
+        return replace(
+            self,
+            confidence=self.confidence[index],
+            answers=self.answers[index],
+            full_answer=self.full_answer[index],
+            gold=None if self.gold is None else self.gold[index],
+            costs=self.costs.rows(index),
+        )
+
+    def at(self, layers: Sequence[int]) -> Self:
+        """The same rows with only these check layers, each of them one of `layers`."""
+        if tuple(layers) == self.layers:
+            return self
+        places = [self.layers.index(layer) for layer in layers]
+        return replace(
+            self,
+            layers=tuple(layers),
+            confidence=self.confidence[:, places],
+            answers=self.answers[:, places],
+            costs=self.costs.at(places),
+        )
+
+    def sure(self, threshold: Threshold) -> Bool[np.ndarray, "rows checks"]:
+        """Which checks would stop which rows."""
+        # As in the runtime, the threshold is rounded to the signal's precision.
+        limits = np.asarray(threshold, dtype=self.confidence.dtype)
+        return self.confidence <= limits if self.lower_is_sure else self.confidence >= limits
 
     def exits(self, threshold: Threshold) -> Int[np.ndarray, " rows"]:
-        """Position of the first check layer whose confidence is at or under its threshold.
+        """Place of the first check layer whose confidence passes its threshold.
 
         Returns:
             0..K-1, or K for a row that never stops.
         """
-        # As in the runtime, the threshold is rounded to the signal's precision.
-        stops = self.confidence <= np.asarray(threshold, dtype=self.confidence.dtype)
-        return np.where(stops.any(1), stops.argmax(1), len(self.layers))
+        return first_true(self.sure(threshold))
 
     def grid(self, points: int = GRID_POINTS) -> list[float]:
         """Thresholds for all layers, strict to loose, from the bounds alone: no row is looked at.
@@ -100,10 +189,6 @@ class ExitTable:
         certain, undecided = self.bounds
         steps = np.concatenate([[0.0], np.geomspace(GRID_FLOOR, 1, points - 1)])
         return (certain + (undecided - certain) * steps).tolist()
-
-    def _arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        names = (*PER_CHECK, *PER_ROW)
-        return ((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +203,7 @@ class PolicyRow:
         disagreement: fraction of rows it answers unlike the full model.
         mean_exit_layer: rows that never stop count as the model's number of blocks.
         compute_saved: fraction of the plain model's FLOPs; negative where checks cost more.
-        efficiency: `compute_saved` over `oracle_saving`; None where the oracle saves nothing.
+        efficiency: `compute_saved` over the oracle's; None where the oracle saves nothing.
         p_value: of "its risk is over the budget"; None where nothing was tested.
         accepted: it and all stricter ones of its sequence passed; None where nothing was tested.
     """
@@ -135,13 +220,23 @@ class PolicyRow:
     accepted: bool | None = None
 
 
-def evaluate_policy(table: ExitTable, threshold: Threshold | None) -> PolicyRow:
-    """Measure one policy, for instance on the test split; None is the plain model, unchecked."""
+def evaluate_policy(
+    table: ExitTable, threshold: Threshold | None, *, oracle: float | None = None
+) -> PolicyRow:
+    """Measure one policy that checks all the table's layers, for instance on the test split.
+
+    Args:
+        table: of its check layers (`ExitTable.at`).
+        threshold: in the table's measure; None is the plain model, unchecked.
+        oracle: saving that `efficiency` compares with; None: `oracle_saving` of this table.
+    """
     checks = len(table.layers)
     stops = np.full(len(table), checks) if threshold is None else table.exits(threshold)
     answers = pick(table.answers, table.full_answer, stops)
-    cost = table.plain_cost if threshold is None else pick(table.cost, table.full_cost, stops)
-    saved, ideal = 1 - cost.sum() / table.plain_cost.sum(), oracle_saving(table)
+    plain = table.costs.plain
+    cost = plain if threshold is None else take(table.costs.stops(), stops)
+    saved = float(1 - cost.sum() / plain.sum())
+    ideal = oracle_saving(table) if oracle is None else oracle
     accuracy, drop = None, None
     if table.gold is not None:
         accuracy = float((answers == table.gold).mean())
@@ -153,8 +248,8 @@ def evaluate_policy(table: ExitTable, threshold: Threshold | None) -> PolicyRow:
         drop=drop,
         disagreement=float((answers != table.full_answer).mean()),
         mean_exit_layer=float(np.array([*table.layers, table.num_layers])[stops].mean()),
-        compute_saved=float(saved),
-        efficiency=float(saved) / ideal if ideal > 0 else None,
+        compute_saved=saved,
+        efficiency=saved / ideal if ideal > 0 else None,
     )
 
 
@@ -168,12 +263,20 @@ def oracle_saving(table: ExitTable) -> float:
         Fraction of the plain model's FLOPs.
     """
     same = table.answers == table.full_answer[:, None]
-    stops = np.where(same.any(1), same.argmax(1), len(table.layers))
-    cost = pick(table.free_cost, table.plain_cost, stops)
-    return float(1 - cost.sum() / table.plain_cost.sum())
+    cost = pick(table.costs.without_checks(), table.costs.plain, first_true(same))
+    return float(1 - cost.sum() / table.costs.plain.sum())
+
+
+def first_true(flags: Bool[np.ndarray, "rows checks"]) -> Int[np.ndarray, " rows"]:
+    """Place of each row's first True; the number of columns where there is none."""
+    return np.where(flags.any(1), flags.argmax(1), flags.shape[1])
 
 
 def pick(per_check: NDArray[Any], otherwise: NDArray[Any], stops: NDArray[Any]) -> NDArray[Any]:
     """Each row's value at its exit, `otherwise` (n,) where it never stops (K)."""
-    both = np.concatenate([per_check, otherwise[:, None]], axis=1)
-    return np.take_along_axis(both, stops[:, None], axis=1)[:, 0]
+    return take(np.concatenate([per_check, otherwise[:, None]], axis=1), stops)
+
+
+def take(values: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+    """Each row's value at its own place, (rows, stages) -> (rows,)."""
+    return np.take_along_axis(values, places[:, None], axis=1)[:, 0]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lspade_train.models import ModelAdapter
+from lspade_train.policies.exit_table import ExitCosts
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 
@@ -51,8 +53,8 @@ class FlopCounts:
         basis = torch.stack([torch.ones_like(n), n - 2, (n - 2) * (n - 3) / 2], dim=-1)
         return (basis @ self.prompt.T).cumsum(-1)
 
-    def readout(self, choices: int | None = None) -> float:
-        """Final norm and unembedding of one row; None: the whole vocabulary."""
+    def readout(self, choices: "int | Tensor | None" = None) -> "float | Tensor":
+        """Final norm and unembedding of one row over so many choices; None: the vocabulary."""
         return self.norm + self.token * (self.vocab if choices is None else choices)
 
     def full(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
@@ -105,6 +107,47 @@ def count_flops(
     )
 
 
+def cost_parts(
+    counts: FlopCounts,
+    tokens: Int[Tensor, " prompts"] | Sequence[int],
+    layers: Sequence[int],
+    policy: ExitPolicy,
+    *,
+    choices: Int[Tensor, " prompts"] | None = None,
+) -> ExitCosts:
+    """Operations of each prompt by parts, for any choice of check layers among `layers`.
+
+    The sums are those of `exit_flops`, which says what is charged.
+
+    Args:
+        counts: of the model and its heads.
+        tokens: length of each prompt.
+        layers: candidate check layers, ascending.
+        policy: decides scope and decoder; its layers and threshold are not read.
+        choices: number of choices of each prompt, for `scope: choices`.
+    """
+    lengths = torch.as_tensor(tokens).cpu()
+    width, check = _check(counts, policy, choices)
+
+    def columns(values: Sequence["float | Tensor"]) -> NDArray[Any]:
+        wide = (torch.as_tensor(v, dtype=torch.float64).expand(len(lengths)) for v in values)
+        return torch.stack([*wide], dim=1).numpy()
+
+    def answers(stages: Sequence[int], *, checked: bool) -> NDArray[Any]:
+        return columns(
+            [_answer(counts, layer, policy, check, width, checked=checked) for layer in stages]
+        )
+
+    stages = [*layers, len(counts.step)]
+    return ExitCosts(
+        reach=counts.prefix(lengths)[:, stages].numpy(),
+        check=columns([check] * len(layers)),
+        answer=answers(stages, checked=True),
+        unchecked=answers(layers, checked=False),
+        plain=counts.full(lengths).numpy(),
+    )
+
+
 def exit_flops(
     counts: FlopCounts,
     tokens: Int[Tensor, " prompts"] | Sequence[int],
@@ -133,9 +176,7 @@ def exit_flops(
     """
     top = len(counts.step)
     lengths = torch.as_tensor(tokens).cpu()
-    width = choices if policy.scope == "choices" else None
-    probe = 0.0 if policy.decoder == "logit_lens" else counts.head
-    check = probe + counts.readout(width)
+    width, check = _check(counts, policy, choices)
     asked = policy.check_layers if checks is None else checks
     extra = [
         check * sum(layer <= exit_layer for layer in asked)
@@ -163,15 +204,24 @@ def exit_costs(
     return flops / counts.full(torch.as_tensor(tokens).cpu())[:, None]
 
 
+def _check(
+    counts: FlopCounts, policy: ExitPolicy, choices: "int | Tensor | None"
+) -> "tuple[int | Tensor | None, float | Tensor]":
+    """Tokens that a row is read over (None: the vocabulary), and what one check of it costs."""
+    width = choices if policy.scope == "choices" else None
+    head = 0.0 if policy.decoder == "logit_lens" else counts.head
+    return width, head + counts.readout(width)
+
+
 def _answer(
     counts: FlopCounts,
     layer: int,
     policy: ExitPolicy,
-    check: float,
-    width: int | None,
+    check: "float | Tensor",
+    width: "int | Tensor | None",
     *,
     checked: bool,
-) -> float:
+) -> "float | Tensor":
     """From the exit to the answer's logits."""
     if layer == len(counts.step) or policy.decoder == "spade":
         return float(counts.step[layer:].sum()) + counts.readout(width)

@@ -18,13 +18,12 @@ from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import POLICY
 from lspade_train.io.remote import is_remote
 from lspade_train.io.storage import read_json, require_kinds, write_json
-from lspade_train.probes.metrics import entropy
+from lspade_train.probes.measures import MEASURES, Measure, find_measure
 from lspade_train.recipe import PositionIds
 
 FORMAT_VERSION = 1
 REMEDY = "Choose one with lspade-train calibrate."
 
-Measure = Literal["entropy", "margin", "max_prob"]
 Scope = Literal["vocabulary", "choices"]
 Decoder = Literal["spade", "l-spade", "logit_lens", "tuned_lens"]
 TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
@@ -38,8 +37,9 @@ class ExitPolicy:
         layers: check layers, ascending, 0 (embedding output) to L-1.
         threshold: one for all check layers, one per check layer, or None: never exit. A row stops
             at or under it with `entropy` (nats), at or over it with `margin` and `max_prob`.
-        measure: entropy, margin (probability of the first token less that of the second) or
-            max_prob (probability of the first token).
+        measure: name of a registered measure: entropy, margin (probability of the likeliest token
+            less that of the second), max_prob (probability of the likeliest token), or one of
+            `probes.measures.register_measure`.
         scope: what the probabilities are over: the vocabulary, or the task's choices only, which
             makes a check a d x |choices| product.
         decoder: who answers at the exit: `spade` (the paper's), or the head's own distribution
@@ -57,7 +57,7 @@ class ExitPolicy:
 
     layers: tuple[int, ...]
     threshold: float | tuple[float, ...] | None = None
-    measure: Measure = "entropy"
+    measure: str = "entropy"
     scope: Scope = "vocabulary"
     decoder: Decoder = "spade"
     positions: PositionIds = "original"
@@ -107,7 +107,7 @@ class ExitPolicy:
         if limits is None:
             return torch.zeros_like(signal, dtype=torch.bool)
         limit = limits[self.layers.index(layer)] if isinstance(limits, tuple) else limits
-        return signal <= limit if self.measure == "entropy" else signal >= limit
+        return find_measure(self.measure).is_sure(signal, limit)
 
     def check_heads(self, digest: str | None, target: str | None = None) -> None:
         """Refuse heads other than the ones it was chosen for, or that its decoder cannot use.
@@ -182,22 +182,9 @@ class ExitPolicy:
         return cls.load(local_folder(path, revision) / POLICY)
 
 
-def signal(logits: Float[Tensor, "*rows tokens"], measure: Measure) -> Float[Tensor, "*rows"]:
-    """The confidence of each row, in fp32, over the tokens given.
-
-    Args:
-        logits: over the vocabulary or over the choices; -inf leaves a token out.
-        measure: entropy (nats, low is sure), margin or max_prob (0..1, high is sure).
-    """
-    if measure == "entropy":
-        return entropy(logits)
-    top = logits.float().softmax(-1).topk(2 if measure == "margin" else 1).values
-    return top[..., 0] - top[..., 1] if measure == "margin" else top[..., 0]
-
-
 def _check_words(policy: ExitPolicy) -> None:
     allowed = {
-        "measure": get_args(Measure),
+        "measure": tuple(MEASURES),
         "scope": get_args(Scope),
         "decoder": get_args(Decoder),
         "positions": get_args(PositionIds),
@@ -231,12 +218,18 @@ def _check_thresholds(policy: ExitPolicy) -> None:
             f"{len(limits)} thresholds for {len(policy.layers)} check layers; expected one for "
             f"all or one each. {REMEDY}"
         )
-    top = math.inf if policy.measure == "entropy" else 1.0
+    measure = find_measure(policy.measure)
+    low, high = measure.bounds(math.inf)
     for limit in limits:
-        number = isinstance(limit, int | float) and 0 <= limit <= top and limit != math.inf
+        number = isinstance(limit, int | float) and low <= limit <= high and math.isfinite(limit)
         if not number:
-            unit = "0 nats or more" if policy.measure == "entropy" else "0 to 1"
             raise PolicyError(
-                f"threshold {limit!r} is out of range for {policy.measure}: expected {unit}. "
-                f"{REMEDY}"
+                f"threshold {limit!r} is out of range for {policy.measure}: expected "
+                f"{_span(measure, low, high)}. {REMEDY}"
             )
+
+
+def _span(measure: Measure, low: float, high: float) -> str:
+    """Such as `0 nats or more`, or `0 to 1`."""
+    upper = "or more" if high == math.inf else f"to {high:g}"
+    return " ".join(filter(None, [f"{low:g}", measure.unit, upper]))

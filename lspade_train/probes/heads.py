@@ -3,6 +3,7 @@
 Knows nothing of training, tasks or policies.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
 AGAIN = "Fit or download it again."
 KINDS = {
     "layers": list,
@@ -126,7 +129,8 @@ class LSpadeHeads(nn.Module):
             ArtifactError: no head for that layer.
         """
         index = self.index(layer)
-        states = hidden.to(self.bias.dtype)
+        # With a device_map the blocks need not be where the unembedding and these maps are.
+        states = hidden.to(self.bias.device, self.bias.dtype)
         flat = states.reshape(1, -1, self.hidden_size)
         return states + self._delta(flat, slice(index, index + 1)).reshape(states.shape)
 
@@ -163,14 +167,13 @@ class LSpadeHeads(nn.Module):
         return self.layers.index(layer)
 
     def bind(self, model: "PreTrainedModel | ModelAdapter") -> Self:
-        """Take the final norm and unembedding of `model`.
+        """Take the final norm and unembedding of `model`, and go to its device.
 
         Raises:
-            ArtifactError: the heads were trained for another model.
+            ArtifactError: the heads were fitted for another model (`check_same_model`).
         """
         adapter = ModelAdapter.of(model)
-        base = self.metadata.get("base_model", {})
-        check_same_model(base, adapter.identity)
+        check_same_model(self.metadata.get("base_model", {}), adapter.identity)
         if self.hidden_size != adapter.hidden_size:
             raise ArtifactError(
                 f"These heads are for d={self.hidden_size}, the model has "
@@ -273,23 +276,43 @@ class LSpadeHeads(nn.Module):
         return bias.expand(-1, stacked.shape[1], -1)
 
 
-def check_same_model(base: dict[str, Any], identity: Mapping[str, str]) -> None:
+def check_same_model(base: Mapping[str, Any], identity: Mapping[str, str]) -> None:
     """Refuse a model of another `identity` than the one in `base` (a config's `base_model`).
 
-    The unembedding decides: heads are read through it, whatever the precision.
+    What heads were fitted to and what a policy promises hold for one model: other blocks void both,
+    even behind the same norm and head. Compared are
+
+    - the configuration, always;
+    - norm and head, bit for bit, in the dtype that the heads were fitted in;
+    - all weights, by `model_identity`'s sample, in that dtype or between float32 and bfloat16. Not
+      between float16 or quantised weights and others, whose values differ by their rounding.
+
+    Devices make no difference, except that quantisation may round otherwise on another one: other
+    weights of the same quantisation are a warning.
 
     Raises:
-        ArtifactError: another configuration or unembedding.
+        ArtifactError: another configuration, unembedding or weights.
     """
-    for field, what in (("model_config", "configuration"), ("unembedding", "unembedding")):
-        expected = base.get(field)
-        got = identity[field]
-        same_precision = base.get("dtype") == identity["dtype"]
-        if expected is None or (field == "unembedding" and not same_precision):
+    same_dtype = base.get("dtype") == identity["dtype"]
+    wide = {base.get("dtype"), identity["dtype"]} <= {"float32", "bfloat16"}
+    same_quantization = base.get("quantization", "none") == identity["quantization"]
+    compared = {
+        "model_config": ("another configuration", True),
+        "unembedding": ("another unembedding", same_dtype),
+        "model_weights": (
+            "other weights in its blocks",
+            same_quantization and (same_dtype or wide),
+        ),
+    }
+    for field, (what, comparable) in compared.items():
+        if not comparable or base.get(field) in (None, identity[field]):
             continue
-        if expected != got:
-            raise ArtifactError(
-                f"These heads were trained for {base.get('model_id')} "
-                f"(revision {base.get('revision')}); the given model has another {what}.\n"
-                "Load that model, or fit heads for this one with lspade-train fit."
-            )
+        message = (
+            f"These heads were trained for {base.get('model_id')} "
+            f"(revision {base.get('revision')}); the given model has {what}.\n"
+            "Load that model, or fit heads for this one with lspade-train fit."
+        )
+        if field == "model_weights" and identity["quantization"] != "none":
+            log.warning("%s", message)
+        else:
+            raise ArtifactError(message)

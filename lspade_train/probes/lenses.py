@@ -1,77 +1,241 @@
-"""One protocol for every way of reading a layer: logit lens, tuned lens, L-SPADE, SPADE.
+"""The registry of lenses: every way of reading next-token logits off one layer.
 
-Knows nothing of caches or metrics.
+Tables, figures, report, model card, `results.json` and `inspect --lens` all ask this registry, so
+that one call of `register`, in one file, adds a lens everywhere. Styles are plain data, and no
+tensor library is imported: a command that only prints results need not load one. Knows nothing of
+caches or metrics.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, get_args
 
-from jaxtyping import Float
-from torch import Tensor
+from lspade_train.errors import ArtifactError, RecipeError
 
-from lspade_train.models import Unembedding
-from lspade_train.probes.heads import LSpadeHeads
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from lspade_train.models import Unembedding
+    from lspade_train.probes.heads import LSpadeHeads
+
+Marker = Literal[
+    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "pentagon"
+]
+Dash = Literal["solid", "dash", "dot", "dashdot"]
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How a line is told from others, in greyscale too: colour, marker and dashes all differ.
+
+    Attributes:
+        colour: hex, such as `#0072B2`.
+        marker: shape of the points.
+        dash: pattern of the line.
+    """
+
+    colour: str
+    marker: Marker = "circle"
+    dash: Dash = "solid"
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a lens may look at: one layer at the answer positions.
+    """What a lens may read: one layer at the answer positions.
 
     Attributes:
         layer: l.
         hidden: h_a^l, (rows, d).
+        unembed: the model's frozen final norm and head.
+        heads: the heads that the lens reads through; None for a lens without any.
         spade: gives SPADE's logits from that layer, (rows, vocab).
     """
 
     layer: int
-    hidden: Float[Tensor, "rows d"]
-    spade: Callable[[], Float[Tensor, "rows vocab"]]
-
-
-class Lens(Protocol):
-    """Reads next-token logits off one layer."""
-
-    @property
-    def name(self) -> str:
-        """Name in tables and files."""
-        ...
-
-    def logits(self, view: LayerView) -> Float[Tensor, "rows vocab"]:
-        """Logits of the layer in `view`."""
-        ...
+    hidden: "Float[Tensor, 'rows d']"
+    unembed: "Unembedding"
+    heads: "LSpadeHeads | None"
+    spade: "Callable[[], Float[Tensor, 'rows vocab']]"
 
 
 @dataclass(frozen=True)
-class LogitLens:
-    """The frozen norm and head applied as they are (nostalgebraist 2020)."""
+class HeadsSource:
+    """Where the heads of a lens are, and what they were fitted to.
 
-    unembed: Unembedding
-    name: str = "logit_lens"
+    Attributes:
+        target: `model.target` of the fit: `spade` or `final`.
+        folder: sub-folder of the heads folder; `.` is the heads folder itself.
+    """
 
-    def logits(self, view: LayerView) -> Float[Tensor, "rows vocab"]:
-        """Unembed the hidden state itself."""
-        return self.unembed(view.hidden.to(self.unembed.weight.dtype))
-
-
-@dataclass(frozen=True)
-class HeadsLens:
-    """Trained heads: L-SPADE, or a tuned lens (arXiv:2303.08112) where `target` was `final`."""
-
-    heads: LSpadeHeads
-    name: str = "l_spade"
-
-    def logits(self, view: LayerView) -> Float[Tensor, "rows vocab"]:
-        """Translate, then unembed."""
-        return self.heads.logits(view.hidden, view.layer)
+    target: str
+    folder: str
 
 
-@dataclass(frozen=True)
-class SpadeLens:
-    """The upper blocks on `[h_s^l, h_a^l]`: the target of L-SPADE, and the answer at an exit."""
+@dataclass(frozen=True, kw_only=True)
+class Lens:
+    """One way of reading a layer.
 
-    name: str = "spade"
+    Attributes:
+        key: in `results.json` and for `inspect --lens`.
+        label: in tables, legends and the card.
+        short_label: where columns are narrow.
+        read: logits of the layer in a view, (rows, vocab).
+        style: of its line in figures.
+        heads: the heads it reads through; None for a lens without any.
+        decoder: the `ExitPolicy.decoder` that answers as this lens does, whose FLOPs are then
+            its cost; None where no policy can: it is left out of the comparison at equal FLOPs.
+    """
 
-    def logits(self, view: LayerView) -> Float[Tensor, "rows vocab"]:
-        """SPADE's logits."""
-        return view.spade()
+    key: str
+    label: str
+    short_label: str
+    read: "Callable[[LayerView], Float[Tensor, 'rows vocab']]"
+    style: LineStyle
+    heads: HeadsSource | None = None
+    decoder: str | None = None
+
+    def logits(self, view: LayerView) -> "Float[Tensor, 'rows vocab']":
+        """Read the layer in `view`.
+
+        Raises:
+            ArtifactError: the lens reads through heads, and the view has none.
+        """
+        if self.heads is not None and view.heads is None:
+            raise ArtifactError(
+                f"The lens {self.key} reads through heads, and none were given.\n"
+                f"Fit them with lspade-train fit --config RECIPE.yaml --model.target "
+                f"{self.heads.target}, and pass them."
+            )
+        return self.read(view)
+
+
+def _through_unembedding(view: LayerView) -> "Tensor":
+    return view.unembed(view.hidden.to(view.unembed.weight.dtype))
+
+
+def _through_heads(view: LayerView) -> "Tensor":
+    assert view.heads is not None
+    return view.heads.logits(view.hidden, view.layer)
+
+
+# Colours of Okabe and Ito's palette, which the colour-blind can tell apart.
+LOGIT_LENS = Lens(
+    key="logit_lens",
+    label="logit lens",
+    short_label="logit",
+    read=_through_unembedding,
+    style=LineStyle("#8A8A8A", "square", "dot"),
+    decoder="logit_lens",
+)
+"""The frozen norm and head on the hidden state as it is (nostalgebraist 2020)."""
+
+TUNED_LENS = Lens(
+    key="tuned_lens",
+    label="tuned lens",
+    short_label="tuned",
+    read=_through_heads,
+    style=LineStyle("#E69F00", "triangle-up", "dashdot"),
+    heads=HeadsSource("final", "tuned_lens"),
+    decoder="tuned_lens",
+)
+"""Heads fitted to the full model's distribution (arXiv:2303.08112)."""
+
+L_SPADE = Lens(
+    key="l_spade",
+    label="L-SPADE",
+    short_label="L-SPADE",
+    read=_through_heads,
+    style=LineStyle("#0072B2", "circle", "solid"),
+    heads=HeadsSource("spade", "."),
+    decoder="l-spade",
+)
+"""Heads fitted to SPADE's distribution at the same layer (arXiv:2507.17618)."""
+
+SPADE = Lens(
+    key="spade",
+    label="SPADE",
+    short_label="SPADE",
+    read=lambda view: view.spade(),
+    style=LineStyle("#D55E00", "diamond", "dash"),
+    decoder="spade",
+)
+"""The upper blocks on `[h_s^l, h_a^l]`: L-SPADE's target, and the answer at an exit."""
+
+LENSES: dict[str, Lens] = {}
+"""By key, in the order of tables and figures."""
+
+UNREGISTERED = LineStyle("#CC79A7", "pentagon", "dashdot")
+"""Of a lens that another installation measured and this one does not know."""
+
+
+def register(lens: Lens) -> Lens:
+    """Add a lens to every table, figure and command.
+
+    Returns:
+        The lens.
+
+    Raises:
+        RecipeError: its key is taken, or its style cannot be drawn.
+    """
+    if lens.key in LENSES:
+        raise RecipeError(
+            f"A lens {lens.key!r} is registered already; the keys in use are "
+            f"{', '.join(LENSES)}. Choose another key."
+        )
+    markers, dashes = get_args(Marker), get_args(Dash)
+    if lens.style.marker not in markers or lens.style.dash not in dashes:
+        raise RecipeError(
+            f"The lens {lens.key!r} has marker {lens.style.marker!r} and dash "
+            f"{lens.style.dash!r}.\n"
+            f"Expected one of {', '.join(markers)} and one of {', '.join(dashes)}."
+        )
+    LENSES[lens.key] = lens
+    return lens
+
+
+for _lens in (LOGIT_LENS, TUNED_LENS, L_SPADE, SPADE):
+    register(_lens)
+
+
+def find_lens(key: str) -> Lens:
+    """The registered lens of that key.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if key not in LENSES:
+        raise RecipeError(f"No lens {key!r}; expected one of {', '.join(LENSES)}. Set --lens.")
+    return LENSES[key]
+
+
+def lens_of_target(target: str | None) -> Lens:
+    """The lens that heads fitted to a `model.target` make.
+
+    Args:
+        target: None, where it was not recorded, means `spade`.
+
+    Raises:
+        ArtifactError: no lens reads heads of that target.
+    """
+    wanted = target or "spade"
+    for lens in LENSES.values():
+        if lens.heads is not None and lens.heads.target == wanted:
+            return lens
+    raise ArtifactError(
+        f"No lens reads heads fitted to {wanted!r}; expected spade or final.\n"
+        "Fit them again with lspade-train fit."
+    )
+
+
+def label_of(key: str, *, short: bool = False) -> str:
+    """A lens's label; of one that is not registered here, as in shared results, its key."""
+    lens = LENSES.get(key)
+    if lens is None:
+        return key
+    return lens.short_label if short else lens.label
+
+
+def style_of(key: str) -> LineStyle:
+    """The style of a lens's line."""
+    return LENSES[key].style if key in LENSES else UNREGISTERED

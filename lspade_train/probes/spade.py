@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lspade_train.errors import RecipeError
+from lspade_train.errors import RecipeError, TaskError
 from lspade_train.models import ModelAdapter, Plan
+from lspade_train.models.plan import token_mask
 from lspade_train.recipe import PositionIds
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def collect_states(
         positions: columns of `input_ids` to keep.
         layers: layers to keep, 0..L.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = token_mask(input_ids, attention_mask)
     plan = adapter.plan(input_ids, mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)
 
@@ -177,12 +178,13 @@ def spade_logits(
     Args:
         model: a Hugging Face decoder, or its adapter.
         input_ids: prompts, padded on the right or on the left.
-        attention_mask: 1 for real tokens; None where nothing is padded.
+        attention_mask: 1 or True for real tokens; None where nothing is padded.
         layers: layers 0..L to answer from; None takes 1..L. Layer L is the model itself.
         positions: `original` keeps the two tokens' position ids (0, n), `compact` uses (0, 1).
 
     Raises:
         RecipeError: a layer out of range.
+        TaskError: a token id outside the vocabulary, or a mask that does not fit the prompts.
         UnsupportedModelError: a model that cannot be driven block by block.
 
     Source: arXiv:2507.17618, SPADE (v1), SimLens (v2).
@@ -192,7 +194,11 @@ def spade_logits(
         list(range(1, adapter.num_layers + 1)) if layers is None else layers, adapter.num_layers
     )
     ascending = sorted(set(wanted))
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = token_mask(input_ids, attention_mask)
+    if not mask.any(dim=-1).all():
+        raise TaskError(
+            "attention_mask hides every token of a prompt; expected one real token or more in each."
+        )
     answers = last_real_token(mask)
     states = collect_states(adapter, input_ids, mask, answers[:, None], ascending)
     final = continue_states(

@@ -1,6 +1,8 @@
-"""Wall time, memory and FLOPs of a policy against the model's own forward.
+"""Wall time, memory and FLOPs of a policy against the forward of an untouched model.
 
-Both run in turn on the same batches, over prompt lengths, batch sizes and thresholds.
+The two run in turn on the same batches, over prompt lengths, batch sizes and thresholds. The
+untouched model is a second load of the same weights, as a user runs it: what is done to the
+runtime's own model, such as `requires_grad_(False)`, may change how fast its forward is.
 """
 
 import statistics
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lspade_train.errors import TaskError
+from lspade_train.errors import RecipeError, TaskError, UnsupportedModelError
 from lspade_train.io.storage import write_json
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import Threshold
@@ -25,6 +27,7 @@ from lspade_train.runtime.decide import Outcome, Probe, decide_batch
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +40,13 @@ class ProfileRow:
         threshold: the policy's; None never checks.
         mean_exit_layer: over the batch; L for a row that never stops.
         seconds: median wall time of the batch.
-        plain_seconds: of the model's own forward, answer position only (`logits_to_keep=1`).
-        speedup: median over rounds of plain time over the policy's time in the same round.
+        plain_seconds: the same of the untouched model's forward, which unembeds the answer
+            position only (`logits_to_keep=1`).
+        speedup: `plain_seconds` over `seconds`.
+        paired_speedup: smallest and largest ratio of two times of the same round.
         tokens_per_second: prompt tokens answered.
         peak_mb: most memory above what was held before; None where it cannot be read.
-        plain_peak_mb: the same for the model's own forward.
+        plain_peak_mb: the same for the untouched model's forward.
         flops: operations as a fraction of the model's, checks and all.
     """
 
@@ -52,6 +57,7 @@ class ProfileRow:
     seconds: float
     plain_seconds: float
     speedup: float
+    paired_speedup: tuple[float, float]
     tokens_per_second: float
     peak_mb: float | None
     plain_peak_mb: float | None
@@ -95,7 +101,8 @@ class Profile:
         from rich.table import Table
 
         titles = ("tokens", "batch", "threshold", "exit layer", "model", "policy", "speed-up")
-        table = Table(*titles, "tokens/s", "memory", "FLOPs", title=f"{self.device}, {self.dtype}")
+        where = f"{self.device}, {self.dtype}; medians of {self.repeats} rounds"
+        table = Table(*titles, "of one round", "tokens/s", "memory", "FLOPs", title=where)
         for column in table.columns:
             column.justify = "right"
         for row in self.results:
@@ -107,6 +114,7 @@ class Profile:
                 f"{row.plain_seconds * 1e3:,.1f} ms",
                 f"{row.seconds * 1e3:,.1f} ms",
                 f"{row.speedup:.2f}x",
+                "{:.2f}-{:.2f}x".format(*row.paired_speedup),
                 f"{row.tokens_per_second:,.0f}",
                 "" if row.peak_mb is None else f"{row.peak_mb:,.0f} MB",
                 f"{row.flops:.2f}",
@@ -116,6 +124,7 @@ class Profile:
 
 def profile(
     runtime: ExitRuntime,
+    plain: "PreTrainedModel",
     *,
     lengths: Sequence[int] = (64, 256, 1024),
     batch_sizes: Sequence[int] = (1, 8),
@@ -125,31 +134,38 @@ def profile(
     repeats: int = 5,
     track: Callable[[list[Any]], Iterable[Any]] = lambda shapes: shapes,
 ) -> Profile:
-    """Time the policy and the plain model in turn, on every length x batch size x threshold.
+    """Time the policy and the untouched model in turn, on every length x batch size x threshold.
 
     Args:
         runtime: model, heads and policy.
+        plain: the same weights loaded a second time with transformers, and nothing done to them.
         lengths: prompt lengths in tokens.
         batch_sizes: prompts per batch.
         thresholds: thresholds to put in the policy; () takes its own.
         prompts: real ones as token ids, cut from the left or joined to each length, so that exits
             are those of real text; () takes random tokens.
         choices: tokens to choose from, for a policy of scope `choices`.
-        repeats: timed rounds per shape, behind one that warms up.
+        repeats: timed rounds per shape, after one that warms up.
         track: progress over the shapes.
 
     Raises:
+        RecipeError: a number that no profile can have.
         TaskError: a length over the model's context, or a policy of scope `choices` without any.
+        PolicyError: a threshold that the policy's measure cannot have.
+        UnsupportedModelError: `plain` is the runtime's own model, or another one.
     """
     adapter, policy = runtime.adapter, runtime.policy
-    _check(adapter, lengths, policy.scope == "choices" and not choices)
+    _check_shapes(lengths, batch_sizes, repeats)
+    _check_prompts(adapter, lengths, policy.scope == "choices" and not choices)
+    _check_baseline(plain, adapter)
     asked = thresholds or (policy.threshold,)
-    probes = [replace(runtime.probe, policy=replace(policy, threshold=t)) for t in asked]
+    policies = [replace(policy, threshold=threshold) for threshold in asked]
+    probes = [ExitRuntime(adapter, runtime.heads, policy=one).probe for one in policies]
     counts = count_flops(adapter, runtime.heads)
     results: list[ProfileRow] = []
     for tokens, rows in track(list(product(lengths, batch_sizes))):
         batch = _batch(adapter, prompts, tokens, rows, choices)
-        results += _measure(adapter, probes, batch, counts, repeats)
+        results += _measure(plain, probes, batch, counts, repeats)
     return Profile(
         device=device_name(adapter.device),
         dtype=str(adapter.dtype).removeprefix("torch."),
@@ -159,17 +175,42 @@ def profile(
     )
 
 
-def _check(adapter: ModelAdapter, lengths: Sequence[int], lacks_choices: bool) -> None:
+def _check_shapes(lengths: Sequence[int], batch_sizes: Sequence[int], repeats: int) -> None:
+    for name, values in (("lengths", lengths), ("batch_sizes", batch_sizes)):
+        if not values or min(values) < 1:
+            raise RecipeError(
+                f"--{name} is {list(values)}; expected one or more numbers, each 1 or more."
+            )
+    if repeats < 1:
+        raise RecipeError(f"--repeats is {repeats}; expected 1 or more.")
+
+
+def _check_prompts(adapter: ModelAdapter, lengths: Sequence[int], lacks_choices: bool) -> None:
     limit = adapter.max_length
     if min(lengths) < 2 or (limit is not None and max(lengths) > limit):
         raise TaskError(
             f"Prompt lengths {list(lengths)} are out of range: this model takes 2 to "
-            f"{limit or 'any number of'} tokens."
+            f"{limit or 'any number of'} tokens. Set --lengths."
         )
     if lacks_choices:
         raise TaskError(
             "The policy's scope is choices: give the tokens to choose from, or calibrate a policy "
             "of scope vocabulary."
+        )
+
+
+def _check_baseline(plain: "PreTrainedModel", adapter: ModelAdapter) -> None:
+    remedy = "Load the same model again: AutoModelForCausalLM.from_pretrained(...)."
+    mine, theirs = dict(adapter.model.named_parameters()), dict(plain.named_parameters())
+    places = [{p.data_ptr() for p in part.values()} - {0} for part in (mine, theirs)]
+    if places[0] & places[1]:
+        raise UnsupportedModelError(
+            f"The baseline is the runtime's own model, which is no longer untouched.\n{remedy}"
+        )
+    shapes = [{name: p.shape for name, p in part.items()} for part in (mine, theirs)]
+    if shapes[0] != shapes[1] or plain.dtype != adapter.model.dtype:
+        raise UnsupportedModelError(
+            f"The baseline is another model than the runtime's (other parameters).\n{remedy}"
         )
 
 
@@ -199,34 +240,41 @@ def _batch(
 
 
 def _measure(
-    adapter: ModelAdapter, probes: Sequence[Probe], batch: Batch, counts: FlopCounts, repeats: int
+    plain: "PreTrainedModel",
+    probes: Sequence[Probe],
+    batch: Batch,
+    counts: FlopCounts,
+    repeats: int,
 ) -> Iterator[ProfileRow]:
-    def plain() -> object:
+    def forward() -> object:
         with torch.no_grad():
-            return adapter.model(
+            return plain(
                 input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1
             )
 
-    runs = [plain, *((lambda probe=probe: decide_batch(probe, batch)) for probe in probes)]
+    device = batch.ids.device
+    runs = [forward, *((lambda probe=probe: decide_batch(probe, batch)) for probe in probes)]
     outcomes = [run() for run in runs]
-    peaks = [peak_mb(run, adapter.device) for run in runs]
+    peaks = [peak_mb(run, device) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, seconds in zip(runs, times, strict=True):  # in turn: all see the same machine
-            seconds.append(seconds_of(run, adapter.device))
+            seconds.append(seconds_of(run, device))
     for probe, outcome, peak, seconds in zip(
         probes, outcomes[1:], peaks[1:], times[1:], strict=True
     ):
         assert isinstance(outcome, Outcome)
-        median = statistics.median(seconds)
+        median, plain_median = statistics.median(seconds), statistics.median(times[0])
+        paired = [whole / own for whole, own in zip(times[0], seconds, strict=True)]
         yield ProfileRow(
             tokens=batch.ids.shape[1],
             rows=len(batch.queries),
             threshold=probe.policy.threshold,
             mean_exit_layer=float(outcome.layers.double().mean()),
             seconds=median,
-            plain_seconds=statistics.median(times[0]),
-            speedup=statistics.median(a / b for a, b in zip(times[0], seconds, strict=True)),
+            plain_seconds=plain_median,
+            speedup=plain_median / median,
+            paired_speedup=(min(paired), max(paired)),
             tokens_per_second=batch.ids.numel() / median,
             peak_mb=peak,
             plain_peak_mb=peaks[0],

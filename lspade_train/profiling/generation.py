@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from lspade_train.errors import RecipeError
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.profiling.clock import seconds_of
 from lspade_train.runtime import ExitRuntime
@@ -20,7 +21,7 @@ class GenerationRow:
 
     Attributes:
         layer: exit layer of every prompt; L is the full model.
-        agreement: fraction of the full model's tokens that stand at the same place.
+        agreement: fraction of the full model's tokens that are repeated at the same place.
         first_token: the same for the first token alone, which `decide` would answer.
         prefill_seconds: median time to the first token of all prompts.
         cache_bytes: mean keys and values held per prompt at its end.
@@ -49,7 +50,13 @@ def profile_generation(
         max_new_tokens: most tokens per prompt.
         layers: exit layers, 0..L; None takes the heads' and L.
         repeats: timed prefills per layer.
+
+    Raises:
+        RecipeError: a number of tokens or of repeats under 1.
     """
+    for name, value in (("--generate", max_new_tokens), ("--repeats", repeats)):
+        if value < 1:
+            raise RecipeError(f"{name} is {value}; expected 1 or more.")
     top = runtime.adapter.num_layers
     known = runtime.heads.layers if runtime.heads is not None else ()
     asked = [*known, top] if layers is None else layers

@@ -1,1 +1,1 @@
-"""What was measured, shown: tables, figures and `report.html`, from `results.json` alone."""
+"""Tables, figures and `report.html`, from `results.json` alone."""

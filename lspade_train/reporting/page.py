@@ -1,4 +1,4 @@
-"""The page itself: results.json, config.json and policy.json in, `report.html` out."""
+"""`report.html`, from the files of a heads folder."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
 from lspade_train.io.storage import read_json, write_text
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
+from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import Value, all_tables
 
 REPORT = "report.html"
@@ -24,10 +25,10 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: holds `results.json`; `config.json`, `policy.json`, the model card and `figures/`
-            are shown or linked where they are.
+            are shown or linked if present.
 
     Returns:
-        The page.
+        The path of the report.
 
     Raises:
         ArtifactError: no results, results of another format, or the folder cannot be written.
@@ -40,20 +41,21 @@ def write_report(folder: Path) -> Path:
             f"{folder / RESULTS} has format_version {results.get('format_version')!r}; a report "
             f"needs {FORMAT_VERSION}. Run lspade-train evaluate --config RECIPE.yaml again."
         )
-    figures = all_figures(results)
-    drawn = [figure for figure in figures if not isinstance(figure, Omitted)]
+    found = all_figures(results)
+    figures = [figure for figure in found if not isinstance(figure, Omitted)]
     pages = Environment(loader=PackageLoader("lspade_train.reporting", ""), autoescape=True)
     page = pages.get_template("template.html").render(
         results=results,
+        rows=rows_measured(results),
         summary=summary(results),
-        figures=drawn,
-        omitted=[figure for figure in figures if isinstance(figure, Omitted)],
+        figures=figures,
+        omitted=[figure for figure in found if isinstance(figure, Omitted)],
         tables=all_tables(results),
         show=_show,
         files=[name for name in (CARD, RESULTS, CONFIG, POLICY) if (folder / name).exists()],
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False),
         training=_training(folder),
-        specs=_script_json({figure.name: plotly(figure) for figure in drawn}),
+        specs=_script_json({figure.name: plotly(figure) for figure in figures}),
         library=Markup(get_plotlyjs()),
     )
     write_text(folder / REPORT, page, ArtifactError)
@@ -61,31 +63,33 @@ def write_report(folder: Path) -> Path:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """What a reader wants to know first, as sentences."""
+    """The main findings, as sentences."""
     lines: list[str] = []
     full = results["full_model"]
     if full["accuracy"] is None:
-        lines.append("These rows have no right answers: lenses are compared with the full model.")
+        lines.append("These rows have no labels: lenses are compared with the full model.")
     else:
         low, high = full["accuracy_interval"]
         lines.append(
-            f"The full model answers {full['accuracy']:.1%} rightly [{low:.1%}, {high:.1%}]."
+            f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]."
         )
-    row = ((results["exits"] or {}).get("policy") or {}).get("row")
+    policy = (results["exits"] or {}).get("policy") or {}
+    row = policy.get("row")
     if row is None:
         lines.append("No exit policy was measured: choose one with lspade-train calibrate.")
         return lines
     low, high = row["disagreement_interval"]
     lines.append(
-        f"The policy saves {row['compute_saved']:.1%} of the FLOPs, stops after layer "
-        f"{row['mean_exit_layer']:.1f} of {results['num_layers']} on average, and answers unlike "
-        f"the model on {row['disagreement']:.1%} of the rows [{low:.1%}, {high:.1%}]."
+        f"The policy ({policy.get('label', 'policy.json')}) saves {row['compute_saved']:.1%} of "
+        f"the FLOPs, exits after layer {row['mean_exit_layer']:.1f} of {results['num_layers']} on "
+        f"average, and disagrees with the full model on {row['disagreement']:.1%} of the rows "
+        f"[{low:.1%}, {high:.1%}]."
     )
     return lines
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """What config.json says of how the heads were trained; empty where there is none."""
+    """How the heads were trained, from config.json; empty without one."""
     path = folder / CONFIG
     training = read_json(path, ArtifactError).get("training", {}) if path.exists() else {}
     return {
@@ -97,12 +101,12 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def _show(value: Value) -> str:
-    """Three decimals; whole numbers and words as they are."""
+    """Floats with three decimals; integers and text unchanged."""
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that no text in it can end the script element around it."""
+    """JSON escaped so that no text in it can close the enclosing script element."""
     return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))

@@ -1,17 +1,13 @@
-"""The numbers of `results.json` as tables, for the page and for a dashboard. Rounds nothing."""
+"""The numbers of `results.json` as tables, for the report and a dashboard. Rounds nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lspade_train.probes.lenses import L_SPADE, label_of, lens_of_target
+
 Value = float | int | str | None
 
-LENSES = {
-    "logit_lens": "logit lens",
-    "tuned_lens": "tuned lens",
-    "l_spade": "L-SPADE",
-    "spade": "SPADE",
-}
 METRICS = {
     "accuracy": "Accuracy",
     "accuracy_vocabulary": "Accuracy over the vocabulary",
@@ -22,8 +18,8 @@ METRICS = {
     "kl_to_spade": "KL to SPADE (nats)",
     "entropy": "Entropy (nats)",
     "ece": "Expected calibration error",
-    "auroc": "AUROC of low entropy for a right answer",
-    "auroc_confidence": "AUROC of confidence for a right answer",
+    "auroc": "AUROC of low entropy for a correct answer",
+    "auroc_confidence": "AUROC of confidence for a correct answer",
     "aurc": "Area under risk-coverage",
 }
 
@@ -33,7 +29,7 @@ class Table:
     """Rows under headings.
 
     Attributes:
-        name: of the table in a dashboard.
+        name: identifies the table in a dashboard.
         title: what it shows.
         columns: headings.
         rows: values as in `results.json`.
@@ -45,37 +41,45 @@ class Table:
     rows: tuple[tuple[Value, ...], ...]
 
 
+def exit_lens(results: dict[str, Any]) -> str:
+    """Key of the lens whose entropy decides exits: the one that reads the folder's own heads."""
+    key = lens_of_target(results["heads"]["target"]).key
+    # Earlier versions recorded every folder's heads as L-SPADE, tuned lenses among them.
+    return key if key in results["lenses"] else L_SPADE.key
+
+
 def all_tables(results: dict[str, Any]) -> list[Table]:
-    """Every table that the results allow."""
-    found = [by_layer(results, metric) for metric in METRICS]
-    extra = [full_model(results), exits(results), cross_task(results), *ablations(results)]
-    return [table for table in [*found, *extra] if table.rows]
+    """Every table that the results can fill."""
+    found = [layer_table(results, metric) for metric in METRICS]
+    extra = [full_model_table(results), exits_table(results), cross_task_table(results)]
+    tables = [*found, *extra, *ablation_tables(results)]
+    return [table for table in tables if table.rows]
 
 
-def by_layer(results: dict[str, Any], metric: str) -> Table:
-    """One metric by layer, with its interval where it has one; no rows where it has no numbers."""
-    lenses = {n: lens for n, lens in results["lenses"].items() if lens[metric] is not None}
+def layer_table(results: dict[str, Any], metric: str) -> Table:
+    """One metric by layer, with its interval if it has one; no rows if it was not measured."""
+    lenses = {k: lens for k, lens in results["lenses"].items() if lens[metric] is not None}
     columns, values = ["layer"], [list[Value](results["layers"])]
-    for name, lens in lenses.items():
-        columns.append(LENSES[name])
+    for key, lens in lenses.items():
+        columns.append(label_of(key))
         values.append(lens[metric])
         intervals: list[list[float]] | None = lens.get(f"{metric}_interval")
         if intervals:
-            columns += [f"{LENSES[name]} low", f"{LENSES[name]} high"]
+            columns += [f"{label_of(key)} low", f"{label_of(key)} high"]
             values += [[low for low, _ in intervals], [high for _, high in intervals]]
     rows = tuple(zip(*values, strict=True)) if lenses else ()
     return Table(metric, METRICS[metric], tuple(columns), rows)
 
 
-def full_model(results: dict[str, Any]) -> Table:
-    """The full model's own numbers."""
+def full_model_table(results: dict[str, Any]) -> Table:
+    """The full model's metrics."""
     found = results["full_model"]
     names = [name for name in METRICS if found.get(name) is not None]
     rows = tuple((METRICS[name], found[name]) for name in names)
     return Table("full_model", "Full model", ("metric", "value"), rows)
 
 
-def exits(results: dict[str, Any]) -> Table:
+def exits_table(results: dict[str, Any]) -> Table:
     """SPADE-EXIT at the paper's thresholds and under the policy."""
     rows: list[tuple[Value, ...]] = []
     if results["exits"]:
@@ -84,13 +88,13 @@ def exits(results: dict[str, Any]) -> Table:
         rows.append(("never", *_exit_row(found["never"])))
         rows += [(f"{row['threshold']:g} nats", *_exit_row(row)) for row in found["paper"]]
         if policy and policy["row"]:
-            rows.append(("policy.json", *_exit_row(policy["row"])))
-    columns = ("threshold", "accuracy", "low", "high", "drop", "answers unlike the model's",
+            rows.append((policy.get("label", "policy.json"), *_exit_row(policy["row"])))
+    columns = ("threshold", "accuracy", "low", "high", "drop", "disagreement",
                "mean exit layer", "FLOPs saved")  # fmt: skip
     return Table("exits", "SPADE-EXIT", columns, tuple(rows))
 
 
-def cross_task(results: dict[str, Any]) -> Table:
+def cross_task_table(results: dict[str, Any]) -> Table:
     """Heads and threshold of task i on task j, one row per pair."""
     cross = results["cross_task"]
     rows: list[tuple[Value, ...]] = []
@@ -99,16 +103,16 @@ def cross_task(results: dict[str, Any]) -> Table:
             row = _exit_row(cell["policy"]) if cell else (None,) * 7
             rows.append((heads["name"], task["name"], task["n"], task["full_model"], *row))
     columns = ("heads and threshold of", "used on", "n", "full model's accuracy", "accuracy", "low",
-               "high", "drop", "answers unlike the model's", "mean exit layer",
+               "high", "drop", "disagreement", "mean exit layer",
                "FLOPs saved")  # fmt: skip
     return Table("cross_task", "Transfer between tasks", columns, tuple(rows))
 
 
-def ablations(results: dict[str, Any]) -> list[Table]:
+def ablation_tables(results: dict[str, Any]) -> list[Table]:
     """One table per kind of ablation: a row per variant and layer."""
     titles = {
         "start": "SPADE with another start",
-        "heads": "L-SPADE heads trained in other ways",
+        "heads": "Heads trained with other settings",
         "rows": "Learning curve",
     }
     metrics = ("accuracy", "answer_agrees_model", "agrees_model", "kl_to_model", "kl_to_spade")

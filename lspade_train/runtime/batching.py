@@ -87,14 +87,15 @@ def encode(
     Raises:
         TaskError: an empty prompt, one over the context, or a choice that is not one token.
     """
+    _refuse_text(prompts, choices)
     per_prompt = _choices_of_each(prompts, choices)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     tokenized = tokenize(_needed(tokenizer), texts) if texts else iter(())
     queries: list[Query] = []
     for index, (prompt, labels) in enumerate(zip(prompts, per_prompt, strict=True)):
         name = "The prompt" if len(prompts) == 1 else f"Prompt {index + 1} of {len(prompts)}"
-        ids = tuple(next(tokenized) if isinstance(prompt, str) else prompt)
-        _check_ids(name, ids if prompt else (), adapter, new_tokens)
+        ids = tuple(next(tokenized) if isinstance(prompt, str) else map(int, prompt))
+        _check_ids(name, () if prompt == "" else ids, adapter, new_tokens)
         found = None if labels is None else _resolve(name, prompt, labels, tokenizer)
         queries.append(Query(index, ids, found))
     return queries
@@ -135,6 +136,22 @@ def _fits(group: Sequence[Query], query: Query, tokens: int) -> bool:
     same_kind = (group[0].choices is None) == (query.choices is None)
     rows = len(group) + 1
     return same_kind and rows <= MAX_ROWS and rows * len(group[0].ids) <= tokens
+
+
+def _refuse_text(prompts: object, choices: object) -> None:
+    """A text is a sequence, too: of its characters."""
+    if isinstance(prompts, str):
+        raise TaskError(f"The prompts are one text; expected a list of them: [{prompts!r:.40}].")
+    if isinstance(choices, str):
+        raise TaskError(
+            f"The choices are one text; expected a list of texts: {list(choices)!r:.40}."
+        )
+    if isinstance(choices, Sequence):
+        inner = [choice for choice in choices if choice is not None]
+        if len({isinstance(choice, str | int) for choice in inner}) > 1:
+            raise TaskError(
+                "Choices are texts or ids for all prompts, or a list for each; got both."
+            )
 
 
 def _choices_of_each(

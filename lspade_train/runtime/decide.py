@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lspade_train.errors import NumericsError
 from lspade_train.models import ModelAdapter, Plan
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch, Query
 
@@ -92,8 +93,8 @@ class Outcome:
     entropy: Float[Tensor, " rows"]
 
 
-class Ascent:
-    """One batch on its way up: the prompts still in, and the rows that left."""
+class BatchRun:
+    """One batch on its way through the blocks: the prompts still in, and the rows that left."""
 
     def __init__(self, probe: Probe, batch: Batch) -> None:
         self.probe, self.batch = probe, batch
@@ -110,7 +111,7 @@ class Ascent:
         self.answers: list[tuple[Tensor, Tensor]] = []  # rows, logits
 
     def run(self) -> Outcome:
-        """Up all the blocks that any row still needs."""
+        """Run every block that a row still needs."""
         for block in range(self.adapter.num_layers):
             if len(self.inside) and block in self.policy.check_layers:
                 self._check(block)
@@ -178,7 +179,7 @@ def decide_batch(probe: Probe, batch: Batch) -> Outcome:
     Raises:
         NumericsError: a row's logits are NaN or Inf.
     """
-    outcome = Ascent(probe, batch).run()
+    outcome = BatchRun(probe, batch).run()
     broken = (outcome.logits.isnan() | (outcome.logits == torch.inf)).any(-1)
     if broken.any():
         prompt = batch.queries[int(broken.nonzero()[0, 0])].index

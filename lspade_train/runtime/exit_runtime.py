@@ -1,6 +1,5 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from lspade_train.errors import PolicyError, TaskError
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import find_measure
 from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 class ExitRuntime:
     """SPADE-EXIT (SimExit in paper v2) over any Hugging Face decoder.
 
+    The model is left as it was found and may be used beside; one runtime serves several threads.
+    Answers are those of the model as it is at the call: a model that has changed so that the heads
+    no longer belong to it is refused.
+
     Args:
-        model: the frozen model, or its adapter.
+        model: the model, or its adapter.
         heads: its L-SPADE heads; None only with the decoder `logit_lens` or with no check.
         policy: when to stop and how to answer.
         tokenizer: the model's; needed for prompts and choices in text.
@@ -52,6 +56,7 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
+        self._bound = self.adapter.refresh()
         digest, target = (None, None) if heads is None else (heads.digest, heads.target)
         policy.check_heads(digest, target)
         _check_fit(policy, self.adapter)
@@ -74,8 +79,11 @@ class ExitRuntime:
 
         Raises:
             TaskError: an empty prompt, one over the context, a choice that is not one token.
+            ArtifactError: the model has changed and the heads no longer belong to it.
+            UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
         """
+        self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         found: dict[int, Decision] = {}
@@ -112,8 +120,9 @@ class ExitRuntime:
         Raises:
             TaskError: an empty prompt, or one that leaves no room for the new tokens.
             PolicyError: a setting out of range, or a policy of scope `choices`.
-            NumericsError: NaN logits.
+            ArtifactError, UnsupportedModelError, NumericsError: as `decide`.
         """
+        self._follow_model()
         check_sampling(self.policy, max_new_tokens, temperature, top_p)
         queries = encode(prompts, None, self.adapter, self.tokenizer, new_tokens=max_new_tokens)
         pick = sampler(temperature, top_p, generator)
@@ -124,6 +133,16 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _follow_model(self) -> None:
+        """See whether the heads still belong to the model, where it has changed."""
+        known = self.adapter.refresh()
+        if known is not self._bound:
+            if self.heads is not None and self.heads.metadata.get("base_model"):
+                self.heads.bind(self.adapter)
+            elif self.heads is not None:
+                self.heads.to(self.adapter.unembed.weight.device)
+            self._bound = known
 
     def _spelled(self, generation: Generation) -> Generation:
         if self.tokenizer is None:
@@ -151,12 +170,16 @@ def _check_fit(policy: ExitPolicy, adapter: ModelAdapter) -> None:
             f"The policy checks layer {policy.layers[-1]}; this model's check layers go from 0 to "
             f"{top}. {REMEDY}"
         )
-    limits = policy.threshold if isinstance(policy.threshold, tuple) else (policy.threshold or 0.0,)
-    most = math.log(adapter.vocab_size)
-    if policy.measure == "entropy" and max(limits, default=0.0) > most:
+    if policy.threshold is None:
+        return
+    limits = policy.threshold if isinstance(policy.threshold, tuple) else (policy.threshold,)
+    measure = find_measure(policy.measure)
+    most = measure.bounds(adapter.vocab_size)[1]
+    if max(limits, default=most) > most:
+        unit = f" {measure.unit}" if measure.unit else ""
         raise PolicyError(
-            f"threshold {max(limits)} is out of range: the entropy of {adapter.vocab_size} tokens "
-            f"is at most {most:.3f} nats. {REMEDY}"
+            f"threshold {max(limits)} is out of range: the {measure.name} of "
+            f"{adapter.vocab_size} tokens is at most {most:.3f}{unit}. {REMEDY}"
         )
 
 

@@ -22,7 +22,8 @@ from transformers import DynamicCache
 
 from lspade_train.errors import NumericsError, PolicyError
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.policy import ExitPolicy, signal
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.measures import signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch
 from lspade_train.runtime.decide import Probe
@@ -68,8 +69,9 @@ class Group:
         self.rows = rows
         self.mask = batch.mask[rows]
         self.entropy: list[float] = []
-        speaks = probe.policy.decoder == "spade" and layer < self.adapter.num_layers
-        self.above = _answer_cache(self.adapter, batch.starts[rows], layer) if speaks else None
+        # With any other decoder a head answers at the exit, and no block above it runs.
+        continues = probe.policy.decoder == "spade" and layer < self.adapter.num_layers
+        self.above = _answer_cache(self.adapter, batch.starts[rows], layer) if continues else None
         self.seen = 1  # tokens in `above`
 
     def start(
@@ -181,7 +183,7 @@ def sampler(temperature: float, top_p: float, generator: torch.Generator | None)
 def check_sampling(
     policy: ExitPolicy, max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
-    """Refuse settings that mean nothing.
+    """Refuse settings out of range.
 
     Raises:
         PolicyError: a setting out of range, or a policy of scope `choices`.
@@ -193,14 +195,15 @@ def check_sampling(
         )
     if policy.scope == "choices":
         raise PolicyError(
-            "This policy watches a task's choices, and free text has none. Choose one of scope "
+            "This policy checks a task's choices, and free text has none. Calibrate one of scope "
             "vocabulary with lspade-train calibrate."
         )
 
 
 def _prefill(probe: Probe, batch: Batch) -> Iterator[tuple[Group, Tensor]]:
-    """Run the prompts, and hand out each group with its first logits as its rows leave."""
+    """Run the prompts, and yield each group with its first logits as its rows leave."""
     adapter, policy = probe.adapter, probe.policy
+    adapter.refresh()
     cache = DynamicCache(config=adapter.model.config)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
     plan = adapter.plan_cached(batch.ids, batch.mask, positions, cache)
@@ -266,16 +269,20 @@ def _answer_cache(adapter: ModelAdapter, starts: Int[Tensor, " rows"], layer: in
     below, which never run on this cache, show it the first one above of their own kind.
     """
     known = [adapter.start_cache(int(token)) for token in starts]
-    upper: list[Any] = []
-    for block in range(layer, adapter.num_layers):
+
+    def of_rows(block: int) -> Any:
         same = [_layers(start)[block] for start in known]
         one = copy.copy(same[0])
         one.keys = torch.cat([start.keys for start in same])
         one.values = torch.cat([start.values for start in same])
-        upper.append(one)
+        return one
+
+    upper = [of_rows(block) for block in range(layer, adapter.num_layers)]
     cache = copy.copy(known[0])
-    lower = _layers(cache)[:layer]
-    shown = [next((one for one in upper if type(one) is type(it)), it) for it in lower]
+    shown: list[Any] = []
+    for block, below in enumerate(_layers(cache)[:layer]):
+        alike = [one for one in upper if type(one) is type(below)]
+        shown.append(alike[0] if alike else of_rows(block))
     cache.layers = [*shown, *upper]
     return cache
 

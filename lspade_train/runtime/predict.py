@@ -1,94 +1,184 @@
 """Lines in, answers out: in order, a bounded number at a time, a bad line without losing the rest.
 
-Knows nothing of files or of the command line.
+Knows nothing of files, recipes or the command line.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from lspade_train.errors import LSpadeError, TaskError
+from lspade_train.io.text import parse_object, require_text
 from lspade_train.runtime.decide import Decision
 from lspade_train.runtime.exit_runtime import ExitRuntime
+from lspade_train.tasks.asking import Asked
 
 Row = dict[str, Any]
 
+ANSWER_KEYS = frozenset({"line", "error", "answer", "correct", *(f.name for f in fields(Decision))})
+"""What an output line says itself."""
+
+EXPECTED = 'Expected {"prompt": text, "choices": [text, ...] or left out}.'
+
+
+class Ask(Protocol):
+    """What turns a row into what the model is asked."""
+
+    @property
+    def text_keys(self) -> frozenset[str]:
+        """Keys of a row that are not echoed."""
+        ...
+
+    def row_of(self, text: str) -> Mapping[str, Any]:
+        """The row that a line of plain text stands for."""
+        ...
+
+    def __call__(self, row: Mapping[str, Any]) -> Asked:
+        """What a row asks; raises `TaskError`."""
+        ...
+
+
+class RawPrompts:
+    """Prompts as they stand: no template, no solved examples, no chat format."""
+
+    text_keys = frozenset({"prompt", "choices", "answer"})
+
+    def row_of(self, text: str) -> Row:
+        """A line of text is a prompt."""
+        return {"prompt": text}
+
+    def __call__(self, row: Mapping[str, Any]) -> Asked:
+        """`{"prompt", "choices", "answer"}`, of which only the prompt is needed."""
+        prompt, choices, answer = (row.get(name) for name in ("prompt", "choices", "answer"))
+        if not isinstance(prompt, str) or not _is_texts(choices):
+            raise TaskError(EXPECTED)
+        texts = None if choices is None else tuple(choices)
+        if isinstance(answer, int) and texts and answer in range(len(texts)):
+            answer = texts[answer]
+        return Asked(prompt, texts=texts, answer=None if answer is None else str(answer))
+
+
+@dataclass(frozen=True)
+class Line:
+    """An input line: what it asks, or what is wrong with it, and what is echoed of it."""
+
+    echo: Row
+    asked: Asked | None
+    error: str = ""
+
 
 def predict_lines(
-    runtime: ExitRuntime, lines: Iterable[str], *, done: int = 0, window: int = 256
+    runtime: ExitRuntime,
+    lines: Iterable[str],
+    *,
+    ask: Ask | None = None,
+    done: int = 0,
+    window: int = 256,
 ) -> Iterator[Row]:
     """Answer every line, in input order.
 
-    A line is a JSON object, `{"prompt": ..., "choices": [...]}` with any further keys, which are
-    echoed; anything that does not begin with `{` is a prompt as it stands. Blank lines are passed
-    over. A bad line gives `{"line": n, "error": ...}` with its further keys.
+    A line is a JSON object or, where it does not begin with `{`, plain text. Blank lines are
+    passed over. A bad line gives `{"line": n, "error": ...}`. Further keys are echoed; one that is
+    named like an output key is echoed as `input_KEY`.
 
     Args:
         runtime: answers.
         lines: read as they are needed.
+        ask: what a row asks; None takes prompts as they stand.
         done: leading answers that exist already (lines of the output so far), not given again.
         window: lines held, and batched, at a time.
 
     Yields:
-        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores.
+        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores; answer
+        and correct where the row says the right answer.
     """
+    ask = RawPrompts() if ask is None else ask
     numbered = ((n, line.rstrip("\n")) for n, line in enumerate(lines, 1) if line.strip())
     # From the window's beginning: in another batch a number may round to another last digit.
     given = done % window
-    yield from islice(_windows(runtime, islice(numbered, done - given, None), window), given, None)
+    waiting = islice(numbered, done - given, None)
+    yield from islice(_windows(runtime, ask, waiting, window), given, None)
 
 
 def _windows(
-    runtime: ExitRuntime, waiting: Iterator[tuple[int, str]], window: int
+    runtime: ExitRuntime, ask: Ask, waiting: Iterator[tuple[int, str]], window: int
 ) -> Iterator[Row]:
     while chunk := list(islice(waiting, window)):
-        yield from _answer([_parse(number, text) for number, text in chunk], runtime)
+        yield from _answer([parse_line(number, text, ask) for number, text in chunk], runtime)
 
 
-def _parse(number: int, text: str) -> Row:
-    """`prompt`, `choices` and `echo` of a line, or its `error`."""
-    if not text.lstrip().startswith("{"):
-        return {"echo": {"line": number}, "prompt": text, "choices": None}
+def parse_line(number: int, text: str, ask: Ask) -> Line:
+    """What a line asks, or what is wrong with it."""
+    echo: Row = {"line": number}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as cause:
-        return {"echo": {"line": number}, "error": f"Not a JSON object ({cause})."}
-    prompt, choices = value.pop("prompt", None), value.pop("choices", None)
-    echo = value | {"line": number}
-    if not isinstance(prompt, str) or not _words(choices):
-        wanted = 'Expected {"prompt": text, "choices": [text, ...] or left out}.'
-        return {"echo": echo, "error": wanted}
-    return {"echo": echo, "prompt": prompt, "choices": choices}
+        if text.lstrip().startswith("{"):
+            row: Mapping[str, Any] = parse_object(text)
+            echo = _echo(row, ask.text_keys) | echo
+        else:
+            require_text(text)
+            row = ask.row_of(text)
+        return Line(echo, ask(row))
+    except ValueError as error:
+        return Line(echo, None, f"The line is not used: {error}.")
+    except LSpadeError as error:
+        return Line(echo, None, str(error))
 
 
-def _words(choices: Any) -> bool:
+def _echo(row: Mapping[str, Any], used: frozenset[str]) -> Row:
+    echo = {key: value for key, value in row.items() if key not in used | ANSWER_KEYS}
+    for key in row:
+        if key in ANSWER_KEYS - used:
+            name = f"input_{key}"
+            while name in row:
+                name = f"input_{name}"
+            echo[name] = row[key]
+    return echo
+
+
+def _is_texts(choices: Any) -> bool:
     if choices is None:
         return True
     return isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
 
 
-def _answer(rows: list[Row], runtime: ExitRuntime) -> Iterator[Row]:
-    good = [row for row in rows if "error" not in row]
-    found = iter(_decide(good, runtime))
-    for row in rows:
-        result = TaskError(row["error"]) if "error" in row else next(found)
-        yield row["echo"] | _fields(result)
+def _answer(lines: list[Line], runtime: ExitRuntime) -> Iterator[Row]:
+    found = iter(_decide([line.asked for line in lines if line.asked is not None], runtime))
+    for line in lines:
+        result = TaskError(line.error) if line.asked is None else next(found)
+        if isinstance(result, LSpadeError):
+            yield line.echo | {"error": str(result)}
+        else:
+            yield line.echo | vars(result) | _marked(result, line.asked)
 
 
-def _decide(rows: list[Row], runtime: ExitRuntime) -> list[Decision | LSpadeError]:
+def _marked(decision: Decision, asked: Asked | None) -> Row:
+    """The right answer, where it is known, and whether it was given."""
+    answer = None if asked is None else asked.answer
+    if answer is None:
+        return {}
+    return {"answer": answer, "correct": (decision.text or "").strip() == answer.strip()}
+
+
+def _decide(asked: list[Asked], runtime: ExitRuntime) -> list[Decision | LSpadeError]:
     """All at once; where that fails, halves, down to the rows that are to blame."""
-    if not rows:
+    if not asked:
         return []
     try:
-        prompts, choices = [row["prompt"] for row in rows], [row["choices"] for row in rows]
-        return list(runtime.decide(prompts, choices))
+        choices = [one.texts if one.choices is None else [*one.choices.values()] for one in asked]
+        decisions = runtime.decide([one.prompt for one in asked], choices)
+        return [_named(d, one.choices) for d, one in zip(decisions, asked, strict=True)]
     except LSpadeError as cause:
-        if len(rows) == 1:
+        if len(asked) == 1:
             return [cause]
-    middle = len(rows) // 2
-    return _decide(rows[:middle], runtime) + _decide(rows[middle:], runtime)
+    middle = len(asked) // 2
+    return _decide(asked[:middle], runtime) + _decide(asked[middle:], runtime)
 
 
-def _fields(result: Decision | LSpadeError) -> Row:
-    return {"error": str(result)} if isinstance(result, LSpadeError) else vars(result)
+def _named(decision: Decision, choices: dict[str, int] | None) -> Decision:
+    """A decision among token ids, under the names of the answers that they are."""
+    if choices is None:
+        return decision
+    names = {token: name for name, token in choices.items()}
+    scores = {names[int(token)]: p for token, p in (decision.scores or {}).items()}
+    return replace(decision, text=names[decision.token_id], scores=scores)

@@ -7,8 +7,9 @@ recipe. Importing this package does not load `datasets`.
 from lspade_train.models.tokenization import resolve_choices, tokenize
 from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Split, Task
 from lspade_train.tasks.encoding import encode
+from lspade_train.tasks.identity import identity
 from lspade_train.tasks.registry import TASKS
-from lspade_train.tasks.rows import evaluation_split, identity, load_rows, splits
+from lspade_train.tasks.rows import evaluation_split, load_rows, require_splits, splits
 
 __all__ = [
     "SPLITS",
@@ -23,6 +24,7 @@ __all__ = [
     "evaluation_split",
     "identity",
     "load_rows",
+    "require_splits",
     "resolve_choices",
     "splits",
     "tokenize",

@@ -90,6 +90,7 @@ class Example:
         positions: answer positions, indices into `input_ids`; the last one for a question.
         answer_ids: right token at each position; None where the row has no label.
         choice_ids: candidate answer tokens in the order of the labels; () for any token.
+        row: place of the data row it comes from, from 0.
         group: subgroup that results are broken down by; "" for none.
     """
 
@@ -97,6 +98,7 @@ class Example:
     positions: Int64[np.ndarray, " positions"]
     answer_ids: Int64[np.ndarray, " positions"] | None
     choice_ids: tuple[int, ...]
+    row: int
     group: str = ""
 
 

@@ -1,7 +1,9 @@
 """Rows to tokenised prompts with one-token answers."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -54,9 +56,37 @@ def encode(
     return encoded
 
 
-def _encode_questions(
-    config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Encoded:
+@dataclass(frozen=True)
+class Rendered:
+    """A split as text.
+
+    Args:
+        questions: one per row.
+        prompts: their prompts, each up to where `prefix` and an answer would follow.
+        prefix: text between prompt and answer that every label was resolved with.
+        token_of: answer string -> its token.
+    """
+
+    questions: list[Question]
+    prompts: list[str]
+    prefix: str
+    token_of: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the model reads, as hex."""
+        digest = hashlib.sha256()
+        for text in (self.prefix, *self.prompts):
+            digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+        return digest.hexdigest()
+
+
+def render(config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Write the prompts of a split of questions.
+
+    Raises:
+        TaskError: the template or chat settings do not fit, or an answer is not one token.
+    """
     task = find_task(config.task)
     questions = to_questions(config, rows)
     prompter = Prompter(config.prompt, task.template, tokenizer, shot_questions(config, rows))
@@ -70,22 +100,29 @@ def _encode_questions(
         labels,
         config.prompt.answer_prefix,
     )
-    token_of = dict(zip(labels, ids, strict=True))
     prompts = [prompter(question, prefix) for question in questions]
-    tokens = list(tokenize(tokenizer, prompts))
+    return Rendered(questions, prompts, prefix, dict(zip(labels, ids, strict=True)))
+
+
+def _encode_questions(
+    config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
+    text = render(config, rows, tokenizer)
+    tokens = list(tokenize(tokenizer, text.prompts))
     kept = _fitting(tokens, config, rows, max_length)
-    _check_borders(tokenizer, questions, prompts, tokens, prefix, token_of)
-    examples = [_example(questions[i], tokens[i], token_of) for i in kept]
-    return Encoded(examples, skipped=len(tokens) - len(kept), prefix=prefix)
+    _check_borders(tokenizer, text, tokens)
+    examples = [_example(i, text.questions[i], tokens[i], text.token_of) for i in kept]
+    return Encoded(examples, skipped=len(tokens) - len(kept), prefix=text.prefix)
 
 
-def _example(question: Question, ids: list[int], token_of: dict[str, int]) -> Example:
+def _example(row: int, question: Question, ids: list[int], token_of: dict[str, int]) -> Example:
     answer = question.answer
     return Example(
         input_ids=np.array(ids, dtype=np.int32),
         positions=np.array([len(ids) - 1], dtype=np.int64),
         answer_ids=None if answer is None else np.array([token_of[answer]], dtype=np.int64),
         choice_ids=tuple(token_of[label] for label in question.labels),
+        row=row,
         group=question.group,
     )
 
@@ -111,33 +148,28 @@ def _fitting(
 
 
 def _check_borders(
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    tokens: Sequence[list[int]],
-    prefix: str,
-    token_of: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase, text: Rendered, tokens: Sequence[list[int]]
 ) -> None:
     """Check that the answers are the same tokens behind every prompt, not only the first.
 
     One prompt is tried for each way that prompts end.
     """
     ends: dict[tuple[object, ...], int] = {}
-    for i, (question, ids) in enumerate(zip(questions, tokens, strict=True)):
+    for i, (question, ids) in enumerate(zip(text.questions, tokens, strict=True)):
         ends.setdefault((*ids[-BORDER:], question.labels or question.answer), i)
     cases = [
         (i, answer)
         for i in ends.values()
-        for answer in questions[i].labels or (questions[i].answer,)
+        for answer in text.questions[i].labels or (text.questions[i].answer,)
         if answer is not None
     ]
-    texts = [prompts[i] + prefix + answer for i, answer in cases]
+    texts = [text.prompts[i] + text.prefix + answer for i, answer in cases]
     for (i, answer), ids in zip(cases, tokenize(tokenizer, texts), strict=True):
-        if ids != [*tokens[i], token_of[answer]]:
+        if ids != [*tokens[i], text.token_of[answer]]:
             pieces = tokenizer.convert_ids_to_tokens(ids[shared_start(tokens[i], ids) :])
             raise TaskError(
-                f"{prefix + answer!r} is not the same one token behind the prompt of row {i + 1} "
-                f"as behind that of row 1: the prompt goes on as {pieces}.\n"
+                f"{text.prefix + answer!r} is not the same one token behind the prompt of row "
+                f"{i + 1} as behind that of row 1: the prompt continues as {pieces}.\n"
                 "End every prompt alike (--data.prompt.template), or choose other text before the "
                 "answer (--data.prompt.answer_prefix)."
             )

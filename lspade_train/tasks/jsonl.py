@@ -1,18 +1,21 @@
-"""The user's own task: one JSON object a line, of either kind.
+"""The user's own task: one JSON object a line (or CSV with a header), of either kind.
 
     {"prompt": "Review: ... Sentiment:", "choices": ["good", "bad"], "answer": "good"}
     {"question": "...", "choices": ["first option", "second option"], "answer": 0}
 
 A prompt is used as it stands and answered by one of its choices; without choices, by one of
-`data.prompt.labels`; without those, by any token. A question lists its options under A, B, C, ...
+`data.prompt.labels`; without those, by any token. A question lists its options under A, B, C, ...;
+one without choices is answered by one of `data.prompt.labels`, as a prompt is.
 `data.prompt.labels` renames the choices of either, in their order. The answer is a choice's index
 (from 0), its label or its text, and may be left out of a split without labels. `group` (or
-`difficulty`) names a subgroup; a template may name every other key that holds text.
+`difficulty`) names a subgroup that results are broken down by; a template may name every other key
+that holds text. `data.columns` maps these names to those of the data.
 
-`data.dataset` is one file, which is the training split, or a folder of `train.jsonl`,
-`validation.jsonl` and `test.jsonl`, or a Hub data set with these columns.
+`data.dataset` is one file, a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl`, or a
+Hub data set. Where there is no validation split, one is cut from the training rows.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,21 +23,21 @@ from typing import Any
 from lspade_train.tasks.base import MULTIPLE_CHOICE, Question, Record, Task, multiple_choice
 
 LETTERS = tuple("ABCDEFGHIJ")
+INDEX = re.compile(r"[0-9]{1,9}")
+ONLY_QUESTION = "Question: {question}\nAnswer:"
 
 
 def to_question(row: Record, labels: tuple[str, ...]) -> Question:
     """Tell the two kinds apart by their key, and check what they hold."""
-    choices = row.get("choices")
-    if choices is not None and not _texts(choices):
-        raise ValueError(f"choices {choices!r} is not a list of strings")
+    choices = _choices(row.get("choices"))
     texts = {
         key: text for key, text in row.items() if isinstance(text, str) and text and key != "answer"
     }
     kinds = [key for key in ("prompt", "question") if key in texts]
     if len(kinds) != 1:
         raise ValueError(f"needs text under 'prompt' or 'question' (found: {', '.join(row)})")
-    build = _prompt if kinds == ["prompt"] else _question
-    question = build(row, choices or (), labels)
+    listed = kinds == ["question"] and (choices or not labels)
+    question = _question(row, choices, labels) if listed else _prompt(row, choices, labels)
     group = row.get("difficulty") if row.get("group") is None else row["group"]
     return replace(
         question,
@@ -44,12 +47,18 @@ def to_question(row: Record, labels: tuple[str, ...]) -> Question:
 
 
 def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
+    """A text and its answers, which are not listed in it."""
     answer = row.get("answer")
-    fields = {"prompt": row["prompt"]}
+    fields = {"prompt": row.get("prompt") or ONLY_QUESTION.format(question=row["question"])}
     if not choices and not labels:
         if answer is not None and (not isinstance(answer, str) or not answer):
-            raise ValueError(f"answer {answer!r} is not a text")
+            raise ValueError(
+                f"answer {answer!r} is not a text, and there are no choices that it could count "
+                "(--data.prompt.labels)"
+            )
         return Question(fields, (), answer)
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"choices {list(choices)!r} holds a text twice")
     choices = choices or labels
     labels = labels or tuple(choices)
     if not 2 <= len(choices) <= len(labels):
@@ -59,12 +68,30 @@ def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Que
 
 
 def _question(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
+    """A question with its options listed under labels; two options may read alike."""
+    if not choices:
+        raise ValueError(
+            "a question needs choices, in its row or for all rows with --data.prompt.labels"
+        )
     labels = labels or LETTERS
     question = multiple_choice(
         row["question"], choices, _right(row.get("answer"), choices, labels), labels
     )
     prompt = MULTIPLE_CHOICE.format_map(question.fields)
     return replace(question, fields={**question.fields, "prompt": prompt})
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    """A row's choices, () where it has none."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        raise ValueError(f"choices {value!r} is not a list of strings")
+    if not value:
+        raise ValueError("choices is an empty list; leave the key out of an open question")
+    if not all(choice.strip() for choice in value):
+        raise ValueError(f"choices {value!r} holds an empty text")
+    return tuple(value)
 
 
 def _right(answer: Any, choices: Sequence[str], labels: tuple[str, ...]) -> int | None:
@@ -76,16 +103,14 @@ def _right(answer: Any, choices: Sequence[str], labels: tuple[str, ...]) -> int 
     else:
         named = {i for i, choice in enumerate(choices) if choice == answer}
         named |= {i for i, label in enumerate(labels[: len(choices)]) if label == answer}
+        if not named and isinstance(answer, str) and INDEX.fullmatch(answer):
+            named = {int(answer)} & set(range(len(choices)))  # a CSV file holds texts only
     if len(named) != 1:
         raise ValueError(
             f"answer {answer!r} names {len(named)} of the {len(choices)} choices; one is needed: "
             "its index from 0, its label or its text"
         )
     return named.pop()
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 JSONL = Task(

@@ -1,6 +1,6 @@
 """Questions to prompt texts: template, solved examples, chat format. Knows no tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -10,9 +10,18 @@ from lspade_train.errors import TaskError
 from lspade_train.recipe import PromptConfig
 from lspade_train.tasks.base import Question
 
-# What chat templates read besides the messages; those that know neither ignore them. A model that
-# thinks first would not answer with its next token, and today's date would change the prompt.
-CHAT_VARIABLES: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# What chat templates read besides the messages; those that do not know them ignore them. A model
+# that thinks first would not answer with its next token, and today's date would change the prompt.
+# (A template that calls `strftime_now` reads the clock all the same: the rendered prompts are part
+# of a cache's identity for that.)
+CHAT_VARIABLES: dict[str, Any] = {
+    "enable_thinking": False,
+    "date_string": "26 Jul 2024",
+}
+
+
+# What the Python expressions of a template may raise.
+TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Prompter:
@@ -81,7 +90,7 @@ class Prompter:
                 add_generation_prompt=True,
                 **CHAT_VARIABLES,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *TEMPLATE_FAULTS) as error:
             raise TaskError(
                 f"The chat template refuses the prompt: {error}. Leave out what it does not know "
                 "(data.prompt.system), or give another with data.prompt.chat_template."
@@ -93,12 +102,11 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     """Fill a template with a question's fields.
 
     Raises:
-        TaskError: the template is no format string, or names a field that is not there.
+        TaskError: the template is not a format string, or names a field that is not there.
     """
     known = ", ".join(f"{{{name}}}" for name in fields)
     try:
-        named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        unknown = [name for name in named if name not in fields]
+        unknown = [name for name in _names(template) if name not in fields]
         if not unknown:
             return template.format_map(fields)
     except ValueError as error:
@@ -110,3 +118,11 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
         f"The template names {{{unknown[0]}}}, which the task does not have. "
         f"Set --data.prompt.template with fields out of {known}."
     )
+
+
+def _names(template: str) -> Iterator[str]:
+    """The fields that a format string names, those within a format specification included."""
+    for _, name, specification, _ in Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(specification or "")

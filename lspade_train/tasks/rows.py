@@ -1,9 +1,7 @@
-"""Splits of a task's data, and what identifies them. Knows nothing of tokens."""
+"""Splits of a task's data, row by row. Knows nothing of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +9,10 @@ from lspade_train.errors import TaskError
 from lspade_train.io.storage import json_digest
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks.base import SPLITS, Question, Record, Rows, Split, Task
+from lspade_train.tasks.cut import cut_sides, side_of
+from lspade_train.tasks.files import read_csv, read_jsonl, read_paragraphs
 from lspade_train.tasks.registry import find_task
-from lspade_train.tasks.sources import Source, open_source, read_jsonl, read_paragraphs
-from lspade_train.tasks.text import split_of
+from lspade_train.tasks.sources import Reader, Source, open_source
 
 # Which training rows are shown as solved examples; fixed, so that every command shows the same.
 SHOT_SEED = 20250717
@@ -27,9 +26,21 @@ def splits(config: DataConfig) -> tuple[Split, ...]:
     """
     task = find_task(config.task)
     source = _source(config, task)
-    if _is_cut(task, source):
-        return SPLITS
-    return tuple(split for split in SPLITS if split in source.splits)
+    shares = sides(config, source)
+    return tuple(split for split in SPLITS if split in source.splits or split in shares)
+
+
+def require_splits(config: DataConfig, wanted: Sequence[Split]) -> None:
+    """Load and check the rows of several splits, before any model is loaded for them.
+
+    Raises:
+        TaskError: a split is missing or empty, or a row does not fit the task.
+    """
+    task = find_task(config.task)
+    for split in wanted:
+        rows = load_rows(config, split)
+        if task.to_question is not None:
+            to_questions(config, rows)
 
 
 def evaluation_split(config: DataConfig) -> Split:
@@ -69,7 +80,7 @@ def load_rows(config: DataConfig, split: Split) -> Rows:
         records=records,
         dataset=source.name if source.hub else None,
         revision=source.revision,
-        digest=_digest(records),
+        digest=records_digest(records),
         shots=shots,
     )
 
@@ -88,55 +99,13 @@ def shot_questions(config: DataConfig, rows: Rows) -> list[Question]:
     return _questions(config, rows.shots, "the train split")
 
 
-def identity(config: DataConfig, rows: Rows) -> dict[str, Any]:
-    """What decides the prompts, apart from the tokenizer, as flat JSON.
-
-    A local data set is identified by its rows, not by where they lie. The tokenizer's own chat
-    template is not here: it belongs to the tokenizer's digest.
-
-    Args:
-        config: the recipe's data section.
-        rows: a split loaded with it.
-    """
-    task = find_task(config.task)
-    common: dict[str, Any] = {
-        "task": task.name,
-        "dataset": rows.dataset,
-        "dataset_revision": rows.revision,
-        "subset": config.subset or task.subset,
-        "split": rows.split,
-        "rows": len(rows.records),
-        "rows_digest": rows.digest,
-        "limit": config.limit,
-    }
-    if task.to_question is None:
-        text = config.text
-        return common | {
-            "text_column": text.column,
-            "text_length": text.length,
-            "text_first_position": text.first_position,
-            "text_positions_per_sequence": text.positions_per_sequence,
-        }
-    prompt = config.prompt
-    return common | {
-        "overlong": config.overlong,
-        "template": prompt.template or task.template,
-        "labels": list(prompt.labels or task.labels) or None,
-        "shots": prompt.shots,
-        "shots_digest": _digest(rows.shots) if rows.shots else None,
-        "chat": prompt.chat,
-        "chat_template": prompt.chat_template,
-        "system": prompt.system,
-        "answer_prefix": prompt.answer_prefix,
-    }
-
-
 def labels_of(config: DataConfig, task: Task) -> tuple[str, ...]:
     """The configured labels, or the task's own."""
     return tuple(config.prompt.labels or task.labels)
 
 
-def _digest(records: Sequence[Record]) -> str:
+def records_digest(records: Sequence[Record]) -> str:
+    """SHA-256 of rows, as hex."""
     # A digest of digests: a corpus need not be one string in memory.
     return json_digest([json_digest(record) for record in records])
 
@@ -156,57 +125,106 @@ def _source(config: DataConfig, task: Task) -> Source:
         config.subset or task.subset,
         config.dataset_revision,
         _readers(config, task),
+        partial(rename, columns=config.columns),
     )
 
 
-def _readers(config: DataConfig, task: Task) -> dict[str, Callable[[Path], list[Record]]]:
+def sides(config: DataConfig, source: Source) -> dict[Split, float]:
+    """The splits that are cut from the training rows; a benchmark's own splits stay."""
+    task = find_task(config.task)
+    return cut_sides(config, source.splits) if task.dataset is None else {}
+
+
+def _readers(config: DataConfig, task: Task) -> dict[str, Reader]:
     """Readers of the files that a task's users write themselves, by suffix."""
+    if task.dataset is not None:
+        return {}
+    adapt = partial(_adapt, config, task)
+    readers: dict[str, Reader] = {
+        ".jsonl": partial(read_jsonl, adapt=adapt),
+        ".csv": partial(read_csv, adapt=adapt),
+        ".tsv": partial(read_csv, adapt=adapt),
+    }
+    if task.to_question is None:
+        readers[".txt"] = partial(read_paragraphs, adapt=adapt, column=config.text.column)
+    return readers
+
+
+def _adapt(config: DataConfig, task: Task, row: Record) -> Record:
+    """A row of the user's own file under the task's names, checked to be one of the task's."""
+    row = rename(row, config.columns)
+    if task.to_question is not None:
+        task.to_question(row, labels_of(config, task))
+        return row
     column = config.text.column
-    to_question = task.to_question
-    if to_question is None:
-        check = partial(_check_text, column=column)
-        return {
-            ".jsonl": partial(read_jsonl, check=check),
-            ".txt": partial(read_paragraphs, column=column),
-        }
-    if task.dataset is None:
-        labels = labels_of(config, task)
-        return {".jsonl": partial(read_jsonl, check=lambda row: to_question(row, labels))}
-    return {}
-
-
-def _check_text(row: Record, column: str) -> None:
     if not isinstance(row.get(column), str):
         found = ", ".join(row) or "nothing"
         raise ValueError(f"no text under {column!r} (found: {found}; see --data.text.column)")
+    return row
 
 
-def _is_cut(task: Task, source: Source) -> bool:
-    return task.to_question is None and set(source.splits) == {"train"}
+def rename(row: Record, columns: Mapping[str, str] | None) -> Record:
+    """A row with the task's names in place of the data's.
+
+    Raises:
+        ValueError: a column that `columns` names is not there.
+    """
+    if not columns:
+        return row
+    missing = [column for column in columns.values() if column not in row]
+    if missing:
+        raise ValueError(f"no column {missing[0]!r} (found: {', '.join(row)}; see --data.columns)")
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return rest | {name: row[column] for name, column in columns.items()}
 
 
 def _read(config: DataConfig, task: Task, source: Source, split: Split) -> list[Record]:
-    cut = _is_cut(task, source)
-    if not cut and split not in source.splits:
-        raise TaskError(
-            f"{source.name} has no {split} split (it has: {', '.join(source.splits) or 'none'}). "
-            "Set --data.dataset to data that has one."
-        )
-    records = source.splits["train" if cut else split]()
-    columns = (config.text.column,) if task.to_question is None else task.columns
-    if columns:
-        records = [_select(record, columns, source.name) for record in records]
-    if task.to_question is None:
-        # A Hub corpus may hold empty entries and nulls.
-        texts = ((record, record[config.text.column]) for record in records)
-        records = [record for record, text in texts if isinstance(text, str) and text]
-    if cut:
-        records = [record for record in records if split_of(record, config.text.column) == split]
+    shares = sides(config, source)
+    if split not in source.splits and split not in shares:
+        raise TaskError(_no_split(task, source, split))
+    records = source.splits["train" if split in shares else split]()
+    records = _columns(config, task, records, source.name)
     if not records:
         raise TaskError(
             f"The {split} split of {source.name} is empty. Set --data.dataset to data with rows."
         )
+    if split not in shares:
+        return records
+    texts = (_text_of(config, task, record) for record in records)
+    mine = [r for r, text in zip(records, texts, strict=True) if side_of(text, shares) == split]
+    if not mine:
+        raise TaskError(
+            f"The {split} split of {source.name} is empty: none of its {len(records)} rows fell "
+            f"into the {shares[split]:.0%} cut off for it. Use more rows, or other fractions "
+            "(--data.validation_fraction, --data.test_fraction)."
+        )
+    return mine
+
+
+def _no_split(task: Task, source: Source, split: Split) -> str:
+    has = f"{source.name} has no {split} split (it has: {', '.join(source.splits) or 'none'}). "
+    if task.dataset is None and split != "train" and "train" in source.splits:
+        return has + f"Cut one from the training rows with --data.{split}_fraction 0.1."
+    return has + "Set --data.dataset to data that has one."
+
+
+def _columns(config: DataConfig, task: Task, records: list[Record], name: str) -> list[Record]:
+    """The rows as the task names them, with no more than the columns that it uses."""
+    wanted = (config.text.column,) if task.to_question is None else task.columns
+    if wanted:
+        records = [_select(record, wanted, name) for record in records]
+    if task.to_question is None:
+        # A Hub corpus may hold empty entries and nulls.
+        texts = ((record, record[config.text.column]) for record in records)
+        records = [record for record, text in texts if isinstance(text, str) and text]
     return records
+
+
+def _text_of(config: DataConfig, task: Task, record: Record) -> str:
+    """What decides a row's side of a cut: the question, whatever else the row says."""
+    if task.to_question is None:
+        return record[config.text.column]
+    return _questions(config, [record], "the train split")[0].stem
 
 
 def _select(record: Record, columns: Sequence[str], name: str) -> Record:
@@ -214,7 +232,8 @@ def _select(record: Record, columns: Sequence[str], name: str) -> Record:
     if missing:
         raise TaskError(
             f"{name} has no column {missing[0]!r} (found: {', '.join(record)}). Set --data.dataset "
-            "to data laid out like the task's, or --data.text.column for text."
+            "to data laid out like the task's, --data.columns for other names, or "
+            "--data.text.column for text."
         )
     return {column: record[column] for column in columns}
 

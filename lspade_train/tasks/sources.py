@@ -1,15 +1,25 @@
 """Where rows come from: files, folders and the Hub. Knows nothing of prompts or tokens."""
 
-import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from lspade_train.errors import TaskError
-from lspade_train.tasks.base import SPLITS, Record
+from lspade_train.tasks.base import SPLITS, Record, Split
+
+Reader = Callable[[Path], list[Record]]
+Reading = Callable[[], list[Record]]
+
+# As the Hub's own loader reads file names.
+SPLIT_WORDS: dict[Split, set[str]] = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing"},
+}
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,24 +38,26 @@ class Source:
     name: str
     hub: bool
     revision: str | None
-    splits: Mapping[str, Callable[[], list[Record]]]
+    splits: Mapping[str, Reading]
 
 
 def open_source(
     name: str,
     subset: str | None,
     revision: str | None,
-    readers: Mapping[str, Callable[[Path], list[Record]]],
+    readers: Mapping[str, Reader],
+    rename: Callable[[Record], Record],
 ) -> Source:
     """Find a data set: a file, a folder of files, a folder laid out like a Hub one, or a Hub id.
 
-    What exists here goes before the Hub.
+    What exists here comes before the Hub.
 
     Args:
         name: path or Hub id.
         subset: configuration of a Hub data set.
         revision: commit, branch or tag of a Hub data set; None takes the current commit.
         readers: suffix -> reader of the files that the task reads by itself.
+        rename: what gives a row of any other data set the task's column names.
 
     Raises:
         TaskError: it is not there, cannot be read, or has no such subset or revision.
@@ -54,74 +66,75 @@ def open_source(
     if path.is_file():
         if path.suffix not in readers:
             raise TaskError(
-                f"{name} is a file that the task does not read (it reads: "
+                f"{name} is a file that the task does not read (it reads "
                 f"{', '.join(readers) or 'folders and Hub ids'}). Set --data.dataset."
             )
         return Source(name, False, None, {"train": partial(readers[path.suffix], path)})
     if path.is_dir():
         for suffix, read in readers.items():
-            files = {split: path / f"{split}{suffix}" for split in SPLITS}
-            splits = {split: partial(read, file) for split, file in files.items() if file.is_file()}
+            splits = _splits_of_files(path, suffix, read)
             if splits:
                 return Source(name, False, None, splits)
-        return Source(name, False, None, _splits(_load_folder(str(path), subset)))
+        return Source(name, False, None, _splits(name, _load_folder(str(path), subset), rename))
     if path.suffix in readers:
         raise TaskError(_absent(name))
     loaded, commit = _load_hub(name, subset, revision)
-    return Source(name, True, commit, _splits(loaded))
+    return Source(name, True, commit, _splits(name, loaded, rename))
 
 
-def read_jsonl(path: Path, check: Callable[[Record], object]) -> list[Record]:
-    """The objects of a JSONL file; empty lines are passed over.
+def _splits_of_files(folder: Path, suffix: str, read: Reader) -> dict[str, Reading]:
+    """The splits of a folder's own files: `train.jsonl`, or those whose names say `train`.
 
-    Args:
-        path: the file.
-        check: raises ValueError for an object that the task cannot use.
-
-    Raises:
-        TaskError: a line is not such an object; names the file and the line.
+    Where no name says a split, all files are the training split, unless a README.md says what the
+    files are, as in a Hub data set.
     """
-
-    def records() -> Iterator[Record]:
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line, parse_constant=_refuse)
-                if not isinstance(record, dict):
-                    raise ValueError("not a JSON object")
-                check(record)
-            except ValueError as error:
-                raise TaskError(f"{path}, line {number}: {error}. Correct the line.") from error
-            yield record
-
-    return list(records())
+    files = sorted(path for path in folder.glob(f"*{suffix}") if path.is_file())
+    found: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        exact = folder / f"{split}{suffix}"
+        named = [path for path in files if SPLIT_WORDS[split] & set(_words(path.stem))]
+        if exact in files or named:
+            found[split] = [exact] if exact in files else named
+    if not found and files and not (folder / "README.md").exists():
+        found = {"train": files}
+    return {split: partial(_read_all, paths, read) for split, paths in found.items()}
 
 
-def read_paragraphs(path: Path, column: str) -> list[Record]:
-    """The texts of a plain text file; a blank line ends each."""
-    texts = (text.strip() for text in re.split(r"\n\s*\n", read_text(path)))
-    return [{column: text} for text in texts if text]
+def _words(stem: str) -> list[str]:
+    return re.split(r"[^a-z]+", stem.lower())
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text.
-
-    Raises:
-        TaskError: it cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+def _read_all(paths: list[Path], read: Reader) -> list[Record]:
+    return [record for path in paths for record in read(path)]
 
 
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not JSON")
+def _splits(
+    name: str, loaded: Mapping[Any, Any], rename: Callable[[Record], Record]
+) -> dict[str, Reading]:
+    def read(split: str) -> list[Record]:
+        try:
+            return [rename(_plain(record)) for record in loaded[split].to_list()]
+        except ValueError as error:
+            raise TaskError(f"Data set {name} has {error}.") from error
+
+    return {split: partial(read, split) for split in SPLITS if split in loaded}
 
 
-def _splits(loaded: Mapping[Any, Any]) -> dict[str, Callable[[], list[Record]]]:
-    return {split: loaded[split].to_list for split in SPLITS if split in loaded}
+def _plain(record: Record) -> Record:
+    """The columns that JSON can hold: no dates, images or NaN, which no prompt shows."""
+    return {key: value for key, value in record.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or _is_finite(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _load_folder(path: str, subset: str | None) -> Mapping[Any, Any]:
@@ -194,6 +207,17 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _explain(name: str, subset: str | None, error: Exception) -> str:
     first, *_ = str(error).splitlines() or [type(error).__name__]
     text = " ".join(str(error).split())
+    place = _unwritable_cache(error)
+    if place:
+        return (
+            f"The datasets library cannot write its cache {place} ({first}). "
+            "Set HF_DATASETS_CACHE to a folder that you can write to."
+        )
+    if Path(name).is_dir() and set(str(Path(name).resolve())) & set("[]*?"):
+        return (
+            f"The path of {name} holds one of [ ] * ?, which the datasets library takes for a "
+            "pattern. Rename the folder, or put JSONL files into it."
+        )
     if isinstance(error, ConnectionError):
         return _unreachable(name, subset, None)
     if isinstance(error, ValueError) and "config" in text.lower():
@@ -213,6 +237,18 @@ def _explain(name: str, subset: str | None, error: Exception) -> str:
             "conversion of it with --data.dataset_revision refs/convert/parquet."
         )
     return f"Data set {name} cannot be read: {first}. Check --data.dataset."
+
+
+def _unwritable_cache(error: Exception) -> Path | None:
+    """The loader's cache, if writing it is what failed."""
+    from datasets import config
+
+    place = Path(config.HF_DATASETS_CACHE)
+    named = str(getattr(error, "filename", None) or "")
+    if not isinstance(error, OSError) or not named:
+        return None
+    inside = named.startswith(str(place)) or str(place).startswith(named)
+    return place if inside else None
 
 
 def _unreachable(name: str, subset: str | None, revision: str | None) -> str:

@@ -1,11 +1,9 @@
 """Next token at sampled positions of a corpus: heads for a general language model.
 
 The corpus is JSONL with `data.text.column`, plain text whose texts are separated by a blank line,
-or a Hub data set. One that comes as a single split is cut by a hash of each text, so that a text
-and its copies stay on one side: 80% train, 10% validation, 10% test.
+or a Hub data set. One without a validation split is cut by a hash of each text
+(`data.validation_fraction`, `data.test_fraction`), so that a text and its copies stay on one side.
 """
-
-import hashlib
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lspade_train.errors import TaskError
 from lspade_train.models.tokenization import leading_ids, tokenize
 from lspade_train.recipe import TextConfig
-from lspade_train.tasks.base import Encoded, Example, Record, Rows, Split, Task
+from lspade_train.tasks.base import Encoded, Example, Rows, Task
 
 SEED = 20250717
 
@@ -26,12 +24,6 @@ TEXT = Task(
     labels=(),
     to_question=None,
 )
-
-
-def split_of(record: Record, column: str) -> Split:
-    """The side of the cut that a text falls on, by its content alone."""
-    tenth = int.from_bytes(hashlib.sha256(record[column].encode()).digest()[:8]) % 10
-    return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
 
 
 def encode_text(
@@ -64,6 +56,7 @@ def encode_text(
                         positions=positions,
                         answer_ids=window[positions + 1],
                         choice_ids=(),
+                        row=number,
                     )
                 )
         skipped += len(examples) == before

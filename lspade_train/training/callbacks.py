@@ -78,4 +78,16 @@ class AtomicCheckpoints(TorchCheckpointIO):
             ArtifactError: the disk is full, or the folder cannot be written.
         """
         with atomic_path(Path(path), ArtifactError) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch closes its archive over the failed write, and that fails in its own way.
+                raise _failed_write(error) or error from error
+
+
+def _failed_write(error: BaseException) -> OSError | None:
+    """The operating system's error that another one was raised in the wake of."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause

@@ -7,11 +7,14 @@ nothing of heads or losses.
 import logging
 from functools import cached_property
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
@@ -28,10 +31,14 @@ from lspade_train.models.frozen import FrozenModel
 from lspade_train.probes.spade import check_layers
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks import Encoded, Example, Rows, Split
+from lspade_train.tasks.held_out import held_out
 
 CACHE_FORMAT = 1
 
-EFFECTS = {"rows", "rows_digest", "shots_digest", "model_weights", "unembedding"}
+EFFECTS = {
+    *("rows", "rows_digest", "shots_digest", "rendered_prompts"),
+    *("model_weights", "unembedding"),
+}
 """Fields that differ because another one does: a mismatch names that one first."""
 
 log = logging.getLogger(__name__)
@@ -67,6 +74,8 @@ class HiddenStateDataModule(LightningDataModule):
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
         self._prefixes: dict[Split, str] = {}
+        self._held_out: dict[Split, Tensor] = {}
+        self._identities: dict[Split, dict[str, Any]] = {}
         self._train: RowLoader | None = None
         self._stopped_at: dict[str, int] = {}
         self.reused: dict[Split, bool] = {}
@@ -127,10 +136,26 @@ class HiddenStateDataModule(LightningDataModule):
             self._datasets[split] = self._open(split)
         return self._datasets[split]
 
-    def stored(self, split: Split) -> StateDataset:
-        """Rows of one split that can be read more than once; online data is computed once."""
+    def stored(self, split: Split, rows: int | None = None) -> StateDataset:
+        """Rows of one split that can be read more than once; online data is computed for it.
+
+        Args:
+            split: train, validation or test.
+            rows: leading rows that are enough; None: all.
+        """
         found = self.states(split)
-        return self._in_memory(split, found) if isinstance(found, OnlineDataset) else found
+        if isinstance(found, OnlineDataset):
+            found = self._in_memory(split, found, rows)
+        return found if rows is None else found.first(rows)
+
+    def held_out(self, split: Split) -> Bool[Tensor, " rows"]:
+        """Which rows of a split no choice looks at, by their content (`tasks/held_out.py`)."""
+        if split not in self._held_out:
+            side = held_out(self._load_rows(split).records)
+            examples = self._encode(split).examples
+            rows = [side[example.row] for example in examples for _ in example.positions]
+            self._held_out[split] = torch.tensor(rows)
+        return self._held_out[split]
 
     def identity(self, split: Split) -> dict[str, Any]:
         """Everything that decides the bytes of a split's cache, flat and nameable."""
@@ -142,7 +167,7 @@ class HiddenStateDataModule(LightningDataModule):
             "cache_format": CACHE_FORMAT,
             "dtype": decides.pop("dtype"),
             **decides,
-            **tasks.identity(self.config, self._load_rows(split)),
+            **self._task_identity(split),
             "layers": list(self.layers),
             "positions": self.config.positions,
             "targets": self.config.targets,
@@ -151,6 +176,13 @@ class HiddenStateDataModule(LightningDataModule):
         return {k: v for k, v in found.items() if k not in EFFECTS} | {
             k: v for k, v in found.items() if k in EFFECTS
         }
+
+    def _task_identity(self, split: Split) -> dict[str, Any]:
+        """Kept: it renders every prompt."""
+        if split not in self._identities:
+            rows = self._load_rows(split)
+            self._identities[split] = tasks.identity(self.config, rows, self.tokenizer)
+        return self._identities[split]
 
     def folder(self, split: Split) -> Path:
         """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
@@ -192,8 +224,12 @@ class HiddenStateDataModule(LightningDataModule):
         )
         return online if self.config.mode == "online" else self._in_memory(split, online)
 
-    def _in_memory(self, split: Split, online: OnlineDataset) -> StateDataset:
-        examples = online.examples
+    def _in_memory(
+        self, split: Split, online: OnlineDataset, rows: int | None = None
+    ) -> StateDataset:
+        before = accumulate((len(e.positions) for e in online.examples), initial=0)
+        pairs = zip(online.examples, before, strict=False)
+        examples = [example for example, rank in pairs if rows is None or rank < rows]
         size = cache.estimate(self.adapter, examples, online.what, self.config.shard_mb)
         cache.require_memory(size)
         log.info("%s: %s rows = %.3g GB in memory", split, f"{size.rows:,}", size.bytes / 1e9)
@@ -201,6 +237,10 @@ class HiddenStateDataModule(LightningDataModule):
         parts = track(starts, f"{split}: states", len(starts))
         shards = [online.extract(examples[i : i + size.prompts_per_shard]) for i in parts]
         return StateDataset(shards, online.groups, online.layers)
+
+    def answer_prefix(self, split: Split) -> str:
+        """Text between the prompts and the answers of a split that is open."""
+        return self._prefixes[split]
 
     def _require_prefix(self, split: Split, prefix: str) -> None:
         """Refuse splits whose answers are other tokens: heads of one would not fit the other."""

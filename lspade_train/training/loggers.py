@@ -5,8 +5,11 @@ import logging
 import netrc
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
+
+SECONDS_TO_CONNECT = 20
 
 log = logging.getLogger(__name__)
 
@@ -15,10 +18,45 @@ def default_loggers(folder: Path, name: str) -> list[Logger]:
     """CSV always; W&B too where it is installed and a key, a login or WANDB_MODE is there."""
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if wandb_is_on():
-        from lightning.pytorch.loggers import WandbLogger
-
-        loggers.append(WandbLogger(project="lspade-train", name=name, save_dir=folder))
+        loggers.append(_wandb_logger(folder, name))
     return loggers
+
+
+def start_run(**settings: Any) -> Any:
+    """A W&B run of its own, offline where the service cannot be reached or refuses the key."""
+    import wandb
+    from wandb.errors import Error
+
+    try:
+        return wandb.init(settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT), **settings)
+    except Error as error:
+        _say_offline(error)
+        return wandb.init(mode="offline", **settings)
+
+
+def _say_offline(error: Exception) -> None:
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    log.warning("W&B: %.120s; writing offline, send it with `wandb sync`.", first)
+
+
+def _wandb_logger(folder: Path, name: str) -> Logger:
+    """A W&B logger that writes offline where the service cannot be reached, or refuses the key."""
+    import wandb
+    from lightning.pytorch import loggers
+    from wandb.errors import Error
+
+    class WandbLogger(loggers.WandbLogger):
+        @property
+        def experiment(self) -> Any:
+            try:
+                return super().experiment
+            except Error as error:
+                _say_offline(error)
+                self._wandb_init["mode"] = "offline"
+                return super().experiment
+
+    settings = wandb.Settings(init_timeout=SECONDS_TO_CONNECT)
+    return WandbLogger(project="lspade-train", name=name, save_dir=folder, settings=settings)
 
 
 def keep_wandb_from_asking() -> None:
@@ -29,17 +67,17 @@ def keep_wandb_from_asking() -> None:
 
 
 def wandb_is_on() -> bool:
-    """Whether W&B is installed and a key, a login or WANDB_MODE is there; asks nobody."""
+    """Whether W&B is installed and a key, a login or WANDB_MODE is there; connects to nothing."""
     mode = os.environ.get("WANDB_MODE")
     wanted = mode != "disabled" and (bool(mode) or _has_wandb_key())
     return wanted and importlib.util.find_spec("wandb") is not None
 
 
 def _has_wandb_key() -> bool:
-    """A key in the environment, or a login of `wandb login`; asks nobody."""
+    """A key in the environment, or a login of `wandb login`; connects to nothing."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
         return any("wandb" in host for host in netrc.netrc().hosts)
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # no file, or no home
         return False

@@ -26,10 +26,8 @@ from lspade_train.training.losses import (
     chunk_memory,
     cross_entropy,
     distillation,
-    hidden_target,
-    logits_target,
-    topk_target,
 )
+from lspade_train.training.targets import target_logits
 
 METRICS = ("loss", "kl", "agreement", "accuracy")
 
@@ -57,6 +55,19 @@ class LayerSums:
             for name, total, count in zip(METRICS, self.sums, counts, strict=True)
             if count > 0
         }
+
+
+def check_rank(config: HeadConfig, hidden_size: int) -> None:
+    """Refuse low-rank heads that have more numbers than full ones could use.
+
+    Raises:
+        RecipeError: the rank is over the model's width.
+    """
+    if config.form == "low_rank" and config.rank > hidden_size:
+        raise RecipeError(
+            f"model.rank is {config.rank}, and the model's hidden size is {hidden_size}; expected "
+            f"at most {hidden_size}. Lower --model.rank, or set --model.form full."
+        )
 
 
 class LSpadeModule(LightningModule):
@@ -94,6 +105,7 @@ class LSpadeModule(LightningModule):
                     f"model.layer_groups is {self.group.count}, and there are {len(data.layers)} "
                     "layers; expected no more groups than layers. Lower --model.layer_groups."
                 )
+            check_rank(self.config, data.hidden_size)
             self.heads = LSpadeHeads(
                 layers, data.hidden_size, form=self.config.form, rank=self.config.rank
             )
@@ -269,25 +281,6 @@ class LSpadeModule(LightningModule):
         # Epoch means are the same on every process already; saying so keeps Lightning quiet.
         same = stage != "train"
         self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)
-
-
-def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> TargetLogits:
-    """The target's logits of rows x layers, flattened row by row, whatever was stored."""
-    layers = batch.hidden.shape[1]
-    if target == "final":
-        final = batch.final[:, None].expand(-1, layers, -1).reshape(-1, batch.final.shape[-1])
-        return hidden_target(final, unembed)
-    if batch.target is not None:
-        return hidden_target(batch.target.flatten(0, 1), unembed)
-    if batch.target_logits is not None:
-        return logits_target(batch.target_logits.flatten(0, 1))
-    assert batch.target_values is not None
-    assert batch.target_tokens is not None
-    return topk_target(
-        batch.target_values.flatten(0, 1),
-        batch.target_tokens.flatten(0, 1),
-        unembed.weight.shape[0],
-    )
 
 
 def answers(batch: StateBatch, result: Distilled) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures from results: what they show, and how matplotlib and plotly draw them.
+"""Figures of results: what they show, and how matplotlib and plotly draw them.
 
 Knows nothing of models or caches. Importing this package loads neither library.
 """

@@ -1,51 +1,33 @@
-"""What a figure shows, apart from how it is drawn: one description for paper and screen."""
+"""What a figure shows, independent of how it is drawn: one description for print and screen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lspade_train.probes.lenses import LineStyle
+from lspade_train.reporting.rows import rows_measured
+
 Numbers = Sequence[float | None]
 
 INK = "ink"
-"""A colour that is black on paper and follows the page's text on screen."""
+"""A colour that is black in print and follows the page's text on screen."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a series is told from others, also in grey: colour, marker and dashes all differ.
-
-    Attributes:
-        colour: hex, or `INK`.
-        marker: circle, square, diamond, triangle-up, triangle-down, cross, star or pentagon.
-        dash: solid, dash, dot or dashdot.
-    """
-
-    colour: str
-    marker: str = "circle"
-    dash: str = "solid"
-
-
-# Okabe & Ito's palette, made to be told apart by the colour-blind; yellow is left out: too pale.
+# Okabe and Ito's palette, which the colour-blind can tell apart; without yellow, which is too pale.
 CYCLE = (
-    Look("#0072B2", "circle", "solid"),
-    Look("#D55E00", "diamond", "dash"),
-    Look("#009E73", "triangle-up", "dashdot"),
-    Look("#CC79A7", "square", "dot"),
-    Look("#E69F00", "triangle-down", "solid"),
-    Look("#56B4E9", "pentagon", "dash"),
-    Look("#999999", "cross", "dashdot"),
+    LineStyle("#0072B2", "circle", "solid"),
+    LineStyle("#D55E00", "diamond", "dash"),
+    LineStyle("#009E73", "triangle-up", "dashdot"),
+    LineStyle("#CC79A7", "square", "dot"),
+    LineStyle("#E69F00", "triangle-down", "solid"),
+    LineStyle("#56B4E9", "pentagon", "dash"),
+    LineStyle("#999999", "cross", "dashdot"),
 )
-LENSES = {
-    "logit_lens": ("logit lens", Look("#8A8A8A", "square", "dot")),
-    "tuned_lens": ("tuned lens", Look("#E69F00", "triangle-up", "dashdot")),
-    "l_spade": ("L-SPADE", Look("#0072B2", "circle", "solid")),
-    "spade": ("SPADE", Look("#D55E00", "diamond", "dash")),
-}
-MODEL = Look(INK, "cross", "solid")
+MODEL = LineStyle(INK, "cross", "solid")
 
 
-def look(index: int) -> Look:
-    """The look of the index-th of several like things."""
+def cycle_style(index: int) -> LineStyle:
+    """The style of the index-th of several lines of one kind."""
     return CYCLE[index % len(CYCLE)]
 
 
@@ -55,9 +37,9 @@ class Series:
 
     Attributes:
         label: in the legend.
-        x: where.
-        y: what; None leaves a gap.
-        look: colour, marker and dashes.
+        x: positions.
+        y: values; None leaves a gap.
+        style: colour, marker and dashes.
         low: lower ends of the intervals, drawn as a band.
         high: upper ends.
         texts: written at the points.
@@ -67,7 +49,7 @@ class Series:
     label: str
     x: Numbers
     y: Numbers
-    look: Look
+    style: LineStyle
     low: Numbers | None = None
     high: Numbers | None = None
     texts: Sequence[str] | None = None
@@ -76,7 +58,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line, with its interval where it has one."""
+    """A horizontal line, with its interval if it has one."""
 
     label: str
     value: float
@@ -113,8 +95,8 @@ class Chart(Described):
         levels: horizontal lines.
         log_y: logarithmic y axis.
         log_x: logarithmic x axis.
-        whole_x: x is a layer, so that only whole numbers are ticks.
-        percent_x: x is a fraction shown as per cent.
+        whole_x: x is a layer: ticks are at whole numbers only.
+        percent_x: x is a fraction, shown as a percentage.
     """
 
     series: tuple[Series, ...]
@@ -132,19 +114,19 @@ class Bars(Described):
     Attributes:
         places: x of each group of bars.
         groups: label and one height per place.
-        looks: of each group.
+        styles: of each group.
         width: of a place, in units of x.
     """
 
     places: Sequence[float]
     groups: Mapping[str, Numbers]
-    looks: tuple[Look, ...]
+    styles: tuple[LineStyle, ...]
     width: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmap(Described):
-    """Coloured cells with their values written in them.
+    """Coloured cells with text in them.
 
     Attributes:
         rows: labels, from the top.
@@ -163,7 +145,7 @@ class Heatmap(Described):
 
 @dataclass(frozen=True)
 class Omitted:
-    """A figure that these results have nothing for, and why."""
+    """A figure that these results cannot fill, and why."""
 
     title: str
     why: str
@@ -173,16 +155,16 @@ Figure = Chart | Bars | Heatmap
 
 
 def run_note(results: dict[str, Any], *, labelled: bool, interval: bool = True) -> str:
-    """What stands under every title: `arc, test split (org/model), n = 2,000, seed 0, ...`.
+    """The note under every title: `arc, test split (org/model), n = 2,000, seed 0, ...`.
 
     Args:
         results: as in `results.json`.
-        labelled: whether only rows with a right answer count.
+        labelled: whether only rows with a label count.
         interval: whether intervals are drawn.
     """
     model = "/".join(results["model_id"].rstrip("/").split("/")[-2:])
     n = results["n_labelled"] if labelled else results["n"]
-    text = f"{results['name']}, {results['split']} split ({model}), n = {n:,}"
+    text = f"{results['name']}, {rows_measured(results)} ({model}), n = {n:,}"
     text += f", seed {results['seed']}"
     level = results["interval"]["level"]
     return f"{text}, {level:.0%} bootstrap intervals" if interval else text

@@ -1,14 +1,21 @@
-"""Figures of what `evaluate` measures on request: transfer between tasks, and ablations."""
+"""Figures of what `evaluate` measures on request: transfer between tasks and ablations."""
 
 from typing import Any
 
 from lspade_train.reporting.plots.certainty import LAYER
-from lspade_train.reporting.plots.charts import Chart, Heatmap, Omitted, Series, look, run_note
+from lspade_train.reporting.plots.charts import (
+    Chart,
+    Heatmap,
+    Omitted,
+    Series,
+    cycle_style,
+    run_note,
+)
 
 NO_ABLATIONS = "Not measured: ask for it with lspade-train evaluate --ablations true."
 
 
-def cross_task(results: dict[str, Any]) -> Heatmap | Omitted:
+def cross_task_heatmap(results: dict[str, Any]) -> Heatmap | Omitted:
     """Heads and thresholds of task i, used on task j."""
     title = "Transfer between tasks"
     cross = results["cross_task"]
@@ -19,9 +26,9 @@ def cross_task(results: dict[str, Any]) -> Heatmap | Omitted:
         name="cross_task",
         title=title,
         note=f"heads and threshold of one task used on another, seed {results['seed']}",
-        caption="Heads and threshold of the row's task, chosen on its own validation split, used "
-        "on the column's task without retraining: how often the answer is the full model's, "
-        "the accuracy, and the FLOPs saved.",
+        caption="Heads and threshold of the row's task (chosen on its own validation split) used "
+        "on the column's task without retraining: how often the answer is the full model's, the "
+        "accuracy, and the FLOPs saved.",
         x_label="used on",
         y_label="trained and thresholded on",
         rows=[heads["name"] for heads in cross["heads"]],
@@ -33,25 +40,25 @@ def cross_task(results: dict[str, Any]) -> Heatmap | Omitted:
 
 
 def start_ablation(results: dict[str, Any]) -> Chart | Omitted:
-    """SPADE with another start token, without one, and with compact positions."""
+    """SPADE with another start token, with none, and with compact positions."""
     return _variants(
         results,
         "start",
         name="ablation_start",
         title="SPADE with another start",
-        caption="What SPADE answers when its first token is another one, a random vector or "
-        "missing, or when its two positions are 0 and 1.",
+        caption="SPADE when its start token is another token, a random vector or missing, or when "
+        "its two position ids are 0 and 1.",
     )
 
 
 def heads_ablation(results: dict[str, Any]) -> Chart | Omitted:
-    """Heads of other forms and other targets."""
+    """Heads of other forms and targets."""
     return _variants(
         results,
         "heads",
         name="ablation_heads",
-        title="L-SPADE heads trained in other ways",
-        caption="Target SPADE or the full model; full matrices, low rank, or a bias alone.",
+        title="Heads trained with other settings",
+        caption="Target: SPADE or the full model. Form: full matrix, low rank, or bias only.",
     )
 
 
@@ -66,7 +73,10 @@ def learning_curve(results: dict[str, Any]) -> Chart | Omitted:
     rows = [variant["rows"] for variant in variants]
     series = tuple(
         Series(
-            f"layer {layers[place]}", rows, [v["kl_to_spade"][place] for v in variants], look(index)
+            f"layer {layers[place]}",
+            rows,
+            [v["kl_to_spade"][place] for v in variants],
+            cycle_style(index),
         )
         for index, place in enumerate(places)
     )
@@ -74,7 +84,7 @@ def learning_curve(results: dict[str, Any]) -> Chart | Omitted:
         name="learning_curve",
         title=title,
         note=run_note(results, labelled=False, interval=False),
-        caption="KL(SPADE || L-SPADE) on these rows after training on fewer rows.",
+        caption="KL(SPADE || heads) on these rows after training on fewer rows.",
         x_label="training rows",
         y_label="KL to SPADE (nats)",
         series=series,
@@ -94,7 +104,7 @@ def _variants(results: dict[str, Any], kind: str, **described: Any) -> Chart | O
             variant["label"],
             results["layers"],
             variant[metric],
-            look(index),
+            cycle_style(index),
             low=[low for low, _ in variant[f"{metric}_interval"]],
             high=[high for _, high in variant[f"{metric}_interval"]],
         )
@@ -117,7 +127,7 @@ def _task(task: dict[str, Any]) -> str:
 
 
 def _text(row: dict[str, Any] | None) -> str:
-    """Agreement, accuracy and FLOPs saved of a cell; blank where the heads do not fit."""
+    """Agreement, accuracy and FLOPs saved of a cell, or that the heads cannot be used."""
     if row is None:
         return "cannot\nbe used"
     accuracy = "" if row["accuracy"] is None else f"\naccuracy {row['accuracy']:.3f}"

@@ -1,24 +1,25 @@
-"""From results to figures: one function each, which says why where there is nothing to show."""
+"""From results to figures: one function each, which says why if there is nothing to show."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lspade_train.probes.lenses import SPADE, label_of, style_of
 from lspade_train.reporting.plots import certainty, extras, trade_off
-from lspade_train.reporting.plots.certainty import LAYER, NO_LABELS, ONE_KIND, empty, telling_lens
+from lspade_train.reporting.plots.certainty import LAYER, NO_LABELS, ONE_KIND, empty
 from lspade_train.reporting.plots.charts import (
-    LENSES,
     Chart,
     Figure,
     Level,
     Omitted,
     Series,
-    look,
+    cycle_style,
     run_note,
 )
+from lspade_train.reporting.tables import exit_lens
 
 
 def all_figures(results: dict[str, Any]) -> list[Figure | Omitted]:
-    """Every figure in the order of the report; what cannot be drawn says why.
+    """Every figure, in the order of the report; one that cannot be drawn says why.
 
     Args:
         results: as in `results.json`.
@@ -27,7 +28,7 @@ def all_figures(results: dict[str, Any]) -> list[Figure | Omitted]:
 
 
 def accuracy_by_layer(results: dict[str, Any]) -> Chart:
-    """Accuracy of every lens, or the agreement of its answers where there are no labels."""
+    """Accuracy of every lens, or the agreement of its answers if there are no labels."""
     labelled = results["n_labelled"] > 0
     metric = "accuracy" if labelled else "answer_agrees_model"
     over = "the task's choices" if results["has_choices"] else "the vocabulary"
@@ -46,7 +47,7 @@ def accuracy_by_layer(results: dict[str, Any]) -> Chart:
 
 
 def agreement_by_layer(results: dict[str, Any]) -> Chart:
-    """How often a lens gives the full model's most probable token."""
+    """How often a lens's most probable token is the full model's."""
     return _by_layer(
         results,
         "agrees_model",
@@ -71,22 +72,22 @@ def kl_by_layer(results: dict[str, Any]) -> Chart:
 
 
 def kl_to_spade_by_layer(results: dict[str, Any]) -> Chart:
-    """KL of every other lens to SPADE: what training brings down."""
+    """KL of every other lens to SPADE: what training reduces."""
     return _by_layer(
         results,
         "kl_to_spade",
         name="kl_to_spade_by_layer",
         title="KL to SPADE by layer",
-        caption="Mean of KL(SPADE || lens): what training an L-SPADE head brings down.",
+        caption="Mean of KL(SPADE || lens): what training an L-SPADE head reduces.",
         y_label="KL (nats)",
         log_y=True,
-        lenses=[lens for lens in results["lenses"] if lens != "spade"],
+        lenses=[lens for lens in results["lenses"] if lens != SPADE.key],
     )
 
 
 def auroc_by_layer(results: dict[str, Any]) -> Chart | Omitted:
-    """How well low entropy predicts a right answer."""
-    title = "Entropy as a predictor of the right answer"
+    """How well low entropy predicts a correct answer."""
+    title = "Entropy as a predictor of the correct answer"
     if all(empty(lens["auroc"]) for lens in results["lenses"].values()):
         return Omitted(title, ONE_KIND)
     return _by_layer(
@@ -94,7 +95,7 @@ def auroc_by_layer(results: dict[str, Any]) -> Chart | Omitted:
         "auroc",
         name="auroc_by_layer",
         title=title,
-        caption="Probability that a right answer has less entropy than a wrong one: 0.5 is chance.",
+        caption="Probability that a correct answer has lower entropy than a wrong one.",
         y_label="AUROC (0.5: chance, 1: perfect)",
         levels=(Level("chance", 0.5),),
     )
@@ -120,17 +121,19 @@ def groups_by_layer(results: dict[str, Any]) -> Chart | Omitted:
     """Accuracy of one lens in every subgroup."""
     title = "Accuracy by subgroup"
     if not results["groups"]:
-        return Omitted(title, "The rows have no subgroups, or no right answers.")
-    lens = telling_lens(results)
+        return Omitted(title, "The rows have no subgroups, or no labels.")
+    lens = exit_lens(results)
     series = tuple(
-        Series(f"{name} (n = {group['n']:,})", results["layers"], group["lenses"][lens], look(i))
+        Series(
+            f"{name} (n = {group['n']:,})", results["layers"], group["lenses"][lens], cycle_style(i)
+        )
         for i, (name, group) in enumerate(results["groups"].items())
     )
     return Chart(
         name="accuracy_by_group",
-        title=f"{title}: {LENSES[lens][0]}",
+        title=f"{title}: {label_of(lens)}",
         note=run_note(results, labelled=True, interval=False),
-        caption="Harder questions need more layers where the lines part.",
+        caption="Where the lines part, some subgroups need more layers than others.",
         x_label=LAYER,
         y_label="accuracy (fraction of rows)",
         series=series,
@@ -139,27 +142,28 @@ def groups_by_layer(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def comparison(several: Sequence[dict[str, Any]]) -> Chart:
-    """L-SPADE's accuracy by layer of several heads folders; `label` tells them apart.
+    """Accuracy by layer of the heads of several folders, told apart by their `label`.
 
-    Where models differ in depth the layer is given as a fraction of theirs. Without labels in any
-    of them the agreement with the full model is compared.
+    If the models differ in depth, layers are given as a fraction of it. If any results have no
+    labels, agreement with the full model is compared instead.
     """
     labelled = all(results["n_labelled"] > 0 for results in several)
     metric = "accuracy" if labelled else "answer_agrees_model"
     same = len({results["num_layers"] for results in several}) == 1
     series: list[Series] = []
     for index, results in enumerate(several):
-        lens = results["lenses"][telling_lens(results)]
+        lens = results["lenses"][exit_lens(results)]
         low, high = _band(lens, metric)
         depth = 1 if same else results["num_layers"]
         x = [layer / depth for layer in results["layers"]]
-        series.append(Series(results["label"], x, lens[metric], look(index), low, high))
+        series.append(Series(results["label"], x, lens[metric], cycle_style(index), low, high))
     models = {results["model_id"]: results["full_model"]["accuracy"] for results in several}
     levels = [Level(f"full model ({_short(m)})", value) for m, value in models.items()]
     what = "accuracy" if labelled else "agreement with the full model"
+    kinds = " and ".join(dict.fromkeys(label_of(exit_lens(results)) for results in several))
     return Chart(
         name="compare_accuracy",
-        title=f"L-SPADE's {what} by layer",
+        title=f"{kinds}: {what} by layer",
         note=", ".join(f"{r['label']}: n = {r['n']:,}, seed {r['seed']}" for r in several),
         caption=f"{several[0]['interval']['level']:.0%} bootstrap intervals.",
         x_label=LAYER if same else "layer (fraction of the model's depth)",
@@ -178,12 +182,12 @@ def _by_layer(
     **described: Any,
 ) -> Chart:
     series: list[Series] = []
-    for name in results["lenses"] if lenses is None else lenses:
-        lens = results["lenses"][name]
+    for key in results["lenses"] if lenses is None else lenses:
+        lens = results["lenses"][key]
         if lens[metric] is None:
             continue
-        label, style = LENSES[name]
-        series.append(Series(label, results["layers"], lens[metric], style, *_band(lens, metric)))
+        band = _band(lens, metric)
+        series.append(Series(label_of(key), results["layers"], lens[metric], style_of(key), *band))
     labelled = metric in {"accuracy", "ece", "auroc"}
     return Chart(
         series=tuple(series),
@@ -217,14 +221,14 @@ BUILDERS: tuple[Callable[[dict[str, Any]], Figure | Omitted], ...] = (
     trade_off.sweep_by_layer,
     trade_off.sweep_by_flops,
     trade_off.exit_histogram,
-    trade_off.iso_compute,
+    trade_off.iso_compute_chart,
     certainty.entropy_by_correctness,
     certainty.entropy_histogram,
     auroc_by_layer,
     certainty.risk_coverage,
     calibration_by_layer,
     groups_by_layer,
-    extras.cross_task,
+    extras.cross_task_heatmap,
     extras.start_ablation,
     extras.heads_ablation,
     extras.learning_curve,

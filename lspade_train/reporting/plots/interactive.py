@@ -7,7 +7,7 @@ from typing import Any
 
 from lspade_train.reporting.plots.charts import INK, Bars, Chart, Figure, Heatmap, Level, Series
 
-# Where the texts of the paper's four thresholds go, so that close ones stay apart.
+# Positions of the texts beside the paper's four thresholds, so that neighbours do not overlap.
 CORNERS = ("middle right", "middle right", "bottom center", "top center")
 PATTERNS = ("", "/", ".", "x")
 
@@ -31,8 +31,8 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _traces(series: Series) -> list[dict[str, Any]]:
-    """The line, and its band as a closed path under it."""
-    look = series.look
+    """The line, above its interval band (a closed path)."""
+    style = series.style
     trace: dict[str, Any] = {
         "type": "scatter",
         "name": series.label,
@@ -40,8 +40,12 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "x": list(series.x),
         "y": list(series.y),
         "mode": "lines+markers" if series.joined else "markers+text",
-        "line": {"color": look.colour, "dash": look.dash, "width": 2},
-        "marker": {"color": look.colour, "symbol": look.marker, "size": 8 if series.joined else 13},
+        "line": {"color": style.colour, "dash": style.dash, "width": 2},
+        "marker": {
+            "color": style.colour,
+            "symbol": style.marker,
+            "size": 8 if series.joined else 13,
+        },
         "hovertemplate": "%{x:.4~g}: %{y:.4f}<extra>%{fullData.name}</extra>",
     }
     if series.texts:
@@ -63,7 +67,7 @@ def _traces(series: Series) -> list[dict[str, Any]]:
         "x": [*across, *reversed(across)],
         "y": [*highs, *reversed(lows)],
         "fill": "toself",
-        "fillcolor": look.colour,
+        "fillcolor": style.colour,
         "opacity": 0.15,
         "line": {"width": 0},
         "mode": "lines",
@@ -94,7 +98,7 @@ def _bars(bars: Bars) -> dict[str, Any]:
             "x": list(bars.places),
             "y": list(heights),
             "marker": {
-                "color": bars.looks[index].colour,
+                "color": bars.styles[index].colour,
                 "pattern": {"shape": PATTERNS[index % len(PATTERNS)], "size": 6},
             },
             "hovertemplate": "%{x:.4~g}: %{y:.4f}<extra>%{fullData.name}</extra>",

@@ -1,22 +1,22 @@
-"""Figures for paper: PNG and SVG by matplotlib."""
+"""Figures for print: PNG and SVG, by matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lspade_train.probes.lenses import LineStyle
 from lspade_train.reporting.plots.charts import (
     INK,
     Bars,
     Chart,
     Figure,
     Heatmap,
-    Look,
     Omitted,
     Series,
 )
 from lspade_train.reporting.plots.figures import all_figures, comparison
 
-SIZE, DPI = (6.4, 4.2), 160  # inches: the width of a column and a half, and of a README
+SIZE, DPI = (6.4, 4.2), 160  # inches: a column and a half of a paper, or a README's width
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v",
     "cross": "X", "star": "*", "pentagon": "p",
@@ -25,7 +25,7 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 NOTE: dict[str, Any] = {
     "xytext": (0, 7), "textcoords": "offset points", "fontsize": 7.5, "color": "#555555",
 }  # fmt: skip
-# Where the texts of neighbouring points go, so that close ones stay apart; offsets in points.
+# Offsets in points of the texts beside neighbouring points, so that they do not overlap.
 CORNERS = ((9, -4), (9, -4), (-3, -15), (-16, -4))
 HATCHES = ("", "////", "....", "xxxx")
 SETTINGS: dict[Any, Any] = {
@@ -42,7 +42,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def write_figures(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw every figure that the results allow.
+    """Draw every figure that the results support.
 
     Args:
         results: as in `results.json`.
@@ -101,7 +101,7 @@ def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
         DRAWERS[type(figure)](axes, figure)
         png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
         canvas.draw_without_rendering()
-        canvas.set_layout_engine("none")  # the layout is the same for both files: found once
+        canvas.set_layout_engine("none")  # both files share one layout: computed once
         with atomic_path(png) as path:
             canvas.savefig(path, format="png", dpi=DPI)
         with atomic_path(svg) as path:
@@ -134,12 +134,12 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
 
 def _draw_series(axes: Any, series: Series) -> None:
     y = [float("nan") if value is None else value for value in series.y]
-    style = _style(series.look)
+    style = _matplotlib_style(series.style)
     crowded = len(y) > 40
     axes.plot(
         series.x, y, label=series.label, color=style["color"], marker=style["marker"],
         ls=style["ls"] if series.joined else "", lw=1.6, zorder=2.5 if series.joined else 3,
-        ms=(5 if series.joined else 11 if series.look.marker == "star" else 8),
+        ms=(5 if series.joined else 11 if series.style.marker == "star" else 8),
         markevery=max(1, len(y) // 20) if crowded else None,
         markeredgecolor=style["color"] if series.joined else "black", markeredgewidth=0.7,
     )  # fmt: skip
@@ -160,8 +160,8 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
         shift = (index - (len(bars.groups) - 1) / 2) * width
         axes.bar(
             [place + shift for place in bars.places], heights, width, label=label,
-            color=_style(bars.looks[index])["color"], hatch=HATCHES[index % len(HATCHES)],
-            edgecolor="white", lw=0.4,
+            color=_matplotlib_style(bars.styles[index])["color"], edgecolor="white", lw=0.4,
+            hatch=HATCHES[index % len(HATCHES)],
         )  # fmt: skip
     if bars.width == 1.0 and len(bars.places) <= 20:
         axes.set_xticks(bars.places)
@@ -185,15 +185,15 @@ def _draw_heatmap(axes: Any, heatmap: Heatmap) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """Where it covers least; none for a single entry, which the title names."""
+    """At the emptiest place; omitted for a single entry, which the title names."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         axes.legend(handles, labels, loc="best")
 
 
-def _style(look: Look) -> dict[str, str]:
-    colour = "black" if look.colour == INK else look.colour
-    return {"color": colour, "marker": MARKERS[look.marker], "ls": DASHES[look.dash]}
+def _matplotlib_style(style: LineStyle) -> dict[str, str]:
+    colour = "black" if style.colour == INK else style.colour
+    return {"color": colour, "marker": MARKERS[style.marker], "ls": DASHES[style.dash]}
 
 
 DRAWERS: dict[type, Any] = {Chart: _draw_chart, Bars: _draw_bars, Heatmap: _draw_heatmap}

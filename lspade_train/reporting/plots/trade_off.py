@@ -1,25 +1,24 @@
-"""Figures of SPADE-EXIT: what is given up for how much compute."""
+"""Figures of SPADE-EXIT: accuracy against compute."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from lspade_train.probes.lenses import LineStyle, label_of, style_of
 from lspade_train.reporting.plots.charts import (
-    LENSES,
     Bars,
     Chart,
     Level,
-    Look,
     Omitted,
     Series,
-    look,
+    cycle_style,
     run_note,
 )
 
-NO_EXITS = "No exit was measured: SPADE-EXIT needs L-SPADE heads at a layer below the last."
-POLICY = Look("#D55E00", "star")
-PAPER = Look("#E69F00", "square")
-ORACLE = Look("#009E73", "triangle-up")
-EXIT = Look("#009E73", "star", "solid")
+NO_EXITS = "No exits were measured: SPADE-EXIT needs heads at a layer below the last."
+POLICY = LineStyle("#D55E00", "star")
+PAPER = LineStyle("#E69F00", "square")
+ORACLE = LineStyle("#009E73", "triangle-up")
+EXIT = LineStyle("#009E73", "star", "solid")
 
 
 def sweep_by_layer(results: dict[str, Any]) -> Chart | Omitted:
@@ -34,54 +33,57 @@ def sweep_by_layer(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def sweep_by_flops(results: dict[str, Any]) -> Chart | Omitted:
-    """Accuracy against FLOPs over all thresholds, every probe charged; the oracle's for free."""
+    """Accuracy against FLOPs over all thresholds, every check charged, the oracle's excepted."""
     return _sweep(
         results,
         of=_flops,
         name="exits_by_flops",
         title="SPADE-EXIT: what stopping early costs, by FLOPs",
-        x_label="FLOPs used, probes charged (share of the full model's)",
+        x_label="FLOPs used, checks charged (share of the full model's)",
         percent_x=True,
     )
 
 
 def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
-    """Where rows stop: under the policy and under two of the paper's thresholds."""
+    """Where rows exit: under the policy and under two of the paper's thresholds."""
     title = "Exit layers"
     exits = results["exits"]
     if not exits:
         return Omitted(title, NO_EXITS)
     rows = {f"{_entropy(row)} nats": row["exit_counts"] for row in exits["paper"][:2]}
     policy = exits["policy"]
-    if policy and policy["row"] and policy["exit_layers"] == exits["exit_layers"]:
-        rows = {"policy": policy["row"]["exit_counts"], **rows}
+    if policy and policy["row"] and {*policy["exit_layers"]} <= {*exits["exit_layers"]}:
+        # It may check fewer layers than the sweep.
+        counts = dict(zip(policy["exit_layers"], policy["row"]["exit_counts"], strict=True))
+        every = [counts.get(layer, 0) for layer in exits["exit_layers"]]
+        rows = {policy.get("label", "policy.json"): every, **rows}
     shares = {name: [count / sum(counts) for count in counts] for name, counts in rows.items()}
     return Bars(
         name="exit_histogram",
         title=title,
         note=run_note(results, labelled=False, interval=False),
-        caption="Share of the rows that stop after each block; the last is the full model. "
-        "Thresholds are on L-SPADE's entropy; the policy is policy.json's.",
+        caption="Share of the rows that exit after each block; the last is the full model. "
+        "Thresholds are on the heads' entropy; the policy is that of policy.json.",
         x_label="exit layer",
         y_label="share of rows",
         places=exits["exit_layers"],
         groups=shares,
-        looks=tuple(look(index) for index in range(len(shares))),
+        styles=tuple(cycle_style(index) for index in range(len(shares))),
         width=1.0,
     )
 
 
-def iso_compute(results: dict[str, Any]) -> Chart | Omitted:
-    """The best that each lens and SPADE-EXIT give within equal FLOPs."""
+def iso_compute_chart(results: dict[str, Any]) -> Chart | Omitted:
+    """The best of each lens, and of SPADE-EXIT, within equal FLOPs."""
     iso = results["iso_compute"]
     if not iso:
-        return Omitted("Equal compute", "No FLOPs were counted for these lenses.")
-    names = {name: LENSES[name] for name in iso["at_budget"] if name in LENSES}
-    names |= {"spade_exit": ("SPADE-EXIT", EXIT)} if "spade_exit" in iso["at_budget"] else {}
-    series = tuple(
-        Series(label, iso["budgets"], iso["at_budget"][name], style)
-        for name, (label, style) in names.items()
-    )
+        return Omitted("Equal compute", "FLOPs were not counted for these lenses.")
+    series = [
+        Series(label_of(key), iso["budgets"], iso["at_budget"][key], style_of(key))
+        for key in iso["lenses"]
+    ]
+    if "spade_exit" in iso["at_budget"]:
+        series.append(Series("SPADE-EXIT", iso["budgets"], iso["at_budget"]["spade_exit"], EXIT))
     labelled = iso["metric"] == "accuracy"
     return Chart(
         name="iso_compute",
@@ -89,10 +91,10 @@ def iso_compute(results: dict[str, Any]) -> Chart | Omitted:
         note=run_note(results, labelled=labelled, interval=False),
         caption=f"100% is {iso['full_flops']:.3g} FLOPs. A lens answers every row at the deepest "
         "layer within the budget. Blocks, maps, norm, unembedding, SPADE's continuation and "
-        "SPADE-EXIT's probes are all charged.",
+        "SPADE-EXIT's checks are all charged.",
         x_label="FLOPs per row (share of the full model's)",
         y_label=_what(labelled),
-        series=series,
+        series=tuple(series),
         levels=_full_model(results) if labelled else (),
         percent_x=True,
     )
@@ -108,7 +110,7 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     series = [
         Series(
             "every threshold", [of(row) for row in grid], _values(grid, labelled),
-            Look("#0072B2", "circle"), low, high,
+            LineStyle("#0072B2", "circle"), low, high,
         ),
         Series(
             "thresholds of the paper (nats)", [of(row) for row in exits["paper"]],
@@ -118,21 +120,19 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     ]  # fmt: skip
     policy = exits["policy"]
     if policy and policy["row"]:
-        row = policy["row"]
-        series.append(
-            Series("policy.json", [of(row)], _values([row], labelled), POLICY, joined=False)
-        )
+        row, label = policy["row"], policy.get("label", "policy.json")
+        series.append(Series(label, [of(row)], _values([row], labelled), POLICY, joined=False))
     never = exits["never"]
     if of is _flops and exits["oracle_saving"] is not None:
         where = [1 - exits["oracle_saving"]]
         series.append(
-            Series("oracle, probes free", where, _values([never], labelled), ORACLE, joined=False)
+            Series("oracle, checks free", where, _values([never], labelled), ORACLE, joined=False)
         )
     return Chart(
         title=title,
         note=run_note(results, labelled=labelled),
-        caption="L-SPADE's entropy decides, SPADE answers. The oracle stops each row at the first "
-        "layer that answers as the model does.",
+        caption="The heads' entropy decides, SPADE answers. The oracle exits each row at the first "
+        "layer that answers as the full model does.",
         y_label=_what(labelled),
         series=tuple(series),
         levels=_full_model(results) if labelled else (),

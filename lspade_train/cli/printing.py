@@ -1,4 +1,4 @@
-"""Results as tables that fit a screen. Knows nothing of how they were measured."""
+"""Results printed as tables that fit a terminal. Knows nothing of how they were measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,33 +7,37 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-LENSES = {"logit_lens": "logit", "tuned_lens": "tuned", "l_spade": "L-SPADE", "spade": "SPADE"}
+from lspade_train.probes.lenses import SPADE, label_of
+from lspade_train.reporting.rows import rows_measured
+from lspade_train.reporting.tables import exit_lens
+
 METRICS = {
     "accuracy": "acc.",
     "agrees_model": "agree",
     "kl_to_spade": "KL",
 }
-LEGEND = "acc.: right answer; agree: best token is the full model's; KL to SPADE in nats"
+LEGEND = "acc.: accuracy; agree: best token is the full model's; KL to SPADE in nats"
+FLATTERED = " *"
 LAYERS_SHOWN = 16
 WIDTH = 100
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """One line of what was measured, one table of layers and lenses, one of exits."""
+    """A line on what was measured, a table of layers and lenses, and one of exits."""
     console = Console()
     console = Console(width=max(console.width, WIDTH))
     console.print(_headline(results), highlight=False, soft_wrap=True)
     console.print(_by_layer(results))
     if results["exits"]:
-        console.print(_exits(results))
+        console.print(_exits_table(results))
 
 
 def print_cross_task(cross: dict[str, Any]) -> None:
-    """Heads and thresholds of each task (rows) used on each task (columns)."""
+    """Heads and threshold of each task (rows) used on each task (columns)."""
     tasks = [
         f"{task['name']}\n{_number(task['full_model'])}, n {task['n']:,}" for task in cross["tasks"]
     ]
-    title = "SPADE-EXIT: accuracy / mean exit layer; under a task's name its full model"
+    title = "SPADE-EXIT: accuracy / mean exit layer; the full model's accuracy under a task's name"
     table = _table("heads and threshold of", *tasks, title=title)
     for heads, cells in zip(cross["heads"], cross["cells"], strict=True):
         table.add_row(heads["name"], *(_cell(cell) for cell in cells))
@@ -42,9 +46,9 @@ def print_cross_task(cross: dict[str, Any]) -> None:
 
 
 def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
-    """What each change does, mean over the layers."""
+    """The effect of each change, mean over the layers."""
     title = f"ablations, mean over layers {layers[0]} to {layers[-1]}; against the full model"
-    table = _table("change", "accuracy", "same answer", "KL (nats)", title=title)
+    table = _table("change", "accuracy", "answer agrees", "KL (nats)", title=title)
     for group, variants in ablations.items():
         for variant in variants:
             values = (variant[m] for m in ("accuracy", "answer_agrees_model", "kl_to_model"))
@@ -55,11 +59,13 @@ def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
 
 
 def print_comparison(results: Sequence[dict[str, Any]]) -> None:
-    """One row per heads folder: L-SPADE and SPADE, mean over their layers, and their policy."""
+    """One row per heads folder: its heads and SPADE, mean over the layers, and its policy."""
     table = _table(
-        "heads", "model", "task", "split", "n", "model's", "L-SPADE", "SPADE", "KL to SPADE",
+        "folder", "model", "task", "split", "n", "full model", "heads", "SPADE", "KL to SPADE",
         "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
     )  # fmt: skip
+    if any(map(_is_flattered, results)):
+        table.caption = f"{FLATTERED.strip()} on the rows that chose the policy"
     for column in table.columns[:2]:
         column.no_wrap = True
     for one in results:
@@ -75,14 +81,14 @@ def _headline(results: dict[str, Any]) -> str:
         low, high = full["accuracy_interval"]
         accuracy = f" accuracy {full['accuracy']:.3f} [{low:.3f}, {high:.3f}],"
     return (
-        f"\n{results['name']}: {results['task']}, {results['split']} split, n = {results['n']:,}, "
+        f"\n{results['name']}: {results['task']}, {rows_measured(results)}, n = {results['n']:,}, "
         f"seed {results['seed']}. Full model:{accuracy} entropy {full['entropy']:.3f} nats. "
         f"Half-width of the {interval['level']:.0%} intervals: at most {_widest(results):.3f}."
     )
 
 
 def _widest(results: dict[str, Any]) -> float:
-    """Half the widest interval of the fractions in the table."""
+    """Half the width of the widest interval in the table."""
     metrics = ("accuracy_interval", "agrees_model_interval")
     pairs = (
         pair
@@ -98,9 +104,10 @@ def _by_layer(results: dict[str, Any]) -> Table:
         (metric, lens)
         for metric in METRICS
         for lens, values in results["lenses"].items()
-        if values[metric] is not None and (lens, metric) != ("spade", "kl_to_spade")
+        if values[metric] is not None and (lens, metric) != (SPADE.key, "kl_to_spade")
     ]
-    table = _table("layer", *(f"{METRICS[metric]}\n{LENSES[lens]}" for metric, lens in columns))
+    headings = (f"{METRICS[metric]}\n{label_of(lens, short=True)}" for metric, lens in columns)
+    table = _table("layer", *headings)
     table.caption = LEGEND
     for place in _spread(len(results["layers"])):
         values = (results["lenses"][lens][metric][place] for metric, lens in columns)
@@ -108,7 +115,7 @@ def _by_layer(results: dict[str, Any]) -> Table:
     return table
 
 
-def _exits(results: dict[str, Any]) -> Table:
+def _exits_table(results: dict[str, Any]) -> Table:
     exits = results["exits"]
     oracle = exits["oracle_saving"]
     table = _table(
@@ -117,7 +124,7 @@ def _exits(results: dict[str, Any]) -> Table:
     )  # fmt: skip
     rows = [("never", exits["never"]), *((f"{r['threshold']:g}", r) for r in exits["paper"])]
     if exits["policy"] and exits["policy"]["row"]:
-        rows.append(("policy.json", exits["policy"]["row"]))
+        rows.append((exits["policy"].get("label", "policy.json"), exits["policy"]["row"]))
     for name, row in rows:
         numbers = ("accuracy", "drop", "disagreement")
         table.add_row(
@@ -130,7 +137,7 @@ def _exits(results: dict[str, Any]) -> Table:
 
 
 def _spread(count: int) -> list[int]:
-    """All places, or as many as fit a screen: evenly spread, the last one among them."""
+    """All indices, or as many as fit a screen: evenly spaced, with the last."""
     if count <= LAYERS_SHOWN:
         return list(range(count))
     step = -(-count // LAYERS_SHOWN)
@@ -140,7 +147,7 @@ def _spread(count: int) -> list[int]:
 def _compared(results: dict[str, Any]) -> list[str]:
     labelled = results["n_labelled"] > 0
     metric = "accuracy" if labelled else "answer_agrees_model"
-    heads, spade = results["lenses"]["l_spade"], results["lenses"]["spade"]
+    heads, spade = results["lenses"][exit_lens(results)], results["lenses"][SPADE.key]
     policy = (results["exits"] or {}).get("policy") or {}
     row = policy.get("row") or {}
     return [
@@ -154,8 +161,14 @@ def _compared(results: dict[str, Any]) -> list[str]:
         _number(_mean(spade[metric])),
         _number(_mean(heads["kl_to_spade"])),
         _number(row.get("accuracy")),
-        "-" if not row else f"{row['compute_saved']:.1%}",
+        "-" if not row else f"{row['compute_saved']:.1%}" + FLATTERED * _is_flattered(results),
     ]
+
+
+def _is_flattered(results: dict[str, Any]) -> bool:
+    """Whether the policy's figures stand on rows that chose it."""
+    policy = (results["exits"] or {}).get("policy") or {}
+    return bool(policy.get("row")) and policy.get("chosen_on_these_rows", False)
 
 
 def _cell(cell: dict[str, Any] | None) -> str:

@@ -1,0 +1,77 @@
+"""The recipe's keys: which there are, what each takes in words, and near misses.
+
+Imports nothing heavy, so that a mistyped key is answered at once.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lspade_train.recipe import Recipe
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+    dict: "a section of keys",
+    list: "a list",
+}
+PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def _keys(section: type, place: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(section).items():
+        found[place + name] = hint
+        if is_dataclass(hint):
+            found |= _keys(hint, f"{place}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+KEYS: Mapping[str, Any] = _keys(Recipe)
+"""Dotted key -> type; a section's type is its dataclass."""
+
+SECTIONS = frozenset(key for key, hint in KEYS.items() if is_dataclass(hint))
+
+
+def is_known(key: str) -> bool:
+    """Whether a recipe has that key; below a mapping, such as `trainer`, every name is one."""
+    parents = [".".join(key.split(".")[:count]) for count in range(1, key.count(".") + 1)]
+    return key in KEYS or any(takes_names(parent) for parent in parents)
+
+
+def takes_names(key: str) -> bool:
+    """Whether what stands under a key is a mapping of names that the recipe does not list."""
+    hint = KEYS.get(key)
+    return any(get_origin(part) is dict for part in (hint, *get_args(hint)))
+
+
+def wording(hint: Any) -> str:
+    """A type in words, as in `a whole number, or null`."""
+    if get_origin(hint) in (Union, UnionType):
+        parts = sorted(get_args(hint), key=lambda part: part is NoneType)
+        return ", or ".join(wording(part) for part in parts)
+    if get_origin(hint) is Literal:
+        values = [str(value) for value in get_args(hint)]
+        return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+    if get_origin(hint) is list:
+        return f"a list of {PLURALS.get(get_args(hint)[0], 'values')}"
+    if get_origin(hint) is dict:
+        return WORDS[dict]
+    if is_dataclass(hint):
+        return WORDS[dict]
+    return WORDS.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean x?`, or nothing where no name is near."""
+    known = list(known)
+    by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+    last = name.rsplit(".", 1)[-1]
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    found = found or [by_last[k] for k in difflib.get_close_matches(last, by_last, 1, cutoff=0.75)]
+    return f"; did you mean {found[0]}?" if found else ""

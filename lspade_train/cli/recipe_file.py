@@ -1,0 +1,115 @@
+"""A recipe's file, before any parser sees it: encoding, YAML faults and keys, by line.
+
+Imports nothing heavy, so that a mistake in it is answered at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lspade_train.cli.keys import KEYS, SECTIONS, is_known, near, takes_names
+from lspade_train.cli.shipped import find_recipe, recipes
+from lspade_train.errors import RecipeError
+from lspade_train.io.text import read_text
+
+KINDS = {"scalar": "a single value", "sequence": "a list", "mapping": "keys"}
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe that is YAML and names known keys only.
+
+    Attributes:
+        name: as it was given.
+        path: where it lies.
+        text: its YAML, without sections that hold nothing: those keep their defaults.
+        lines: dotted key -> line, from 1.
+    """
+
+    name: str
+    path: Path
+    text: str
+    lines: dict[str, int]
+
+
+def read_recipe(name: str) -> RecipeFile:
+    """Read a recipe by its path, or by the name of one that is shipped.
+
+    Raises:
+        RecipeError: no such file, not text, not YAML, a key twice, or one that is not known.
+    """
+    path = Path(find_recipe(name)).expanduser()
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        names = [*recipes(), *map(str, [*Path().glob("*.yaml"), *Path().glob("recipes/*.yaml")])]
+        raise RecipeError(
+            f"No recipe {name} ({what}{near(name, names)}). Expected a YAML file, or a name that "
+            "lspade-train recipes lists; check --config."
+        )
+    text = read_text(path, RecipeError)
+    node = _compose(path, text)
+    lines: dict[str, int] = {}
+    empty = list(_check(path, node, "", lines))
+    for parent, pair in empty:
+        parent.value.remove(pair)
+    return RecipeFile(name, path, yaml.serialize(node) if empty else text, lines)
+
+
+def _compose(path: Path, text: str) -> yaml.MappingNode:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{line} is not YAML: {error.problem or error.context}. Correct the file."
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path} is not YAML: {_first_line(error)}. Correct the file.") from error
+    if not isinstance(node, yaml.MappingNode):
+        found = "nothing" if node is None else KINDS[node.id]
+        raise RecipeError(
+            f"{path} holds {found}; expected keys, such as name and data. "
+            "lspade-train recipes arc prints an example."
+        )
+    return node
+
+
+def _check(
+    path: Path, node: yaml.MappingNode, place: str, lines: dict[str, int]
+) -> Iterator[tuple[yaml.MappingNode, tuple[yaml.Node, yaml.Node]]]:
+    """Check the keys of a section and note their lines; yields the sections that hold nothing."""
+    for key_node, value in list(node.value):
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{path}, line {line}: a key is not a text. Correct the file.")
+        key = place + str(key_node.value)
+        if key in lines:
+            raise RecipeError(
+                f"{path}, line {line}: {key} is given a second time (first in line {lines[key]}). "
+                "Put all of it into one."
+            )
+        lines[key] = line
+        if not is_known(key):
+            raise RecipeError(
+                f"{path}, line {line}: unknown key {key}{near(key, KEYS)}\n"
+                "lspade-train fit --help lists every key."
+            )
+        if _is_null(value) and (key in SECTIONS or key == "trainer"):
+            yield node, (key_node, value)
+        elif isinstance(value, yaml.MappingNode):
+            yield from _check(path, value, f"{key}.", lines)
+        elif key in SECTIONS or (takes_names(key) and not _is_null(value)):
+            raise RecipeError(
+                f"{path}, line {line}: {key} holds {KINDS[value.id]}; expected keys below it."
+            )
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

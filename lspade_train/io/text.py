@@ -1,0 +1,108 @@
+"""Text as users write it: byte-order marks, lines of any bytes, strict JSON objects.
+
+Knows nothing of tasks or recipes. Imports nothing heavy.
+"""
+
+import codecs
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+from lspade_train.errors import LSpadeError
+
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+UNDECODABLE = "lspade-undecodable"
+
+# One lone surrogate for what cannot be decoded, in any encoding: its line is then not text.
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", getattr(error, "end", 0)))
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a byte-order mark names; UTF-8 where there is none."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+def read_text(path: Path, error: type[LSpadeError]) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
+
+    Raises:
+        error: the file cannot be read, or is in another encoding; names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+    encoding = encoding_of(content)
+    try:
+        return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as cause:
+        line = content[: cause.start].count(b"\n") + 1
+        name = encoding.removesuffix("-sig").upper()
+        raise error(
+            f"{path}, line {line} is not {name} text (byte 0x{content[cause.start]:02x}). "
+            "Save the file as UTF-8."
+        ) from cause
+
+
+def lines_of(binary: BinaryIO) -> TextIO:
+    """The lines of a stream, decoded as they come.
+
+    A byte that cannot be decoded becomes a lone surrogate, so that it costs its own line only;
+    `require_text` refuses that line.
+    """
+    peek = getattr(binary, "peek", None)
+    head: bytes = peek(4)[:4] if peek else b""
+    return io.TextIOWrapper(binary, encoding=encoding_of(head), errors=UNDECODABLE)
+
+
+def require_text(text: str) -> None:
+    """Refuse halves of surrogate pairs: no encoding has them, and no tokenizer takes them.
+
+    Raises:
+        ValueError: there is one.
+    """
+    found = SURROGATE.search(text)
+    if found and found[0] == "\udcff":
+        raise ValueError("holds bytes that are not text in the file's encoding")
+    if found:
+        raise ValueError(f"holds half of a surrogate pair (\\u{ord(found[0]):x})")
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """A JSON object with finite numbers and whole characters.
+
+    Raises:
+        ValueError: it is not one; says why.
+    """
+    require_text(line)
+    try:
+        value = json.loads(line, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError as cause:
+        raise ValueError("nested too deeply") from cause
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    if "\\u" in line:  # an escape may be half of a pair
+        require_text(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.20} is too large a number")
+    return value

@@ -1,0 +1,164 @@
+"""What a model is at one moment, to see whether it has changed. Knows nothing of what is kept.
+
+Weak references and numbers only: a snapshot keeps neither a model nor its weights alive.
+"""
+
+# pyright: reportPrivateUsage=false
+# PyTorch has no public names for a module's tables of children, weights and hooks.
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 8
+"""Values compared of each tensor. Fused optimizers and writes through `.data` change weights
+without counting it in `Tensor._version`; only the values tell."""
+
+CONFIGURED = ("_attn_implementation", "logit_scale", "logits_scaling", "final_logit_softcapping")
+"""Settings of a configuration that are looked at when a model is first used."""
+
+_OWN_NAMES = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A model at one moment.
+
+    Attributes:
+        references: to its modules, to `forward`s set on them, and to its tensors.
+        settings: modes, switches of adapters, what the configuration says, and hooks outside the
+            blocks, which no replay of blocks runs.
+        hooks: all hooks.
+        places: where each tensor's numbers lie.
+        versions: in-place changes that PyTorch has counted; None for inference tensors.
+        values: a few numbers of every tensor.
+    """
+
+    references: list[Any]
+    settings: tuple[Any, ...]
+    hooks: list[tuple[int, ...]]
+    places: list[int]
+    versions: list[int] | None
+    values: list[Tensor]
+
+    def same_structure(self, other: "Snapshot") -> bool:
+        """Whether modules, modes, adapters and the place of all weights are the same."""
+        return (
+            self.settings == other.settings
+            and self.places == other.places
+            and len(self.references) == len(other.references)
+            and all(map(is_, self.references, other.references))
+        )
+
+    def same(self, other: "Snapshot") -> bool:
+        """Whether weights and hooks are the same, too."""
+        return (
+            self.hooks == other.hooks
+            and self.versions == other.versions
+            and self.same_structure(other)
+            and len(self.values) == len(other.values)
+            and all(map(torch.equal, self.values, other.values))
+        )
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module) -> Snapshot:
+    """Look at every module and tensor of a model: some 0.5 ms for 30 blocks on a CPU."""
+    modules: list[nn.Module] = []
+    outside: list[nn.Module] = []
+    _walk(model, modules, outside)
+    tensors = [t for m in modules for t in m._parameters.values() if t is not None]
+    for module in modules:
+        if module._buffers:
+            derived = module._non_persistent_buffers_set  # some models write theirs in a forward
+            tensors += [b for n, b in module._buffers.items() if b is not None and n not in derived]
+    # accelerate loads a tensor that it offloaded for one forward, and makes a new one to wait.
+    offloaded = sum(tensor.is_meta for tensor in tensors)
+    if offloaded:
+        tensors = [tensor for tensor in tensors if not tensor.is_meta]
+    forwards = [vars(module)["forward"] for module in modules if "forward" in vars(module)]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    above = _hooks([module for module in outside if module is not embedding])
+    switches = [_switches(module) for module in modules if _is_foreign(type(module))]
+    return Snapshot(
+        references=[weakref.ref(each) for each in (*modules, *forwards, *tensors)],
+        settings=([m.training for m in modules], above, switches, _configured(model), offloaded),
+        hooks=_hooks(modules),
+        places=[tensor.data_ptr() for tensor in tensors],
+        versions=_versions(tensors),
+        values=_values(tensors),
+    )
+
+
+def _walk(module: nn.Module, found: list[nn.Module], outside: list[nn.Module] | None) -> None:
+    """All modules in order, and those that are not in a list of blocks."""
+    found.append(module)
+    if outside is not None:
+        outside.append(module)
+    below = None if isinstance(module, nn.ModuleList) else outside
+    for child in module._modules.values():
+        if child is not None:
+            _walk(child, found, below)
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
+    """Their numbers, which PyTorch gives out once each."""
+    tables = (table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))
+    return [tuple(table) for table in tables if table]
+
+
+def _is_foreign(kind: type[nn.Module]) -> bool:
+    """Neither PyTorch's nor transformers' own: LoRA layers and the like, with switches."""
+    known = _FOREIGN.get(kind)
+    if known is None:
+        known = _FOREIGN[kind] = not kind.__module__.startswith(("torch.", "transformers."))
+    return known
+
+
+_FOREIGN: "weakref.WeakKeyDictionary[type[nn.Module], bool]" = weakref.WeakKeyDictionary()
+
+
+def _switches(module: nn.Module) -> list[tuple[str, Any]]:
+    """Plain values among a module's attributes: enabled adapters, their scales, what is merged."""
+    return [(name, _plain(value)) for name, value in vars(module).items() if name not in _OWN_NAMES]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return [(str(name), _plain(item)) for name, item in value.items()]
+    return None
+
+
+def _configured(model: nn.Module) -> list[Any]:
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    return [getattr(text, name, None) for name in CONFIGURED]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors count nothing
+        return None
+
+
+def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        # Other classes are quantised tensors, which need not allow this.
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.is_contiguous():
+            count = tensor.numel()
+            size = min(count, SAMPLES)
+            step = count // size if size else 1
+            groups[tensor.device, tensor.dtype].append(tensor.as_strided((size,), (step,)))
+    return [torch.cat(group) for group in groups.values()]

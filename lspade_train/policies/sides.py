@@ -1,0 +1,113 @@
+"""Which rows choose a policy and which measure it: never the same ones, where it can be helped.
+
+Where the data have a labelled test split, all of validation chooses. Elsewhere (BoolQ) a hash of
+each row's content halves validation, as `tasks/held_out.py` says: one half chooses, the held-out
+half measures.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lspade_train import tasks
+from lspade_train.cache import StateDataset
+from lspade_train.errors import PolicyError
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.tasks import Split
+
+if TYPE_CHECKING:
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+Part = Literal["all", "calibration", "held_out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Some rows of a task's data, named so that a file can say which they were.
+
+    Attributes:
+        task: the recipe's task.
+        dataset: the recipe's data set.
+        split: train, validation or test.
+        part: of the split: all of it, or one half of a validation split that is shared.
+    """
+
+    task: str
+    dataset: str | None
+    split: Split
+    part: Part
+
+    @property
+    def words(self) -> str:
+        """Such as `validation` or `validation, held-out half`."""
+        if self.part == "all":
+            return self.split
+        return f"{self.split}, {self.part.replace('_', '-')} half"
+
+    def states(self, data: "HiddenStateDataModule") -> StateDataset:
+        """Its cached rows.
+
+        Raises:
+            PolicyError: none of the split's rows is on this side.
+        """
+        found = data.stored(self.split)
+        if self.part == "all":
+            return found
+        held_out = data.held_out(self.split)
+        rows = (held_out if self.part == "held_out" else ~held_out).nonzero()[:, 0]
+        if not len(rows):
+            raise PolicyError(
+                f"None of the {len(found)} {self.split} rows is in its {self.part} half. "
+                "Raise --data.limit, or set --data.dataset to data with a labelled test split."
+            )
+        return found.select(rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """As files hold it."""
+        return asdict(self)
+
+
+def calibration_side(data: "HiddenStateDataModule") -> Side:
+    """The validation rows that may choose a policy."""
+    return _side(data, "validation", "calibration" if _is_shared(data) else "all")
+
+
+def evaluation_side(data: "HiddenStateDataModule", split: Split | None = None) -> Side:
+    """The rows to report on; a split that is asked for by name is taken whole.
+
+    Args:
+        data: of a recipe.
+        split: None takes test, or the held-out half of validation where test has no labels.
+    """
+    if split is not None:
+        return _side(data, split, "all")
+    shared = _is_shared(data)
+    return _side(data, "validation" if shared else "test", "held_out" if shared else "all")
+
+
+def chose(policy: ExitPolicy, side: Side) -> bool:
+    """Whether some of these rows chose that policy, so that its figures on them flatter it.
+
+    A policy that no calibration chose was set by hand: no row chose it.
+    """
+    if not policy.calibration:
+        return False
+    known = policy.calibration.get("rows")
+    if known is None:  # of a calibration that did not record them: all of validation
+        return side.split != "test"
+    if (known["task"], known["dataset"]) != (side.task, side.dataset):
+        return False
+    if side.split == "train":  # it proposed
+        return True
+    return side.split == known["split"] and {side.part, known["part"]} != {
+        "calibration",
+        "held_out",
+    }
+
+
+def _side(data: "HiddenStateDataModule", split: Split, part: Part) -> Side:
+    return Side(task=data.config.task, dataset=data.config.dataset, split=split, part=part)
+
+
+def _is_shared(data: "HiddenStateDataModule") -> bool:
+    """Whether validation is also what results are reported on."""
+    return tasks.evaluation_split(data.config) == "validation"
