@@ -24,6 +24,7 @@ from lspade_train.cache import StateDataset, open_cache, verify
 from lspade_train.cache.buffers import BufferPool
 from lspade_train.cache.extract import length_buckets
 from lspade_train.cache.manifest import Manifest
+from lspade_train.cli import main
 from lspade_train.errors import CacheError, NumericsError
 from lspade_train.io.storage import file_digest, read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
@@ -344,6 +345,15 @@ def test_targets_asked_for_later_are_added_without_touching_the_states(
     assert {path: path.stat().st_ino for path in folder.glob("shard-*")} == before
     build(project, cache_dir=str(project.home / "whole"), **settings)
     assert contents(folder) == contents(project.home / "whole/train")
+
+
+def test_the_command_caches_what_the_recipes_target_asks_for(project):
+    recipe = ["--config", str(project.recipe()), "--splits", "[train]"]
+    assert main(["cache", *recipe, "--model.target", "final"]) == 0
+    assert not list(project.cache.glob("train/target-*"))
+    assert main(["cache", *recipe]) == 0
+    assert list(project.cache.glob("train/target-*"))
+    assert main(["cache", "--verify", str(project.cache)]) == 0
 
 
 def test_a_cache_with_spade_targets_serves_the_models_own_answer(finished):
