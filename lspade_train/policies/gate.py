@@ -33,6 +33,8 @@ STATISTICS = ("entropy", "max_prob", "margin", "logit margin", "logit norm")
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """Strengths of the L2 penalty to choose from, in rows: a penalty of n halves what n rows say."""
 FOLDS = 5
+LEAST = 1e-6
+"""Doubt that always remains, so that a threshold of 0 stops nobody."""
 REMEDY = "Fit it again with lspade-train calibrate."
 
 
@@ -54,6 +56,26 @@ class Reading:
         found = [_statistics(one.float()) for one in logits]
         answers = [one.argmax(-1) for one in logits]
         return cls(torch.cat(found, dim=-1), torch.stack(answers, dim=-1))
+
+    @classmethod
+    def beside(cls, parts: "Sequence[Reading]") -> "Reading":
+        """The readings of several readers of the same rows."""
+        return cls(
+            torch.cat([part.statistics for part in parts], dim=1),
+            torch.cat([part.answers for part in parts], dim=1),
+        )
+
+    @classmethod
+    def stacked(cls, parts: "Sequence[Reading]") -> "Reading":
+        """The readings of several batches by the same readers."""
+        return cls(
+            torch.cat([part.statistics for part in parts]),
+            torch.cat([part.answers for part in parts]),
+        )
+
+    def cpu(self) -> "Reading":
+        """In the CPU's memory."""
+        return Reading(self.statistics.cpu(), self.answers.cpu())
 
     def rows(self, index: Tensor) -> "Reading":
         """The rows at `index` (positions or a mask)."""
@@ -112,7 +134,7 @@ class Gate:
         score = features @ self.weight[place].to(device) + self.bias[place].to(device)
         if self.hidden is not None and hidden is not None:
             score = score + hidden.float() @ self.hidden[place].to(hidden.device)
-        return torch.sigmoid(score)
+        return torch.sigmoid(score).clamp(min=LEAST)
 
     def save(self, path: Path) -> str:
         """Write `gate.safetensors`; equal gates give equal bytes.
