@@ -20,6 +20,7 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
+from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
 RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
