@@ -243,7 +243,9 @@ class _Search:
             [(rows.answers[word] == rows.full_answer[:, None]).double().mean(0) for word in words]
         )
         # Of equals the cheapest: an answer from a head runs no block above the exit.
-        best: tuple[Decoder, ...] = tuple(words[len(words) - 1 - int(place)] for place in right[::-1].argmax(0))
+        best: tuple[Decoder, ...] = tuple(
+            words[len(words) - 1 - int(place)] for place in right[::-1].argmax(0)
+        )
         every: list[tuple[Decoder, ...]] = [_repeated(word, count) for word in words]
         return [*every, *([] if best in every else [best])]
 
