@@ -131,9 +131,11 @@ class Gate:
             hidden: h_a at that layer; read only where the gate was fitted with it.
         """
         place, device = self.layers.index(layer), features.device
-        score = features @ self.weight[place].to(device) + self.bias[place].to(device)
+        # Matrix products, as FLOPs are counted by them.
+        score = features @ self.weight[place, :, None].to(device)
         if self.hidden is not None and hidden is not None:
-            score = score + hidden.float() @ self.hidden[place].to(hidden.device)
+            score = score + (hidden.float() @ self.hidden[place, :, None].to(hidden.device))
+        score = score.squeeze(-1) + self.bias[place].to(device)
         return torch.sigmoid(score).clamp(min=LEAST)
 
     def save(self, path: Path) -> str:

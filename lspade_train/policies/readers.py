@@ -1,6 +1,6 @@
 """Which heads a policy's checks and answers need, by the words that `policy.json` uses."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.policy import REMEDY, ExitPolicy
@@ -50,11 +50,14 @@ def answer_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
     Raises:
         PolicyError: heads that are not there.
     """
-    return _named((name for name in dict.fromkeys(policy.decoders) if name != "spade"), heads)
+    return _named([name for name in dict.fromkeys(policy.decoders) if name != "spade"], heads)
 
 
-def _named(names: Iterable[str], heads: LSpadeHeads | None) -> Readers:
+def _named(names: Sequence[str], heads: LSpadeHeads | None) -> Readers:
     known = available(heads)
+    if heads is not None and heads.target is None:
+        # Not recorded: they serve as what they are asked for.
+        known = {**dict.fromkeys(TARGETS, heads), **known}
     for name in names:
         if name not in known:
             has = ", ".join(n for n in known if n != "logit_lens") or "none"

@@ -114,6 +114,8 @@ def calibrate(
     check_budget(risk, budget, confidence)
     if measure is not None:
         find_measure(measure)
+    # Refuses words that no policy knows.
+    ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
     heads = heads.bind(data.adapter)
     layers = _candidate_layers(data, heads, interval)
     side = calibration_side(data)
