@@ -141,22 +141,27 @@ def calibrate(
     proposing = search.read(data.stored("train", DESIGN_ROWS))
     designs = [*search.designs(proposing)]
     proposed = [design.candidates(proposing) for design in designs]
-    proposals = [(d, one) for d, found in zip(designs, proposed, strict=True) for one in found]
-    front = frontier([candidate for _, candidate in proposals], risk, budget)
-    kept = {id(candidate): design for design, candidate in proposals}
-    chosen_from = [kept[id(candidate)] for candidate in front]
     rows = search.read(tested)
-    final = [
-        Candidate(one.name, design.table(rows), one.rule)
-        for design, one in zip(chosen_from, front, strict=True)
-    ]
+    sequences: list[list[Candidate]] = []
+    chosen_from: list[_Design] = []
+    for members in _by_signal(designs):
+        kept = {id(one): place for place in members for one in proposed[place]}
+        front = frontier([one for place in members for one in proposed[place]], risk, budget)
+        origins = [designs[kept[id(one)]] for one in front]
+        chosen_from += origins
+        sequences.append(
+            [
+                Candidate(one.name, design.table(rows), one.rule)
+                for design, one in zip(origins, front, strict=True)
+            ]
+        )
     tables = [design.table(rows) for design in _widest(designs)]
-    found = run_tests([final], tables, risk, budget, confidence)
+    found = run_tests(sequences, tables, risk, budget, confidence)
     record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
     place = next((n for n, row in enumerate(found.curve) if row is found.chosen), None)
     policy = replace(template, threshold=None, calibration=record)
     if place is not None:
-        rule = final[place].rule
+        rule = [one for sequence in sequences for one in sequence][place].rule
         policy = chosen_from[place].policy.at(rule.layers, rule.threshold)
         policy = replace(policy, calibration=record)
     never = evaluate_policy(tables[0], None)
@@ -314,6 +319,18 @@ def with_history(rule: ExitRule, layers: Sequence[int]) -> ExitRule:
             limits.setdefault(layers[place - 1], 0.0)
     kept = sorted(limits)
     return ExitRule(layers=tuple(kept), threshold=tuple(limits[layer] for layer in kept))
+
+
+def _by_signal(designs: "Sequence[_Design]") -> list[list[int]]:
+    """Places of the designs that decide by the same signal, each group to be tested for itself.
+
+    Heads know the rows they were trained on too well, and a signal that suffers from it can head
+    the frontier of all: in a sequence of its own it spoils only that.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for place, design in enumerate(designs):
+        groups.setdefault((design.policy.measure, design.readers), []).append(place)
+    return [*groups.values()]
 
 
 def _best_of_kinds(
