@@ -174,7 +174,8 @@ CHOSEN = {
 )
 def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     record = {"risk": risk, "budget": 0.02, "confidence": 0.9, "n": 1234, "chosen": CHOSEN}
-    change(folder / "policy.json", layers=[1, 2, 3], threshold=0.25, calibration=record)
+    plain = {"measure": "entropy", "decoder": "spade", "gate_digest": None}
+    change(folder / "policy.json", layers=[1, 2, 3], threshold=0.25, calibration=record, **plain)
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
@@ -213,7 +214,9 @@ def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
 
 
 def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder):
-    change(folder / "policy.json", threshold=[0.1, 0.2, 0.33333333], calibration={})
+    plain = {"layers": [1, 2, 3], "measure": "entropy", "decoder": "spade", "gate_digest": None}
+    limits = [0.1, 0.2, 0.33333333]
+    change(folder / "policy.json", threshold=limits, calibration={}, **plain)
     text = card(folder)
     assert "at or under 0.1, 0.2, 0.3333 nats (layer by layer)" in text
     assert "Guarantee" not in text
@@ -284,7 +287,7 @@ def test_a_damaged_file_is_named_with_what_to_do(folder):
         ("results.json", {"layers": 3}),
         ("results.json", {"full_model": {"accuracy": "high"}}),
         ("results.json", {"heads": [1]}),
-        ("policy.json", {"threshold": {"a": 1}}),
+        ("policy.json", {"threshold": {"a": 1}, "measure": "entropy"}),
         ("policy.json", {"calibration": {"chosen": {"accuracy": 1}}}),
         ("config.json", {"layers": None}),
         ("config.json", {"training": {"recipe": "arc"}}),

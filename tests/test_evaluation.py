@@ -447,7 +447,7 @@ def test_data_of_one_split_is_evaluated_where_it_is_asked_for(fitted, project, c
     recipe = project.recipe(data__dataset=str(data))
     heads = f"--heads={fitted.home / 'checkpoints/toy'}"
     assert main(["evaluate", "--config", str(recipe), heads]) == 1
-    assert "no validation split" in capsys.readouterr().err.replace("\n", " ")
+    assert "test split" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeypatch, caplog):

@@ -51,7 +51,7 @@ def test_the_parts_of_a_policy_without_threshold_add_up_to_what_it_costs_with_on
     model, tokens, layers = tiny("llama"), [9, 30], (1, 3)
     policy = ExitPolicy(layers=layers, scope=scope, decoder=decoder)
     counts = count_flops(model, runtime_of(model, policy).heads)
-    parts = cost_parts(counts, tokens, layers, policy, choices=torch.tensor([3, 3]))
+    parts = cost_parts(counts, tokens, policy, choices=torch.tensor([3, 3]))
     ends = [*layers, LAYERS]
     checked = exit_flops(counts, tokens, ends, replace(policy, threshold=0.1), choices=3)
     torch.testing.assert_close(torch.from_numpy(parts.stops()), checked)

@@ -11,9 +11,11 @@ from tiny_models import tiny
 
 from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter
 from lspade_train.artifacts.card import card
+from lspade_train.cache import answers
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, PolicyError, RecipeError
-from lspade_train.evaluation import read_lenses, readings
+from lspade_train.evaluation import read_lenses
+from lspade_train.policies.readers import answer_readers, check_readers
 from lspade_train.probes.lenses import (
     L_SPADE,
     LENSES,
@@ -153,7 +155,7 @@ def test_spade_is_unembedded_once_per_layer_whatever_the_number_of_lenses(projec
     data = project.module()
     dataset, adapter = data.stored("validation"), data.adapter
     heads = LSpadeHeads(data.layers, adapter.hidden_size).bind(adapter)
-    monkeypatch.setattr(readings, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(answers, "CHUNK_ROWS", 8)
     rows = []
     hook = adapter.unembed.head.register_forward_hook(lambda _, __, out: rows.append(len(out)))
     lenses = {LOGIT_LENS.key: None, TUNED_LENS.key: heads, L_SPADE.key: heads, SPADE.key: None}
@@ -193,10 +195,15 @@ def test_a_policy_with_the_decoder_of_a_lens_takes_the_heads_of_that_lens(lens):
     policy = ExitPolicy(layers=(1,), decoder=lens.decoder)
     if lens.heads is None:
         return
-    policy.check_heads(None, lens.heads.target)
-    other = {"spade": "final", "final": "spade"}[lens.heads.target]
-    with pytest.raises(PolicyError, match=f"model.target {lens.heads.target}"):
-        policy.check_heads(None, other)
+    heads = LSpadeHeads([1], 4)
+    other = {"spade": "final", "final": "spade"}
+    for target in (lens.heads.target, other[lens.heads.target]):
+        heads.metadata = {"training": {"recipe": {"model": {"target": target}}}}
+        if target == lens.heads.target:
+            assert check_readers(policy, heads) == {lens.decoder: heads}
+        else:
+            with pytest.raises(PolicyError, match=f"model.target {lens.heads.target}"):
+                answer_readers(policy, heads)
 
 
 def test_heads_are_the_lens_of_their_target():

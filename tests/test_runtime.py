@@ -45,7 +45,8 @@ def mixed_policy(model, prompts, **settings):
     """A third of the rows qualify at layer 1, most at layer 3, by their own entropies there."""
     limits = []
     for layer, rank in ((1, 1), (3, 4)):
-        policy = ExitPolicy.always(layer, decoder=settings.get("decoder", "spade"))
+        decoder = settings.get("decoder", "spade")
+        policy = ExitPolicy(layers=(layer,), measure="max_prob", threshold=0.0, decoder=decoder)
         found = decide_batch(runtime_of(model, policy).probe, batch_of(prompts)).entropy
         low, high = found.sort().values[rank : rank + 2].tolist()
         limits.append((low + high) / 2)
@@ -204,8 +205,8 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], [[4, 4]], "two or more, each once"),
         ([[1, 5]], [[4, 5], [6, 7]], "2 lists of choices for 1 prompts"),
         (["text"], None, "need a tokenizer"),
-        ("text", None, r"one string where a list is expected: decide\(\[prompt\]"),
-        ([[1, 5]], "AB", "one string where a list is expected"),
+        ("text", None, "The prompts are one text; expected a list"),
+        ([[1, 5]], "AB", "The choices are one text; expected a list"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_error(prompts, choices, match):
@@ -244,8 +245,11 @@ def test_a_policy_that_does_not_fit_is_one_clear_error(settings, error, match):
 
 def test_checks_without_heads_are_one_clear_error():
     with pytest.raises(PolicyError, match="need heads"):
-        ExitRuntime(tiny("llama"), None, policy=ExitPolicy.always(1))
-    assert ExitRuntime(tiny("llama"), None, policy=ExitPolicy.always(1, decoder="logit_lens"))
+        ExitRuntime(tiny("llama"), None, policy=ExitPolicy(layers=(1,), threshold=0.1))
+    with pytest.raises(PolicyError, match="needs l-spade heads"):
+        ExitRuntime(tiny("llama"), None, policy=ExitPolicy.always(1, decoder="l-spade"))
+    for decoder in ("logit_lens", "spade"):  # a fixed exit checks nothing
+        assert ExitRuntime(tiny("llama"), None, policy=ExitPolicy.always(1, decoder=decoder))
 
 
 def test_heads_of_another_model_are_one_clear_error():

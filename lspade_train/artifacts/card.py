@@ -108,6 +108,7 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         figure=next((name for name in FIGURES if (folder / name).is_file()), None),
         policy=policy,
         check_layers=ranges(policy.get("layers", [])),
+        answerers=_answerers(policy),
         thresholds=_as_list(policy.get("threshold")),
         measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
@@ -196,6 +197,17 @@ def _measure_words(policy: Json) -> Json:
         "relation": known.relation if known else "as certain as",
         "unit": known.unit if known else "",
     }
+
+
+def _answerers(policy: Json) -> str:
+    """Who answers at an exit, in words; layer by layer where that differs."""
+    decoder = policy.get("decoder", "spade")
+    words = decoder if isinstance(decoder, list) else [decoder]
+    names = ["SPADE" if word == "spade" else f"the {word} head" for word in words]
+    if len(set(names)) == 1:
+        return names[0]
+    layers = policy.get("layers", [])
+    return ", ".join(f"{n} (layer {x})" for n, x in zip(names, layers, strict=False))
 
 
 def _layer_table(results: Json) -> Json:

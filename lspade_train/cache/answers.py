@@ -6,7 +6,7 @@ Knows nothing of lenses, heads or policies.
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lspade_train.cache.dataset import StateDataset
@@ -36,5 +36,10 @@ def choice_logits(
 ) -> Float[Tensor, "rows choices"]:
     """Logits of each row's choices; -inf where a row has fewer than the others."""
     chosen = logits.gather(1, batch.choice_ids.long())
-    padding = torch.arange(chosen.shape[1], device=chosen.device) >= batch.choice_count[:, None]
-    return chosen.masked_fill(padding, -torch.inf)
+    return chosen.masked_fill(~choice_mask(batch), -torch.inf)
+
+
+def choice_mask(batch: StateBatch) -> Bool[Tensor, "rows choices"]:
+    """False where a row has fewer choices than the others."""
+    places = torch.arange(batch.choice_ids.shape[1], device=batch.choice_ids.device)
+    return places < batch.choice_count[:, None]

@@ -23,8 +23,10 @@ from lspade_train.policies.exit_table import (
     pick,
 )
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.readers import answer_readers, check_readers
 from lspade_train.policies.sides import Side, chose
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import FIXED
 from lspade_train.probes.metrics import bootstrap_interval
 
 PAPER_THRESHOLDS = (0.5, 1.0, 1.5, 2.0)
@@ -117,13 +119,24 @@ def measure_policy(
     note = _why_not(dataset, heads, policy)
     if note is not None:
         return found | {"oracle_saving": None, "row": None, "note": note}
-    # The oracle may stop at any layer, so that a policy of few checks is compared with all of them.
-    known = {layer for layer in dataset.layers if layer in heads.layers}
-    every = replace(policy, layers=tuple(sorted(known | {*policy.layers})), threshold=None)
-    table = exit_table(dataset, adapter, heads, every)
-    oracle = oracle_saving(table)
-    (row,) = measure_exits(table.at(policy.layers), [policy.threshold], oracle=oracle)
+    oracle = _oracle(dataset, adapter, heads, policy)
+    table = exit_table(dataset, adapter, heads, policy)
+    (row,) = measure_exits(table, [policy.threshold], oracle=oracle)
     return found | {"oracle_saving": oracle, "row": row, "note": None}
+
+
+def _oracle(
+    dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
+) -> float:
+    """Saving of an oracle that may stop at any layer, answered by the policy's best decoder."""
+    known = {layer for layer in dataset.layers if layer in heads.layers} | {*policy.layers}
+    unchecked = ExitPolicy(
+        layers=tuple(sorted(known)), measure=FIXED, scope=policy.scope, positions=policy.positions
+    )
+    return max(
+        oracle_saving(exit_table(dataset, adapter, heads, replace(unchecked, decoder=word)))
+        for word in dict.fromkeys(policy.decoders)
+    )
 
 
 def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> str | None:
@@ -133,7 +146,10 @@ def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> s
     if missing:
         return f"The policy checks layers {missing}, which have no cached states or no head."
     try:
-        policy.check_heads(heads.digest, heads.target)
+        check_readers(policy, heads)
+        answer_readers(policy, heads)
+        beside = heads.tuned_lens
+        policy.check_heads(heads.digest, None if beside is None else beside.digest)
     except PolicyError as stale:  # heads that were fitted again, say
         return str(stale).replace("\n", " ")
     if policy.scope == "choices" and not has_choices(dataset):

@@ -1,71 +1,213 @@
-"""An exit table from cached states: what `ExitRuntime` would do on each row, without running it.
+"""What candidate policies may look at and answer on cached rows, read once; tables made of it.
 
-Knows nothing of how a threshold is chosen, of files or of pictures.
+A table is what `ExitRuntime` would do on each row, without running it. Knows nothing of how a
+threshold is chosen, of files or of pictures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lspade_train.cache import StateBatch, StateDataset
-from lspade_train.cache.answers import choice_logits, chunks, pick_answer
+from lspade_train.cache.answers import choice_mask, chunks, pick_answer
 from lspade_train.errors import PolicyError
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.policies.exit_table import ExitTable
-from lspade_train.policies.flops import cost_parts, count_flops
-from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
+from lspade_train.policies.gate import Gate, Reading, features
+from lspade_train.policies.policy import Decoder, ExitPolicy, Scope
+from lspade_train.policies.readers import Readers, answer_readers, check_readers
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.measures import find_measure
+from lspade_train.probes.measures import FIXED, GATED, find_measure
 from lspade_train.training.targets import target_logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachedExits:
+    """Everything that exits at some layers can be decided and answered by, row by row.
+
+    Attributes:
+        layers: K layers, ascending.
+        scope: what was read: the vocabulary or the choices.
+        readings: statistics of each reader's logits, by its name, one `Reading` per layer.
+        signals: by (reader, measure), (n, K).
+        answers: token answered at each layer, by decoder, (n, K).
+        full_answer: the full model's answer, (n,).
+        gold: the right answer, (n,); None where a row has none.
+        tokens: length of each prompt, (n,).
+        choices: number of choices, (n,); None for the vocabulary.
+        counts: what the model's parts cost.
+        dataset: the rows, for gates that read hidden states.
+    """
+
+    layers: tuple[int, ...]
+    scope: Scope
+    readings: Mapping[str, Sequence[Reading]]
+    signals: Mapping[tuple[str, str], Float[Tensor, "rows layers"]]
+    answers: Mapping[Decoder, Int[Tensor, "rows layers"]]
+    full_answer: Int[Tensor, " rows"]
+    gold: Int[Tensor, " rows"] | None
+    tokens: Int[Tensor, " rows"]
+    choices: Int[Tensor, " rows"] | None
+    counts: FlopCounts
+    dataset: StateDataset
+
+    def __len__(self) -> int:
+        return len(self.full_answer)
+
+    def features(self, layers: Sequence[int], readers: Sequence[str]) -> list[Tensor]:
+        """What a gate that checks `layers` looks at, (n, features) per layer."""
+        found: list[Tensor] = []
+        before: Reading | None = None
+        for layer in layers:
+            place = self.layers.index(layer)
+            now = Reading.beside([self.readings[reader][place] for reader in readers])
+            found.append(features(now, before))
+            before = now
+        return found
+
+    def hidden(self, layer: int) -> Float[Tensor, "rows d"]:
+        """h_a at one layer, fp32."""
+        place = self.dataset.layers.index(layer)
+        return torch.cat([batch.hidden[:, place].float() for batch in chunks(self.dataset)])
+
+    def wrong(self, layers: Sequence[int], decoders: Sequence[Decoder]) -> Bool[Tensor, "rows k"]:
+        """Whether the answer given at each of `layers` is not the full model's."""
+        return self._answers(layers, decoders) != self.full_answer[:, None]
+
+    def doubt(self, gate: Gate, layers: Sequence[int]) -> Float[Tensor, "rows layers"]:
+        """What a gate says at each of `layers`."""
+        hidden = (None if gate.hidden is None else self.hidden(layer) for layer in layers)
+        seen = zip(layers, self.features(layers, gate.readers), hidden, strict=True)
+        return torch.stack([gate.doubt(*one) for one in seen], dim=1)
+
+    def table(
+        self, policy: ExitPolicy, readers: Sequence[str], confidence: Tensor | None = None
+    ) -> ExitTable:
+        """What every row would answer and cost if it stopped at each of the policy's layers.
+
+        Args:
+            policy: layers, measure and decoders; its threshold is not read.
+            readers: what its checks read; none for exits that check nothing.
+            confidence: signal at each of its layers; None: read here.
+        """
+        if confidence is None:
+            confidence = self._confidence(policy, readers)
+        options = self.counts.vocab if self.choices is None else int(self.choices.max())
+        return ExitTable(
+            layers=policy.layers,
+            num_layers=len(self.counts.step),
+            bounds=find_measure(policy.measure).ends(options),
+            confidence=confidence.numpy(),
+            answers=self._answers(policy.layers, policy.decoders).numpy(),
+            full_answer=self.full_answer.numpy(),
+            gold=None if self.gold is None else self.gold.numpy(),
+            costs=cost_parts(self.counts, self.tokens, policy, choices=self.choices),
+        )
+
+    def _confidence(self, policy: ExitPolicy, readers: Sequence[str]) -> Tensor:
+        if policy.measure == FIXED:
+            return torch.zeros(len(self), len(policy.layers))
+        if policy.measure == GATED:
+            assert policy.gate is not None
+            return self.doubt(policy.gate, policy.layers)
+        (reader,) = readers
+        places = [self.layers.index(layer) for layer in policy.layers]
+        return self.signals[reader, policy.measure][:, places]
+
+    def _answers(self, layers: Sequence[int], decoders: Sequence[Decoder]) -> Tensor:
+        places = [self.layers.index(layer) for layer in layers]
+        columns = zip(places, decoders, strict=True)
+        return torch.stack([self.answers[word][:, place] for place, word in columns], dim=1)
+
+
 @torch.no_grad()
+def read_exits(
+    dataset: StateDataset,
+    adapter: ModelAdapter,
+    readers: Readers,
+    decoders: Sequence[Decoder],
+    *,
+    layers: Sequence[int],
+    scope: Scope,
+    measures: Sequence[str] = ("entropy",),
+) -> CachedExits:
+    """Read cached rows for policies of one scope, a few hundred at a time.
+
+    Args:
+        dataset: cached states of one split.
+        adapter: the frozen model.
+        readers: bound heads whose logits checks may read, or that answer.
+        decoders: who may answer; all of them readers, or `spade`.
+        layers: layers to read, ascending.
+        scope: what is read: all of the vocabulary, or each row's choices.
+        measures: of the readers' logits.
+
+    Raises:
+        PolicyError: no rows, or a scope of choices where a row has none.
+    """
+    if not len(dataset):
+        raise PolicyError("There are no rows to calibrate on. Choose a split that has rows.")
+    if scope == "choices" and not has_choices(dataset):
+        raise PolicyError(
+            "The scope is choices, and some of these rows have none. Set --scope vocabulary."
+        )
+    named = [name for name in measures if find_measure(name).function is not None]
+    source = _Source(adapter.unembed, readers, tuple(decoders), tuple(layers), scope, named)
+    parts = [source.read(batch.to(adapter.device), dataset.layers) for batch in chunks(dataset)]
+    labels = dataset.labels
+    return CachedExits(
+        layers=tuple(layers),
+        scope=scope,
+        readings={
+            reader: [
+                Reading.stacked([part.readings[reader][place] for part in parts])
+                for place in range(len(layers))
+            ]
+            for reader in readers
+        },
+        signals={key: torch.cat([part.signals[key] for part in parts]) for key in parts[0].signals},
+        answers={word: torch.cat([part.answers[word] for part in parts]) for word in decoders},
+        full_answer=torch.cat([part.full for part in parts]),
+        gold=labels["answer_id"].long() if bool(labels["labelled"].all()) else None,
+        tokens=labels["position_id"] + 1,
+        choices=labels["choice_count"] if scope == "choices" else None,
+        counts=count_flops(adapter, readers),
+        dataset=dataset,
+    )
+
+
 def exit_table(
     dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
 ) -> ExitTable:
     """What every cached row would answer, and cost, if it stopped at each of the policy's layers.
 
-    The rows are read a few hundred at a time, and nothing is kept of them but numbers.
-
     Args:
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads of the policy's layers.
-        policy: layers, measure, scope and decoder; its threshold is not read.
+        policy: layers, measure, scope and decoders; its threshold is not read.
 
     Raises:
-        PolicyError: no rows, no layers, or a scope of choices where a row has none.
+        PolicyError: no rows, no layers, heads that the policy needs and that are not there, or a
+            scope of choices where a row has none.
         NumericsError: a confidence that is NaN or infinite.
     """
-    labels, top = dataset.labels, adapter.num_layers
-    among_choices = policy.scope == "choices"
-    if among_choices and not has_choices(dataset):
-        raise PolicyError(
-            "The scope is choices, and some of these rows have none. Set --scope vocabulary."
-        )
-    if not len(dataset):
-        raise PolicyError("There are no rows to calibrate on. Choose a split that has rows.")
-    parts = zip(*_read_all(dataset, adapter, heads, policy), strict=True)
-    confidence, answers, full = (torch.cat(tensors).numpy() for tensors in parts)
-    counts = labels["choice_count"] if among_choices else None
-    options = adapter.vocab_size if counts is None else int(counts.max())
-    return ExitTable(
+    checked = check_readers(policy, heads)
+    found = read_exits(
+        dataset,
+        adapter,
+        checked | answer_readers(policy, heads),
+        tuple(dict.fromkeys(policy.decoders)) or ("spade",),
         layers=policy.layers,
-        num_layers=top,
-        bounds=find_measure(policy.measure).ends(options),
-        confidence=confidence,
-        answers=answers,
-        full_answer=full,
-        gold=labels["answer_id"].long().numpy() if bool(labels["labelled"].all()) else None,
-        costs=cost_parts(
-            count_flops(adapter, heads),
-            labels["position_id"] + 1,
-            policy.layers,
-            policy,
-            choices=counts,
-        ),
+        scope=policy.scope,
+        measures=[policy.measure],
     )
+    return found.table(policy, tuple(checked))
 
 
 def has_choices(dataset: StateDataset) -> bool:
@@ -73,35 +215,73 @@ def has_choices(dataset: StateDataset) -> bool:
     return bool((dataset.labels["choice_count"] > 0).all())
 
 
-def _read_all(
-    dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch in chunks(dataset):
-        found = _read(batch.to(adapter.device), dataset.layers, adapter.unembed, heads, policy)
-        yield tuple(tensor.cpu() for tensor in found)  # type: ignore[misc]
+@dataclass(frozen=True)
+class _Part:
+    """One batch's share of `CachedExits`."""
+
+    readings: dict[str, list[Reading]]
+    signals: dict[tuple[str, str], Tensor]
+    answers: dict[Decoder, Tensor]
+    full: Tensor
 
 
-def _read(
-    batch: StateBatch,
-    cached: Sequence[int],
-    unembed: Unembedding,
-    heads: LSpadeHeads,
-    policy: ExitPolicy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Measure and answer at each check layer, (rows, checks), and the model's answer, (rows,)."""
-    measure = find_measure(policy.measure)
-    stored = target_logits(batch, "spade", unembed)
-    signals: list[Tensor] = []
-    answers: list[Tensor] = []
-    for layer in policy.layers:
-        place = cached.index(layer)
-        hidden = batch.hidden[:, place]
-        bare = policy.decoder == "logit_lens"
-        logits = unembed(hidden) if bare else heads.logits(hidden, layer)
-        seen = choice_logits(logits, batch) if policy.scope == "choices" else logits
-        signals.append(measure.function(seen))
-        if policy.decoder == "spade":
-            logits = stored(slice(place, len(batch) * len(cached), len(cached)))
-        answers.append(pick_answer(logits, batch))
-    full = pick_answer(unembed(batch.final), batch)
-    return torch.stack(signals, 1), torch.stack(answers, 1), full
+@dataclass(frozen=True)
+class _Source:
+    """What is read of every batch."""
+
+    unembed: Unembedding
+    readers: Readers
+    decoders: tuple[Decoder, ...]
+    layers: tuple[int, ...]
+    scope: Scope
+    measures: Sequence[str]
+
+    def read(self, batch: StateBatch, cached: Sequence[int]) -> _Part:
+        """Statistics, signals and answers of one batch at every layer."""
+        readings: dict[str, list[Reading]] = {reader: [] for reader in self.readers}
+        signals: dict[tuple[str, str], list[Tensor]] = {}
+        answers: dict[Any, list[Tensor]] = {word: [] for word in self.decoders}
+        for layer in self.layers:
+            place = cached.index(layer)
+            for reader, heads in self.readers.items():
+                state = batch.hidden[:, place]
+                if heads is not None:
+                    state = heads.translate(state, layer).to(state.dtype)
+                logits = self._logits(state, batch)
+                readings[reader].append(Reading.of([logits]).cpu())
+                for name in self.measures:
+                    value = find_measure(name).function(logits)  # pyright: ignore[reportOptionalCall]
+                    signals.setdefault((reader, name), []).append(value.cpu())
+                if reader in answers:
+                    answers[reader].append(self._answer(logits, batch).cpu())
+            if "spade" in answers:
+                answers["spade"].append(self._spade(batch, place, len(cached)).cpu())
+        return _Part(
+            readings=readings,
+            signals={key: torch.stack(values, dim=1) for key, values in signals.items()},
+            answers={word: torch.stack(values, dim=1) for word, values in answers.items()},
+            full=self._answer(self._logits(batch.final, batch), batch).cpu(),
+        )
+
+    def _logits(self, state: Tensor, batch: StateBatch) -> Tensor:
+        """Over the vocabulary, or over each row's choices (-inf pads a short list)."""
+        if self.scope == "vocabulary":
+            return self.unembed(state)
+        logits = self.unembed.tokens(state, batch.choice_ids.long())
+        return logits.masked_fill(~choice_mask(batch), -torch.inf)
+
+    def _spade(self, batch: StateBatch, place: int, count: int) -> Tensor:
+        if self.scope == "choices" and batch.target is not None:
+            return self._answer(self._logits(batch.target[:, place], batch), batch)
+        stored = target_logits(batch, "spade", self.unembed)
+        return pick_answer(stored(slice(place, len(batch) * count, count)), batch)
+
+    def _answer(self, logits: Tensor, batch: StateBatch) -> Tensor:
+        if self.scope == "vocabulary":
+            return pick_answer(logits, batch)
+        return batch.choice_ids.long().gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+
+
+def at_layers(policy: ExitPolicy, layers: Sequence[int]) -> ExitPolicy:
+    """The policy without a threshold, over other layers; one decoder for all of them."""
+    return replace(policy, layers=tuple(layers), threshold=None)

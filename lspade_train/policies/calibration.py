@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from numpy.typing import NDArray
+
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.policies.exit_table import (
     ExitRule,
@@ -20,7 +22,7 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
-from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
+from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value, drop_score
 
 RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
@@ -55,6 +57,21 @@ class Calibration:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One policy that may be chosen.
+
+    Attributes:
+        name: what decides and who answers, in words.
+        table: of the rows in hand, over all layers that its kind of policy could check.
+        rule: which of them it checks, and its thresholds.
+    """
+
+    name: str
+    table: ExitTable
+    rule: ExitRule
+
+
 def learn_then_test(
     sequences: Sequence[tuple[ExitTable, Sequence[ExitRule]]],
     risk: RiskKind,
@@ -75,22 +92,48 @@ def learn_then_test(
         PolicyError: budget or confidence out of range, or nothing to test.
         TaskError: an accuracy budget for rows without right answers.
     """
-    check_budget(risk, budget, confidence)
     if not sequences:
         raise PolicyError("No policies to test. Give at least one set of check layers.")
+    candidates = [[Candidate("", table, rule) for rule in rules] for table, rules in sequences]
     tables = [table for table, _ in sequences]
-    level = (1 - confidence) / max(sum(bool(rules) for _, rules in sequences), 1)
-    oracles = [oracle_saving(table) for table in tables]
+    return run_tests(candidates, tables, risk, budget, confidence)
+
+
+def run_tests(
+    sequences: "Sequence[Sequence[Candidate]]",
+    tables: Sequence[ExitTable],
+    risk: RiskKind,
+    budget: float,
+    confidence: float = 0.95,
+) -> Calibration:
+    """`learn_then_test` for sequences whose policies may differ in anything.
+
+    Args:
+        sequences: candidates, strict to loose, ordered without the rows of their tables.
+        tables: of the same rows, for the oracle: all layers that could be checked.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+        confidence: as for `learn_then_test`.
+
+    Raises:
+        PolicyError: budget or confidence out of range.
+        TaskError: an accuracy budget for rows without right answers.
+
+    Source: fixed-sequence testing, arXiv:2110.01052; of a Pareto frontier, arXiv:2210.07913.
+    """
+    check_budget(risk, budget, confidence)
+    level = (1 - confidence) / max(sum(map(bool, sequences)), 1)
+    ideal = max(map(oracle_saving, tables))
     curve: list[PolicyRow] = []
-    for (table, rules), oracle in zip(sequences, oracles, strict=True):
+    for sequence in sequences:
         passed = True
-        for rule in rules:
-            checked = table.at(rule.layers)
-            row = evaluate_policy(checked, rule.threshold, oracle=oracle)
-            p_value = _p_value(checked, rule, risk, budget)
-            passed = passed and p_value <= level
-            curve.append(replace(row, p_value=p_value, accepted=passed))
-    never = evaluate_policy(tables[0], None, oracle=oracles[0])
+        for candidate in sequence:
+            checked = candidate.table.at(candidate.rule.layers)
+            row = evaluate_policy(checked, candidate.rule.threshold, oracle=ideal)
+            value = p_value(checked, candidate.rule, risk, budget)
+            passed = passed and value <= level
+            curve.append(replace(row, name=candidate.name, p_value=value, accepted=passed))
+    never = evaluate_policy(tables[0], None, oracle=ideal)
     chosen = max((never, *filter(_accepted, curve)), key=lambda row: row.compute_saved)
     return Calibration(
         chosen=chosen,
@@ -99,9 +142,41 @@ def learn_then_test(
         budget=budget,
         confidence=confidence,
         n=len(tables[0]),
-        oracle_saving=max(oracles),
+        oracle_saving=ideal,
         curve=tuple(curve),
     )
+
+
+def frontier(candidates: "Sequence[Candidate]", risk: RiskKind, budget: float) -> "list[Candidate]":
+    """The candidates that no other beats in both risk and saving on the rows that propose.
+
+    Args:
+        candidates: with tables of rows that are not tested later.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+
+    Returns:
+        Safest first: the order in which they are tested on other rows.
+
+    Source: Pareto Testing, arXiv:2210.07913.
+    """
+    measured: list[tuple[float, float, Candidate]] = []
+    for candidate in candidates:
+        checked = candidate.table.at(candidate.rule.layers)
+        row = evaluate_policy(checked, candidate.rule.threshold, oracle=1.0)
+        stops = checked.exits(candidate.rule.threshold)
+        answers = pick(checked.answers, checked.full_answer, stops)
+        danger = row.disagreement
+        if risk == "accuracy_drop" and checked.gold is not None:
+            danger = drop_score(*_changes(checked, answers), len(checked), budget)
+        measured.append((danger, row.compute_saved, candidate))
+    found: list[Candidate] = []
+    most = 0.0
+    for _, saved, candidate in sorted(measured, key=lambda one: (one[0], -one[1])):
+        if saved > most:
+            found.append(candidate)
+            most = saved
+    return found
 
 
 def check_budget(risk: RiskKind, budget: float, confidence: float) -> None:
@@ -140,7 +215,18 @@ def rows_needed(budget: float, confidence: float, sequences: int = 1) -> int:
     return math.ceil(math.log((1 - confidence) / sequences) / math.log1p(-budget))
 
 
-def _p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> float:
+def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> float:
+    """Exact p-value of "this policy's risk is over the budget", from the table's rows.
+
+    Args:
+        table: over the rule's layers.
+        rule: thresholds.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+
+    Raises:
+        TaskError: an accuracy budget for rows without right answers.
+    """
     answers = pick(table.answers, table.full_answer, table.exits(rule.threshold))
     if risk == "disagreement":
         return disagreement_p_value(int((answers != table.full_answer).sum()), len(table), budget)
@@ -149,9 +235,13 @@ def _p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) ->
             "--max_accuracy_drop needs right answers, and these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
+    return drop_p_value(*_changes(table, answers), len(table), budget)
+
+
+def _changes(table: ExitTable, answers: NDArray[Any]) -> tuple[int, int]:
+    """Rows whose right answer is lost, and rows whose wrong one is mended."""
     before, after = table.full_answer == table.gold, answers == table.gold
-    losses, gains = int((before & ~after).sum()), int((after & ~before).sum())
-    return drop_p_value(losses, gains, len(table), budget)
+    return int((before & ~after).sum()), int((after & ~before).sum())
 
 
 def _risk(row: PolicyRow, risk: RiskKind) -> float:

@@ -204,6 +204,7 @@ class PolicyRow:
         mean_exit_layer: rows that never stop count as the model's number of blocks.
         compute_saved: fraction of the plain model's FLOPs; negative where checks cost more.
         efficiency: `compute_saved` over the oracle's; None where the oracle saves nothing.
+        name: what decides and who answers, in words; "" where there is one kind of policy only.
         p_value: of "its risk is over the budget"; None where nothing was tested.
         accepted: it and all stricter ones of its sequence passed; None where nothing was tested.
     """
@@ -216,6 +217,7 @@ class PolicyRow:
     mean_exit_layer: float
     compute_saved: float
     efficiency: float | None
+    name: str = ""
     p_value: float | None = None
     accepted: bool | None = None
 

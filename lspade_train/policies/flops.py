@@ -4,7 +4,7 @@ Every block is linear plus quadratic in the prompt's length, so three short prom
 count for all lengths, whatever the family. Knows nothing of policies' choice or of wall time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import ExitCosts
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.readers import Readers, available
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import FIXED, GATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +39,8 @@ class FlopCounts:
         norm: final norm, and projection where the family has one, of one row.
         token: one token's logit of one row.
         vocab: V.
-        head: one L-SPADE map of one row; 0 without heads.
+        maps: the map of each reader of one row, by its name, the heads' own first; 0 without one.
+        width: d.
     """
 
     prompt: Float[Tensor, "stages 3"]
@@ -45,7 +48,8 @@ class FlopCounts:
     norm: float
     token: float
     vocab: int
-    head: float
+    maps: Mapping[str, float]
+    width: int
 
     def prefix(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, "prompts stages"]:
         """Operations until h^0, h^1, ... h^L of prompts alone of those lengths."""
@@ -81,14 +85,15 @@ def counter() -> FlopCounterMode:
 
 @torch.no_grad()
 def count_flops(
-    model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | None = None
+    model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | Readers | None = None
 ) -> FlopCounts:
     """Count the model's parts on three short prompts; a few tokens' work in all.
 
     Args:
         model: the frozen model.
-        heads: its heads; None where no head is used.
+        heads: its heads, with the tuned lens beside them; or readers by name; None: no heads.
     """
+    readers = heads if isinstance(heads, dict) else available(heads)
     adapter = ModelAdapter.of(model)
     adapter.check()  # once per model, and it runs the model: not while its work is counted
     first, second, third = (_prompt_flops(adapter, tokens) for tokens in PROBES)
@@ -103,47 +108,41 @@ def count_flops(
         norm=whole.get_total_flops() - token * adapter.vocab_size,
         token=token,
         vocab=adapter.vocab_size,
-        head=_head_flops(heads),
+        maps={name: _map_flops(one) for name, one in readers.items()},
+        width=adapter.hidden_size,
     )
 
 
 def cost_parts(
     counts: FlopCounts,
     tokens: Int[Tensor, " prompts"] | Sequence[int],
-    layers: Sequence[int],
     policy: ExitPolicy,
     *,
     choices: Int[Tensor, " prompts"] | None = None,
 ) -> ExitCosts:
-    """Operations of each prompt by parts, for any choice of check layers among `layers`.
+    """Operations of each prompt by parts, for any choice of check layers among the policy's.
 
     The sums are those of `exit_flops`, which says what is charged.
 
     Args:
         counts: of the model and its heads.
         tokens: length of each prompt.
-        layers: candidate check layers, ascending.
-        policy: decides scope and decoder; its layers and threshold are not read.
+        policy: decides layers, scope, what a check reads and who answers; not its threshold.
         choices: number of choices of each prompt, for `scope: choices`.
     """
     lengths = torch.as_tensor(tokens).cpu()
-    width, check = _check(counts, policy, choices)
+    price, layers = _Price(counts, policy, choices), policy.layers
 
     def columns(values: Sequence["float | Tensor"]) -> NDArray[Any]:
         wide = (torch.as_tensor(v, dtype=torch.float64).expand(len(lengths)) for v in values)
         return torch.stack([*wide], dim=1).numpy()
 
-    def answers(stages: Sequence[int], *, checked: bool) -> NDArray[Any]:
-        return columns(
-            [_answer(counts, layer, policy, check, width, checked=checked) for layer in stages]
-        )
-
-    stages = [*layers, len(counts.step)]
+    top = len(counts.step)
     return ExitCosts(
-        reach=counts.prefix(lengths)[:, stages].numpy(),
-        check=columns([check] * len(layers)),
-        answer=answers(stages, checked=True),
-        unchecked=answers(layers, checked=False),
+        reach=counts.prefix(lengths)[:, [*layers, top]].numpy(),
+        check=columns([price.check] * len(layers)),
+        answer=columns([price.answer(layer, checked=True) for layer in (*layers, top)]),
+        unchecked=columns([price.answer(layer, checked=False) for layer in layers]),
         plain=counts.full(lengths).numpy(),
     )
 
@@ -176,11 +175,11 @@ def exit_flops(
     """
     top = len(counts.step)
     lengths = torch.as_tensor(tokens).cpu()
-    width, check = _check(counts, policy, choices)
+    price = _Price(counts, policy, choices)
     asked = policy.check_layers if checks is None else checks
     extra = [
-        check * sum(layer <= exit_layer for layer in asked)
-        + _answer(counts, exit_layer, policy, check, width, checked=exit_layer in asked)
+        price.check * sum(layer <= exit_layer for layer in asked)
+        + price.answer(exit_layer, checked=exit_layer in asked)
         for exit_layer in layers
     ]
     reached = counts.prefix(lengths)[:, [min(layer, top) for layer in layers]]
@@ -204,29 +203,54 @@ def exit_costs(
     return flops / counts.full(torch.as_tensor(tokens).cpu())[:, None]
 
 
-def _check(
-    counts: FlopCounts, policy: ExitPolicy, choices: "int | Tensor | None"
-) -> "tuple[int | Tensor | None, float | Tensor]":
-    """Tokens that a row is read over (None: the vocabulary), and what one check of it costs."""
-    width = choices if policy.scope == "choices" else None
-    head = 0.0 if policy.decoder == "logit_lens" else counts.head
-    return width, head + counts.readout(width)
+class _Price:
+    """What a policy's checks and answers cost one row, or each of several with `choices`."""
+
+    def __init__(
+        self, counts: FlopCounts, policy: ExitPolicy, choices: "int | Tensor | None"
+    ) -> None:
+        self.counts, self.policy = counts, policy
+        self.width = choices if policy.scope == "choices" else None
+        self.read = _read_by_checks(policy, counts.maps)
+
+    @property
+    def check(self) -> "float | Tensor":
+        """One check: each reader's map, norm and unembedding, and the gate."""
+        gate = self.policy.gate if self.policy.measure == GATED else None
+        extra = 0.0
+        if gate is not None:
+            inputs = gate.weight.shape[1] + (0 if gate.hidden is None else self.counts.width)
+            extra = 2.0 * inputs
+        return sum((self._one(name) for name in self.read), start=extra)
+
+    def answer(self, layer: int, *, checked: bool) -> "float | Tensor":
+        """From the exit to the answer's logits; `checked` where a check is at hand."""
+        counts = self.counts
+        top = layer == len(counts.step)
+        decoder = "spade" if top else self._decoder(layer)
+        if decoder == "spade":
+            return float(counts.step[layer:].sum()) + counts.readout(self.width)
+        return 0.0 if checked and decoder in self.read else self._one(decoder)
+
+    def _decoder(self, layer: int) -> str:
+        several = isinstance(self.policy.decoder, tuple)
+        found = self.policy.decoder_at(layer) if several else str(self.policy.decoder)
+        # Heads whose target is not recorded serve as what they are asked for.
+        return found if found == "spade" or found in self.counts.maps else next(iter(self.read))
+
+    def _one(self, reader: str) -> "float | Tensor":
+        return self.counts.maps[reader] + self.counts.readout(self.width)
 
 
-def _answer(
-    counts: FlopCounts,
-    layer: int,
-    policy: ExitPolicy,
-    check: "float | Tensor",
-    width: "int | Tensor | None",
-    *,
-    checked: bool,
-) -> "float | Tensor":
-    """From the exit to the answer's logits."""
-    if layer == len(counts.step) or policy.decoder == "spade":
-        return float(counts.step[layer:].sum()) + counts.readout(width)
-    # The check's own logits are the answer.
-    return 0.0 if checked else check
+def _read_by_checks(policy: ExitPolicy, known: Mapping[str, float]) -> tuple[str, ...]:
+    """Readers of every check, as `check_readers` finds them."""
+    if policy.measure == FIXED:
+        return ()
+    if policy.gate is not None:
+        return policy.gate.readers
+    if policy.reader is not None:
+        return (policy.reader,)
+    return ("logit_lens",) if policy.decoder == "logit_lens" else (next(iter(known)),)
 
 
 def _prompt_flops(adapter: ModelAdapter, tokens: int) -> Tensor:
@@ -253,7 +277,7 @@ def _step_flops(adapter: ModelAdapter) -> Tensor:
     return torch.tensor(counted, dtype=torch.float64)
 
 
-def _head_flops(heads: LSpadeHeads | None) -> float:
+def _map_flops(heads: LSpadeHeads | None) -> float:
     if heads is None:
         return 0.0
     row = torch.zeros(1, heads.hidden_size, dtype=heads.bias.dtype, device=heads.bias.device)

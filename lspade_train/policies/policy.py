@@ -5,7 +5,7 @@ Knows nothing of models or of how a policy is chosen: `lspade-train calibrate` d
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lspade_train.errors import PolicyError
 from lspade_train.io.fetch import local_folder
-from lspade_train.io.layout import POLICY
+from lspade_train.io.layout import GATE, POLICY
 from lspade_train.io.remote import is_remote
-from lspade_train.io.storage import read_json, require_kinds, write_json
-from lspade_train.probes.measures import MEASURES, Measure, find_measure
+from lspade_train.io.storage import file_digest, read_json, require_kinds, write_json
+from lspade_train.policies.gate import Gate
+from lspade_train.probes.measures import FIXED, GATED, MEASURES, Measure, find_measure
 from lspade_train.recipe import PositionIds
 
 FORMAT_VERSION = 1
@@ -26,7 +27,7 @@ REMEDY = "Choose one with lspade-train calibrate."
 
 Scope = Literal["vocabulary", "choices"]
 Decoder = Literal["spade", "l-spade", "logit_lens", "tuned_lens"]
-TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
+Reader = Literal["l-spade", "tuned_lens", "logit_lens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,20 @@ class ExitPolicy:
             at or under it with `entropy` (nats), at or over it with `margin` and `max_prob`.
         measure: name of a registered measure: entropy, margin (probability of the likeliest token
             less that of the second), max_prob (probability of the likeliest token), or one of
-            `probes.measures.register_measure`.
+            `probes.measures.register_measure`; `gate` is the learned gate's doubt (0 to 1, low is
+            sure), `fixed` stops every row unchecked.
+        reader: whose logits the measure is of: `l-spade`, `tuned_lens` or `logit_lens`; None: the
+            given heads, or no head with the decoder `logit_lens`. A gate names its own readers.
         scope: what the probabilities are over: the vocabulary, or the task's choices only, which
             makes a check a d x |choices| product.
         decoder: who answers at the exit: `spade` (the paper's), or the head's own distribution
             with no upper block at all: `l-spade`, `tuned_lens` (heads fitted with target final),
-            `logit_lens` (no head).
+            `logit_lens` (no head). One for all check layers, or one per check layer.
         positions: position ids of SPADE's two tokens, as the heads were trained.
         heads_digest: `weights_sha256` of the heads it was chosen for; None: not tied to any.
+        tuned_lens_digest: the same of the tuned lens beside them, where the policy reads it.
+        gate_digest: SHA-256 of `gate.safetensors`; None where the measure is not `gate`.
+        gate: the learned gate itself; not a part of `policy.json`.
         calibration: free-form record of how it was chosen, with the curve behind the choice.
 
     Raises:
@@ -59,18 +66,24 @@ class ExitPolicy:
     threshold: float | tuple[float, ...] | None = None
     measure: str = "entropy"
     scope: Scope = "vocabulary"
-    decoder: Decoder = "spade"
+    reader: Reader | None = None
+    decoder: Decoder | tuple[Decoder, ...] = "spade"
     positions: PositionIds = "original"
     heads_digest: str | None = None
+    tuned_lens_digest: str | None = None
+    gate_digest: str | None = None
+    gate: Gate | None = field(default=None, compare=False, repr=False)
     calibration: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.threshold, list):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
+        for name in ("threshold", "decoder"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_words(self)
         _check_layers(self.layers)
         _check_thresholds(self)
+        _check_gate(self)
 
     @classmethod
     def every(cls, interval: int, num_layers: int, **settings: Any) -> Self:
@@ -93,13 +106,31 @@ class ExitPolicy:
 
     @classmethod
     def always(cls, layer: int, **settings: Any) -> Self:
-        """Every row stops at `layer`, whatever its confidence."""
-        return cls(layers=(layer,), measure="max_prob", threshold=0.0, **settings)
+        """Every row stops at `layer`, unchecked: a fixed exit."""
+        return cls(layers=(layer,), measure=FIXED, threshold=0.0, **settings)
 
     @property
     def check_layers(self) -> tuple[int, ...]:
         """Layers where a check is computed: none with threshold None."""
         return self.layers if self.threshold is not None else ()
+
+    def decoder_at(self, layer: int) -> Decoder:
+        """Who answers a row that stops at check layer `layer`."""
+        return self.decoders[self.layers.index(layer)]
+
+    @property
+    def decoders(self) -> tuple[Decoder, ...]:
+        """Who answers at each check layer."""
+        if isinstance(self.decoder, tuple):
+            return self.decoder
+        return tuple(self.decoder for _ in self.layers)
+
+    def at(self, layers: Sequence[int], threshold: float | tuple[float, ...] | None) -> Self:
+        """The same policy with only some of its check layers, and another threshold."""
+        decoder = self.decoder
+        if isinstance(decoder, tuple):
+            decoder = tuple(self.decoder_at(layer) for layer in layers)
+        return replace(self, layers=tuple(layers), threshold=threshold, decoder=decoder)
 
     def exits(self, signal: Float[Tensor, "*rows"], layer: int) -> Bool[Tensor, "*rows"]:
         """Which rows stop at check layer `layer`; NaN never does."""
@@ -109,37 +140,38 @@ class ExitPolicy:
         limit = limits[self.layers.index(layer)] if isinstance(limits, tuple) else limits
         return find_measure(self.measure).is_sure(signal, limit)
 
-    def check_heads(self, digest: str | None, target: str | None = None) -> None:
-        """Refuse heads other than the ones it was chosen for, or that its decoder cannot use.
+    def check_heads(self, digest: str | None, tuned_lens_digest: str | None = None) -> None:
+        """Refuse heads other than the ones it was chosen for.
 
         Args:
             digest: `weights_sha256` in the heads' config.json.
-            target: what they were fitted to, `spade` or `final`; None where not recorded.
+            tuned_lens_digest: the same of the tuned lens beside them.
 
         Raises:
-            PolicyError: another digest, or one that is not known; another target.
+            PolicyError: another digest, or one that is not known.
         """
-        needed = TARGETS.get(self.decoder, target)
-        if target is not None and target != needed:
-            raise PolicyError(
-                f"The decoder {self.decoder} needs heads fitted with model.target {needed}; these "
-                f"have {target}. {REMEDY}"
-            )
-        if self.heads_digest is not None and digest != self.heads_digest:
-            got = f"{digest[:12]}..." if digest else "not read from a heads folder"
-            raise PolicyError(
-                f"The policy was chosen for heads {self.heads_digest[:12]}..., these are {got}.\n"
-                "Load the heads beside policy.json, or choose a policy for these with "
-                "lspade-train calibrate."
-            )
+        for what, wanted, got in (
+            ("heads", self.heads_digest, digest),
+            ("the tuned lens", self.tuned_lens_digest, tuned_lens_digest),
+        ):
+            if wanted is not None and got != wanted:
+                found = f"{got[:12]}..." if got else "not read from a heads folder"
+                raise PolicyError(
+                    f"The policy was chosen for {what} {wanted[:12]}..., these are {found}.\n"
+                    "Load the heads beside policy.json, or choose a policy for these with "
+                    "lspade-train calibrate."
+                )
 
     def save(self, folder: Path) -> None:
-        """Write `policy.json`, complete or not at all.
+        """Write `policy.json`, and `gate.safetensors` where there is a gate.
 
         Raises:
             PolicyError: the folder cannot be written.
         """
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {name: getattr(self, name) for name in _keys(type(self))}
+        if self.gate is not None:
+            # First: a policy.json whose gate is missing could not be loaded.
+            values["gate_digest"] = self.gate.save(Path(folder) / GATE)
         write_json(Path(folder) / POLICY, {"format_version": FORMAT_VERSION, **values}, PolicyError)
 
     @classmethod
@@ -160,11 +192,13 @@ class ExitPolicy:
                 f"{file} has format_version {version!r}; this lspade-train reads "
                 f"{FORMAT_VERSION}. {REMEDY}"
             )
-        unknown = values.keys() - {item.name for item in fields(cls)}
+        unknown = values.keys() - _keys(cls)
         if unknown or "layers" not in values:
             what = f"the unknown key {min(unknown)!r}" if unknown else "no 'layers'"
             raise PolicyError(f"{file} has {what}. {REMEDY}")
         require_kinds(values, {"layers": list}, file, PolicyError, REMEDY)
+        if values.get("gate_digest") is not None:
+            values["gate"] = _load_gate(file.with_name(GATE), values["gate_digest"])
         return cls(**values)
 
     @classmethod
@@ -182,18 +216,51 @@ class ExitPolicy:
         return cls.load(local_folder(path, revision) / POLICY)
 
 
+def _keys(policy: type[ExitPolicy]) -> set[str]:
+    """The keys of `policy.json`."""
+    return {item.name for item in fields(policy)} - {"gate"}
+
+
+def _load_gate(path: Path, digest: str) -> Gate:
+    gate = Gate.load(path)
+    if file_digest(path, PolicyError) != digest:
+        raise PolicyError(
+            f"{path} is not the gate that policy.json names ({digest[:12]}...).\n"
+            "Restore the file that was written beside policy.json, or run lspade-train calibrate."
+        )
+    return gate
+
+
+def _check_gate(policy: ExitPolicy) -> None:
+    if policy.gate is not None and not set(policy.layers) <= set(policy.gate.layers):
+        missing = sorted(set(policy.layers) - set(policy.gate.layers))
+        raise PolicyError(f"The gate was not fitted for layers {missing}. {REMEDY}")
+    if policy.measure == GATED and policy.gate is None and policy.check_layers:
+        raise PolicyError(
+            "The measure is gate, and there is no gate: load the policy from its folder "
+            f"(ExitPolicy.load), which holds {GATE}."
+        )
+
+
 def _check_words(policy: ExitPolicy) -> None:
-    allowed = {
-        "measure": tuple(MEASURES),
-        "scope": get_args(Scope),
-        "decoder": get_args(Decoder),
-        "positions": get_args(PositionIds),
-    }
-    for name, words in allowed.items():
-        if getattr(policy, name) not in words:
-            raise PolicyError(
-                f"{name} is {getattr(policy, name)!r}; expected {', '.join(words)}. {REMEDY}"
-            )
+    several = isinstance(policy.decoder, tuple)
+    decoders: Any = policy.decoder if several else (policy.decoder,)
+    if several and len(decoders) != len(policy.layers):
+        raise PolicyError(
+            f"{len(decoders)} decoders for {len(policy.layers)} check layers; expected one for all "
+            f"or one each. {REMEDY}"
+        )
+    for name, values, words in (
+        ("measure", [policy.measure], tuple(MEASURES)),
+        ("scope", [policy.scope], get_args(Scope)),
+        ("reader", [policy.reader], (*get_args(Reader), None)),
+        ("decoder", decoders, get_args(Decoder)),
+        ("positions", [policy.positions], get_args(PositionIds)),
+    ):
+        for value in values:
+            if value not in words:
+                known = ", ".join(str(word) for word in words if word is not None)
+                raise PolicyError(f"{name} is {value!r}; expected {known}. {REMEDY}")
     digest: Any = policy.heads_digest
     record: Any = policy.calibration
     if not isinstance(digest, str | None) or not isinstance(record, dict):

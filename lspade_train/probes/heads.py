@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lspade_train.errors import ArtifactError
 from lspade_train.io.fetch import local_folder
-from lspade_train.io.layout import CONFIG, WEIGHTS
+from lspade_train.io.layout import CONFIG, TUNED_LENS, WEIGHTS
 from lspade_train.io.storage import (
     atomic_path,
     file_digest,
@@ -70,6 +70,7 @@ class LSpadeHeads(nn.Module):
         self.rank = rank
         self.metadata: dict[str, Any] = {}  # base model and provenance, as read from config.json
         self._unembed: Unembedding | None = None
+        self._beside: tuple[LSpadeHeads, ...] = ()  # in a tuple: not a part of these parameters
         count, d = len(self.layers), hidden_size
         self.bias = nn.Parameter(torch.zeros(count, d))
         # Matrices are (in, out): a row vector is multiplied from the left.
@@ -86,6 +87,16 @@ class LSpadeHeads(nn.Module):
     def target(self) -> str | None:
         """What they were fitted to: `spade`, or `final` (a tuned lens); None where not recorded."""
         return self.metadata.get("training", {}).get("recipe", {}).get("model", {}).get("target")
+
+    @property
+    def tuned_lens(self) -> "LSpadeHeads | None":
+        """Heads fitted to the model's own answers, where their folder holds both kinds."""
+        return self._beside[0] if self._beside else None
+
+    def beside(self, tuned_lens: "LSpadeHeads | None") -> Self:
+        """Keep a tuned lens beside these heads, for policies that read both."""
+        self._beside = () if tuned_lens is None else (tuned_lens,)
+        return self
 
     @property
     def digest(self) -> str | None:
@@ -180,6 +191,8 @@ class LSpadeHeads(nn.Module):
                 f"d={adapter.hidden_size}. Load the model they were trained for."
             )
         self._unembed = adapter.unembed
+        for heads in self._beside:
+            heads.bind(adapter)
         return self.to(adapter.unembed.weight.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -246,6 +259,8 @@ class LSpadeHeads(nn.Module):
                 f"({(str(cause).splitlines() or ['?'])[0]}). {AGAIN}"
             ) from cause
         heads.metadata = config
+        if (folder / TUNED_LENS / CONFIG).is_file():
+            heads.beside(cls.from_pretrained(folder / TUNED_LENS))
         return heads.requires_grad_(False).eval()
 
     @classmethod

@@ -21,7 +21,8 @@ class Measure:
 
     Attributes:
         name: in `calibrate --measure`, `policy.json` and tables.
-        function: logits (..., tokens), where -inf leaves a token out, to one fp32 value per row.
+        function: logits (..., tokens), where -inf leaves a token out, to one fp32 value per row;
+            None: it is not a function of one distribution (a learned gate, a fixed exit).
         lower_is_sure: whether low values are the certain ones, as of an entropy.
         bounds: the lowest and the highest value over so many tokens; `math.inf` tokens where
             their number is not known.
@@ -29,7 +30,7 @@ class Measure:
     """
 
     name: str
-    function: Callable[[Float[Tensor, "*rows tokens"]], Float[Tensor, "*rows"]]
+    function: Callable[[Float[Tensor, "*rows tokens"]], Float[Tensor, "*rows"]] | None
     lower_is_sure: bool
     bounds: Callable[[float], tuple[float, float]]
     unit: str = ""
@@ -48,6 +49,12 @@ class Measure:
         """How a value that stops stands to its threshold, in words."""
         return "at or under" if self.lower_is_sure else "at or over"
 
+
+GATED = "gate"
+"""The learned gate's doubt: computed by `policies.gate` from more than one distribution."""
+
+FIXED = "fixed"
+"""No check: every row that gets to the layer stops there."""
 
 MEASURES: dict[str, Measure] = {}
 
@@ -87,7 +94,10 @@ def signal(logits: Float[Tensor, "*rows tokens"], measure: str) -> Float[Tensor,
         logits: over the vocabulary or over the choices; -inf leaves a token out.
         measure: name of a registered measure.
     """
-    return find_measure(measure).function(logits)
+    function = find_measure(measure).function
+    if function is None:
+        raise PolicyError(f"The measure {measure} is not a function of one distribution's logits.")
+    return function(logits)
 
 
 def _max_prob(logits: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
@@ -116,3 +126,5 @@ register_measure(Measure(name="margin", function=_margin, lower_is_sure=False, b
 register_measure(
     Measure(name="max_prob", function=_max_prob, lower_is_sure=False, bounds=_probability)
 )
+register_measure(Measure(name=GATED, function=None, lower_is_sure=True, bounds=_probability))
+register_measure(Measure(name=FIXED, function=None, lower_is_sure=True, bounds=_probability))

@@ -5,6 +5,7 @@ once on all rows that have left, a single token each. Knows nothing of text or f
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from lspade_train.errors import NumericsError
 from lspade_train.models import ModelAdapter, Plan
+from lspade_train.policies.gate import Reading, features
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.readers import Readers, answer_readers, check_readers
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.measures import signal
+from lspade_train.probes.measures import FIXED, signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch, Query
 
@@ -42,21 +45,83 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        value: the measure, by which the policy decides, (rows,).
+        logits: of each reader, over the policy's scope, by its name.
+        reading: what a gate's next check compares with; None without a gate.
+    """
+
+    value: Float[Tensor, " rows"]
+    logits: dict[str, Float[Tensor, "rows tokens"]]
+    reading: Reading | None
+
+
+@dataclass(frozen=True)
 class Probe:
-    """What is read from a hidden state: the head's map, then logits over the policy's scope."""
+    """What is read from a hidden state: a head's map, then logits over the policy's scope."""
 
     adapter: ModelAdapter
     heads: LSpadeHeads | None
     policy: ExitPolicy
 
+    @cached_property
+    def readers(self) -> Readers:
+        """The heads that every check reads; none where nothing is checked."""
+        checks = self.policy.check_layers and self.policy.measure != FIXED
+        return check_readers(self.policy, self.heads) if checks else {}
+
+    @cached_property
+    def answerers(self) -> Readers:
+        """The heads that answer at an exit."""
+        return answer_readers(self.policy, self.heads) if self.policy.check_layers else {}
+
     def check(
-        self, hidden: Float[Tensor, "rows d"], layer: int, batch: Batch, rows: Int[Tensor, " rows"]
+        self,
+        hidden: Float[Tensor, "rows d"],
+        layer: int,
+        batch: Batch,
+        rows: Int[Tensor, " rows"],
+        before: Reading | None = None,
+    ) -> Check:
+        """What decides an exit at `layer`.
+
+        Args:
+            hidden: h_a of the rows.
+            layer: a check layer.
+            batch: the whole batch.
+            rows: places of the rows in it.
+            before: reading of the check before, for the same rows.
+        """
+        policy = self.policy
+        logits = {
+            name: self.read(_translated(hidden, heads, layer), batch, rows)
+            for name, heads in self.readers.items()
+        }
+        if policy.measure == FIXED:
+            return Check(torch.zeros(len(hidden), device=hidden.device), logits, None)
+        if policy.gate is None:
+            (only,) = logits.values()
+            return Check(signal(only, policy.measure), logits, None)
+        reading = Reading.of([*logits.values()])
+        value = policy.gate.doubt(layer, features(reading, before), hidden)
+        return Check(value, logits, reading)
+
+    def exit_logits(
+        self,
+        check: Check | None,
+        hidden: Float[Tensor, "rows d"],
+        layer: int,
+        batch: Batch,
+        rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "rows tokens"]:
-        """The logits that decide an exit at `layer`."""
-        state = hidden
-        if self.heads is not None and self.policy.decoder != "logit_lens":
-            state = self.heads.translate(hidden, layer).to(hidden.dtype)
-        return self.read(state, batch, rows)
+        """What the head that answers at `layer` says: the check's own logits where it read it."""
+        name = self.policy.decoder_at(layer)
+        if check is not None and name in check.logits:
+            return check.logits[name]
+        return self.read(_translated(hidden, self.answerers[name], layer), batch, rows)
 
     def read(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
@@ -107,7 +172,8 @@ class BatchRun:
         self.step: Plan | None = None  # single-token rows of `outside`
         self.every_step: Plan | None = None  # of the whole batch, planned at the first exit
         self.layers = torch.full((rows,), self.adapter.num_layers)
-        self.entropy = torch.zeros(rows)
+        self.entropy = torch.full((rows,), torch.nan)
+        self.before: Reading | None = None  # of the rows inside, where a gate compares checks
         self.answers: list[tuple[Tensor, Tensor]] = []  # rows, logits
 
     def run(self) -> Outcome:
@@ -129,18 +195,29 @@ class BatchRun:
 
     def _check(self, layer: int) -> None:
         hidden = self.plan.hidden[:, -1]
-        logits = self.probe.check(hidden, layer, self.batch, self.inside)
-        leaving = self.policy.exits(signal(logits, self.policy.measure), layer).cpu()
+        found = self.probe.check(hidden, layer, self.batch, self.inside, self.before)
+        self.before = found.reading
+        leaving = self.policy.exits(found.value, layer).cpu()
         if not leaving.any():
             return
         rows = self.inside[leaving]
         self.layers[rows] = layer
-        self.entropy[rows] = entropy(logits[leaving]).float().cpu()
-        if self.policy.decoder == "spade":
+        if found.logits:
+            seen = next(iter(found.logits.values()))
+            self.entropy[rows] = entropy(seen[leaving]).float().cpu()
+        if self.policy.decoder_at(layer) == "spade":
             self._continue(hidden[leaving], rows)
         else:
-            self.answers.append((rows, logits[leaving]))
+            logits = self.probe.exit_logits(found, hidden, layer, self.batch, self.inside)
+            self._answer(rows, logits[leaving])
         self._keep(~leaving)
+
+    def _answer(self, rows: Int[Tensor, " rows"], logits: Float[Tensor, "rows tokens"]) -> None:
+        """Keep what rows answer from; its entropy too, where no check has read one."""
+        unread = self.entropy[rows].isnan()
+        if unread.any():
+            self.entropy[rows[unread]] = entropy(logits[unread.to(logits.device)]).float().cpu()
+        self.answers.append((rows, logits))
 
     def _continue(self, hidden: Float[Tensor, "rows d"], rows: Int[Tensor, " rows"]) -> None:
         """From here on these rows are one token each, behind their start token."""
@@ -157,7 +234,9 @@ class BatchRun:
     def _keep(self, staying: Bool[Tensor, " rows"]) -> None:
         self.inside = self.inside[staying]
         if len(self.inside):
-            self.plan = self.plan.select(staying.nonzero()[:, 0])
+            places = staying.nonzero()[:, 0]
+            self.plan = self.plan.select(places)
+            self.before = None if self.before is None else self.before.rows(places)
 
     def _finish(self) -> None:
         """One unembedding for the prompts that ran through and the rows that left."""
@@ -166,10 +245,7 @@ class BatchRun:
         if not ends:
             return
         rows = torch.cat([self.inside, self.outside])
-        logits = self.probe.answer(torch.cat(ends), self.batch, rows)
-        through = len(self.inside)
-        self.entropy[self.inside] = entropy(logits[:through]).float().cpu()
-        self.answers.append((rows, logits))
+        self._answer(rows, self.probe.answer(torch.cat(ends), self.batch, rows))
 
 
 @torch.no_grad()
@@ -220,3 +296,9 @@ def _decision(
     label = list(query.choices)[best]
     named = dict(zip(query.choices, scores, strict=False))  # padding follows the choices
     return Decision(query.choices[label], label, layer, nats, exited, named)
+
+
+def _translated(
+    hidden: Float[Tensor, "rows d"], heads: LSpadeHeads | None, layer: int
+) -> Float[Tensor, "rows d"]:
+    return hidden if heads is None else heads.translate(hidden, layer).to(hidden.dtype)

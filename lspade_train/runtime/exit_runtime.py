@@ -11,7 +11,7 @@ from lspade_train.errors import PolicyError, TaskError
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.measures import find_measure
+from lspade_train.probes.measures import FIXED, find_measure
 from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
@@ -57,10 +57,11 @@ class ExitRuntime:
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
         self._bound = self.adapter.refresh()
-        digest, target = (None, None) if heads is None else (heads.digest, heads.target)
-        policy.check_heads(digest, target)
+        beside = None if heads is None else heads.tuned_lens
+        digest = None if heads is None else heads.digest
+        policy.check_heads(digest, None if beside is None else beside.digest)
         _check_fit(policy, self.adapter)
-        _check_heads(policy, self.heads)
+        self._require_heads()
 
     def decide(
         self,
@@ -134,6 +135,19 @@ class ExitRuntime:
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
 
+    def _require_heads(self) -> None:
+        """Refuse heads that the policy needs and that are not there, before anything runs."""
+        policy = self.policy
+        checked = policy.check_layers and policy.measure != FIXED
+        if checked and self.heads is None and policy.decoder != "logit_lens":
+            raise PolicyError(
+                f"The policy's checks need heads (decoder {policy.decoder}); got None. Load them "
+                "with LSpadeHeads.from_pretrained, or use the decoder logit_lens."
+            )
+        for heads in (self.probe.readers | self.probe.answerers).values():
+            for layer in policy.check_layers if heads is not None else ():
+                heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
+
     def _follow_model(self) -> None:
         """See whether the heads still belong to the model, where it has changed."""
         known = self.adapter.refresh()
@@ -181,15 +195,3 @@ def _check_fit(policy: ExitPolicy, adapter: ModelAdapter) -> None:
             f"threshold {max(limits)} is out of range: the {measure.name} of "
             f"{adapter.vocab_size} tokens is at most {most:.3f}{unit}. {REMEDY}"
         )
-
-
-def _check_heads(policy: ExitPolicy, heads: LSpadeHeads | None) -> None:
-    if policy.decoder == "logit_lens" or not policy.check_layers:
-        return
-    if heads is None:
-        raise PolicyError(
-            f"The policy's checks need heads (decoder {policy.decoder}); got None. Load them with "
-            "LSpadeHeads.from_pretrained, or use the decoder logit_lens."
-        )
-    for layer in policy.check_layers:
-        heads.index(layer)

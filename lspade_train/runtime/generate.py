@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from lspade_train.errors import NumericsError, PolicyError
 from lspade_train.models import ModelAdapter
+from lspade_train.policies.gate import Reading
 from lspade_train.policies.policy import ExitPolicy
-from lspade_train.probes.measures import signal
 from lspade_train.probes.metrics import entropy
 from lspade_train.runtime.batching import Batch
 from lspade_train.runtime.decide import Probe
@@ -70,7 +70,8 @@ class Group:
         self.mask = batch.mask[rows]
         self.entropy: list[float] = []
         # With any other decoder a head answers at the exit, and no block above it runs.
-        continues = probe.policy.decoder == "spade" and layer < self.adapter.num_layers
+        exits = layer < self.adapter.num_layers
+        continues = exits and probe.policy.decoder_at(layer) == "spade"
         self.above = _answer_cache(self.adapter, batch.starts[rows], layer) if continues else None
         self.seen = 1  # tokens in `above`
 
@@ -87,7 +88,7 @@ class Group:
     ) -> Float[Tensor, "rows vocab"]:
         """From h^l of each row's newest token to the logits of its next one."""
         if self.layer < self.adapter.num_layers and self.above is None:
-            return self.probe.check(hidden, self.layer, self.batch, self.rows)
+            return self.probe.exit_logits(None, hidden, self.layer, self.batch, self.rows)
         states = hidden[:, None]
         if self.above is not None:
             where = self.mask.sum(-1, keepdim=True) - 1
@@ -208,17 +209,20 @@ def _prefill(probe: Probe, batch: Batch) -> Iterator[tuple[Group, Tensor]]:
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
     plan = adapter.plan_cached(batch.ids, batch.mask, positions, cache)
     hidden, inside = plan.hidden, torch.arange(len(batch.queries))
+    before: Reading | None = None
     for block in range(adapter.num_layers):
         if block in policy.check_layers:
-            logits = probe.check(hidden[:, -1], block, batch, inside)
-            leaving = policy.exits(signal(logits, policy.measure), block)
+            found = probe.check(hidden[:, -1], block, batch, inside, before)
+            leaving = policy.exits(found.value, block)
             out, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
             if len(out):
                 rows = inside[out.cpu()]
                 group = Group(probe, batch, rows, block, _copy(cache, out))
-                yield group.start(hidden[out, -1], logits[out])
+                seen = next(iter(found.logits.values()), None)
+                yield group.start(hidden[out, -1], None if seen is None else seen[out])
                 _select(cache, stay)
                 hidden, plan, inside = hidden[stay], plan.select(stay), inside[stay.cpu()]
+            before = None if found.reading is None else found.reading.rows(stay)
         if not len(inside):
             return
         hidden = adapter.run_block(plan, block, hidden)

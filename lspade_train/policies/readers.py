@@ -1,0 +1,69 @@
+"""Which heads a policy's checks and answers need, by the words that `policy.json` uses."""
+
+from collections.abc import Sequence
+
+from lspade_train.errors import PolicyError
+from lspade_train.policies.policy import REMEDY, ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+
+Readers = dict[str, LSpadeHeads | None]
+"""Heads by the name of the lens they are, `l-spade` or `tuned_lens`; None is `logit_lens`."""
+
+TARGETS = {"l-spade": "spade", "tuned_lens": "final"}
+
+
+def own_name(heads: LSpadeHeads) -> str:
+    """What heads are: `tuned_lens` where they were fitted to the model's own answers."""
+    return "tuned_lens" if heads.target == "final" else "l-spade"
+
+
+def available(heads: LSpadeHeads | None) -> Readers:
+    """Everything that can read a layer: the heads, the tuned lens beside them, and no head."""
+    found: Readers = {}
+    if heads is not None:
+        found[own_name(heads)] = heads
+        if heads.tuned_lens is not None:
+            found.setdefault("tuned_lens", heads.tuned_lens)
+    return found | {"logit_lens": None}
+
+
+def check_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
+    """What every check of the policy reads, in order.
+
+    Raises:
+        PolicyError: heads that are not there.
+    """
+    if policy.gate is not None:
+        names: tuple[str, ...] = policy.gate.readers
+    elif policy.reader is not None:
+        names = (policy.reader,)
+    elif heads is None or policy.decoder == "logit_lens":
+        names = ("logit_lens",)
+    else:
+        names = (own_name(heads),)
+    return _named(names, heads)
+
+
+def answer_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
+    """The heads that answer at an exit; without `spade`, which needs none.
+
+    Raises:
+        PolicyError: heads that are not there.
+    """
+    return _named([name for name in dict.fromkeys(policy.decoders) if name != "spade"], heads)
+
+
+def _named(names: Sequence[str], heads: LSpadeHeads | None) -> Readers:
+    known = available(heads)
+    if heads is not None and heads.target is None:
+        # Not recorded: they serve as what they are asked for.
+        known = {**dict.fromkeys(TARGETS, heads), **known}
+    for name in names:
+        if name not in known:
+            has = ", ".join(n for n in known if n != "logit_lens") or "none"
+            raise PolicyError(
+                f"The policy needs {name} heads, fitted with model.target {TARGETS[name]}; the "
+                f"given heads have {has}.\nFit them beside these (lspade-train fit --model.target "
+                f"both), or choose another policy: {REMEDY}"
+            )
+    return {name: known[name] for name in names}
