@@ -61,7 +61,9 @@ def test_one_fit_of_both_gives_the_heads_of_two_fits(apart, project):
     assert_same(project, apart)
 
 
-def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(project, toy_root, tmp_path):
+def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(
+    project, toy_root, tmp_path
+):
     alone = toy.Project(toy_root, tmp_path / "alone")
     alone.home.mkdir()
     with pytest.MonkeyPatch.context() as patch:

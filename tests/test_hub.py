@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_models import WIDTH
 
 from lspade_train import ExitPolicy, LSpadeHeads
 from lspade_train.artifacts import folder as artifact
-from lspade_train.artifacts.folder import push_to_hub
+from lspade_train.artifacts.folder import pull, push, push_to_hub
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, HubError, PolicyError
 from lspade_train.io.layout import known_files
