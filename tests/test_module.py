@@ -198,7 +198,7 @@ def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project):
     for mode in ("disk", "online"):
         validation = project.module(mode=mode).states("validation")
         module.validation_step(validation.gather(torch.arange(0)), 0)
-        sums = module._epoch.pop("val")
+        sums = module._epoch.pop("val/")
         assert not sums.rows.any()
         assert not sums.sums.any()
 
