@@ -125,7 +125,7 @@ def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
         layers=tuple(fitted.layers), scope=heads.scope, positions=fitted.recipe.data.positions
     )
     try:
-        found = {"scope": policy.scope}
+        found: dict[str, Any] = {"scope": policy.scope}
         found |= sweep_thresholds(exit_table(dataset, adapter, heads, policy))
     except NumericsError as broken:
         log.warning("no exits measured: %s", str(broken).split(". ")[0])

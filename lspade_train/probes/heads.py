@@ -27,7 +27,7 @@ from lspade_train.io.storage import (
     write_tensors,
 )
 from lspade_train.models import ModelAdapter, Unembedding
-from lspade_train.recipe import Form
+from lspade_train.recipe import Form, LossScope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ class LSpadeHeads(nn.Module):
         return "spade" if found == "both" else found
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> LossScope:
         """The tokens that their loss was over: `vocabulary`, or the `choices` of each row."""
         return self._trained_as.get("scope", "vocabulary")
 

@@ -48,9 +48,13 @@ def choice_distillation(
     best = logits.detach().argmax(-1)
     tokens = batch.choice_ids.long().gather(1, best)
     agrees = best == goal.argmax(-1)
-    kl = loss.detach() - entropy
-    flat = (value.flatten() for value in (loss, kl, tokens, agrees))
-    return Distilled(*flat, logits.detach().flatten(0, 1))
+    return Distilled(
+        loss=loss.flatten(),
+        kl=(loss.detach() - entropy).flatten(),
+        best=tokens.flatten(),
+        agrees=agrees.flatten(),
+        token_logits=logits.detach().flatten(0, 1),
+    )
 
 
 @dataclass(frozen=True)
