@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lspade_train.cli.options import heads_given, heads_option
@@ -17,22 +16,22 @@ log = logging.getLogger(__name__)
 CALIBRATE = """\
 Choose the exit policy that saves the most compute while the risk stays within your budget, with a
 distribution-free guarantee (Learn then Test, arXiv:2110.01052). The training split proposes
-thresholds and the checks worth their cost, the validation split tests them (one half of it where
-the data have no labelled test split: the other half is for evaluate). Writes policy.json beside
-the heads and prints the trade-off. Where nothing qualifies the policy is: never exit.
+policies: what decides (the entropy of a head, a learned gate, a fixed layer), who answers at an
+exit (SPADE or a head), thresholds, and the checks worth their cost. The validation split tests
+those that no other beats (one half of it where the data have no labelled test split: the other
+half is for evaluate). Writes policy.json, and gate.safetensors where a gate decides, beside the
+heads and prints the trade-off. Where nothing qualifies the policy is: never exit.
 
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
-  lspade-train calibrate --config recipes/arc.yaml --heads checkpoints/arc/tuned_lens"""
+  lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
+  lspade-train calibrate --config recipes/arc.yaml --measure entropy --decoder spade  (the paper)"""
 
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
-    *("interval", "scope", "measure", "decoder"),
+    *("interval", "scope", "measure", "reader", "decoder"),
 )
 """The command's own options, by their names in `policies.selection.calibrate`."""
-
-STEP = 0.08
-"""Least difference in saving between two rows of the printed table."""
 
 
 def calibrate(arguments: list[str]) -> None:
@@ -50,20 +49,27 @@ def calibrate(arguments: list[str]) -> None:
         "--scope",
         type=str | None,
         default=None,
-        help="what a check looks at: vocabulary or choices; null: what saves more in training",
+        help="what a check looks at: vocabulary or choices; null: choices where there are some",
     )
     add(
         "--measure",
-        type=str,
-        default="entropy",
-        help="of a check: entropy, margin, max_prob or another registered measure",
+        type=str | None,
+        default=None,
+        help="what decides: entropy, margin, max_prob or another registered measure, gate "
+        "(learned), or fixed (always at one layer); null: the best of entropy, gate and fixed",
+    )
+    add(
+        "--reader",
+        type=str | None,
+        default=None,
+        help="whose logits a measure is of: l-spade, tuned_lens or logit_lens; null: the best",
     )
     add(
         "--decoder",
         type=str | None,
         default=None,
-        help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: spade, or "
-        "tuned_lens for heads of that kind",
+        help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: the best of "
+        "spade and the heads, which may differ from layer to layer",
     )
     parsed = parse(parser, arguments)
 
@@ -78,53 +84,44 @@ def calibrate(arguments: list[str]) -> None:
     data = HiddenStateDataModule(
         recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
     )
-    found = choose(data, heads, **{name: options[name] for name in OPTIONS})
-    _print_curve(found)
+    asked = {name: options[name] for name in OPTIONS}
+    found = choose(data, heads, **asked, seed=recipe.seed_everything)
+    _print_kinds(found)
     found.policy.save(folder)
     write_card(folder)
     sys.stdout.write(f"{_verdict(found)}\n")
     log.info("policy: %s", folder / "policy.json")
 
 
-def _print_curve(found: "Selection") -> None:
+def _print_kinds(found: "Selection") -> None:
+    """One row per kind of policy, and the chosen one."""
     from rich.console import Console
     from rich.table import Table
 
     result, policy = found.calibration, found.policy
     table = Table(
-        "threshold", "checks", "accuracy", "drop", "disagreement", "mean exit",
+        "decides -> answers", "checks", "accuracy", "drop", "differs", "mean exit",
         "FLOPs saved", "of oracle", "p-value",
-        title=f"{policy.measure} over {policy.scope}; {result.n:,} rows ({found.side.words}), "
+        title=f"over the {policy.scope}; {result.n:,} rows ({found.side.words}), "
         f"which choose the policy; an oracle saves {result.oracle_saving:.1%}",
+        caption="differs: share of answers that are not the full model's; p-value: of the test",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     chosen = result.chosen
-    rows = [] if chosen.threshold is None else _frontier(result.curve, chosen)
-    for row in [found.never, *rows]:
-        table.add_row(*_cells(row), style="bold reverse" if row is chosen else "")
-    Console(width=max(Console().width, 100)).print(table)
-
-
-def _frontier(curve: "Sequence[PolicyRow]", chosen: "PolicyRow") -> "list[PolicyRow]":
-    """What no other row beats in saving and disagreement, a few points apart, and the chosen."""
-    best: list[PolicyRow] = []
-    for row in sorted(curve, key=lambda row: -row.compute_saved):
-        if not best or row.disagreement < best[-1].disagreement:
-            best.append(row)
-    shown: list[PolicyRow] = []
-    for row in reversed(best):
-        near = shown and row.compute_saved < shown[-1].compute_saved + STEP
-        if row is chosen or not (near or abs(row.compute_saved - chosen.compute_saved) < STEP):
-            shown.append(row)
-    return shown if chosen in shown else sorted([*shown, chosen], key=lambda row: row.compute_saved)
+    for row in [found.never, *sorted(found.kinds, key=lambda row: row.compute_saved)]:
+        table.add_row(*_cells(row))
+    if chosen.threshold is not None:
+        table.add_section()
+        table.add_row(*_cells(chosen), style="bold reverse")
+    Console(width=max(Console().width, 110)).print(table)
 
 
 def _cells(row: "PolicyRow") -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    several = isinstance(row.threshold, tuple)
     return [
-        "per layer" if several else "never" if row.threshold is None else f"{row.threshold:.3g}",
+        "full model" if row.threshold is None else row.name,
         "0" if row.threshold is None else f"{len(row.layers)}",
         number(row.accuracy, ".3f"),
         number(row.drop, "+.3f"),
@@ -145,9 +142,9 @@ def _verdict(found: "Selection") -> str:
     what = "accuracy drop" if result.risk == "accuracy_drop" else "disagreement with the model"
     layers = ", ".join(map(str, chosen.layers))
     return (
-        f"Chosen: {chosen.compute_saved:.1%} of the FLOPs saved "
+        f"Chosen: {chosen.name}. {chosen.compute_saved:.1%} of the FLOPs saved "
         f"({1 / (1 - chosen.compute_saved):.2f} times fewer), mean exit at layer "
-        f"{chosen.mean_exit_layer:.2f}, checks at layers {layers}.\n"
+        f"{chosen.mean_exit_layer:.2f}; checks at {layers}.\n"
         "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
         f"Promise: {what} of at most {result.budget:g} with {result.confidence:.0%} confidence, "
         f"for prompts like those of the {found.side.split} split."

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from numpy.typing import NDArray
+
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.policies.exit_table import (
     ExitRule,
@@ -20,7 +22,7 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
-from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
+from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value, drop_score
 
 RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
@@ -146,7 +148,7 @@ def run_tests(
 
 
 def frontier(candidates: "Sequence[Candidate]", risk: RiskKind, budget: float) -> "list[Candidate]":
-    """The candidates that no other beats in both p-value and saving on the rows that propose.
+    """The candidates that no other beats in both risk and saving on the rows that propose.
 
     Args:
         candidates: with tables of rows that are not tested later.
@@ -162,9 +164,12 @@ def frontier(candidates: "Sequence[Candidate]", risk: RiskKind, budget: float) -
     for candidate in candidates:
         checked = candidate.table.at(candidate.rule.layers)
         row = evaluate_policy(checked, candidate.rule.threshold, oracle=1.0)
-        known: RiskKind = "disagreement" if row.drop is None else risk
-        value = p_value(checked, candidate.rule, known, budget)
-        measured.append((value, row.compute_saved, candidate))
+        stops = checked.exits(candidate.rule.threshold)
+        answers = pick(checked.answers, checked.full_answer, stops)
+        danger = row.disagreement
+        if risk == "accuracy_drop" and checked.gold is not None:
+            danger = drop_score(*_changes(checked, answers), len(checked), budget)
+        measured.append((danger, row.compute_saved, candidate))
     found: list[Candidate] = []
     most = 0.0
     for _, saved, candidate in sorted(measured, key=lambda one: (one[0], -one[1])):
@@ -230,9 +235,13 @@ def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> 
             "--max_accuracy_drop needs right answers, and these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
+    return drop_p_value(*_changes(table, answers), len(table), budget)
+
+
+def _changes(table: ExitTable, answers: NDArray[Any]) -> tuple[int, int]:
+    """Rows whose right answer is lost, and rows whose wrong one is mended."""
     before, after = table.full_answer == table.gold, answers == table.gold
-    losses, gains = int((before & ~after).sum()), int((after & ~before).sum())
-    return drop_p_value(losses, gains, len(table), budget)
+    return int((before & ~after).sum()), int((after & ~before).sum())
 
 
 def _risk(row: PolicyRow, risk: RiskKind) -> float:

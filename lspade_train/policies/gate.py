@@ -30,9 +30,11 @@ from lspade_train.probes.metrics import entropy
 
 FORMAT_VERSION = 1
 STATISTICS = ("entropy", "max_prob", "margin", "logit margin", "logit norm")
-PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+PENALTIES = (3.0, 30.0, 300.0)
 """Strengths of the L2 penalty to choose from, in rows: a penalty of n halves what n rows say."""
 FOLDS = 5
+DIRECTIONS = 32
+"""Principal directions of the hidden state that a gate reads: few beside the rows at hand."""
 LEAST = 1e-6
 """Doubt that always remains, so that a threshold of 0 stops nobody."""
 REMEDY = "Fit it again with lspade-train calibrate."
@@ -213,28 +215,42 @@ def fit_gate(
     """
     rows = len(wrong)
     fold = np.random.default_rng(seed).permutation(rows) % FOLDS
-    found = [
-        _fit_layer([features[k]] if hidden is None else [features[k], hidden[k]], wrong[:, k], fold)
-        for k in range(len(layers))
+    axes = None if hidden is None else [_principal(one) for one in hidden]
+    inputs = [
+        one if axes is None or hidden is None else np.c_[one, hidden[k] @ axes[k]]
+        for k, one in enumerate(features)
     ]
+    found = [_fit_layer(inputs[k], wrong[:, k], fold) for k in range(len(layers))]
     width = features[0].shape[1]
-    weights = torch.from_numpy(np.stack([weight for weight, _, _, _ in found])).float()
+    weights = [weight for weight, _, _, _ in found]
+    seen = None if axes is None else [a @ w[width:] for a, w in zip(axes, weights, strict=True)]
     gate = Gate(
         layers=tuple(layers),
         readers=tuple(readers),
-        weight=weights[:, :width].contiguous(),
+        weight=torch.from_numpy(np.stack([weight[:width] for weight in weights])).float(),
         bias=torch.tensor([bias for _, bias, _, _ in found], dtype=torch.float32),
-        hidden=None if hidden is None else weights[:, width:].contiguous(),
+        hidden=None if seen is None else torch.from_numpy(np.stack(seen)).float(),
     )
     doubt = np.stack([out for _, _, out, _ in found], axis=1)
     return FittedGate(gate, doubt, sum(loss for _, _, _, loss in found))
 
 
+def _principal(hidden: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Directions in which the states vary most, each scaled to unit variance, (d, directions)."""
+    states = torch.from_numpy(np.asarray(hidden, dtype=np.float64))
+    states = states - states.mean(0)
+    count = min(DIRECTIONS, *states.shape)
+    # Of the covariance: d x d at most, however many rows there are.
+    values, vectors = torch.linalg.eigh(states.T @ states / len(states))
+    scale = values[-count:].clamp(min=1e-12).sqrt()
+    return (vectors[:, -count:] / scale).numpy()
+
+
 def _fit_layer(
-    blocks: list[NDArray[np.floating]], wrong: NDArray[np.bool_], fold: NDArray[np.integer]
+    raw: NDArray[np.floating], wrong: NDArray[np.bool_], fold: NDArray[np.integer]
 ) -> tuple[NDArray[np.float64], float, NDArray[np.float64], float]:
     """Weights, bias, out-of-fold probabilities and their log loss, for the best penalty."""
-    raw = np.concatenate(blocks, axis=1).astype(np.float64)
+    raw = raw.astype(np.float64)
     mean, scale = raw.mean(0), raw.std(0)
     scale[scale < 1e-9] = np.inf  # a constant column says nothing
     inputs, target = (raw - mean) / scale, wrong.astype(np.float64)

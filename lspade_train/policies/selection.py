@@ -23,7 +23,13 @@ from lspade_train.policies.calibration import (
     frontier,
     run_tests,
 )
-from lspade_train.policies.exit_table import ExitRule, ExitTable, PolicyRow, evaluate_policy
+from lspade_train.policies.exit_table import (
+    ExitRule,
+    ExitTable,
+    PolicyRow,
+    evaluate_policy,
+    oracle_saving,
+)
 from lspade_train.policies.gate import FittedGate, fit_gate
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
 from lspade_train.policies.proposals import propose, uniform_rules
@@ -53,12 +59,15 @@ class Selection:
         policy: ready for `ExitRuntime` and `save`; its threshold is None where nothing qualified.
         calibration: the test: every candidate, and the promise.
         never: the full model on the tested rows.
+        kinds: of each kind of policy the one that the training rows would choose, measured on the
+            tested rows; for comparison, without a promise.
         side: the rows that were tested.
     """
 
     policy: ExitPolicy
     calibration: Calibration
     never: PolicyRow
+    kinds: tuple[PolicyRow, ...]
     side: Side
 
 
@@ -132,7 +141,8 @@ def calibrate(
     search.check_scope()
     proposing = search.read(data.stored("train", DESIGN_ROWS))
     designs = [*search.designs(proposing)]
-    proposals = [(design, one) for design in designs for one in design.candidates(proposing)]
+    proposed = [design.candidates(proposing) for design in designs]
+    proposals = [(d, one) for d, found in zip(designs, proposed, strict=True) for one in found]
     front = frontier([candidate for _, candidate in proposals], risk, budget)
     kept = {id(candidate): design for design, candidate in proposals}
     chosen_from = [kept[id(candidate)] for candidate in front]
@@ -151,7 +161,8 @@ def calibrate(
         policy = chosen_from[place].policy.at(rule.layers, rule.threshold)
         policy = replace(policy, calibration=record)
     never = evaluate_policy(tables[0], None)
-    return Selection(policy=policy, calibration=found, never=never, side=side)
+    kinds = tuple(_best_of_kinds(designs, proposed, rows, risk, budget))
+    return Selection(policy=policy, calibration=found, never=never, kinds=kinds, side=side)
 
 
 @dataclass(frozen=True)
@@ -275,12 +286,12 @@ class _Search:
         readers: tuple[str, ...],
         fitted: FittedGate | None = None,
     ) -> _Design:
-        who = decoders[0] if len(set(decoders)) == 1 else "the best at each layer"
+        who = decoders[0] if len(set(decoders)) == 1 else "best by layer"
         what = measure
         if fitted is not None:
-            what = "gate" if fitted.gate.hidden is None else "gate on the hidden state"
+            what = "gate" if fitted.gate.hidden is None else "gate (hidden state)"
         elif readers and len(self.heads_by_name) > 1:
-            what = f"{measure} of {readers[0]}"
+            what = f"{readers[0]} {measure}"
         policy = replace(
             self.template,
             measure=measure,
@@ -288,7 +299,7 @@ class _Search:
             decoder=decoders[0] if len(set(decoders)) == 1 else decoders,
             gate=None if fitted is None else fitted.gate,
         )
-        return _Design(f"{what}, answered by {who}", policy, readers, fitted)
+        return _Design(f"{what} -> {who}", policy, readers, fitted)
 
 
 def _repeated(word: Decoder, count: int) -> tuple[Decoder, ...]:
@@ -310,6 +321,30 @@ def with_history(rule: ExitRule, layers: Sequence[int]) -> ExitRule:
             limits.setdefault(layers[place - 1], 0.0)
     kept = sorted(limits)
     return ExitRule(layers=tuple(kept), threshold=tuple(limits[layer] for layer in kept))
+
+
+def _best_of_kinds(
+    designs: "Sequence[_Design]",
+    proposed: Sequence[Sequence[Candidate]],
+    rows: CachedExits,
+    risk: RiskKind,
+    budget: float,
+) -> Iterator[PolicyRow]:
+    """Of every kind, what saves most within half the budget on the proposing rows."""
+    for design, candidates in zip(designs, proposed, strict=True):
+        fine: list[tuple[float, ExitRule]] = []
+        for one in candidates:
+            seen = evaluate_policy(one.table.at(one.rule.layers), one.rule.threshold, oracle=1.0)
+            cost = seen.drop if risk == "accuracy_drop" and seen.drop is not None else None
+            if (seen.disagreement if cost is None else cost) <= budget / 2:
+                fine.append((seen.compute_saved, one.rule))
+        saved, rule = max(fine, key=lambda one: one[0], default=(0.0, None))
+        if rule is not None and saved > 0:
+            table = design.table(rows)
+            row = evaluate_policy(
+                table.at(rule.layers), rule.threshold, oracle=oracle_saving(table)
+            )
+            yield replace(row, name=design.name)
 
 
 def _widest(designs: Sequence[_Design]) -> list[_Design]:
