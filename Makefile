@@ -9,7 +9,6 @@ DOCS   := $(VENV)/.ready-docs
 
 RUN    := --config recipes/quickstart.yaml
 HEADS  := checkpoints/quickstart/heads.safetensors
-TUNED  := checkpoints/quickstart/tuned_lens/heads.safetensors
 FIVE   := $(BIN)/python recipes/quickstart/five.py
 
 LOWEST := .venv-lowest
@@ -40,10 +39,7 @@ $(DOCS): pyproject.toml constraints.txt
 $(HEADS): recipes/quickstart.yaml | $(READY)
 	$(BIN)/lspade-train fit $(RUN)
 
-$(TUNED): recipes/quickstart.yaml | $(READY)
-	$(BIN)/lspade-train fit $(RUN) --model.target final
-
-quickstart: $(READY) $(HEADS) $(TUNED)  ## fit, calibrate, evaluate and predict on the model that ships here, offline
+quickstart: $(READY) $(HEADS)  ## fit, calibrate, evaluate and predict on the model that ships here, offline
 	$(BIN)/lspade-train calibrate $(RUN)
 	$(BIN)/lspade-train evaluate $(RUN)
 	$(FIVE) ask | $(BIN)/lspade-train predict $(RUN) | $(FIVE) show checkpoints/quickstart

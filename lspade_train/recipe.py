@@ -13,6 +13,8 @@ TargetKind = Literal["hidden", "logits", "topk"]
 PositionIds = Literal["original", "compact"]
 Quantization = Literal["int8", "int4"]
 Form = Literal["full", "low_rank", "bias"]
+HeadTarget = Literal["spade", "final", "both"]
+LossScope = Literal["vocabulary", "choices"]
 
 
 @dataclass(kw_only=True)
@@ -172,7 +174,10 @@ class HeadConfig:
         rank: rank of `form: low_rank`.
         layer_groups: fit the layers in so many groups, one after another. The same heads with the
             memory of one group; the cached rows are read once per group.
-        target: distil SPADE's distribution (`spade`) or the model's own (`final`, a tuned lens).
+        target: distil SPADE's distribution (`spade`), the model's own (`final`, a tuned lens), or
+            `both` in one fit: each as it would train alone, the tuned lens in `tuned_lens/`.
+        scope: what the loss is over: the whole `vocabulary`, or the `choices` of each row, without
+            a product with the vocabulary: many times faster, for heads that answer by choices only.
         lr: peak learning rate of AdamW.
         weight_decay: decay of the residual maps towards zero, that is of the heads to identity.
         warmup: fraction of all steps with a rising learning rate; a cosine to zero follows.
@@ -182,7 +187,8 @@ class HeadConfig:
     form: Form = "full"
     rank: int = 64
     layer_groups: int = 1
-    target: Literal["spade", "final"] = "spade"
+    target: HeadTarget = "spade"
+    scope: LossScope = "vocabulary"
     lr: float = 1.0e-3
     weight_decay: float = 1.0e-2
     warmup: float = 0.05
@@ -194,6 +200,11 @@ class HeadConfig:
         _require(self.lr > 0, "model.lr", self.lr, "more than 0")
         _require(self.weight_decay >= 0, "model.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup <= 1, "model.warmup", self.warmup, "0 to 1")
+
+    @property
+    def targets(self) -> tuple[Literal["spade", "final"], ...]:
+        """What is distilled, one set of heads each; the first set makes the heads folder."""
+        return ("spade", "final") if self.target == "both" else (self.target,)
 
 
 @dataclass(kw_only=True)
@@ -218,6 +229,12 @@ class Recipe:
         """Refuse numbers that no run can have."""
         seed = self.seed_everything
         _require(0 <= seed < 2**32, "seed_everything", seed, "0 to 4294967295")
+        model = self.model
+        if model.scope == "choices" and "spade" in model.targets and self.data.targets == "topk":
+            raise RecipeError(
+                "model.scope is choices, and data.targets is topk, which may lack the choices; "
+                "expected hidden or logits.\nSet --data.targets hidden or --model.scope vocabulary."
+            )
         for key, value in _numbers("", asdict(self)):
             _require(math.isfinite(value), key, value, "a finite number")
 

@@ -45,7 +45,6 @@ def fitted(tmp_path_factory):
     quick.append("--trainer.enable_progress_bar=false")
     before = Path.cwd()
     assert made.run("fit", *quick) == 0
-    assert made.run("fit", "--model.target=final", *quick) == 0
     yield made
     os.chdir(before)
 

@@ -58,8 +58,7 @@ def fitted(tmp_path_factory) -> Path:
     save_reviewer(home / "reviewer")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        for target in ("spade", "final"):
-            assert main(["fit", f"--config={QUICKSTART}", f"--model.target={target}"]) == 0
+        assert main(["fit", f"--config={QUICKSTART}"]) == 0
         assert main(["calibrate", f"--config={QUICKSTART}"]) == 0
     return home
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_models import WIDTH
 
 from lspade_train import ExitPolicy, LSpadeHeads
 from lspade_train.artifacts import folder as artifact
-from lspade_train.artifacts.folder import push_to_hub
+from lspade_train.artifacts.folder import pull, push, push_to_hub
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, HubError, PolicyError
 from lspade_train.io.layout import known_files
@@ -177,6 +178,32 @@ def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_
     now = there.at("main")
     assert not {"policy.json", "figures/loss.png"} & set(now)
     assert foreign.items() <= now.items()
+
+
+def test_a_gate_and_a_tuned_lens_travel_with_the_heads(hub, folder):
+    heads = LSpadeHeads.from_pretrained(folder)
+    tuned = LSpadeHeads([1, 2, 3], WIDTH, form="bias")
+    heads.beside(tuned).save_pretrained(folder)
+    (folder / "gate.safetensors").write_bytes(b"gate")
+    (folder / "tuned_lens/results.json").write_bytes(b"{}")
+    push(folder, REPO)
+    pull(REPO, Path("back"))
+    sent, back = content(folder), content("back")
+    travelled = {"gate.safetensors", "tuned_lens/heads.safetensors", "tuned_lens/config.json"}
+    assert {name: back[name] for name in travelled} == {name: sent[name] for name in travelled}
+    assert "tuned_lens/results.json" not in back
+    beside = LSpadeHeads.from_pretrained("back").tuned_lens
+    assert beside is not None
+    assert beside.digest == tuned.digest
+
+
+def test_a_tuned_lens_that_the_folder_no_longer_has_is_removed_from_the_repository(hub, folder):
+    heads = LSpadeHeads.from_pretrained(folder)
+    heads.beside(LSpadeHeads([1], WIDTH, form="bias")).save_pretrained(folder)
+    push(folder, REPO)
+    shutil.rmtree(folder / "tuned_lens")
+    push(folder, REPO)
+    assert not any("tuned_lens" in name for name in hub.repos[REPO].at("main"))
 
 
 def test_heads_push_themselves_with_config_and_card(hub, folder):

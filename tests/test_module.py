@@ -193,12 +193,13 @@ def test_a_fit_is_not_resumed_with_another_batch_size(project):
         fit(project, data=project.module(batch_size=4), ckpt_path=path)
 
 
-def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project):
-    module, _ = fit(project, epochs=1)
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project, scope):
+    module, _ = fit(project, HeadConfig(form="bias", scope=scope), epochs=1)
     for mode in ("disk", "online"):
         validation = project.module(mode=mode).states("validation")
         module.validation_step(validation.gather(torch.arange(0)), 0)
-        sums = module._epoch.pop("val")
+        sums = module._epoch.pop("val/")
         assert not sums.rows.any()
         assert not sums.sums.any()
 

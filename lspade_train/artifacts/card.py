@@ -113,6 +113,7 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
         policy_rows=_policy_rows(results, policy),
+        over_choices=recipe.get("model", {}).get("scope") == "choices",
         of_others=[
             name
             for name, value in ((RESULTS, results), (POLICY, policy))
@@ -214,10 +215,12 @@ def _layer_table(results: Json) -> Json:
     """Every lens by layer: accuracy, or agreement with the model without labels; the heads' KL."""
     metric = "accuracy" if results["n_labelled"] else "agrees_model"
     lenses, heads = results["lenses"], exit_lens(results)
+    if any(lens[metric] is None for lens in lenses.values()):  # heads fitted over the choices
+        metric = "answer_agrees_model"
     rows: list[list[str]] = []
     for place, layer in enumerate(results["layers"]):
         cells = [_cell(lens, metric, place) for lens in lenses.values()]
-        kl = lenses[heads]["kl_to_spade"][place]
+        kl = (lenses[heads]["kl_to_spade"] or {place: None})[place]
         rows.append([str(layer), *cells, "-" if kl is None else f"{kl:.3f}"])
     header = ["layer", *map(label_of, lenses), f"KL of {label_of(heads)} to SPADE (nats)"]
     what = "Accuracy" if metric == "accuracy" else "Agreement with the full model"

@@ -1,6 +1,6 @@
 """The Lightning callback that writes the heads folder when a fit ends."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lspade_train.artifacts.card import write_card
-from lspade_train.io.layout import CONFIG, WEIGHTS
+from lspade_train.io.layout import CONFIG, TUNED_LENS, WEIGHTS
 from lspade_train.io.provenance import source_state, versions
 from lspade_train.io.storage import json_digest
 from lspade_train.probes.heads import LSpadeHeads
@@ -16,6 +16,9 @@ from lspade_train.recipe import Recipe
 from lspade_train.training.callbacks import forget_groups, group_folder
 from lspade_train.training.datamodule import HiddenStateDataModule
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
+
+FINAL = "/final/"
+"""In the names of a tuned lens's metrics, where L-SPADE heads are fitted in the same fit."""
 
 
 class ExportHeads(Callback):
@@ -58,7 +61,8 @@ class ExportHeads(Callback):
         """Export on the first process."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        heads: Any = pl_module.heads
+        module: Any = pl_module
+        heads: LSpadeHeads = module.heads.beside(module.tuned_lens)
         if self.group != ALL_LAYERS:
             self._export(trainer, heads, group_folder(self.folder, self.group))
             if not self.group.is_last:
@@ -75,10 +79,14 @@ class ExportHeads(Callback):
         parts = [LSpadeHeads.from_pretrained(group_folder(self.folder, g)) for g in groups]
         for part in parts:
             self.metrics |= part.metadata["training"]["metrics"]
+            if part.tuned_lens is not None:
+                found = part.tuned_lens.metadata["training"]["metrics"]
+                self.metrics |= {k.replace("/", FINAL, 1): v for k, v in found.items()}
         for name in {name.rpartition("/")[0] for name in self.metrics}:
             layers = [v for k, v in self.metrics.items() if k.startswith(f"{name}/layer_")]
             self.metrics[f"{name}/mean"] = sum(layers) / len(layers)
-        return LSpadeHeads.joined(parts)
+        tuned = [part.tuned_lens for part in parts if part.tuned_lens is not None]
+        return LSpadeHeads.joined(parts).beside(LSpadeHeads.joined(tuned) if tuned else None)
 
     def _export(self, trainer: Trainer, heads: LSpadeHeads, folder: Path) -> None:
         data: HiddenStateDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -111,7 +119,7 @@ def export(
     steps: int,
     metrics: dict[str, float],
 ) -> None:
-    """Write a complete heads folder.
+    """Write a complete heads folder, that of a tuned lens beside the heads inside it.
 
     Args:
         folder: made if missing.
@@ -122,24 +130,31 @@ def export(
             and the text between prompt and answer.
         cache_digests: identity digest of each split's cache.
         steps: optimiser steps taken.
-        metrics: last logged metrics by name.
+        metrics: last logged metrics by name; of a tuned lens beside them, below `.../final/`.
 
     Raises:
         ArtifactError: the folder cannot be written.
     """
-    heads.metadata = {
-        "base_model": base_model,
-        "training": {
-            "recipe": asdict(recipe),
-            "data": data,
-            "caches": cache_digests,
-            "steps": steps,
-            "metrics": metrics,
-            "versions": versions(),
-            "source": source_state(),
-        },
+    training = {
+        "data": data,
+        "caches": cache_digests,
+        "steps": steps,
+        "versions": versions(),
+        "source": source_state(),
     }
+    tuned = heads.tuned_lens
+    if tuned is not None:
+        # Recorded as what it would be had it been fitted alone.
+        alone = replace(recipe, model=replace(recipe.model, target="final"))
+        found = {k.replace(FINAL, "/", 1): v for k, v in metrics.items() if FINAL in k}
+        record = training | {"recipe": asdict(alone), "metrics": found}
+        tuned.metadata = {"base_model": base_model, "training": record}
+    mine = {k: v for k, v in metrics.items() if tuned is None or FINAL not in k}
+    record = training | {"recipe": asdict(recipe), "metrics": mine}
+    heads.metadata = {"base_model": base_model, "training": record}
     heads.save_pretrained(folder)
+    if tuned is not None:
+        write_card(folder / TUNED_LENS)
     write_card(folder)
 
 
@@ -149,6 +164,7 @@ def _log_artifact(logger: Logger, folder: Path, name: str) -> None:
     import wandb
 
     artifact = wandb.Artifact(f"{name}-heads", type="model")
-    for file in (WEIGHTS, CONFIG):
-        artifact.add_file(str(folder / file))
+    for name in (WEIGHTS, CONFIG, f"{TUNED_LENS}/{WEIGHTS}", f"{TUNED_LENS}/{CONFIG}"):
+        if (folder / name).is_file():
+            artifact.add_file(str(folder / name), name=name)
     logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from lspade_train.artifacts import hub
 from lspade_train.artifacts.card import ranges, write_card
 from lspade_train.errors import ArtifactError
 from lspade_train.io import fetch
-from lspade_train.io.layout import CONFIG, POLICY, RESULTS, known_files, read_results
+from lspade_train.io.layout import CONFIG, POLICY, RESULTS, TUNED_LENS, known_files, read_results
 from lspade_train.io.storage import read_json, require_kinds
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import AGAIN, KINDS, LSpadeHeads
@@ -75,7 +75,8 @@ def check_folder(folder: Path) -> LSpadeHeads:
     heads = LSpadeHeads.from_pretrained(folder)
     digest = heads.metadata["weights_sha256"]
     if (folder / POLICY).exists():
-        ExitPolicy.load(folder).check_heads(digest)
+        tuned = heads.tuned_lens
+        ExitPolicy.load(folder).check_heads(digest, None if tuned is None else tuned.digest)
     if (folder / RESULTS).exists():
         about = read_results(folder).get("heads")
         measured = about.get("weights_sha256") if isinstance(about, dict) else None
@@ -203,8 +204,8 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> None:
 def machine_paths(folder: Path) -> list[str]:
     """Absolute paths in a heads folder's JSON, as `file: path`: whoever pulls it reads them."""
     return [
-        f"{path.name}: {text}"
-        for path in (folder / CONFIG, folder / RESULTS)
+        f"{path.relative_to(folder).as_posix()}: {text}"
+        for path in (folder / CONFIG, folder / TUNED_LENS / CONFIG, folder / RESULTS)
         if path.exists()
         for text in sorted(set(_texts(read_json(path, ArtifactError))))
         if text.startswith(("/", "~")) and len(text) > 1

@@ -61,7 +61,7 @@ def cache(arguments: list[str]) -> int:
         seed=recipe.seed_everything,
         name=recipe.name,
         overwrite=parsed.options.overwrite,
-        spade=recipe.model.target == "spade",
+        spade=recipe.model.target != "final",
     )
     require_splits(recipe.data, asked)
     for split in asked:

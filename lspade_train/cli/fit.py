@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 FIT = """\
 Train one linear head per layer by distillation and export them to checkpoints/NAME/.
+With --model.target both the heads folder also gets a tuned lens, in tuned_lens/, from the same fit.
 The frozen model runs once: its hidden states and SPADE targets are cached on disk and reused
 (see lspade-train cache). --trainer.KEY is Lightning's Trainer: epochs, devices, precision, logger.
 Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
@@ -38,6 +39,7 @@ def fit(arguments: list[str]) -> None:
     from lspade_train.artifacts.folder import heads_folder
     from lspade_train.cli.trainer import open_loggers
     from lspade_train.errors import ArtifactError
+    from lspade_train.io.layout import TUNED_LENS
     from lspade_train.io.storage import require_writable
     from lspade_train.tasks import require_splits
     from lspade_train.training.callbacks import finished_groups, forget_groups
@@ -45,7 +47,7 @@ def fit(arguments: list[str]) -> None:
 
     folder = heads_folder(parsed.recipe)
     if parsed.recipe.model.target == "final":
-        folder /= "tuned_lens"
+        folder /= TUNED_LENS
     require_writable(folder, ArtifactError)
     require_splits(parsed.recipe.data, ("train", "validation"))
     count, asked = parsed.recipe.model.layer_groups, parsed.options.ckpt_path

@@ -60,7 +60,12 @@ def predict(arguments: list[str]) -> int:
     policy = (
         ExitPolicy.load(folder / "policy.json")
         if options.threshold is None
-        else ExitPolicy(layers=heads.layers, threshold=options.threshold, positions=data.positions)
+        else ExitPolicy(
+            layers=heads.layers,
+            threshold=options.threshold,
+            scope=heads.scope,
+            positions=data.positions,
+        )
     )
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
     ask = RawPrompts() if options.raw else Asker(data, tokenizer, _fitted_prefix(heads))

@@ -117,10 +117,10 @@ def _by_layer(results: dict[str, Any]) -> Table:
 
 def _exits_table(results: dict[str, Any]) -> Table:
     exits = results["exits"]
-    oracle = exits["oracle_saving"]
+    oracle, over = exits["oracle_saving"], exits.get("scope", "vocabulary")
     table = _table(
         "SPADE-EXIT at", "accuracy", "drop", "disagreement", "mean exit layer", "FLOPs saved",
-        title=f"thresholds in nats over the vocabulary; an oracle saves {oracle:.1%}",
+        title=f"thresholds in nats over the {over}; an oracle saves {oracle:.1%}",
     )  # fmt: skip
     rows = [("never", exits["never"]), *((f"{r['threshold']:g}", r) for r in exits["paper"])]
     if exits["policy"] and exits["policy"]["row"]:

@@ -108,7 +108,9 @@ def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
         policy = ExitPolicy.load(folder / POLICY)
         if policy.layers:
             return policy, [policy.threshold] if asked is None else asked
-    policy = ExitPolicy(layers=heads.layers, positions=parsed.recipe.data.positions)
+    policy = ExitPolicy(
+        layers=heads.layers, scope=heads.scope, positions=parsed.recipe.data.positions
+    )
     return policy, list(PAPER_THRESHOLDS) if asked is None else asked
 
 

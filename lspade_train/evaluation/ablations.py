@@ -225,7 +225,9 @@ def _trained_as(fitted: FittedRecipe) -> HeadConfig:
     """The settings the heads were trained with: their own record, or the recipe without one."""
     training = fitted.heads.metadata.get("training", {})
     known = training.get("recipe", {}).get("model")
-    return HeadConfig(**known) if known else fitted.recipe.model
+    config = HeadConfig(**known) if known else fitted.recipe.model
+    # One set of heads is measured here, whatever else its fit made.
+    return replace(config, target="final" if fitted.heads.target == "final" else "spade")
 
 
 def _steps(fitted: FittedRecipe) -> int:

@@ -12,7 +12,7 @@ from lspade_train.evaluation.exits import PAPER_THRESHOLDS, measure_exits
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.summary import plain, summarise
-from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.cached_exits import exit_table, has_choices
 from lspade_train.policies.calibration import learn_then_test
 from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold
 from lspade_train.policies.policy import ExitPolicy
@@ -59,7 +59,7 @@ def cross_task(recipes: Sequence[FittedRecipe], track: Track = iter) -> dict[str
         found = [_used_on(row.heads, threshold, column) for column in recipes]
         cells.append([None if pair is None else pair[0] for pair in found])
         own = found[len(tasks)]
-        assert own is not None  # FittedRecipe requires a layer in common
+        assert own is not None  # FittedRecipe requires a layer in common, and choices
         tasks.append(_about(row) | own[1])
     return plain({"tasks": tasks, "heads": rows, "cells": cells})
 
@@ -82,12 +82,17 @@ def _threshold(fitted: FittedRecipe) -> Threshold | None:
 def _used_on(
     heads: LSpadeHeads, threshold: Threshold | None, column: FittedRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The cell, and what the column's full model does; None if no layer is in common."""
+    """The cell, and what the column's full model does; None if the heads cannot be used.
+
+    Either no layer is in common, or they were fitted over choices and these rows have none.
+    """
     heads.bind(column.data.adapter)
     layers = [layer for layer in column.data.layers if layer in heads.layers]
     if not layers:
         return None
     dataset, adapter = column.states(), column.data.adapter
+    if heads.scope == "choices" and not has_choices(dataset):
+        return None
     readings = read_lenses(dataset, adapter.unembed, {L_SPADE.key: heads}, layers)
     summary = summarise(readings, adapter.vocab_size)
     table = _table(column, dataset, heads, layers)
@@ -110,5 +115,7 @@ def _used_on(
 def _table(
     fitted: FittedRecipe, dataset: StateDataset, heads: LSpadeHeads, layers: Sequence[int]
 ) -> ExitTable:
-    policy = ExitPolicy(layers=tuple(layers), positions=fitted.recipe.data.positions)
+    policy = ExitPolicy(
+        layers=tuple(layers), scope=heads.scope, positions=fitted.recipe.data.positions
+    )
     return exit_table(dataset, fitted.data.adapter, heads, policy)

@@ -37,7 +37,7 @@ def sweep_thresholds(table: ExitTable) -> dict[str, Any]:
     """SPADE-EXIT at the paper's thresholds and over a fine grid, as JSON.
 
     Args:
-        table: entropies over the vocabulary in nats.
+        table: entropies in nats; the paper's thresholds are for those over the vocabulary.
     """
     grid = table.grid()
     never, *rows = measure_exits(table, [None, *PAPER_THRESHOLDS, *grid])

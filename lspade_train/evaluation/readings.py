@@ -31,13 +31,16 @@ class Readings:
         layers: in the order of the second dimension.
         values: by name of `PER_LENS`, (lenses, layers, rows): `answer` is the best of the row's
             choices (of the vocabulary if the row has none), `best` the best of the vocabulary,
-            `confidence` the answer's probability among the choices, `entropy` and KL in nats.
+            `confidence` the answer's probability among the choices, `entropy` and KL in nats. Of
+            lenses `over_choices` the entropy is over the choices, and what compares vocabularies
+            says nothing.
         full: the same for the full model, by name of `OF_ANSWER`, (rows,).
         answer_id: correct token, (rows,).
         labelled: whether the row has a label, (rows,).
         group: index into `groups`, (rows,).
         groups: names of the subgroups.
         has_choices: whether any row has choices.
+        over_choices: lenses whose heads were fitted over the choices.
     """
 
     lenses: tuple[str, ...]
@@ -49,6 +52,7 @@ class Readings:
     group: Tensor
     groups: tuple[str, ...]
     has_choices: bool
+    over_choices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.answer_id)
@@ -99,6 +103,7 @@ def read_lenses(
         group=joined["group"],
         groups=dataset.groups,
         has_choices=bool(joined["choice_count"].any()),
+        over_choices=tuple(k for k, h in lenses.items() if h is not None and h.scope == "choices"),
     )
 
 
@@ -127,6 +132,8 @@ def _read(
                 "kl_to_spade": kl_divergence(spade, logits),
                 "kl_to_model": kl_divergence(full, logits),
             }
+            if heads is not None and heads.scope == "choices":
+                found["entropy"] = entropy(choice_logits(logits, batch))
             for name, value in found.items():
                 values[name].append(value)
     shape = (len(layers), len(lenses), len(batch))

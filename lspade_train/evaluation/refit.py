@@ -1,5 +1,7 @@
 """Short extra fits on cached rows, for ablations. Knows nothing of files."""
 
+from dataclasses import asdict
+
 import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule, Trainer
@@ -65,4 +67,5 @@ def fit_heads(
         )  # fmt: skip
         trainer.fit(module, TrainingRows(dataset, adapter, loader))
     assert module.heads is not None
+    module.heads.metadata = {"training": {"recipe": {"model": asdict(config)}}}
     return module.heads.requires_grad_(False).eval().bind(adapter)

@@ -106,6 +106,11 @@ def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
     adapter = fitted.data.adapter
     dataset = fitted.states()
     readings = read_lenses(dataset, adapter.unembed, fitted.lenses, fitted.layers)
+    if readings.over_choices:
+        log.info(
+            "%s: fitted over the choices; what compares vocabularies is null, and the entropy is "
+            "over the choices.", ", ".join(LENSES[key].label for key in readings.over_choices)
+        )  # fmt: skip
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
     results["exits"] = _measured_exits(fitted)
     results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
@@ -116,9 +121,12 @@ def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
     """The threshold sweep and the saved policy; None for heads whose entropy is not finite."""
     heads, adapter = fitted.heads, fitted.data.adapter
     dataset = fitted.states()
-    policy = ExitPolicy(layers=tuple(fitted.layers), positions=fitted.recipe.data.positions)
+    policy = ExitPolicy(
+        layers=tuple(fitted.layers), scope=heads.scope, positions=fitted.recipe.data.positions
+    )
     try:
-        found = sweep_thresholds(exit_table(dataset, adapter, heads, policy))
+        found: dict[str, Any] = {"scope": policy.scope}
+        found |= sweep_thresholds(exit_table(dataset, adapter, heads, policy))
     except NumericsError as broken:
         log.warning("no exits measured: %s", str(broken).split(". ")[0])
         return None
@@ -154,6 +162,7 @@ def _header(fitted: FittedRecipe) -> dict[str, Any]:
             "rank": heads.rank if heads.form == "low_rank" else None,
             "layers": list(heads.layers),
             "target": heads.target,
+            "scope": heads.scope,
             "trained_on": trained.get("data", {}).get("task"),
             "weights_sha256": heads.digest,
         },

@@ -34,12 +34,19 @@ NEEDS_LABELS = (
     *("ece", "auroc", "auroc_confidence", "risk", "aurc", "entropy_histogram"),
 )
 
+OF_VOCABULARY = (
+    *("agrees_model", "agrees_model_interval", "agrees_spade", "kl_to_spade", "kl_to_model"),
+    *("accuracy_vocabulary", "accuracy_vocabulary_interval"),
+)
+"""What heads that were fitted over the choices say nothing about."""
+
 
 def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
     """Every lens at every layer, and the model itself, as JSON.
 
     Accuracy is over the task's choices (over the vocabulary if it has none) and over the
-    vocabulary; null if no row has a label. README, "results.json", names every key.
+    vocabulary; null if no row has a label. What compares vocabularies is null for heads that were
+    fitted over the choices. README, "results.json", names every key.
 
     Args:
         readings: per-row measurements.
@@ -50,6 +57,8 @@ def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
         name: _lens({key: value[place] for key, value in readings.values.items()}, readings, edges)
         for place, name in enumerate(readings.lenses)
     }
+    for name in readings.over_choices:
+        lenses[name] |= dict.fromkeys(OF_VOCABULARY)
     full = _lens({name: value[None] for name, value in readings.full.items()}, readings, edges)
     return plain(
         {

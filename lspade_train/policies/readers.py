@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from lspade_train.errors import PolicyError
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import FIXED
 
 Readers = dict[str, LSpadeHeads | None]
 """Heads by the name of the lens they are, `l-spade` or `tuned_lens`; None is `logit_lens`."""
@@ -31,7 +32,8 @@ def check_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
     """What every check of the policy reads, in order.
 
     Raises:
-        PolicyError: heads that are not there.
+        PolicyError: heads that are not there, or that were fitted over the choices for a policy
+            that looks at the vocabulary.
     """
     if policy.gate is not None:
         names: tuple[str, ...] = policy.gate.readers
@@ -41,16 +43,33 @@ def check_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
         names = ("logit_lens",)
     else:
         names = (own_name(heads),)
-    return _named(names, heads)
+    found = _named(names, heads)
+    if policy.measure != FIXED:  # which reads nothing
+        _check_scope(policy, found)
+    return found
 
 
 def answer_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
     """The heads that answer at an exit; without `spade`, which needs none.
 
     Raises:
-        PolicyError: heads that are not there.
+        PolicyError: as `check_readers`.
     """
-    return _named([name for name in dict.fromkeys(policy.decoders) if name != "spade"], heads)
+    words = [name for name in dict.fromkeys(policy.decoders) if name != "spade"]
+    found = _named(words, heads)
+    _check_scope(policy, found)
+    return found
+
+
+def _check_scope(policy: ExitPolicy, readers: Readers) -> None:
+    """Refuse to read tokens that the heads' loss never looked at."""
+    for name, heads in readers.items():
+        if policy.scope == "vocabulary" and heads is not None and heads.scope == "choices":
+            raise PolicyError(
+                f"The policy's scope is vocabulary, and the {name} heads were fitted over the "
+                "choices (model.scope).\nUse the scope choices (calibrate --scope choices), or fit "
+                "them with --model.scope vocabulary."
+            )
 
 
 def _named(names: Sequence[str], heads: LSpadeHeads | None) -> Readers:

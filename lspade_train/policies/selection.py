@@ -33,7 +33,7 @@ from lspade_train.policies.exit_table import (
 from lspade_train.policies.gate import FittedGate, fit_gate
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
 from lspade_train.policies.proposals import propose, uniform_rules
-from lspade_train.policies.readers import Readers, available, own_name
+from lspade_train.policies.readers import Readers, available, check_readers, own_name
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED, find_measure
@@ -138,6 +138,7 @@ def calibrate(
         tuned_lens_digest=heads.tuned_lens.digest if heads.tuned_lens is not None else None,
     )
     search = _Search(data, heads, template, asked)
+    search.check_scope()
     proposing = search.read(data.stored("train", DESIGN_ROWS))
     designs = [*search.designs(proposing)]
     proposed = [design.candidates(proposing) for design in designs]
@@ -221,9 +222,15 @@ class _Search:
         for word in (asked.reader, asked.decoder):
             if word not in (None, "spade", *every):
                 raise PolicyError(
-                    f"{word} heads are not here; the given ones are {own_name(heads)}.\\n"
+                    f"{word} heads are not here; the given ones are {own_name(heads)}.\n"
                     "Fit both kinds: lspade-train fit --model.target both."
                 )
+
+    def check_scope(self) -> None:
+        """Refuse heads that were fitted over the choices where the vocabulary is looked at."""
+        for word in self.heads_by_name:
+            reader = replace(self.template, reader=cast(Reader, word), decoder=cast(Decoder, word))
+            check_readers(reader, self.heads)
 
     def read(self, rows: StateDataset) -> CachedExits:
         """Everything that the search looks at, of some rows."""

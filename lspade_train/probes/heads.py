@@ -27,7 +27,7 @@ from lspade_train.io.storage import (
     write_tensors,
 )
 from lspade_train.models import ModelAdapter, Unembedding
-from lspade_train.recipe import Form
+from lspade_train.recipe import Form, LossScope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,18 @@ class LSpadeHeads(nn.Module):
     @property
     def target(self) -> str | None:
         """What they were fitted to: `spade`, or `final` (a tuned lens); None where not recorded."""
-        return self.metadata.get("training", {}).get("recipe", {}).get("model", {}).get("target")
+        found = self._trained_as.get("target")
+        # A fit of both keeps the tuned lens, whose record says `final`, in a folder of its own.
+        return "spade" if found == "both" else found
+
+    @property
+    def scope(self) -> LossScope:
+        """The tokens that their loss was over: `vocabulary`, or the `choices` of each row."""
+        return self._trained_as.get("scope", "vocabulary")
+
+    @property
+    def _trained_as(self) -> dict[str, Any]:
+        return self.metadata.get("training", {}).get("recipe", {}).get("model", {})
 
     @property
     def tuned_lens(self) -> "LSpadeHeads | None":
@@ -198,12 +209,16 @@ class LSpadeHeads(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `heads.safetensors` and `config.json`: both, or what was there stays.
 
+        A tuned lens beside them is written to `tuned_lens/` first, in the same way.
+
         `metadata` is then what `from_pretrained` would read, so that a policy can be tied to them.
 
         Raises:
             ArtifactError: the folder cannot be written.
         """
         folder = Path(folder)
+        for heads in self._beside:
+            heads.save_pretrained(folder / TUNED_LENS)
         with atomic_path(folder / WEIGHTS, ArtifactError) as weights:
             write_tensors(weights, self.state_dict(), error=ArtifactError)
             config = {

@@ -9,7 +9,13 @@ from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Sp
 from lspade_train.tasks.encoding import encode
 from lspade_train.tasks.identity import identity
 from lspade_train.tasks.registry import TASKS
-from lspade_train.tasks.rows import evaluation_split, load_rows, require_splits, splits
+from lspade_train.tasks.rows import (
+    evaluation_split,
+    load_rows,
+    require_choices,
+    require_splits,
+    splits,
+)
 
 __all__ = [
     "SPLITS",
@@ -24,6 +30,7 @@ __all__ = [
     "evaluation_split",
     "identity",
     "load_rows",
+    "require_choices",
     "require_splits",
     "resolve_choices",
     "splits",

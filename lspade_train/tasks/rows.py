@@ -43,6 +43,26 @@ def require_splits(config: DataConfig, wanted: Sequence[Split]) -> None:
             to_questions(config, rows)
 
 
+def require_choices(config: DataConfig, rows: Rows) -> None:
+    """Refuse a split in which a row has no choices.
+
+    Raises:
+        TaskError: the task is running text, or a row has no choices; names it.
+    """
+    if find_task(config.task).to_question is None:
+        where = f"the task {config.task} has none"
+    else:
+        questions = to_questions(config, rows)
+        bare = next((n for n, q in enumerate(questions, start=1) if not q.labels), None)
+        if bare is None:
+            return
+        where = f"row {bare} of {rows.split} has none"
+    raise TaskError(
+        f"model.scope is choices, and {where}; expected choices in every row.\n"
+        "Give the rows choices (or --data.prompt.labels), or set --model.scope vocabulary."
+    )
+
+
 def evaluation_split(config: DataConfig) -> Split:
     """The split that results are reported on: test if it has labels, else validation.
 

@@ -58,6 +58,7 @@ class HiddenStateDataModule(LightningDataModule):
         overwrite: rebuild caches that exist.
         spade: have SPADE's targets too; False for what needs hidden states alone, as heads do that
             are fitted to the model's own answer. A cache without them gets them when asked.
+        choices: every row must have choices, as for heads whose loss is over them.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class HiddenStateDataModule(LightningDataModule):
         name: str = "lspade",
         overwrite: bool = False,
         spade: bool = True,
+        choices: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,6 +79,7 @@ class HiddenStateDataModule(LightningDataModule):
         self.name = name
         self.overwrite = overwrite
         self.spade = spade
+        self.choices = choices
         self.frozen = FrozenModel(config, self._device)
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
@@ -317,9 +320,12 @@ class HiddenStateDataModule(LightningDataModule):
         together(lambda: self._setup(stage))
 
     def _setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.states("train")
-        self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
+        last = tasks.evaluation_split(self.config) if stage == "test" else "validation"
+        splits: tuple[Split, ...] = ("train", last) if stage == "fit" else (last,)
+        for split in splits if self.choices else ():
+            tasks.require_choices(self.config, self._load_rows(split))
+        for split in splits:
+            self.states(split)
         if stage == "fit" and self.config.mode == "disk":
             self.frozen.release_blocks()
 

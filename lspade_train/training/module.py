@@ -13,13 +13,16 @@ One step, for a batch of `rows` cached rows:
         autograd through norm and heads      the piece's gradients, and its activations are freed
     sum over layers, AdamW                   each head trains as it would alone
 
+With `model.target: both` that is done for the heads of each target, on the same rows; with
+`model.scope: choices` the loss is over each row's choices (`over_choices`), and no logits of the
+vocabulary are made.
+
 Source: arXiv:2507.17618, L-SPADE (v1), Linear SimLens (v2). The optimiser, its schedule and every
 default are ours: the paper does not give them.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -28,45 +31,26 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lspade_train.cache import StateBatch
-from lspade_train.errors import NumericsError, RecipeError
+from lspade_train.errors import ArtifactError, NumericsError, RecipeError
 from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import HeadConfig
+from lspade_train.training.layer_sums import METRICS, LayerSums, answers
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.training.losses import Distilled, cross_entropy, distillation
 from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.over_choices import choice_distillation
 from lspade_train.training.reduction import pays_off
-from lspade_train.training.targets import Target, is_reducible, target_of, with_reduced_final
-
-METRICS = ("loss", "kl", "agreement", "accuracy")
+from lspade_train.training.targets import (
+    Target,
+    is_reducible,
+    target_of,
+    with_reduced_final,
+    without_reduced,
+)
 
 SHARED_BY = 2
 """Layers above which reducing the target that they share, by two products, saves a step some."""
-
-
-@dataclass(frozen=True)
-class LayerSums:
-    """Sums over rows, per layer: what an epoch's means are made of."""
-
-    sums: Tensor  # (metrics, layers), float64
-    rows: Tensor  # (2,): all rows, labelled rows
-
-    def __add__(self, other: "LayerSums") -> "LayerSums":
-        return LayerSums(self.sums + other.sums, self.rows + other.rows)
-
-    @classmethod
-    def beside(cls, parts: "Sequence[LayerSums]") -> "LayerSums":
-        """The sums of all layers from those of groups of layers, over the same rows."""
-        return cls(torch.cat([part.sums for part in parts], 1), parts[0].rows)
-
-    def means(self) -> dict[str, Tensor]:
-        """Mean per layer by metric; accuracy only where rows have labels."""
-        counts = [self.rows[0]] * 3 + [self.rows[1]]
-        return {
-            name: total / count
-            for name, total, count in zip(METRICS, self.sums, counts, strict=True)
-            if count > 0
-        }
 
 
 def check_rank(config: HeadConfig, hidden_size: int) -> None:
@@ -87,12 +71,18 @@ class LSpadeModule(LightningModule):
 
     Args:
         config: form, target and optimiser of the heads.
-        heads: heads to continue from; None starts at the identity.
+        heads: heads to continue from, with a tuned lens beside them where the target is `both`;
+            None starts at the identity.
         group: the layers that are trained, of those in the batches.
 
     Logs `{train,val,test}/{loss,kl,agreement,accuracy}/layer_NN` and their means over the layers,
     `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
-    choices, or over the vocabulary where it has none).
+    choices, or over the vocabulary where it has none). All four are over the choices where
+    `model.scope` is. With the target `both` these are the L-SPADE heads', and the tuned lens's are
+    `{train,val,test}/final/...`.
+
+    Raises:
+        ArtifactError: the target is `both`, and the heads to continue from have no tuned lens.
     """
 
     def __init__(
@@ -101,7 +91,15 @@ class LSpadeModule(LightningModule):
         super().__init__()
         self.config = config
         self.heads = heads
+        self.tuned_lens: LSpadeHeads | None = None
         self.group = group
+        if heads is not None and config.target == "both":
+            self.tuned_lens = heads.tuned_lens
+            if self.tuned_lens is None:
+                raise ArtifactError(
+                    "model.target is both, and the given heads have no tuned lens beside them.\n"
+                    "Set --model.target to what they were fitted to, or fit both."
+                )
         self._unembed: Unembedding | None = None
         self._epoch: dict[str, LayerSums] = {}
         self._latest: tuple[int, Tensor] | None = None
@@ -123,42 +121,69 @@ class LSpadeModule(LightningModule):
                     "layers; expected no more groups than layers. Lower --model.layer_groups."
                 )
             check_rank(self.config, data.hidden_size)
-            self.heads = LSpadeHeads(
-                layers, data.hidden_size, form=self.config.form, rank=self.config.rank
+            self.heads, *others = (
+                LSpadeHeads(layers, data.hidden_size, form=self.config.form, rank=self.config.rank)
+                for _ in self.config.targets
             )
+            self.tuned_lens = others[0] if others else None
 
-    def losses(self, batch: StateBatch, sums: list[LayerSums] | None = None) -> Tensor:
+    def fitted(self) -> Iterator[tuple[str, str, LSpadeHeads]]:
+        """Each set of heads: prefix of its metrics' names, what it is fitted to, the heads."""
+        assert self.heads is not None
+        first, *others = self.config.targets
+        yield "", first, self.heads
+        for target in others:
+            assert self.tuned_lens is not None
+            yield f"{target}/", target, self.tuned_lens
+
+    def losses(
+        self,
+        batch: StateBatch,
+        sums: list[LayerSums] | None = None,
+        *,
+        heads: LSpadeHeads | None = None,
+        target: str | None = None,
+    ) -> Tensor:
         """Mean loss over the rows, per layer, nats; differentiable in the heads.
 
         Args:
             batch: cached rows.
             sums: gets the metrics of each piece of the layers, which cost a little more.
+            heads: None: the first of those fitted.
+            target: what these are fitted to.
         """
-        assert self.heads is not None
-        batch = self._trained(batch)
+        heads = self.heads if heads is None else heads
+        assert heads is not None
+        target = target or self.config.targets[0]
+        batch = self._trained(batch, target)
 
         def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
             part = batch.of_layers(piece)
-            if sums is None:
-                loss = cross_entropy(*self._sides(heads, part), memory=self._memory)
+            if sums is None and self.config.scope == "vocabulary":
+                loss = cross_entropy(*self._sides(heads, part, target), memory=self._memory)
             else:
-                result = self._distil(heads, part)
-                sums.append(self._sums(part, result))
+                result = self._distil(heads, part, target)
                 loss = result.loss
+                if sums is not None:
+                    sums.append(self._sums(part, result))
             return loss.reshape(len(batch), -1).mean(0)
 
-        return layer_losses(self.heads, self._pieces(batch), of_piece)
+        return layer_losses(heads, self._pieces(batch), of_piece)
 
     def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
-        """One step on all layers: the sum of the layers' mean losses."""
+        """One step on all layers and targets: the sum of the layers' mean losses."""
         self._require_finite()
         # Dozens of values: only on the steps that Lightning writes.
         trainer: Any = self.trainer
         logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
-        sums: list[LayerSums] = []
-        losses = self.losses(batch, sums if logs else None)
-        if logs:
-            self._log("train", LayerSums.beside(sums).means())
+        parts: list[Tensor] = []
+        for prefix, target, heads in self.fitted():
+            sums: list[LayerSums] = []
+            found = self.losses(batch, sums if logs else None, heads=heads, target=target)
+            parts.append(found)
+            if logs:
+                self._log(f"train/{prefix}", LayerSums.beside(sums).means())
+        losses = torch.cat(parts)
         self._latest = self.global_step, losses.detach()
         self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
         # A sum over layers, so that each head trains as it would alone.
@@ -188,7 +213,7 @@ class LSpadeModule(LightningModule):
         """Refuse the checkpoint of other heads.
 
         Raises:
-            RecipeError: its layers, form or rank are not this recipe's.
+            RecipeError: its layers, form, rank or targets are not this recipe's.
         """
         mine, found = (
             {name: tuple(value.shape) for name, value in state.items()}
@@ -197,17 +222,17 @@ class LSpadeModule(LightningModule):
         if mine != found:
             raise RecipeError(
                 f"The checkpoint holds other heads: {found}, this recipe makes {mine}.\n"
-                "Give model.layers, model.form and model.rank of the fit that wrote it."
+                "Give model.layers, form, rank and target of the fit that wrote it."
             )
 
     def configure_optimizers(self) -> Any:
         """AdamW; decay pulls the residual maps to zero, that is the heads to the identity."""
         config = self.config
-        assert self.heads is not None
-        maps = [p for name, p in self.heads.named_parameters() if name != "bias"]
+        fitted = [heads for _, _, heads in self.fitted()]
+        maps = [p for h in fitted for name, p in h.named_parameters() if name != "bias"]
         groups = [
             {"params": maps, "weight_decay": config.weight_decay},
-            {"params": [self.heads.bias], "weight_decay": 0.0},
+            {"params": [heads.bias for heads in fitted], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -243,36 +268,45 @@ class LSpadeModule(LightningModule):
     def _reduces_rows(self) -> bool:
         """Whether the data module is to reduce SPADE's targets for a fit of this length."""
         assert self._unembed is not None
-        # A group would reduce the targets of all layers.
-        wanted = self.config.target == "spade" and self.group == ALL_LAYERS
+        # A group would reduce the targets of all layers; choices need no product to be saved.
+        wanted = "spade" in self.config.targets and self.config.scope == "vocabulary"
+        wanted = wanted and self.group == ALL_LAYERS
         epochs = self.trainer.max_epochs or 0
         return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
 
-    def _trained(self, batch: StateBatch) -> StateBatch:
+    def _trained(self, batch: StateBatch, target: str) -> StateBatch:
         """The layers that are trained, with a target that they share reduced once for all."""
         assert self._unembed is not None
         batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
-        shared = self.config.target == "final" and batch.hidden.shape[1] > SHARED_BY
-        if shared and is_reducible(self._unembed):
+        if self.config.scope == "choices" or target == "spade":
+            return batch
+        if batch.hidden.shape[1] > SHARED_BY and is_reducible(self._unembed):
             return with_reduced_final(batch, self._unembed, self._memory)
-        return batch
+        return without_reduced(batch)  # which are SPADE's
 
     def _pieces(self, batch: StateBatch) -> list[slice]:
         """The layers, in pieces whose logits make about one chunk of the loss."""
-        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
         layers = batch.hidden.shape[1]
+        if self.config.scope == "choices":
+            return [slice(0, layers)]
+        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
         return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
 
-    def _sides(self, heads: LSpadeHeads, batch: StateBatch) -> tuple[Tensor, Target, Any]:
+    def _sides(
+        self, heads: LSpadeHeads, batch: StateBatch, target: str
+    ) -> tuple[Tensor, Target, Any]:
         """Student, target and unembedding of rows x layers, flattened row by row."""
         assert self._unembed is not None
         student = heads(batch.hidden).flatten(0, 1)
-        return student, target_of(batch, self.config.target, self._unembed), self._unembed
+        return student, target_of(batch, target, self._unembed), self._unembed
 
-    def _distil(self, heads: LSpadeHeads, batch: StateBatch) -> Distilled:
+    def _distil(self, heads: LSpadeHeads, batch: StateBatch, target: str) -> Distilled:
         """Loss and statistics of rows x layers, flattened row by row."""
+        if self.config.scope == "choices":
+            assert self._unembed is not None
+            return choice_distillation(heads(batch.hidden), batch, target, self._unembed)
         choices = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
-        sides = self._sides(heads, batch)
+        sides = self._sides(heads, batch, target)
         return distillation(*sides, token_ids=choices.long(), memory=self._memory)
 
     def _sums(self, batch: StateBatch, result: Distilled) -> LayerSums:
@@ -291,39 +325,29 @@ class LSpadeModule(LightningModule):
         return LayerSums(values.reshape(len(METRICS), rows, layers).sum(1), counts)
 
     def _accumulate(self, stage: str, batch: StateBatch) -> None:
-        assert self.heads is not None
-        batch = self._trained(batch)
-        found: list[LayerSums] = []
-        for piece in self._pieces(batch):
-            part = batch.of_layers(piece)
-            found.append(self._sums(part, self._distil(self.heads.part(piece), part)))
-        sums = LayerSums.beside(found)
-        self._epoch[stage] = self._epoch[stage] + sums if stage in self._epoch else sums
+        for prefix, target, heads in self.fitted():
+            rows = self._trained(batch, target)
+            found: list[LayerSums] = []
+            for piece in self._pieces(rows):
+                part = rows.of_layers(piece)
+                found.append(self._sums(part, self._distil(heads.part(piece), part, target)))
+            place, sums = f"{stage}/{prefix}", LayerSums.beside(found)
+            self._epoch[place] = self._epoch[place] + sums if place in self._epoch else sums
 
     def _log_epoch(self, stage: str) -> None:
-        local = self._epoch.pop(stage)
         reduce = self.trainer.strategy.reduce
-        total = LayerSums(reduce(local.sums, reduce_op="sum"), reduce(local.rows, reduce_op="sum"))
-        self._log(stage, total.means())
+        for prefix, _, _ in self.fitted():
+            local = self._epoch.pop(f"{stage}/{prefix}")
+            sums, rows = (reduce(value, reduce_op="sum") for value in (local.sums, local.rows))
+            self._log(f"{stage}/{prefix}", LayerSums(sums, rows).means())
 
-    def _log(self, stage: str, means: dict[str, Tensor]) -> None:
+    def _log(self, place: str, means: dict[str, Tensor]) -> None:
         assert self.heads is not None
         values: dict[str, Any] = {}
         for name, per_layer in means.items():
-            values[f"{stage}/{name}/mean"] = per_layer.mean()
+            values[f"{place}{name}/mean"] = per_layer.mean()
             for layer, value in zip(self.heads.layers, per_layer, strict=True):
-                values[f"{stage}/{name}/layer_{layer:02d}"] = value
+                values[f"{place}{name}/layer_{layer:02d}"] = value
         # Epoch means are the same on every process already; saying so keeps Lightning quiet.
-        same = stage != "train"
+        same = not place.startswith("train/")
         self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)
-
-
-def answers(batch: StateBatch, result: Distilled) -> Tensor:
-    """The student's answers, (rows x layers): the best choice, or token where there is none."""
-    if batch.choice_ids.shape[1] == 0:
-        return result.best
-    layers = batch.hidden.shape[1]
-    chosen = result.token_logits.argmax(-1).reshape(len(batch), layers)
-    best = batch.choice_ids.long().gather(1, chosen)
-    has_choices = (batch.choice_count > 0)[:, None]
-    return torch.where(has_choices, best, result.best.reshape_as(best)).reshape(-1)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lspade_train.cache import StateBatch
+from lspade_train.cache.states import REDUCED
 from lspade_train.models import Unembedding
 from lspade_train.training.numerics import softmax, times_weight, wide_norm, write_logits
 
@@ -193,6 +194,11 @@ def reduce_target(
         entropy = log_z - logits.mul_(p).sum(-1)
         parts.append((mean, offset, entropy, best))
     return ReducedTarget(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def without_reduced(batch: StateBatch) -> StateBatch:
+    """The batch without reduced targets, which are SPADE's, for heads of another target."""
+    return replace(batch, **dict.fromkeys(REDUCED))
 
 
 def with_reduced_final(

@@ -68,6 +68,8 @@ def learning_curve(results: dict[str, Any]) -> Chart | Omitted:
     variants = (results["ablations"] or {}).get("rows")
     if not variants:
         return Omitted(title, NO_ABLATIONS)
+    if any(variant["kl_to_spade"] is None for variant in variants):
+        return Omitted(title, "Heads fitted over the choices have no KL over the vocabulary.")
     layers = results["layers"]
     places = sorted({0, len(layers) // 2, len(layers) - 1})
     rows = [variant["rows"] for variant in variants]
@@ -99,6 +101,7 @@ def _variants(results: dict[str, Any], kind: str, **described: Any) -> Chart | O
         return Omitted(described["title"], NO_ABLATIONS)
     labelled = results["n_labelled"] > 0
     metric = "accuracy" if labelled else "agrees_model"
+    variants = [variant for variant in variants if variant[metric] is not None]
     series = tuple(
         Series(
             variant["label"],
