@@ -1,0 +1,81 @@
+"""The anytime-valid test: its closed form against integration, its errors against simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.stats import beta
+
+from lspade_train.policies.sequential import (
+    PRIOR,
+    confidence_sequence,
+    log_e_value,
+    rows_until_alarm,
+)
+
+ALPHA = 0.05
+
+
+def first_alarm(stream, budget):
+    """Number of rows after which the evidence first reaches 1/alpha; None where it never does."""
+    failures = np.cumsum(stream)
+    for n, count in enumerate(failures, 1):
+        # The evidence grows with a failure only: elsewhere it cannot newly reach the bound.
+        if stream[n - 1] and log_e_value(int(count), n, budget) >= math.log(1 / ALPHA):
+            return n
+    return None
+
+
+@pytest.mark.parametrize(("failures", "n"), [(0, 1), (1, 1), (3, 40), (0, 200), (30, 60)])
+def test_the_closed_form_is_the_integral_over_all_bets(failures, n):
+    budget = 0.05
+    prior = beta(*PRIOR)
+
+    def bet(q):
+        return prior.pdf(q) * (q / budget) ** failures * ((1 - q) / (1 - budget)) ** (n - failures)
+
+    wealth = quad(bet, budget, 1, points=[0.1, 0.5], limit=500)[0] / prior.sf(budget)
+    assert math.exp(log_e_value(failures, n, budget)) == pytest.approx(wealth, rel=1e-5)
+
+
+def test_the_wealth_is_not_expected_to_grow_while_the_rate_is_the_budget():
+    budget, n, failures = 0.1, 25, 4
+    now = math.exp(log_e_value(failures, n, budget))
+    hit = math.exp(log_e_value(failures + 1, n + 1, budget))
+    miss = math.exp(log_e_value(failures, n + 1, budget))
+    assert budget * hit + (1 - budget) * miss == pytest.approx(now)
+
+
+def test_streams_within_the_budget_ring_in_at_most_alpha_of_the_cases():
+    rng, budget, streams = np.random.default_rng(0), 0.05, 1000
+    rung = sum(first_alarm(rng.random(400) < budget, budget) is not None for _ in range(streams))
+    assert rung / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
+
+
+def test_streams_over_the_budget_ring_about_when_foretold():
+    rng, budget, rate = np.random.default_rng(1), 0.02, 0.2
+    found = [first_alarm(rng.random(600) < rate, budget) for _ in range(200)]
+    assert None not in found
+    assert np.median(found) == pytest.approx(rows_until_alarm(rate, budget), rel=0.5)
+
+
+def test_a_rate_within_the_budget_is_foretold_never_to_ring():
+    assert rows_until_alarm(0.01, 0.02, most=10_000) == 10_000
+
+
+def test_the_confidence_sequence_holds_the_rate_at_all_times_in_nearly_all_streams():
+    rng, rate, streams, missed = np.random.default_rng(2), 0.1, 300, 0
+    for _ in range(streams):
+        failures = np.cumsum(rng.random(200) < rate)
+        bounds = [confidence_sequence(int(failures[n - 1]), n, ALPHA) for n in range(5, 201, 5)]
+        missed += not all(low <= rate <= high for low, high in bounds)
+    assert missed / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
+
+
+@pytest.mark.parametrize(("failures", "n"), [(0, 0), (0, 50), (50, 50), (7, 50)])
+def test_the_confidence_sequence_holds_the_observed_rate(failures, n):
+    low, high = confidence_sequence(failures, n)
+    assert 0 <= low <= high <= 1
+    assert n == 0 or low <= failures / n <= high
+    assert (low > 0) == (failures > 0) or failures == 50
