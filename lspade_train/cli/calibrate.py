@@ -138,17 +138,17 @@ def _cells(row: "PolicyRow") -> list[str]:
 
 def _verdict(found: "Selection") -> str:
     """The choice in words: what it saves and what is promised."""
+    from lspade_train.policies.promise import promise
+
     result = found.calibration
     chosen = result.chosen
     if chosen.threshold is None:
         return result.reason
-    what = "accuracy drop" if result.risk == "accuracy_drop" else "disagreement with the model"
     layers = ", ".join(map(str, chosen.layers))
     return (
         f"Chosen: {chosen.compute_saved:.1%} of the FLOPs saved "
         f"({1 / (1 - chosen.compute_saved):.2f} times fewer), mean exit at layer "
         f"{chosen.mean_exit_layer:.2f}, checks at layers {layers}.\n"
         "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
-        f"Promise: {what} of at most {result.budget:g} with {result.confidence:.0%} confidence, "
-        f"for prompts like those of the {found.side.split} split."
+        f"Promise: {promise(found.policy.calibration)}"
     )

@@ -19,7 +19,9 @@ from lspade_train.policies.calibration import (
 )
 from lspade_train.policies.exit_table import ExitRule, ExitTable, PolicyRow, evaluate_policy
 from lspade_train.policies.policy import Decoder, ExitPolicy, Scope
+from lspade_train.policies.promise import promise
 from lspade_train.policies.proposals import propose, uniform_rules
+from lspade_train.policies.shift import exit_profile
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 
@@ -107,6 +109,8 @@ def calibrate(
     found = learn_then_test([(table, rules) for rules in sequences], risk, budget, confidence)
     chosen = found.chosen
     record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
+    record |= {"profile": exit_profile(table.at(chosen.layers), chosen.threshold)}
+    record |= {"promise": promise(record)}
     policy = replace(policy, layers=chosen.layers, threshold=chosen.threshold, calibration=record)
     return Selection(
         policy=policy, calibration=found, never=evaluate_policy(table, None), side=side
