@@ -8,23 +8,35 @@ from scipy.integrate import quad
 from scipy.stats import beta
 
 from lspade_train.policies.sequential import (
+    BLOCK,
     PRIOR,
+    add_to_blocks,
     confidence_sequence,
     log_e_value,
+    log_evidence,
     rows_until_alarm,
 )
 
 ALPHA = 0.05
 
 
-def first_alarm(stream, budget):
+def first_alarm(stream, budget, seen=()):
     """Number of rows after which the evidence first reaches 1/alpha; None where it never does."""
-    failures = np.cumsum(stream)
-    for n, count in enumerate(failures, 1):
+    blocks = tuple(seen)
+    for n, failed in enumerate(stream, 1):
+        blocks = add_to_blocks(blocks, 1, int(failed))
         # The evidence grows with a failure only: elsewhere it cannot newly reach the bound.
-        if stream[n - 1] and log_e_value(int(count), n, budget) >= math.log(1 / ALPHA):
+        if failed and log_evidence(blocks, budget) >= math.log(1 / ALPHA):
             return n
     return None
+
+
+def healthy(rows, every):
+    """Blocks of a stream in which every so-manieth row fails."""
+    blocks = ()
+    for _ in range(rows // every):
+        blocks = add_to_blocks(blocks, every, 1)
+    return blocks
 
 
 @pytest.mark.parametrize(("failures", "n"), [(0, 1), (1, 1), (3, 40), (0, 200), (30, 60)])
@@ -39,12 +51,30 @@ def test_the_closed_form_is_the_integral_over_all_bets(failures, n):
     assert math.exp(log_e_value(failures, n, budget)) == pytest.approx(wealth, rel=1e-5)
 
 
-def test_the_wealth_is_not_expected_to_grow_while_the_rate_is_the_budget():
-    budget, n, failures = 0.1, 25, 4
-    now = math.exp(log_e_value(failures, n, budget))
-    hit = math.exp(log_e_value(failures + 1, n + 1, budget))
-    miss = math.exp(log_e_value(failures, n + 1, budget))
+@pytest.mark.parametrize("rows", [BLOCK - 50, BLOCK, 5 * BLOCK, 40 * BLOCK])
+def test_the_evidence_is_not_expected_to_grow_while_the_rate_is_the_budget(rows):
+    budget, blocks = 0.1, healthy(rows, every=25)
+    now = math.exp(log_evidence(blocks, budget))
+    hit = math.exp(log_evidence(add_to_blocks(blocks, 1, 1), budget))
+    miss = math.exp(log_evidence(add_to_blocks(blocks, 1, 0), budget))
     assert budget * hit + (1 - budget) * miss == pytest.approx(now)
+
+
+def test_half_of_the_wealth_is_bet_in_the_first_block():
+    expected = (1 + math.exp(log_e_value(7, 60, 0.05))) / 2
+    assert math.exp(log_evidence([(60, 7)], 0.05)) == pytest.approx(expected)
+
+
+def test_the_number_of_blocks_grows_slowly():
+    assert len(healthy(1_000_000, every=100)) < 300
+
+
+def test_a_shift_after_a_long_healthy_time_is_found_many_times_sooner_than_by_one_bet():
+    budget, rows, every, later = 0.02, 10_000, 100, 1000
+    found = rows_until_alarm(0.1, budget, ALPHA, healthy(rows, every))
+    assert found < 400
+    one_bet = log_e_value(rows // every + later // 10, rows + later, budget)
+    assert one_bet < math.log(1 / ALPHA)
 
 
 def test_streams_within_the_budget_ring_in_at_most_alpha_of_the_cases():

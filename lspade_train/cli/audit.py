@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 AUDIT = """\
 What an audit has seen of a policy in use: rows, exits by layer against calibration, disagreement
 with the full model with a confidence sequence, alarm or not, and how many rows it would take to
-notice a shift. The state is written by predict --audit and by ExitRuntime(..., audit=Audit(...))."""
+notice a shift. predict --audit and ExitRuntime(..., audit=Audit(...)) write the state."""
 
 
 def audit(arguments: list[str]) -> None:

@@ -173,7 +173,7 @@ class AuditState:
         Raises:
             AuditError: missing, damaged, or of an unknown format.
         """
-        value = read_json(path, AuditError, ELSEWHERE if path.exists() else "")
+        value: Any = read_json(path, AuditError, ELSEWHERE if path.exists() else "")
         version = value.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise AuditError(
@@ -187,9 +187,8 @@ class AuditState:
             flops = tuple(map(float, seen.pop("flops")))
             counts = Seen(**{k: _count(v) for k, v in seen.items()}, exits=exits, flops=flops)  # type: ignore[arg-type]
             blocks = tuple((_count(n), _count(failures)) for n, failures in value["blocks"])
-            state = cls(
-                **value | {"key": AuditKey(**value["key"]), "seen": counts, "blocks": blocks}
-            )
+            value |= {"key": AuditKey(**value["key"]), "seen": counts, "blocks": blocks}
+            state = cls(**value)
             _check_sums(state)
         except (TypeError, ValueError, AttributeError, KeyError, AuditError) as cause:
             raise AuditError(f"{path} is not an audit's state ({cause}).\n{ELSEWHERE}") from cause

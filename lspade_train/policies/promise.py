@@ -43,7 +43,7 @@ def audited(audit: "AuditState") -> str:
 
 def _what(record: Mapping[str, Any]) -> str:
     surely = f"with {record['confidence']:.0%} confidence"
-    if (record.get("chosen") or {}).get("threshold") is None:
+    if _never_exits(record):
         return "The policy never exits: every answer is the full model's."
     if record["risk"] == "disagreement":
         return (
@@ -61,9 +61,13 @@ def _where(record: Mapping[str, Any]) -> str:
     split = rows.get("split", "validation")
     half = "" if rows.get("part", "all") == "all" else f", {rows['part'].replace('_', '-')} half"
     task = f" of {rows['task']}" if rows.get("task") else ""
-    if (record.get("chosen") or {}).get("threshold") is None:
+    if _never_exits(record):
         return f"Chosen on {record['n']:,} rows ({split} split{half}{task})."
     return (
         f"for prompts drawn like the {record['n']:,} rows that it was tested on ({split} "
         f"split{half}{task}). Nothing is promised about other prompts."
     )
+
+
+def _never_exits(record: Mapping[str, Any]) -> bool:
+    return record.get("chosen", {}).get("threshold", 0.0) is None

@@ -105,8 +105,8 @@ def confidence_sequence(failures: int, n: int, alpha: float = 0.05) -> tuple[flo
         return mixture - float(_log_likelihood(failures, n, p)) - limit
 
     tiny = 1e-12
-    low = brentq(excess, tiny, rate) if failures and excess(tiny) > 0 else 0.0
-    high = brentq(excess, rate, 1 - tiny) if failures < n and excess(1 - tiny) > 0 else 1.0
+    low: Any = brentq(excess, tiny, rate) if failures and excess(tiny) > 0 else 0.0
+    high: Any = brentq(excess, rate, 1 - tiny) if failures < n and excess(1 - tiny) > 0 else 1.0
     return float(low), float(high)
 
 
@@ -130,7 +130,7 @@ def rows_until_alarm(
         while done < rows:
             size = max(BLOCK, int(GROWTH * sum(n for n, _ in blocks)))
             end = min(done + size, rows)
-            failures = math.floor(rate * end) - math.floor(rate * done)
+            failures = round(rate * end) - round(rate * done)
             blocks, done = add_to_blocks(blocks, end - done, failures), end
         return log_evidence(blocks, budget) >= math.log(1 / alpha)
 
