@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lspade_train.cli.options import heads_given, heads_option
-from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.cli.parsing import Parsed, command_parser, parse
 
 if TYPE_CHECKING:
     from lspade_train.policies.exit_table import PolicyRow
@@ -23,6 +23,7 @@ the heads and prints the trade-off. Where nothing qualifies the policy is: never
 
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
+  lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)
   lspade-train calibrate --config recipes/arc.yaml --heads checkpoints/arc/tuned_lens"""
 
 OPTIONS = (
@@ -65,6 +66,15 @@ def calibrate(arguments: list[str]) -> None:
         help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: spade, or "
         "tuned_lens for heads of that kind",
     )
+    add(
+        "--plan",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="only say how many rows the budget takes and what these data can prove; loads no "
+        "model and needs no heads",
+    )
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.card import write_card
@@ -73,6 +83,9 @@ def calibrate(arguments: list[str]) -> None:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe, options = parsed.recipe, parsed.options
+    if options.plan:
+        _print_plan(parsed)
+        return
     folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
     data = HiddenStateDataModule(
@@ -84,6 +97,44 @@ def calibrate(arguments: list[str]) -> None:
     write_card(folder)
     sys.stdout.write(f"{_verdict(found)}\n")
     log.info("policy: %s", folder / "policy.json")
+
+
+def _print_plan(parsed: Parsed) -> None:
+    """Rows that the budget takes, and what the rows at hand can prove."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lspade_train.policies.plan import plan
+    from lspade_train.policies.selection import risk_budget
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+    recipe, options = parsed.recipe, parsed.options
+    risk, budget = risk_budget(options.max_accuracy_drop, options.max_disagreement)
+    data = HiddenStateDataModule(recipe.data, recipe.model.layers, name=recipe.name)
+    found = plan(data, risk, budget, options.confidence)
+    what = "an accuracy drop" if risk == "accuracy_drop" else "a disagreement"
+    table = Table(
+        "losses among the tested rows", f"rows to prove {what} of {budget:g}",
+        f"smallest budget that {found.rows:,} rows prove",
+        title=f"{found.confidence:.0%} confidence; {found.rows:,} rows to test on "
+        f"({found.side.words})",
+    )  # fmt: skip
+    for losses, needed in found.needed.items():
+        least = found.provable[losses]
+        table.add_row(f"{losses}", f"{needed:,}", "none" if least is None else f"{least:.4f}")
+    Console(width=max(Console().width, 100)).print(table)
+    if found.losses is None:
+        words = (
+            f"These {found.rows:,} rows cannot prove it, even without one loss: give at least "
+            f"{found.needed[0]:,}, or a larger budget."
+        )
+    else:
+        gains = ", or more where it also gains" if risk == "accuracy_drop" else ""
+        words = (
+            f"These {found.rows:,} rows prove it for a policy that loses at most "
+            f"{found.losses:,} of them{gains}."
+        )
+    sys.stdout.write(f"{words}\n")
 
 
 def _print_curve(found: "Selection") -> None:

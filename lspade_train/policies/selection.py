@@ -84,7 +84,7 @@ def calibrate(
 
     Source: Learn then Test, arXiv:2110.01052.
     """
-    risk, budget = _budget(max_accuracy_drop, max_disagreement)
+    risk, budget = risk_budget(max_accuracy_drop, max_disagreement)
     check_budget(risk, budget, confidence)
     heads = heads.bind(data.adapter)
     layers = _candidates(data, heads, interval)
@@ -117,7 +117,12 @@ def calibrate(
     )
 
 
-def _budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
+def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
+    """The one budget that is given, by what it is about; an accuracy drop of 0.01 for none.
+
+    Raises:
+        PolicyError: both are given.
+    """
     if drop is not None and disagreement is not None:
         raise PolicyError("Give one budget: --max_accuracy_drop or --max_disagreement, not both.")
     if disagreement is not None:

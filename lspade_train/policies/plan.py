@@ -1,0 +1,151 @@
+"""How many rows a promise takes, before a model is loaded: rows are counted from the data alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lspade_train import tasks
+from lspade_train.errors import PolicyError, TaskError
+from lspade_train.policies.calibration import RiskKind, check_budget
+from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
+from lspade_train.policies.sides import Side, calibration_side
+from lspade_train.tasks.held_out import held_out
+from lspade_train.tasks.registry import find_task
+from lspade_train.tasks.rows import to_questions
+
+if TYPE_CHECKING:
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+SEQUENCES = 2
+"""Sequences of policies that `calibrate` tests, which share the error probability."""
+
+LOSSES = (0, 1, 2)
+MOST_ROWS = 10**7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a budget takes and what the data at hand can prove.
+
+    Attributes:
+        risk: what the budget is about.
+        budget: largest risk allowed, 0..1.
+        confidence: probability that the promise holds.
+        side: the rows that would be tested.
+        rows: how many these are, but for prompts over the model's context.
+        needed: losses among the tested rows -> fewest rows that prove the budget all the same.
+        losses: most losses with which `rows` prove the budget; None: not even without one.
+        provable: losses -> smallest budget that `rows` can prove; None: none under 1.
+    """
+
+    risk: RiskKind
+    budget: float
+    confidence: float
+    side: Side
+    rows: int
+    needed: dict[int, int]
+    losses: int | None
+    provable: dict[int, float | None]
+
+
+def plan(
+    data: "HiddenStateDataModule", risk: RiskKind, budget: float, confidence: float = 0.95
+) -> Plan:
+    """Count the rows that `calibrate` would test, and the rows that the budget takes.
+
+    Args:
+        data: of a recipe; its model is not loaded.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+        confidence: as for `learn_then_test`.
+
+    Raises:
+        PolicyError: budget or confidence out of range, or a task of running text.
+        TaskError: a missing split, or an accuracy budget for rows without right answers.
+    """
+    check_budget(risk, budget, confidence)
+    if find_task(data.config.task).to_question is None:
+        raise PolicyError(
+            "--plan counts questions, and this task's rows are positions in running text. Run "
+            "lspade-train calibrate without it: where the rows are too few it says how many it "
+            "takes."
+        )
+    side = calibration_side(data)
+    rows = _count(data, side, risk)
+    level = (1 - confidence) / SEQUENCES
+    return Plan(
+        risk=risk,
+        budget=budget,
+        confidence=confidence,
+        side=side,
+        rows=rows,
+        needed={losses: rows_to_prove(losses, risk, budget, level) for losses in LOSSES},
+        losses=most_losses(risk, budget, rows, level),
+        provable={losses: smallest_budget(losses, risk, rows, level) for losses in LOSSES},
+    )
+
+
+def rows_to_prove(losses: int, risk: RiskKind, budget: float, level: float) -> int:
+    """Fewest rows on which a policy with so many losses, and no gain, passes its test.
+
+    Args:
+        losses: rows that the policy answers worse than the full model.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+        level: largest p-value that passes.
+
+    Raises:
+        PolicyError: over ten million.
+    """
+    enough = losses + 1
+    while _p_value(losses, enough, risk, budget) > level:
+        enough *= 2
+        if enough > MOST_ROWS:
+            raise PolicyError(f"A risk of {budget:g} takes over {MOST_ROWS:,} rows to prove.")
+    return _first(lambda rows: _p_value(losses, rows, risk, budget) <= level, enough // 2, enough)
+
+
+def most_losses(risk: RiskKind, budget: float, rows: int, level: float) -> int | None:
+    """Most losses, without a gain, with which so many rows prove a budget; None: not even 0."""
+    fails = _first(lambda losses: _p_value(losses, rows, risk, budget) > level, -1, rows)
+    return fails - 1 if fails else None
+
+
+def smallest_budget(losses: int, risk: RiskKind, rows: int, level: float) -> float | None:
+    """Smallest budget, to 0.0001, that so many rows prove with so many losses; None under 1."""
+    if losses > rows:
+        return None
+    steps = 10_000
+
+    def proves(step: int) -> bool:
+        return step >= steps or _p_value(losses, rows, risk, step / steps) <= level
+
+    found = _first(proves, 0, steps)
+    return found / steps if found < steps else None
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Smallest number over `low`, up to `high`, from which on a condition holds."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _p_value(losses: int, rows: int, risk: RiskKind, budget: float) -> float:
+    if risk == "disagreement":
+        return disagreement_p_value(losses, rows, budget)
+    return drop_p_value(losses, 0, rows, budget)
+
+
+def _count(data: "HiddenStateDataModule", side: Side, risk: RiskKind) -> int:
+    rows = tasks.load_rows(data.config, side.split)
+    questions = to_questions(data.config, rows)
+    if risk == "accuracy_drop" and any(question.answer is None for question in questions):
+        raise TaskError(
+            "--max_accuracy_drop needs right answers, and some of these rows have none. "
+            "Give --max_disagreement instead: it compares with the full model."
+        )
+    if side.part == "all":
+        return len(questions)
+    return held_out(rows.records).count(side.part == "held_out")
