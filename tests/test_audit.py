@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -191,6 +192,31 @@ def test_no_alarm_where_the_disagreement_is_the_budget(tmp_path):
         state = file.add(Seen(rows=2500, exits={4: 2500}, drawn=50, failures=1, audited=50))
     assert state.alarm is None
     assert state.disagreement == 0.02
+
+
+def stream(rng, rows, rate, disagreement, state, batch=250):
+    """Rows in use until the alarm; None where `rows` do not raise it."""
+    for done in range(0, rows, batch):
+        drawn = int(rng.binomial(batch, rate))
+        failures = int(rng.binomial(drawn, disagreement))
+        state = state.plus(Seen(rows=batch, exits={1: batch}, drawn=drawn, failures=failures))
+        if state.alarm is not None:
+            return done + batch
+    return None
+
+
+def test_of_500_healthy_streams_of_5000_rows_at_most_5_percent_ring():
+    rng, fresh = np.random.default_rng(0), AuditState(key=KEY)
+    rung = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]
+    assert sum(rung) <= 25
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_a_shift_rings_about_when_foretold_at_any_audit_rate(rate):
+    rng, fresh = np.random.default_rng(1), AuditState(key=KEY)
+    found = [stream(rng, 200_000, rate, 0.1, fresh) for _ in range(60)]
+    assert None not in found
+    assert np.median(found) == pytest.approx(fresh.rows_until_alarm(0.1, rate), rel=0.5)
 
 
 # The budget ---------------------------------------------------------------------------------
