@@ -234,3 +234,14 @@ def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(fitted,
         deepest = sorted(answered, key=lambda pair: -pair[1]["layer"])
         asked(fitted, [row for row, _ in deepest[:100]])
     assert caplog.text.count("these prompts differ from the calibration's") == 1
+
+
+def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
+    more = ["--max_accuracy_drop=0.1", "--per_group", "--per_depth"]
+    assert fitted.run("calibrate", *more) == 0
+    record = ExitPolicy.load(fitted.folder / "policy.json").calibration
+    groups = [one for one in record["conditions"] if one["kind"] == "group"]
+    assert sum(one["n"] for one in groups) == record["n"]
+    assert {one["name"] for one in groups} >= {"1", "2", "3"}
+    assert any(one["held"] for one in groups)
+    assert "The same holds within the group" in capsys.readouterr().out

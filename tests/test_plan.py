@@ -7,7 +7,8 @@ from scipy.stats import binom
 from lspade_train.cli import main
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.policies.calibration import rows_needed
-from lspade_train.policies.plan import most_losses, plan, rows_to_prove, smallest_budget
+from lspade_train.policies.plan import plan
+from lspade_train.policies.power import most_losses, rows_to_prove, smallest_budget
 from lspade_train.policies.pvalues import drop_p_value
 from lspade_train.recipe import TextConfig
 

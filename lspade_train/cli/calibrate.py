@@ -28,7 +28,7 @@ the heads and prints the trade-off. Where nothing qualifies the policy is: never
 
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
-    *("interval", "scope", "measure", "decoder"),
+    *("interval", "scope", "measure", "decoder", "per_group", "per_depth"),
 )
 """The command's own options, by their names in `policies.selection.calibrate`."""
 
@@ -66,6 +66,14 @@ def calibrate(arguments: list[str]) -> None:
         help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: spade, or "
         "tuned_lens for heads of that kind",
     )
+    add(
+        "--per_group", type=bool, default=False, nargs="?", const=True,
+        help="promise the same within every group of the task that has rows enough",
+    )  # fmt: skip
+    add(
+        "--per_depth", type=bool, default=False, nargs="?", const=True,
+        help="promise the same for the rows that exit at or before each layer",
+    )  # fmt: skip
     add(
         "--plan",
         type=bool,

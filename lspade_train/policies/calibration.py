@@ -9,9 +9,10 @@ Arrays in, numbers out: knows nothing of models, of heads or of files.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from lspade_train.errors import PolicyError, TaskError
+from lspade_train.policies.conditions import Conditions, Finding, Measured
 from lspade_train.policies.exit_table import (
     ExitRule,
     ExitTable,
@@ -20,9 +21,9 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
+from lspade_train.policies.power import RiskKind, rows_to_prove
 from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
-RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
 
 
@@ -38,7 +39,9 @@ class Calibration:
         confidence: probability that the promise holds.
         n: rows tested.
         oracle_saving: of all the layers that could be checked.
-        curve: every policy considered, sequence after sequence, strict to loose.
+        curve: every policy considered, sequence after sequence, strict to loose; with conditions
+            its p-value is the largest of all its tests.
+        conditions: groups and depths for which the same is promised, or which are left out.
     """
 
     chosen: PolicyRow
@@ -49,6 +52,7 @@ class Calibration:
     n: int
     oracle_saving: float
     curve: tuple[PolicyRow, ...]
+    conditions: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and dictionaries."""
@@ -60,6 +64,7 @@ def learn_then_test(
     risk: RiskKind,
     budget: float,
     confidence: float = 0.95,
+    conditions: Conditions | None = None,
 ) -> Calibration:
     """Test each sequence of policies in its order, and take the accepted one that saves most.
 
@@ -70,6 +75,7 @@ def learn_then_test(
         risk: `accuracy_drop` or `disagreement`, both against the full model.
         budget: largest risk allowed, over 0 and under 1.
         confidence: probability that the chosen policy's true risk is within the budget.
+        conditions: groups and depths within which it is to be within the budget, too.
 
     Raises:
         PolicyError: budget or confidence out of range, or nothing to test.
@@ -80,6 +86,7 @@ def learn_then_test(
         raise PolicyError("No policies to test. Give at least one set of check layers.")
     tables = [table for table, _ in sequences]
     level = (1 - confidence) / max(sum(bool(rules) for _, rules in sequences), 1)
+    needed = rows_to_prove(0, risk, budget, level) if conditions is not None else 0
     oracles = [oracle_saving(table) for table in tables]
     curve: list[PolicyRow] = []
     for (table, rules), oracle in zip(sequences, oracles, strict=True):
@@ -88,10 +95,18 @@ def learn_then_test(
             checked = table.at(rule.layers)
             row = evaluate_policy(checked, rule.threshold, oracle=oracle)
             p_value = _p_value(checked, rule, risk, budget)
+            if conditions is not None and passed and p_value <= level:
+                found = conditions.findings(checked, rule, _measure(risk, budget), needed)
+                p_value = max([p_value, *(one.p_value for one in found if one.p_value is not None)])
             passed = passed and p_value <= level
             curve.append(replace(row, p_value=p_value, accepted=passed))
     never = evaluate_policy(tables[0], None, oracle=oracles[0])
     chosen = max((never, *filter(_accepted, curve)), key=lambda row: row.compute_saved)
+    held: list[Finding] = []
+    if conditions is not None and chosen.threshold is not None:
+        rule = ExitRule(layers=chosen.layers, threshold=chosen.threshold)
+        checked = next(t for t, rules in sequences if rule in rules).at(rule.layers)
+        held = conditions.findings(checked, rule, _measure(risk, budget), needed)
     return Calibration(
         chosen=chosen,
         reason=_reason(chosen, curve, budget, level, len(tables[0])),
@@ -101,6 +116,7 @@ def learn_then_test(
         n=len(tables[0]),
         oracle_saving=max(oracles),
         curve=tuple(curve),
+        conditions=tuple(held),
     )
 
 
@@ -152,6 +168,16 @@ def _p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) ->
     before, after = table.full_answer == table.gold, answers == table.gold
     losses, gains = int((before & ~after).sum()), int((after & ~before).sum())
     return drop_p_value(losses, gains, len(table), budget)
+
+
+def _measure(risk: RiskKind, budget: float) -> Measured:
+    """Risk and p-value of a rule on a table's rows."""
+
+    def measured(table: ExitTable, rule: ExitRule) -> tuple[float, float]:
+        row = evaluate_policy(table, rule.threshold, oracle=1.0)
+        return _risk(row, risk), _p_value(table, rule, risk, budget)
+
+    return measured
 
 
 def _risk(row: PolicyRow, risk: RiskKind) -> float:

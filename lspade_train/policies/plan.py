@@ -1,13 +1,12 @@
 """How many rows a promise takes, before a model is loaded: rows are counted from the data alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lspade_train import tasks
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.policies.calibration import RiskKind, check_budget
-from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
+from lspade_train.policies.power import most_losses, rows_to_prove, smallest_budget
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.tasks.held_out import held_out
 from lspade_train.tasks.registry import find_task
@@ -20,7 +19,6 @@ SEQUENCES = 2
 """Sequences of policies that `calibrate` tests, which share the error probability."""
 
 LOSSES = (0, 1, 2)
-MOST_ROWS = 10**7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,59 +81,6 @@ def plan(
         losses=most_losses(risk, budget, rows, level),
         provable={losses: smallest_budget(losses, risk, rows, level) for losses in LOSSES},
     )
-
-
-def rows_to_prove(losses: int, risk: RiskKind, budget: float, level: float) -> int:
-    """Fewest rows on which a policy with so many losses, and no gain, passes its test.
-
-    Args:
-        losses: rows that the policy answers worse than the full model.
-        risk: as for `learn_then_test`.
-        budget: as for `learn_then_test`.
-        level: largest p-value that passes.
-
-    Raises:
-        PolicyError: over ten million.
-    """
-    enough = losses + 1
-    while _p_value(losses, enough, risk, budget) > level:
-        enough *= 2
-        if enough > MOST_ROWS:
-            raise PolicyError(f"A risk of {budget:g} takes over {MOST_ROWS:,} rows to prove.")
-    return _first(lambda rows: _p_value(losses, rows, risk, budget) <= level, enough // 2, enough)
-
-
-def most_losses(risk: RiskKind, budget: float, rows: int, level: float) -> int | None:
-    """Most losses, without a gain, with which so many rows prove a budget; None: not even 0."""
-    fails = _first(lambda losses: _p_value(losses, rows, risk, budget) > level, -1, rows)
-    return fails - 1 if fails else None
-
-
-def smallest_budget(losses: int, risk: RiskKind, rows: int, level: float) -> float | None:
-    """Smallest budget, to 0.0001, that so many rows prove with so many losses; None under 1."""
-    if losses > rows:
-        return None
-    steps = 10_000
-
-    def proves(step: int) -> bool:
-        return step >= steps or _p_value(losses, rows, risk, step / steps) <= level
-
-    found = _first(proves, 0, steps)
-    return found / steps if found < steps else None
-
-
-def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Smallest number over `low`, up to `high`, from which on a condition holds."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def _p_value(losses: int, rows: int, risk: RiskKind, budget: float) -> float:
-    if risk == "disagreement":
-        return disagreement_p_value(losses, rows, budget)
-    return drop_p_value(losses, 0, rows, budget)
 
 
 def _count(data: "HiddenStateDataModule", side: Side, risk: RiskKind) -> int:

@@ -3,7 +3,7 @@
 From the record of its calibration alone; loads nothing heavy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str
     """
     if not record.get("confidence"):
         return NONE
-    words = f"{_what(record)} {_where(record)}"
+    words = f"{_what(record)} {_where(record)}{_within(record)}"
     return f"{words} {audited(audit)}" if audit is not None else words
 
 
@@ -67,6 +67,26 @@ def _where(record: Mapping[str, Any]) -> str:
         f"for prompts drawn like the {record['n']:,} rows that it was tested on ({split} "
         f"split{half}{task}). Nothing is promised about other prompts."
     )
+
+
+def _within(record: Mapping[str, Any]) -> str:
+    """For which groups and depths the same holds, and for which it does not."""
+    found: Sequence[Mapping[str, Any]] = record.get("conditions") or ()
+    words = ""
+    for kind, what in (("group", "within the group"), ("depth", "for exits up to layer")):
+        held = [f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and c["held"]]
+        out = [
+            f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and not c["held"]
+        ]
+        plural = "s" if kind == "group" else ""
+        if held:
+            words += f" The same holds {what}{plural if len(held) > 1 else ''} {', '.join(held)}."
+        if out:
+            words += (
+                f" It is NOT promised {what}{plural if len(out) > 1 else ''} {', '.join(out)}: too "
+                "few rows to prove it."
+            )
+    return words
 
 
 def _never_exits(record: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from lspade_train.policies.calibration import (
     learn_then_test,
     most_promising,
 )
+from lspade_train.policies.conditions import Conditions, groups_of
 from lspade_train.policies.exit_table import ExitRule, ExitTable, PolicyRow, evaluate_policy
 from lspade_train.policies.policy import Decoder, ExitPolicy, Scope
 from lspade_train.policies.promise import promise
@@ -63,6 +64,8 @@ def calibrate(
     scope: Scope | None = None,
     decoder: Decoder | None = None,
     interval: int = 1,
+    per_group: bool = False,
+    per_depth: bool = False,
 ) -> Selection:
     """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
 
@@ -76,6 +79,9 @@ def calibrate(
         scope: what a check looks at; None: what saves more on the training rows.
         decoder: who answers at an exit; None: `spade`, or `tuned_lens` for heads of that kind.
         interval: candidate check layers are every n-th layer that has a head.
+        per_group: promise the same within every group of the task that has rows enough.
+        per_depth: promise the same for the rows that exit at or before each layer, where the
+            training rows let expect enough of them.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -106,7 +112,15 @@ def calibrate(
     best = most_promising([(t, [*g, *p]) for t, g, p in designs], risk, budget)
     policy, (_, *sequences) = policies[best], designs[best]
     table = exit_table(rows, data.adapter, heads, policy)
-    found = learn_then_test([(table, rules) for rules in sequences], risk, budget, confidence)
+    conditions = None
+    if per_group or per_depth:
+        conditions = Conditions(
+            groups=groups_of(rows) if per_group else {},
+            proposing=designs[best][0] if per_depth else None,
+        )
+    found = learn_then_test(
+        [(table, rules) for rules in sequences], risk, budget, confidence, conditions
+    )
     chosen = found.chosen
     record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
     record |= {"profile": exit_profile(table.at(chosen.layers), chosen.threshold)}
