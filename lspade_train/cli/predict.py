@@ -134,14 +134,15 @@ def _tell_shift(record: dict[str, Any], count: "Counts") -> None:
     if p_value is None or p_value >= LEVEL:
         return
 
-    def early(counts: Mapping[int, int]) -> str:
+    def mean(counts: Mapping[int, int]) -> str:
         rows = sum(counts.values())
-        return f"{1 - counts.get(max(before), 0) / rows:.1%} of {rows:,} rows exit early"
+        layer = sum(layer * count for layer, count in counts.items()) / rows
+        return f"mean exit layer {layer:.2f} over {rows:,} rows"
 
     log.warning(
-        "warning: these prompts differ from the calibration's: %s, %s there (p = %.1g); "
+        "warning: these prompts exit elsewhere than the calibration's (%s, there %s, p = %.1g): "
         "the policy's promise may not hold for them.",
-        early(count.layers), early(before), p_value,
+        mean(count.layers), mean(before), p_value,
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def _seen(state: AuditState) -> Table:
     recent, failed = state.blocks[-1] if state.blocks else (0, 0)
     rows = [
         ("rows", f"{seen.rows:,}"),
-        ("from, until (UTC)", f"{state.began or '-'}, {state.updated or '-'}"),
+        ("first of them (UTC)", state.began or "-"),
+        ("last update (UTC)", state.updated or "-"),
         ("exited", f"{seen.exited:,}" + (f" ({seen.exited / seen.rows:.1%})" if seen.rows else "")),
         ("drawn", f"{seen.drawn:,}" + (f" ({seen.drawn / seen.rows:.2%})" if seen.rows else "")),
         ("of these exited and finished by the full model", f"{seen.audited:,}"),
