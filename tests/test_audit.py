@@ -171,6 +171,15 @@ def test_an_alarm_warns_once_calls_back_once_and_outlives_a_restart(tmp_path, ca
     assert len(calls) == 2
 
 
+def test_a_callback_may_ask_for_the_state(tmp_path):
+    found = []
+    runtime = audited(
+        tmp_path, budget=0.02, callback=lambda _: found.append(runtime.auditor.flush().alarm)
+    )
+    runtime.decide(TWENTY)
+    assert found == [runtime.auditor.state.alarm]
+
+
 def test_with_never_exit_an_alarm_hands_every_row_to_the_full_model(tmp_path):
     runtime = audited(tmp_path, budget=0.02, on_alarm="never_exit")
     assert all(decision.exited for decision in runtime.decide(TWENTY))

@@ -214,6 +214,8 @@ def test_predict_refuses_the_audit_of_another_policy(fitted, capsys):
     asked(fitted, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
     assert fitted.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
     assert "audits another policy" in capsys.readouterr().err
+    assert fitted.run("predict", "--audit_budget=0.5") == 1
+    assert "such as --audit 0.02" in capsys.readouterr().err
     (fitted.folder / "audit.json").unlink()
 
 

@@ -110,6 +110,8 @@ def _audit(options: Any, folder: Path, seed: int) -> Any:
     from lspade_train.runtime.audit import Audit
 
     if options.audit is None:
+        if options.audit_budget is not None or options.audit_state is not None:
+            raise AuditError("There is no audit to set up. Give its rate, such as --audit 0.02.")
         return None
     if options.audit_state is None and is_remote(str(options.heads)):
         raise AuditError(

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -100,7 +100,7 @@ class Auditor:
     ) -> None:
         self.audit, self.adapter, self.policy = audit, adapter, policy
         self.tokens = tokens_per_batch
-        self.full = Probe(adapter, None, replace(policy, threshold=None))
+        self.full = Probe(adapter, None, ExitPolicy(layers=(), scope=policy.scope))
         key = AuditKey(
             policy=policy_digest(policy),
             heads=heads.digest if heads is not None else None,
@@ -112,7 +112,7 @@ class Auditor:
         self._counts: FlopCounts | None = None
         entropy = None if audit.seed is None else [audit.seed, self.file.state.seen.rows]
         self._coin = np.random.default_rng(entropy)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # the callback may ask for the state
         self._waiting = Seen()
         self._written = time.monotonic()
         self._told = self._failing = False
