@@ -1,37 +1,57 @@
-# `make quickstart` and `make test` set up their own environment in .venv on first use.
+# `make quickstart` and `make test` set up their own environment in .venv on first use: the package
+# alone for the quickstart, the developers' tools too for the tests.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
+DOCS   := $(VENV)/.ready-docs
 
 RUN    := --config recipes/quickstart.yaml
+HEADS  := checkpoints/quickstart/heads.safetensors
+TUNED  := checkpoints/quickstart/tuned_lens/heads.safetensors
 FIVE   := $(BIN)/python recipes/quickstart/five.py
 
 LOWEST := .venv-lowest
 TORCH  ?= 2.8.0
 
-.PHONY: help quickstart test test-all test-lowest lint bench clean
+.PHONY: help quickstart test test-all test-lowest lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+define install
+$(PYTHON) -m venv $(VENV)
+$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
+@touch $(READY) $@
+endef
 
-quickstart: $(READY)  ## fit, evaluate, calibrate and predict on the model that ships here, offline
+$(READY): pyproject.toml constraints.txt
+	$(call install)
+
+$(DEV): pyproject.toml constraints.txt
+	$(call install,[dev])
+
+$(DOCS): pyproject.toml constraints.txt
+	$(call install,[docs])
+
+# Heads that are there are used again; `make clean` removes them.
+$(HEADS): recipes/quickstart.yaml | $(READY)
 	$(BIN)/lspade-train fit $(RUN)
+
+$(TUNED): recipes/quickstart.yaml | $(READY)
 	$(BIN)/lspade-train fit $(RUN) --model.target final
+
+quickstart: $(READY) $(HEADS) $(TUNED)  ## fit, calibrate, evaluate and predict on the model that ships here, offline
 	$(BIN)/lspade-train calibrate $(RUN)
 	$(BIN)/lspade-train evaluate $(RUN)
 	$(FIVE) ask | $(BIN)/lspade-train predict $(RUN) | $(FIVE) show checkpoints/quickstart
 
-test: $(READY)  ## the default test suite, offline
+test: $(DEV)  ## the default test suite, offline
 	$(BIN)/pytest -n auto -m "not slow and not gpu"
 
-test-all: $(READY)  ## the slow tests too
+test-all: $(DEV)  ## the slow tests too
 	$(BIN)/pytest
 
 test-lowest:  ## the default suite with the oldest supported versions (see constraints-lowest.txt)
@@ -40,14 +60,18 @@ test-lowest:  ## the default suite with the oldest supported versions (see const
 		-c constraints-lowest.txt torch==$(TORCH) -e '.[dev]'
 	$(LOWEST)/bin/pytest -n auto -m "not slow and not gpu"
 
-lint: $(READY)  ## format, lint and types
+lint: $(DEV)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(READY)  ## speed and memory as ratios against baselines timed in the same process
+bench: $(DEV)  ## speed and memory as ratios against baselines timed in the same process
 	$(BIN)/python tests/bench.py
 
-clean:  ## remove the environments and the fitted heads
-	rm -rf $(VENV) $(LOWEST)
+docs: $(DOCS)  ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+clean:  ## remove the environments, the fitted heads and the built documentation
+	rm -rf $(VENV) $(LOWEST) site
 	git clean -fdxq checkpoints

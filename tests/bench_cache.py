@@ -58,16 +58,22 @@ def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
 
 
 def build(
-    folder: Path, adapter: ModelAdapter, examples: list[Example], shard_mb: float, tokens: int
+    folder: Path,
+    adapter: ModelAdapter,
+    examples: list[Example],
+    shard_mb: float,
+    tokens: int,
+    *,
+    spade: bool = True,
 ) -> Manifest:
-    """A whole cache of all layers and SPADE targets, as the command builds it."""
+    """A whole cache of all layers, with SPADE targets or without, as the command builds it."""
     layers = tuple(range(1, adapter.num_layers))
-    what = Extraction(layers, "original", "hidden", 64, 4, ("",))
-    identity = {"layers": list(layers)}
-    return cache.build(
-        folder, adapter, Encoded(examples, 0, ""), what, identity,
-        tokens_per_batch=tokens, shard_mb=shard_mb, provenance={}, overwrite=True,
-    )  # fmt: skip
+    what = Extraction(layers, "original", "hidden", 64, 4, ("",), spade)
+    job = cache.Build(folder, adapter, what, {"layers": list(layers)}, overwrite=True)
+    manifest = cache.build(
+        job, Encoded(examples, 0, ""), tokens_per_batch=tokens, shard_mb=shard_mb, provenance={}
+    )
+    return cache.add_targets(job) if spade else manifest
 
 
 def row_bytes() -> int:
@@ -120,6 +126,38 @@ def extraction(rounds: int = 3) -> list[Row]:
             f"{size / (2 * LAYERS * VOCAB):.3f}",
             f"{size / 1e3:.1f} kB / {2 * LAYERS * VOCAB / 1e3:,.0f} kB",
         ),
+    ]
+
+
+def every_position(rounds: int = 3, count: int = 16, tokens: int = 128) -> list[Row]:
+    """All positions of running text, for the model's own answer as target, against the forward."""
+    adapter, plain = llama(), untouched_llama()
+    places = np.arange(tokens)
+    examples = [
+        Example(e.input_ids, places, e.input_ids.astype(np.int64), (), e.row)
+        for e in prompts(count, tokens)
+    ]
+    ids = torch.from_numpy(np.stack([e.input_ids for e in examples])).long().to(DEVICE)
+    shard_mb = row_bytes() * count * tokens / 2e6
+
+    @torch.no_grad()
+    def forward() -> None:
+        mask = torch.ones_like(ids)
+        plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def extract() -> None:
+            build(Path(folder), adapter, examples, shard_mb, TOKENS_PER_BATCH, spade=False)
+
+        taken = interleaved({"forward": forward, "extraction": extract}, rounds)
+    times = [seconds(taken, name) for name in ("extraction", "forward")]
+    return [
+        (
+            "every position of running text, target final / plain forward",
+            f"{ratio(taken, 'extraction', 'forward'):.3f}",
+            f"at most 1.20; {times[0]:.2f} s / {times[1]:.2f} s, {count} x {tokens} tokens",
+        )
     ]
 
 
@@ -231,6 +269,7 @@ def memory() -> list[Row]:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "extraction": extraction,
+    "positions": every_position,
     "compile": compiled,
     "reading": reading,
     "memory": memory,

@@ -12,7 +12,8 @@ from bench_timing import Row, interleaved, peak_memory, ratio, seconds
 from torch import Tensor, nn
 
 from lspade_train.models import Unembedding
-from lspade_train.training.losses import distillation, hidden_target
+from lspade_train.training.losses import distillation
+from lspade_train.training.targets import HiddenTarget
 
 ROWS = 8192
 """Of one step: prompts x layers."""
@@ -31,7 +32,7 @@ def setting() -> tuple[Tensor, Tensor, Unembedding]:
 def chunked(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
     """One loss and gradient as training computes them."""
     student.grad = None
-    distillation(student, hidden_target(goal, unembed), unembed).loss.mean().backward()
+    distillation(student, HiddenTarget(goal, unembed), unembed).loss.mean().backward()
 
 
 def naive(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:

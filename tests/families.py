@@ -1,6 +1,6 @@
-"""The README's table of families and features, each cell computed on a tiny random model.
+"""The table of families and features, each cell computed on a tiny random model.
 
-`python tests/families.py` prints it, `--write` puts it into the README; a test compares the two.
+`python tests/families.py` prints it, `--write` puts it into docs/models.md; a test compares both.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lspade_train import ExitPolicy, ModelAdapter, spade_logits
 from lspade_train.runtime.decide import decide_batch
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->"
 
 
@@ -99,22 +99,21 @@ FEATURES: dict[str, Callable[[PreTrainedModel], bool | str]] = {
 @torch.no_grad()
 def row(family: str) -> list[str]:
     """One family's cells."""
-    # A model each: the adapter freezes its model, and PyTorch multiplies frozen weights by another
-    # kernel, whose last bit may differ from that of the model as it was loaded.
-    found = [feature(tiny(family)) for feature in FEATURES.values()]
+    model = tiny(family)
+    found = [feature(model) for feature in FEATURES.values()]
     found.append(replay(tiny(family, dtype=torch.bfloat16)))  # its load-time check passes, too
     return [f"`{family}`", *({True: "yes", False: "no"}.get(cell, str(cell)) for cell in found)]
 
 
 def table() -> str:
-    """The whole block between the README's markers."""
+    """The whole block between the page's markers."""
     head = ["family", *FEATURES, "bf16"]
     lines = [head, ["---"] * len(head), *map(row, FAMILIES)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def between_markers(text: str) -> str:
-    """What a README holds between its markers."""
+    """What a page holds between its markers."""
     return text.split(BEGIN)[1].split(END)[0]
 
 
@@ -122,8 +121,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = table()
     if "--write" in sys.argv:
-        text = README.read_text(encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        README.write_text(before + BEGIN + found + END + after, encoding="utf-8")
+        PAGE.write_text(before + BEGIN + found + END + after, encoding="utf-8")
     else:
         sys.stdout.write(found)

@@ -21,13 +21,16 @@ from tiny_models import LAYERS, VOCAB
 
 from lspade_train import cache
 from lspade_train.cache import StateDataset, open_cache, verify
+from lspade_train.cache.buffers import BufferPool
 from lspade_train.cache.extract import length_buckets
 from lspade_train.cache.manifest import Manifest
-from lspade_train.cache.reader import _Memory
+from lspade_train.cli import main
 from lspade_train.errors import CacheError, NumericsError
 from lspade_train.io.storage import file_digest, read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
+from lspade_train.training.datamodule import HiddenStateDataModule
 
+extraction = sys.modules[length_buckets.__module__]  # `cache.extract` is its function
 TINY_SHARDS = 0.01  # MB: a handful of prompts per shard
 TEXT = {
     "task": "text",
@@ -311,6 +314,88 @@ def test_overwrite_keeps_the_old_cache_where_the_new_one_cannot_be(damaged, monk
     assert contents(damaged.cache / "train") == before
 
 
+# Targets that are asked for later
+
+
+def without_targets(project, **settings):
+    data = HiddenStateDataModule(project.config(**settings), name="toy", spade=False)
+    return data, data.states("train")
+
+
+def test_a_cache_for_the_models_own_answer_holds_no_spade_targets(project):
+    _, dataset = without_targets(project)
+    assert not list(project.cache.glob("train/target-*"))
+    assert everything(dataset).target is None
+    _, whole = build(project, cache_dir=str(project.home / "whole"))
+    torch.testing.assert_close(everything(dataset).hidden, everything(whole).hidden)
+
+
+@pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
+def test_targets_asked_for_later_are_added_without_touching_the_states(
+    project, monkeypatch, targets
+):
+    settings = {"shard_mb": TINY_SHARDS, "targets": targets, "topk": 4}
+    without_targets(project, **settings)
+    folder = project.cache / "train"
+    before = {path: path.stat().st_ino for path in folder.glob("shard-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr("lspade_train.cache.writer.extract", lambda *_: pytest.fail("prompts ran"))
+        data, _ = build(project, **settings | {"shard_mb": 256})
+    assert data.reused == {"train": False}
+    assert {path: path.stat().st_ino for path in folder.glob("shard-*")} == before
+    build(project, cache_dir=str(project.home / "whole"), **settings)
+    assert contents(folder) == contents(project.home / "whole/train")
+
+
+def test_the_command_caches_what_the_recipes_target_asks_for(project):
+    recipe = ["--config", str(project.recipe()), "--splits", "[train]"]
+    assert main(["cache", *recipe, "--model.target", "final"]) == 0
+    assert not list(project.cache.glob("train/target-*"))
+    assert main(["cache", *recipe]) == 0
+    assert list(project.cache.glob("train/target-*"))
+    assert main(["cache", "--verify", str(project.cache)]) == 0
+
+
+def test_a_cache_with_spade_targets_serves_the_models_own_answer(finished):
+    data, dataset = without_targets(finished)
+    assert data.reused == {"train": True}
+    assert everything(dataset).target is None
+
+
+def test_targets_of_states_that_were_damaged_meanwhile_are_refused(project):
+    without_targets(project, shard_mb=TINY_SHARDS)
+    flip_a_bit(project.cache / "train/shard-00001.safetensors")
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors does not have its checksum"):
+        build(project)
+
+
+def test_states_without_targets_say_how_to_add_them(project):
+    without_targets(project)
+    with pytest.raises(CacheError, match=r"without SPADE targets.*\nAdd them: lspade-train cache"):
+        open_cache(project.cache / "train")
+
+
+def test_the_sweep_holds_no_more_rows_than_it_may(project, monkeypatch):
+    settings = TEXT | {
+        "dataset": str(project.texts),
+        "text": TextConfig(length=20, first_position=3),
+    }
+    held = []
+    continued = extraction.continue_states
+
+    def counted(adapter, hidden, layers, *rest, **more):
+        held.append(len(hidden) * len(layers))
+        return continued(adapter, hidden, layers, *rest, **more)
+
+    _, whole = build(project, mode="memory", **settings)
+    monkeypatch.setattr(extraction, "continue_states", counted)
+    monkeypatch.setattr(extraction, "SWEEP_ROWS", 30)
+    _, parts = build(project, mode="memory", **settings)
+    assert len(held) > 5
+    assert max(held) <= 30
+    torch.testing.assert_close(everything(parts).target, everything(whole).target)
+
+
 # Damage
 
 
@@ -374,7 +459,7 @@ def test_a_shard_replaced_by_a_link_is_refused(damaged, tmp_path):
         lambda text: text[:-40],
         lambda text: text.replace('"rows": 48', '"rows": 47'),
         lambda text: text.replace('"limit": null', '"limit": 3'),
-        lambda text: text.replace('"format_version": 1', '"format_version": 9'),
+        lambda text: text.replace('"format_version": 2', '"format_version": 9'),
         lambda text: text.replace('"shards"', '"shreds"'),
         lambda text: text.replace("shard-00000", "../shard-00000"),
         lambda text: "[]",
@@ -463,8 +548,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_model_runs(project, moun
 
 
 def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted, monkeypatch):
-    place = mounted("48k")
-    monkeypatch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+    place = mounted("30k")
+    monkeypatch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
     with pytest.raises(
         CacheError, match=r"is full; shard-\d+\.safetensors was not written"
     ) as caught:
@@ -482,7 +567,7 @@ def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted
 def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounted, monkeypatch):
     place = mounted("48k")
     with monkeypatch.context() as patch:
-        patch.setattr("lspade_train.cache.writer._require_space", lambda *_: None)
+        patch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
         with pytest.raises(CacheError):
             build(finished, cache_dir=str(place), shard_mb=TINY_SHARDS)
     subprocess.run(["mount", "-o", "remount,size=8m", str(place)], check=True)
@@ -533,7 +618,7 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
         calls.append(len(examples))
         return extract(adapter, examples, *rest)
 
-    monkeypatch.setattr("lspade_train.cache.shards.extract", counted)
+    monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
     build(damaged, shard_mb=TINY_SHARDS)
     assert len(calls) == 1
     assert contents(folder) == before
@@ -652,8 +737,8 @@ def test_a_batch_that_is_held_is_never_written_over():
         assert torch.equal(value[:, 0], rows.float())
 
 
-def test_memory_that_nobody_holds_is_used_again():
-    memory = _Memory()
+def test_memory_is_lent_again_once_no_tensor_uses_it():
+    memory = BufferPool()
     first = memory.take((4, 8), torch.float32)
     place, other = first.data_ptr(), memory.take((4, 8), torch.float32).data_ptr()
     assert other != place

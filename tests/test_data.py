@@ -19,10 +19,10 @@ class Numbers:
     def __len__(self):
         return self.rows
 
-    def arrange(self, rows):
+    def order_by_shard(self, rows):
         return rows[(rows >= self.rows // 2).long().argsort(stable=True)]
 
-    def deal(self, rows, count):
+    def split_batches(self, rows, count):
         return (rows[first::count].tolist() for first in range(count))
 
 
@@ -63,7 +63,7 @@ def test_without_a_seed_rows_come_in_order_each_time():
     rows=st.integers(1, 40), size=st.integers(1, 7), at_once=st.integers(1, 50),
     stop=st.integers(0, 30),
 )  # fmt: skip
-def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, at_once, stop):
+def test_a_loader_resumed_anywhere_continues_where_it_was(rows, size, at_once, stop):
     whole = loader(rows, size, at_once)
     expected = [*whole, *whole, *whole]
     first, got = loader(rows, size, at_once), []
@@ -82,7 +82,37 @@ def test_a_loader_that_is_resumed_anywhere_goes_on_where_it_was(rows, size, at_o
     assert got == expected
 
 
-def test_an_epoch_cut_short_is_not_gone_on_with_in_the_next():
+OTHER_ORDERS = {
+    "rows_per_step 4, and this run has 6": {"batch_size": 6},
+    "rows_per_step 4, and this run has 8": {"world": 2},
+    "training_rows 23, and this run has 20": {"rows": 20},
+    "seed 1, and this run has 2": {"seed": 2},
+}
+
+
+@pytest.mark.parametrize("said", OTHER_ORDERS)
+def test_a_loader_is_not_resumed_into_other_batches(said):
+    first = loader()
+    next(iter(first))
+    with pytest.raises(RecipeError, match=rf"written with {said}: .* skip rows.*\nResume with"):
+        loader(**OTHER_ORDERS[said]).load_state_dict(first.state_dict())
+
+
+def test_a_loader_resumed_by_more_processes_with_smaller_batches_continues_the_same_rows():
+    whole = list(loader(rows=24))
+    first = loader(rows=24)
+    for _ in zip(range(2), first, strict=False):
+        pass
+    rest = []
+    for rank in range(2):
+        part = loader(rows=24, batch_size=2, rank=rank, world=2)
+        part.load_state_dict(first.state_dict())
+        rest.append(list(part))
+    together = [sorted(sum(batches, [])) for batches in zip(*rest, strict=True)]
+    assert together == [sorted(batch) for batch in whole[2:]]
+
+
+def test_an_epoch_cut_short_is_not_resumed_in_the_next():
     found = loader()
     for _ in zip(range(2), found, strict=False):
         pass
@@ -113,6 +143,17 @@ def test_validation_rows_are_all_read_by_some_process(rows):
     assert sorted(sum(sum(parts, []), [])) == list(range(rows))
 
 
+@pytest.mark.parametrize("mode", ["disk", "online"])
+@pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
+def test_a_process_without_validation_rows_gets_an_empty_batch(project, mode, targets):
+    data = project.module(mode=mode, targets=targets, limit=1)
+    found = data.states("validation")
+    (one,), (none,) = (list(RowLoader(found, 2, seed=None, rank=r, world=2)) for r in range(2))
+    assert (len(one), len(none)) == (1, 0)
+    kinds = [{n: (v.dtype, v.shape[1:]) for n, v in b.tensors().items()} for b in (one, none)]
+    assert kinds[0] == kinds[1]
+
+
 def test_a_batch_size_below_one_is_a_named_error():
     with pytest.raises(RecipeError, match=r"data\.batch_size is 0; expected 1 or more"):
         loader(batch_size=0)
@@ -125,6 +166,15 @@ def test_fit_opens_train_and_validation_and_nothing_else(project):
     assert sorted(path.name for path in project.cache.iterdir()) == ["train", "validation"]
     data.setup("test")
     assert set(data.reused) == {"train", "validation", "test"}
+
+
+def test_a_fit_that_has_built_its_caches_holds_no_block(project):
+    data = project.module()
+    expected = data.adapter.unembed.digest
+    data.setup("fit")
+    assert data.frozen._adapter is None
+    assert data.unembed.digest == expected
+    assert data.adapter.num_layers == 4  # loaded again
 
 
 def test_layers_are_sorted_and_counted_once(project):

@@ -305,9 +305,9 @@ def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, ye
     for path in reopened.iterdir():
         os.utime(path, times=((year - 1970) * 31_556_952,) * 2)
     manifest, _ = open_cache(reopened)
-    assert len(hashed) == len(manifest.shards) + 1
+    assert len(hashed) == len(manifest.files) + 1
     open_cache(reopened)
-    assert len(hashed) == len(manifest.shards) + 1
+    assert len(hashed) == len(manifest.files) + 1
 
 
 # Disks

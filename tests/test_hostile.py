@@ -224,13 +224,13 @@ def test_fuzz_of_the_manifest_and_the_cache_behind_it(cache, tmp_path_factory, d
         opened[1].gather(torch.arange(len(opened[1])))
 
 
-def forged(cache, folder, tensors):
-    """A cache whose first shard holds other tensors, with a manifest that says so."""
+def forged(cache, folder, tensors, part="shards"):
+    """A cache of which one file holds other tensors, with a manifest that says so."""
     shutil.copytree(cache, folder)
-    shard = folder / "shard-00000.safetensors"
-    shard.write_bytes(save(tensors))
     value = json.loads((folder / "manifest.json").read_text())
-    value["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_digest(shard)}
+    shard = folder / value[part][0]["file"]
+    shard.write_bytes(save(tensors))
+    value[part][0] |= {"bytes": shard.stat().st_size, "sha256": file_digest(shard)}
     (folder / "manifest.json").write_text(json.dumps(value))
     return folder
 
@@ -242,9 +242,8 @@ TENSOR_CHANGES = {
     "another width": lambda tensors: tensors.update(final=tensors["final"][:, 1:].clone()),
     "another dtype": lambda tensors: tensors.update(hidden=tensors["hidden"].int()),
     "another precision": lambda tensors: tensors.update(hidden=tensors["hidden"].half()),
-    "a layer too few": lambda tensors: tensors.update(
-        hidden=tensors["hidden"][:, 1:].clone(), target=tensors["target"][:, 1:].clone()
-    ),
+    "a layer too few": lambda tensors: tensors.update(hidden=tensors["hidden"][:, 1:].clone()),
+    "a reduced target": lambda tensors: tensors.update(target_mean=tensors["hidden"].clone()),
     "a number": lambda tensors: tensors.update(final=torch.tensor(1.0)),
 }
 
@@ -257,13 +256,31 @@ def test_a_forged_shard_with_its_own_checksum_is_refused(cache, tmp_path, change
         open_cache(forged(cache, tmp_path / "forged", tensors))
 
 
+TARGET_CHANGES = {
+    "nothing": lambda tensors: tensors.clear(),
+    "hidden states": lambda tensors: tensors.update(hidden=tensors["target"].clone()),
+    "a row too few": lambda tensors: tensors.update(target=tensors["target"][1:].clone()),
+    "a layer too few": lambda tensors: tensors.update(target=tensors["target"][:, 1:].clone()),
+    "another width": lambda tensors: tensors.update(target=tensors["target"][..., 1:].clone()),
+}
+
+
+@pytest.mark.parametrize("change", TARGET_CHANGES)
+def test_forged_targets_with_their_own_checksum_are_refused(cache, tmp_path, change):
+    tensors = read_tensors(cache / "target-00000.safetensors", CacheError)
+    TARGET_CHANGES[change](tensors)
+    with pytest.raises(CacheError, match="does not hold the (rows|targets) of a cache"):
+        open_cache(forged(cache, tmp_path / "forged", tensors, "targets"))
+
+
+@pytest.mark.parametrize("part", ["shards", "targets"])
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "..", "", "a/b", "identity.json", "shard-0.safetensors\n"]
 )
-def test_a_manifest_that_names_another_file_is_refused(cache, tmp_path, name):
+def test_a_manifest_that_names_another_file_is_refused(cache, tmp_path, name, part):
     folder = shutil.copytree(cache, tmp_path / "cache")
     value = json.loads((folder / "manifest.json").read_text())
-    value["shards"][0]["file"] = name
+    value[part][0]["file"] = name
     (folder / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(CacheError, match="names a file outside its folder"):
         open_cache(folder)
@@ -351,7 +368,7 @@ def test_a_json_bomb_is_refused(tmp_path, name):
         read_json(path, ArtifactError)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, 1.5, [1]], ids=str)
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None, 1.5, [1]], ids=str)
 def test_a_version_that_is_not_known_is_refused(cache, heads, tmp_path, version):
     for source, file, read in (
         (cache, "manifest.json", Manifest.read),

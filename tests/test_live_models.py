@@ -434,3 +434,11 @@ def test_a_decoder_whose_forward_is_bound_elsewhere_is_a_named_error():
     model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     with pytest.raises(UnsupportedModelError, match="does not run its own blocks"):
         spade(model)
+
+
+def test_a_hook_that_changes_the_models_own_logits_is_found_at_the_next_call():
+    model = tiny("llama")
+    spade(model)
+    model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * 2))
+    with pytest.raises(UnsupportedModelError, match="norm and head do not give its logits"):
+        spade(model)

@@ -1,5 +1,6 @@
 """The chunked distillation loss against plain float64 autograd."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,16 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, WIDTH, tiny
 from torch.nn.functional import cross_entropy
 
-from lspade_train.models import ModelAdapter
-from lspade_train.training.losses import (
-    chunk_memory,
-    distillation,
-    hidden_target,
-    logits_target,
-    topk_target,
+from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.training.losses import cross_entropy as training_loss
+from lspade_train.training.losses import distillation
+from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.targets import (
+    HiddenTarget,
+    StoredLogits,
+    TopkTarget,
+    is_reducible,
+    reduce_target,
 )
 
 
@@ -46,12 +50,100 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
     expected, student.grad = student.grad, None
 
     memory = chunk_memory(unembed, chunk_rows)
-    got = distillation(student, hidden_target(goal, unembed), unembed, memory=memory)
+    got = distillation(student, HiddenTarget(goal, unembed), unembed, memory=memory)
     (got.loss * weights).sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
     torch.testing.assert_close(got.loss, loss)
     torch.testing.assert_close(got.kl, kl, atol=1e-9, rtol=1e-7)
     assert torch.equal(got.agrees, agrees)
+
+
+# phi's head has a bias of its own.
+@pytest.mark.parametrize("family", ["llama", "phi", "opt"])
+@pytest.mark.parametrize("chunk_rows", [5, 64])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_reduced_target_gives_the_loss_and_gradient_of_float64_autograd(
+    family, chunk_rows, scale
+):
+    unembed = replace(double(family), scale=scale)
+    if family == "phi":
+        torch.nn.init.normal_(unembed.bias)
+    student = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
+    goal = torch.randn(12, WIDTH, dtype=torch.float64)
+    weights = torch.rand(12, dtype=torch.float64)
+    loss, kl, agrees = naive(student, unembed(goal), unembed)
+    (loss * weights).sum().backward()
+    expected, student.grad = student.grad, None
+
+    memory = chunk_memory(unembed, chunk_rows)
+    target = reduce_target(HiddenTarget(goal, unembed), 12, unembed, memory)
+    got = distillation(student, target, unembed, memory=memory)
+    (got.loss * weights).sum().backward()
+    assert (student.grad - expected).abs().max() < 1e-9
+    torch.testing.assert_close(got.loss, loss)
+    torch.testing.assert_close(got.kl, kl, atol=1e-9, rtol=1e-7)
+    assert torch.equal(got.agrees, agrees)
+
+
+@pytest.mark.parametrize("stored", ["logits", "topk"])
+def test_stored_logits_are_reduced_to_what_they_say(stored):
+    unembed = double("phi")
+    student, logits = (torch.randn(9, size, dtype=torch.float64) for size in (WIDTH, VOCAB))
+    values, tokens = logits.topk(5)
+    kinds = {"logits": StoredLogits(logits), "topk": TopkTarget(values, tokens, VOCAB)}
+    memory = chunk_memory(unembed, 4)
+    reduced = reduce_target(kinds[stored], 9, unembed, memory)
+    got, expected = (distillation(student, it, unembed) for it in (reduced, kinds[stored]))
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.kl, expected.kl)
+    assert torch.equal(got.agrees, expected.agrees)
+
+
+def test_only_linear_logits_in_full_precision_are_reduced():
+    assert is_reducible(double("llama"))
+    assert not is_reducible(double("gemma2"))  # soft-capped
+    assert not is_reducible(ModelAdapter(tiny("llama").bfloat16()).unembed)
+
+
+LIMITS = {torch.float16: 0.02, torch.bfloat16: 0.02, torch.float32: 1e-5}
+"""Relative error of the loss's gradient by a head's weight."""
+
+
+def gradients(dtype, rows, vocab=2048, width=32):
+    """dL/dA of a head 2% from its target: ours, by kind of target, and float64's."""
+    head = torch.nn.Linear(width, vocab, bias=False, dtype=dtype).requires_grad_(False)
+    norm = torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype).requires_grad_(False)
+    unembed = Unembedding(norm, head)
+    hidden = torch.randn(rows, width).to(dtype)
+    goal = (hidden + 0.02 * torch.randn(rows, width)).to(dtype)
+    exact = Unembedding(
+        torch.nn.RMSNorm(width, eps=1e-6, dtype=torch.float64), copy.deepcopy(head).double()
+    )
+    weight = torch.zeros(width, width, dtype=torch.float64, requires_grad=True)
+    wide = hidden.double()
+    naive(wide + wide @ weight, exact(goal.double()), exact)[0].mean().backward()
+
+    target, memory = HiddenTarget(goal, unembed), chunk_memory(unembed)
+    targets = {"logits": target}
+    if is_reducible(unembed):
+        targets["reduced"] = reduce_target(target, rows, unembed, memory)
+    found = {}
+    for name, kind in targets.items():
+        ours = torch.zeros(width, width, requires_grad=True)
+        states = hidden.float()
+        loss = training_loss(states + states @ ours, kind, unembed, memory=memory)
+        loss.mean().backward()
+        found[name] = ours.grad.double()
+    return found, weight.grad
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("rows", [64, 256, 1024, 4096])
+def test_gradients_are_those_of_float64_whatever_the_dtype_and_the_batch(dtype, rows):
+    found, expected = gradients(dtype, rows)
+    for name, gradient in found.items():
+        error = (gradient - expected).norm() / expected.norm()
+        assert error < LIMITS[dtype], name
 
 
 def test_a_scaled_head_has_a_scaled_gradient():
@@ -60,7 +152,7 @@ def test_a_scaled_head_has_a_scaled_gradient():
     goal = torch.randn(4, VOCAB, dtype=torch.float64)
     naive(student, goal, unembed)[0].sum().backward()
     expected, student.grad = student.grad, None
-    distillation(student, logits_target(goal), unembed).loss.sum().backward()
+    distillation(student, StoredLogits(goal), unembed).loss.sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
 
 
@@ -69,7 +161,7 @@ def test_gradcheck_of_the_whole_path():
     goal = torch.randn(3, VOCAB, dtype=torch.float64)
     student = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x: distillation(x, logits_target(goal), unembed).loss, (student,)
+        lambda x: distillation(x, StoredLogits(goal), unembed).loss, (student,)
     )
 
 
@@ -82,33 +174,36 @@ def test_a_top_k_target_is_the_renormalised_distribution(k, rows, sharpness):
     values, tokens = logits.topk(k)
     dense = torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
     expected = cross_entropy(unembed(student), dense.softmax(-1), reduction="none")
-    got = distillation(student, topk_target(values, tokens, VOCAB), unembed)
+    got = distillation(student, TopkTarget(values, tokens, VOCAB), unembed)
     torch.testing.assert_close(got.loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_equal_to_the_student_has_no_kl_and_no_gradient():
     unembed = double()
     student = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
-    got = distillation(student, hidden_target(student.detach(), unembed), unembed)
+    got = distillation(student, HiddenTarget(student.detach(), unembed), unembed)
     got.loss.sum().backward()
     assert got.kl.abs().max() < 1e-12
     assert student.grad.abs().max() < 1e-12
     assert got.agrees.all()
 
 
-def test_watched_tokens_come_back_with_their_logits():
+def test_the_tokens_asked_for_come_back_with_their_logits():
     unembed = double()
     student = torch.randn(5, WIDTH, dtype=torch.float64)
-    watch = torch.randint(VOCAB, (5, 3))
-    got = distillation(student, hidden_target(student, unembed), unembed, watch=watch)
-    torch.testing.assert_close(got.watched, unembed(student).gather(-1, watch))
+    token_ids = torch.randint(VOCAB, (5, 3))
+    got = distillation(student, HiddenTarget(student, unembed), unembed, token_ids=token_ids)
+    torch.testing.assert_close(got.token_logits, unembed(student).gather(-1, token_ids))
 
 
-def test_half_precision_states_give_a_full_precision_loss():
-    unembed = ModelAdapter(tiny("llama").bfloat16()).unembed
+# opt and gpt_neox have a LayerNorm, which refuses states in another precision than its own.
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_states_give_a_full_precision_loss(family, dtype):
+    unembed = ModelAdapter(tiny(family).to(dtype), check=False).unembed
     student = torch.randn(8, WIDTH, requires_grad=True)
-    goal = torch.randn(8, WIDTH, dtype=torch.bfloat16)
-    got = distillation(student, hidden_target(goal, unembed), unembed)
+    goal = torch.randn(8, WIDTH).to(dtype)
+    got = distillation(student, HiddenTarget(goal, unembed), unembed)
     got.loss.mean().backward()
     assert got.loss.dtype == torch.float32
     assert student.grad.dtype == torch.float32
@@ -120,6 +215,6 @@ def test_memory_made_while_validating_serves_training():
     with torch.inference_mode():
         memory = chunk_memory(unembed)
     student = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
-    goal = hidden_target(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
+    goal = HiddenTarget(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
     distillation(student, goal, unembed, memory=memory).loss.sum().backward()
     assert student.grad is not None

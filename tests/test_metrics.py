@@ -66,6 +66,19 @@ def test_a_token_that_cannot_be_adds_nothing_to_entropy_or_kl():
     assert float(kl_divergence(target, other)) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("excluded", [-torch.inf, -2000.0])
+def test_kl_is_finite_where_both_sides_exclude_a_token(excluded):
+    target = torch.tensor([[1.0, 2.0, excluded]], dtype=torch.float64)
+    other = torch.tensor([[0.5, 0.1, -torch.inf]], dtype=torch.float64)
+    expected = rel_entr(softmax([1.0, 2.0]), softmax([0.5, 0.1])).sum()
+    assert float(kl_divergence(target, other)) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_kl_is_infinite_where_only_the_student_excludes_a_token():
+    target, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -torch.inf]])
+    assert float(kl_divergence(target, other)) == torch.inf
+
+
 def test_agreement_compares_the_best_tokens():
     one, two = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     assert agreement(one, two).tolist() == [True, False]

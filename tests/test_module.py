@@ -12,10 +12,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lspade_train.errors import NumericsError
+from lspade_train.cache.states import REDUCED
+from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.recipe import HeadConfig, TextConfig
-from lspade_train.training.losses import distillation, hidden_target
+from lspade_train.training.losses import distillation
 from lspade_train.training.module import LSpadeModule
+from lspade_train.training.targets import HiddenTarget
 
 
 def trainer(project, epochs=2, **options):
@@ -184,6 +186,74 @@ def test_a_fit_resumed_from_the_checkpoint_of_an_epochs_end_goes_on_exactly(proj
     assert_equal_heads(weights(resumed), weights(whole))
 
 
+def test_a_fit_is_not_resumed_with_another_batch_size(project):
+    path = project.home / "stopped.ckpt"
+    fit(project, callbacks=[Save(2, path)])
+    with pytest.raises(RecipeError, match="rows_per_step 8, and this run has 4"):
+        fit(project, data=project.module(batch_size=4), ckpt_path=path)
+
+
+def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project):
+    module, _ = fit(project, epochs=1)
+    for mode in ("disk", "online"):
+        validation = project.module(mode=mode).states("validation")
+        module.validation_step(validation.gather(torch.arange(0)), 0)
+        sums = module._epoch.pop("val")
+        assert not sums.rows.any()
+        assert not sums.sums.any()
+
+
+def unreduced(project, monkeypatch, *arguments, **options):
+    """A fit whose steps make the target's logits."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lspade_train.training.module.is_reducible", lambda _: False)
+        return fit(project, *arguments, **options)
+
+
+@pytest.mark.parametrize("target", ["spade", "final"])
+@pytest.mark.parametrize("mode", ["disk", "memory"])
+def test_reduced_targets_train_the_heads_and_give_the_metrics_that_logits_do(
+    project, monkeypatch, target, mode
+):
+    config = HeadConfig(lr=1e-3, target=target)
+    plain, one = unreduced(project, monkeypatch, config, data=project.module(mode=mode), epochs=3)
+    data = project.module(mode=mode)
+    reduced, two = fit(project, config, data=data, epochs=3)
+    assert (data.train_dataloader().dataset.shards[0].keys() >= REDUCED) == (target == "spade")
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(reduced)[name], value, rtol=1e-3, atol=1e-5)
+    for name, value in one.logged_metrics.items():
+        assert float(two.logged_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5)
+
+
+def test_a_fit_of_few_epochs_reduces_no_targets(project):
+    data = project.module()
+    fit(project, data=data, epochs=2)
+    assert not data.train_dataloader().dataset.shards[0].keys() & REDUCED
+
+
+def test_a_disk_without_room_for_reduced_targets_costs_time_and_nothing_else(
+    project, monkeypatch, caplog
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    plain, _ = unreduced(project, monkeypatch, epochs=3)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with caplog.at_level("INFO", "lspade_train"):
+        module, _ = fit(project, epochs=3)
+    assert "computed anew in every step (No space left on device)" in caplog.text
+    assert_equal_heads(weights(module), weights(plain))
+
+
+def test_a_fit_leaves_no_file_of_reduced_targets_behind(project):
+    data = project.module()
+    data.states("train")
+    before = sorted(project.cache.rglob("*"))
+    fit(project, data=project.module(), epochs=3)
+    assert [path for path in sorted(project.cache.glob("train/*")) if path not in before] == []
+
+
 def assert_equal_optimizers(one, other):
     for a, b in zip(one.optimizers, other.optimizers, strict=True):
         for p, q in zip(a.state.values(), b.state.values(), strict=True):
@@ -220,7 +290,7 @@ def test_target_final_trains_towards_the_model_itself(project):
     data = project.module()
     batch = data.states("validation").gather(torch.arange(20))
     unembed = data.adapter.unembed
-    goal = hidden_target(batch.final, unembed)
+    goal = HiddenTarget(batch.final, unembed)
     with torch.no_grad():
         lens = distillation(batch.hidden[:, 2], goal, unembed).kl.mean()
         tuned = distillation(module.heads(batch.hidden)[:, 2], goal, unembed).kl.mean()

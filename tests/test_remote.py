@@ -51,6 +51,7 @@ on_s3 = pytest.mark.parametrize("place", ["s3"], indirect=True)
 
 SIZES = {"shard_mb": 0.01, "tokens_per_batch": 128}
 SHARDS = [f"shard-{number:05d}.safetensors" for number in range(5)]
+TARGETS = [name.replace("shard", "target") for name in SHARDS]
 
 
 def seldom(value):
@@ -75,7 +76,7 @@ def calm(toy_root, tmp_path_factory):
     home = tmp_path_factory.mktemp("calm")
     toy.Project(toy_root, home).module(**SIZES).states("train")
     found = content(str(home / "cache/train"))
-    assert sorted(found) == sorted([*SHARDS, IDENTITY, MANIFEST, STARTS])
+    assert sorted(found) == sorted([*SHARDS, *TARGETS, IDENTITY, MANIFEST, STARTS])
     return found
 
 
@@ -88,7 +89,7 @@ def computed(monkeypatch):
         sizes.append(len(examples))
         return extract(adapter, examples, *rest)
 
-    monkeypatch.setattr("lspade_train.cache.shards.extract", counted)
+    monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
     return sizes
 
 
@@ -213,7 +214,7 @@ def test_each_file_goes_up_once_the_shards_while_others_are_computed_the_manifes
     project.module(cache_dir=place, **SIZES).states("train")
     assert len(done) < len(SHARDS) == len(computed)
     sent = server.files("PUT")
-    assert sent == [IDENTITY, SHARDS[0], SHARDS[1], *SHARDS[1:], STARTS, MANIFEST]
+    assert sent == [IDENTITY, SHARDS[0], SHARDS[1], *SHARDS[1:], *TARGETS, STARTS, MANIFEST]
     assert content(f"{place}/train") == calm
 
 
@@ -226,7 +227,7 @@ def test_what_is_the_same_on_both_sides_is_not_transferred(project, place, serve
 
 
 @on_s3
-@pytest.mark.parametrize("at", [seldom(IDENTITY), SHARDS[3], seldom(STARTS), MANIFEST])
+@pytest.mark.parametrize("at", [seldom(IDENTITY), SHARDS[3], seldom(TARGETS[2]), MANIFEST])
 def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
     project, place, server, calm, at
 ):
@@ -235,7 +236,7 @@ def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
     assert sent[-1] == at
     assert MANIFEST not in sent[:-1]
     finished(project, started(project, place))
-    order = [IDENTITY, *SHARDS, STARTS, MANIFEST]
+    order = [IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST]
     assert server.files("PUT") == order[order.index(at) :]
     assert content(f"{place}/train") == calm
 
@@ -253,7 +254,7 @@ def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
     folder = remote.Mirror(f"{place}/train", FILES).folder
     assert not (folder / MANIFEST).exists()
     finished(project, started(project, place))
-    assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, MANIFEST]
+    assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, *TARGETS, MANIFEST]
     assert content(str(folder)) == calm
 
 
@@ -336,7 +337,7 @@ def test_two_machines_without_a_shared_folder_build_one_cache(
 ):
     finished(project, *two_machines(project, place, tmp_path))
     sent = server.files("PUT")
-    assert sorted(sent) == sorted([IDENTITY, *SHARDS, STARTS, MANIFEST])
+    assert sorted(sent) == sorted([IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST])
     assert sent[-1] == MANIFEST
     assert content(f"{place}/train") == calm
     assert mirrors_of(tmp_path) == [calm, calm]
@@ -438,7 +439,7 @@ def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
     with pytest.raises(LSpadeError, match="which no installed package reads"):
         remote.Mirror("nosuch://x/y", PATTERNS).fetch()
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    with pytest.raises(LSpadeError, match="gs:// needs a package that is not here"):
+    with pytest.raises(LSpadeError, match="gs:// needs a package that is not installed"):
         remote.Mirror("gs://x/y", PATTERNS).fetch()
 
 

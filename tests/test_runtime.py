@@ -204,8 +204,8 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], [[4, 4]], "two or more, each once"),
         ([[1, 5]], [[4, 5], [6, 7]], "2 lists of choices for 1 prompts"),
         (["text"], None, "need a tokenizer"),
-        ("text", None, r"one string where a list is expected: decide\(\[prompt\]"),
-        ([[1, 5]], "AB", "one string where a list is expected"),
+        ("text", None, r"The prompts are one text; expected a list of them"),
+        ([[1, 5]], "AB", "The choices are one text; expected a list"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_error(prompts, choices, match):

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lspade_train.cache.reader import StateBatch, StateDataset
+from lspade_train.cache.dataset import StateDataset
+from lspade_train.cache.states import StateBatch
 
 CHUNK_ROWS = 256
 

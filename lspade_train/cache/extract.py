@@ -1,9 +1,10 @@
-"""From tokenised prompts to hidden states and SPADE targets, batch by batch.
+"""From tokenised prompts to hidden states, and from those to SPADE targets.
 
-Knows nothing of files: the writer, the in-memory mode and the online mode all call this.
+Two steps, since a recipe may need the first alone: the second one starts from what the first has
+stored. Knows nothing of files: the writer, the in-memory mode and the online mode all call this.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from lspade_train.tasks import Example
 Item = TypeVar("Item")
 
 SWEEP_ROWS = 16_384
-"""Single-token rows in flight at once in the upward sweep; bounds its memory."""
+"""Single-token rows in the upward sweep at once, which bounds its memory."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Extraction:
         topk: tokens kept with `targets: topk`.
         max_choices: width of the choice columns.
         groups: names of the subgroups; rows hold an index into them.
+        spade: whether SPADE's answers are computed at all.
     """
 
     layers: tuple[int, ...]
@@ -43,6 +45,7 @@ class Extraction:
     topk: int
     max_choices: int
     groups: tuple[str, ...]
+    spade: bool = True
 
 
 def row_count(examples: Sequence[Example]) -> int:
@@ -72,23 +75,25 @@ def extract(
     *,
     to_host: bool = True,
 ) -> dict[str, Tensor]:
-    """States, targets and labels of `examples`, one row per answer position, in their order.
+    """Hidden states and labels of `examples`, one row per answer position, in their order.
 
     Args:
         adapter: the frozen model.
-        examples: tokenised prompts.
-        what: layers and targets.
+        examples: tokenised prompts; none give no rows.
+        what: the layers.
         tokens_per_batch: padded prompt tokens per forward.
-        to_host: bring what the model computes to the host's memory; else it stays on the device.
+        to_host: copy what the model computes to the host's memory; else it stays on the device.
 
     Returns:
-        Tensors whose first dimension is the row; `cache.reader.StateBatch` names them.
+        Tensors whose first dimension is the row, by the names of `StateBatch`; no targets.
 
     Raises:
         NumericsError: a hidden state is NaN or Inf.
     """
     starts = np.cumsum([0] + [len(example.positions) for example in examples])
     out: dict[str, Tensor] = _labels(examples, what)
+    if not examples:
+        return out | _no_states(adapter, what)
 
     def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
         for batch in length_buckets(examples, tokens_per_batch):
@@ -103,8 +108,67 @@ def extract(
             if name not in out:
                 out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
             out[name][place.to(part.device)] = part
-        _refuse_non_finite(parts, examples, batch, what.layers)
+        _refuse_non_finite_states(parts, examples, batch, what.layers)
     return out
+
+
+def spade_targets(
+    adapter: ModelAdapter, states: Mapping[str, Tensor], what: Extraction
+) -> dict[str, Tensor]:
+    """What `what.targets` keeps of SPADE's answers, row by row of what `extract` gave.
+
+    A function of the stored rows alone: whether they were computed just now or long ago, and in
+    which batches, makes no difference. Memory beyond the result is bounded by `SWEEP_ROWS`.
+
+    Args:
+        adapter: the frozen model.
+        states: `hidden`, `start_id` and `position_id` of the rows.
+        what: layers, position ids and the kind of target.
+
+    Returns:
+        Tensors by the names of `StateBatch`, where `states["hidden"]` is.
+
+    Raises:
+        NumericsError: a target is NaN or Inf.
+    """
+    hidden = states["hidden"]
+    step = max(SWEEP_ROWS // len(what.layers), 1)
+    out: dict[str, Tensor] = {}
+    for first in range(0, max(len(hidden), 1), step):
+        rows = slice(first, first + step)
+        parts = _store_target(adapter, _continued(adapter, states, rows, what), what)
+        _refuse_non_finite_targets(parts, first, what.layers)
+        for name, part in parts.items():
+            if name not in out:
+                out[name] = torch.empty(
+                    len(hidden), *part.shape[1:], dtype=part.dtype, device=hidden.device
+                )
+            out[name][rows] = part
+    return out
+
+
+@torch.no_grad()
+def _continued(
+    adapter: ModelAdapter, states: Mapping[str, Tensor], rows: slice, what: Extraction
+) -> Tensor:
+    """SPADE's hidden state before the final norm, (rows, layers, d), on the model's device."""
+    hidden = states["hidden"][rows].to(adapter.device)
+    if not len(hidden):
+        return hidden
+    ids, at = (states[name][rows].long().to(adapter.device) for name in ("start_id", "position_id"))
+    return continue_states(adapter, hidden, what.layers, ids, at, positions=what.positions)
+
+
+def _no_states(adapter: ModelAdapter, what: Extraction) -> dict[str, Tensor]:
+    """The states of no row at all, for a process without rows."""
+    final = torch.empty(0, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
+    ids = torch.empty(0, dtype=torch.int32)
+    return {
+        "hidden": final[:, None].expand(-1, len(what.layers), -1),
+        "final": final,
+        "start_id": ids,
+        "position_id": ids.clone(),
+    }
 
 
 def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
@@ -146,31 +210,15 @@ def _forward(
     # A prompt with fewer positions than the widest repeats one; those rows go.
     keep = real.to(states.final.device)
     hidden, final = states.hidden[keep], states.final[keep]
-    start_ids = states.start_ids[:, None].expand_as(real)[real]
-    position_ids = states.position_ids[real]
-    chunk = max(SWEEP_ROWS // len(what.layers), 1)
-    target = torch.cat(
-        [
-            continue_states(
-                adapter,
-                hidden[i : i + chunk],
-                what.layers,
-                start_ids[i : i + chunk],
-                position_ids[i : i + chunk],
-                positions=what.positions,
-            )
-            for i in range(0, len(hidden), chunk)
-        ]
-    )
     return {
         "hidden": hidden,
         "final": final,
-        "start_id": start_ids.int(),
-        "position_id": position_ids.int(),
-        **_store_target(adapter, target, what),
+        "start_id": states.start_ids[:, None].expand_as(real)[real].int(),
+        "position_id": states.position_ids[real].int(),
     }
 
 
+@torch.no_grad()
 def _store_target(adapter: ModelAdapter, target: Tensor, what: Extraction) -> dict[str, Tensor]:
     if what.targets == "hidden":
         return {"target": target}
@@ -215,35 +263,63 @@ def _labels(examples: Sequence[Example], what: Extraction) -> dict[str, Tensor]:
         choices.append(np.tile(np.array(padded, dtype=np.int64), (n, 1)))
         counts.append(np.full(n, len(ids)))
         groups.append(np.full(n, what.groups.index(example.group)))
+
+    def joined(parts: list[np.ndarray], *shape: int) -> Tensor:
+        # An empty start, since there may be no prompt at all.
+        return torch.from_numpy(np.concatenate([np.zeros((0, *shape), dtype=np.int64), *parts]))
+
     return {
-        "answer_id": torch.from_numpy(np.concatenate(answers)).int(),
-        "labelled": torch.from_numpy(np.concatenate(labelled)),
-        "choice_ids": torch.from_numpy(np.concatenate(choices)).int(),
-        "choice_count": torch.from_numpy(np.concatenate(counts)).int(),
-        "group": torch.from_numpy(np.concatenate(groups)).int(),
+        "answer_id": joined(answers).int(),
+        "labelled": joined(labelled).bool(),
+        "choice_ids": joined(choices, what.max_choices).int(),
+        "choice_count": joined(counts).int(),
+        "group": joined(groups).int(),
     }
 
 
-def _refuse_non_finite(
+def _refuse_non_finite_states(
     parts: dict[str, Tensor],
     examples: Sequence[Example],
     batch: list[int],
     layers: tuple[int, ...],
 ) -> None:
     prompts = np.repeat(batch, [len(examples[i].positions) for i in batch])
-    for name in ("hidden", "final", "target", "target_logits", "target_values"):
-        if name not in parts or torch.isfinite(parts[name]).all():
-            continue
-        bad = ~torch.isfinite(parts[name]).flatten(1).all(1)
-        row = int(bad.nonzero()[0, 0])
-        prompt = int(prompts[row])
-        where = ""
-        if name != "final":
-            wrong = ~torch.isfinite(parts[name][row]).all(-1)
-            where = f" at layer {layers[int(wrong.nonzero()[0, 0])]}"
-        raise NumericsError(
-            f"NaN or Inf in the model's {name.replace('_', ' ')}{where}, prompt {prompt} of its "
-            f"shard ({len(examples[prompt].input_ids)} tokens); finite numbers are needed. "
-            "Nothing was written for it.\n"
-            "Half precision may overflow: try --data.dtype bfloat16 or float32."
-        )
+    for name in ("hidden", "final"):
+        found = _first_non_finite(parts[name])
+        if found is not None:
+            row, place = found
+            prompt = int(prompts[row])
+            where = f" at layer {layers[place]}" if name == "hidden" else ""
+            raise _non_finite(
+                f"the model's {name}{where}, prompt {prompt} of its shard "
+                f"({len(examples[prompt].input_ids)} tokens)"
+            )
+
+
+def _refuse_non_finite_targets(
+    parts: dict[str, Tensor], first: int, layers: tuple[int, ...]
+) -> None:
+    for name, part in parts.items():
+        found = _first_non_finite(part) if part.is_floating_point() else None
+        if found is not None:
+            row, place = found
+            raise _non_finite(
+                f"SPADE's {name.replace('_', ' ')} at layer {layers[place]}, row {first + row} of "
+                "its shard"
+            )
+
+
+def _first_non_finite(value: Tensor) -> tuple[int, int] | None:
+    """Row, and place in the second dimension, of the first vector that is not finite."""
+    if torch.isfinite(value).all():
+        return None
+    bad = ~torch.isfinite(value if value.ndim == 3 else value[:, None])
+    row, place = bad.any(-1).nonzero()[0].tolist()
+    return row, place
+
+
+def _non_finite(what: str) -> NumericsError:
+    return NumericsError(
+        f"NaN or Inf in {what}; expected finite numbers. Nothing was written for it.\n"
+        "Half precision may overflow: try --data.dtype bfloat16 or float32."
+    )

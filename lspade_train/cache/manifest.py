@@ -4,16 +4,16 @@ Knows nothing of models or tensors; `lspade-train info` reads a cache with this 
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from lspade_train.errors import CacheError
 from lspade_train.io.storage import json_digest, read_json, require_kinds, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, IDENTITY, STARTS = "manifest.json", "identity.json", "starts.safetensors"
-FILES = (MANIFEST, IDENTITY, STARTS, "shard-*.safetensors")
+FILES = (MANIFEST, IDENTITY, STARTS, "shard-*.safetensors", "target-*.safetensors")
 
 REBUILD = "Rebuild it: lspade-train cache --config RECIPE.yaml --overwrite"
 
@@ -25,11 +25,15 @@ FIELDS = {
     "answer_prefix": str,
     "groups": list,
     "shards": list,
+    "targets": list,
     "starts_sha256": str,
     "provenance": dict,
 }
 SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "sha256": str}
-SHARD_NAME = re.compile(r"shard-[\w-]+\.safetensors")
+FILE_NAMES = {
+    "shards": re.compile(r"shard-[\w-]+\.safetensors"),
+    "targets": re.compile(r"target-[\w-]+\.safetensors"),
+}
 
 Identity = dict[str, Any]
 """Flat and JSON: model, tokenizer, data, template, layers, positions, targets, format version."""
@@ -56,7 +60,9 @@ class Manifest:
         skipped: prompts left out, for being too long (or too short for the text task).
         answer_prefix: text between prompt and answer that the choices were resolved with.
         groups: names of the subgroups.
-        shards: files in row order.
+        shards: files of hidden states and labels, in row order.
+        targets: files of SPADE's targets for the same rows, one per shard; none where no recipe has
+            asked for them yet.
         starts_sha256: checksum of the start-token states.
         provenance: where it came from; decides nothing.
     """
@@ -68,6 +74,7 @@ class Manifest:
     answer_prefix: str
     groups: tuple[str, ...]
     shards: tuple[Shard, ...]
+    targets: tuple[Shard, ...]
     starts_sha256: str
     provenance: dict[str, Any]
 
@@ -77,9 +84,18 @@ class Manifest:
         return json_digest(self.identity)
 
     @property
+    def files(self) -> tuple[Shard, ...]:
+        """All files of rows."""
+        return self.shards + self.targets
+
+    @property
     def bytes(self) -> int:
-        """Size of all shards."""
-        return sum(shard.bytes for shard in self.shards)
+        """Size of all files of rows."""
+        return sum(file.bytes for file in self.files)
+
+    def without_targets(self) -> Self:
+        """The same rows without what is stored of SPADE's answers."""
+        return replace(self, targets=())
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, the last file of a cache.
@@ -104,11 +120,11 @@ class Manifest:
         digest = value.pop("digest", None)
         require_kinds(value, FIELDS, path, CacheError, REBUILD)
         try:
-            shards = tuple(Shard(**shard) for shard in value.pop("shards"))
-            manifest = cls(shards=shards, groups=tuple(value.pop("groups")), **value)
+            files = {k: tuple(Shard(**file) for file in value.pop(k)) for k in FILE_NAMES}
+            manifest = cls(**files, groups=tuple(value.pop("groups")), **value)
             same = manifest.digest == digest
         except (TypeError, ValueError) as cause:
-            raise CacheError(f"{path} is no manifest ({cause}). {REBUILD}") from cause
+            raise CacheError(f"{path} is not a manifest ({cause}). {REBUILD}") from cause
         if not same:
             raise CacheError(f"{path} was changed after it was written. {REBUILD}")
         _check_shards(manifest, path)
@@ -116,13 +132,17 @@ class Manifest:
 
 
 def _check_shards(manifest: Manifest, path: Path) -> None:
-    for shard in manifest.shards:
-        require_kinds(asdict(shard), SHARD_FIELDS, path, CacheError, REBUILD)
-        if not SHARD_NAME.fullmatch(shard.file):
-            raise CacheError(f"{path} names a file outside its folder. {REBUILD}")
+    for name, pattern in FILE_NAMES.items():
+        for file in getattr(manifest, name):
+            require_kinds(asdict(file), SHARD_FIELDS, path, CacheError, REBUILD)
+            if not pattern.fullmatch(file.file):
+                raise CacheError(f"{path} names a file outside its folder. {REBUILD}")
     rows = [shard.rows for shard in manifest.shards]
+    targets = [file.rows for file in manifest.targets]
     if not rows or min(rows) < 1 or sum(rows) != manifest.rows:
         raise CacheError(f"{path} has {manifest.rows} rows and shards of {rows[:5]}. {REBUILD}")
+    if targets and targets != rows:
+        raise CacheError(f"{path} has shards of {rows[:5]}, targets of {targets[:5]}. {REBUILD}")
 
 
 def require_same(found: Identity, wanted: Identity, folder: Path) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from lspade_train.cache.extract import Extraction, extract
-from lspade_train.cache.reader import StateBatch, rows_at_once
+from lspade_train.cache.dataset import rows_at_once
+from lspade_train.cache.extract import Extraction, extract, spade_targets
+from lspade_train.cache.states import StateBatch
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
@@ -41,14 +41,14 @@ class OnlineDataset:
     @property
     def rows_at_once(self) -> int:
         """How many rows a stored data set would read together."""
-        size = torch.empty(0, dtype=self.adapter.dtype).element_size()
-        return rows_at_once(len(self.layers) * self.adapter.hidden_size * size)
+        vectors = len(self.layers) * self.adapter.hidden_size
+        return rows_at_once(vectors * self.adapter.dtype.itemsize)
 
-    def arrange(self, rows: Tensor) -> Tensor:
+    def order_by_shard(self, rows: Tensor) -> Tensor:
         """Shard by shard, as if there were shards."""
         return rows[(rows // self.per_shard).argsort(stable=True)]
 
-    def deal(self, rows: Tensor, count: int) -> Iterator[StateBatch]:
+    def split_batches(self, rows: Tensor, count: int) -> Iterator[StateBatch]:
         """`rows[j::count]` for every j, each computed when asked for."""
         return (self.gather(rows[first::count]) for first in range(count))
 
@@ -57,9 +57,16 @@ class OnlineDataset:
 
     def extract(self, examples: list[Example]) -> dict[str, Tensor]:
         """Tensors by the names of `StateBatch`, in the host's memory."""
-        return extract(self.adapter, examples, self.what, self.tokens)
+        return self._compute(examples, to_host=True)
 
     def gather(self, rows: Tensor) -> StateBatch:
-        """All answer positions of the asked prompts, in their order, states where the model is."""
+        """All answer positions of the asked prompts, in their order, states where the model is.
+
+        No rows, such as a process may get that shares a short split with others, give none.
+        """
         asked = [self.examples[int(row)] for row in rows]
-        return StateBatch(**extract(self.adapter, asked, self.what, self.tokens, to_host=False))
+        return StateBatch(**self._compute(asked, to_host=False))
+
+    def _compute(self, examples: list[Example], *, to_host: bool) -> dict[str, Tensor]:
+        states = extract(self.adapter, examples, self.what, self.tokens, to_host=to_host)
+        return states | (spade_targets(self.adapter, states, self.what) if self.what.spade else {})

@@ -14,7 +14,8 @@ from lspade_train.recipe import DataConfig
 log = logging.getLogger(__name__)
 
 CACHE = """\
-Run the frozen model once over the task and write its hidden states and SPADE targets.
+Run the frozen model once over the task and write its hidden states and, unless model.target is
+final, SPADE targets; a cache without them gets them later, its hidden states as they are.
 The size is printed before anything runs. A run that was stopped resumes at its first missing
 shard and ends with the same bytes. fit and evaluate do this themselves where a cache is missing.
 --trainer.devices and --trainer.num_nodes distribute the shards over processes.
@@ -60,6 +61,7 @@ def cache(arguments: list[str]) -> int:
         seed=recipe.seed_everything,
         name=recipe.name,
         overwrite=parsed.options.overwrite,
+        spade=recipe.model.target == "spade",
     )
     require_splits(recipe.data, asked)
     for split in asked:
@@ -104,11 +106,11 @@ def _verify(arguments: list[str]) -> int:
 
     for folder in _split_folders(rest[0]):
         manifest = Manifest.read(folder)
-        watch = partial(track, description=str(folder), total=len(manifest.shards) + 1)
+        watch = partial(track, description=str(folder), total=len(manifest.files) + 1)
         verify(folder, manifest, track=watch)
         log.info(
-            "%s: %d shards, %s rows, %.3g GB: every checksum is right",
-            folder, len(manifest.shards), f"{manifest.rows:,}", manifest.bytes / 1e9,
+            "%s: %d files, %s rows, %.3g GB: every checksum is right",
+            folder, len(manifest.files), f"{manifest.rows:,}", manifest.bytes / 1e9,
         )  # fmt: skip
     return 0
 

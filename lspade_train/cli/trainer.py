@@ -85,6 +85,7 @@ def open_modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any
         list(heads.layers) if heads is not None else recipe.model.layers,
         seed=recipe.seed_everything,
         name=recipe.name,
+        spade=recipe.model.target == "spade",
     )
     return LSpadeModule(recipe.model, heads, **options), data
 

@@ -1,7 +1,7 @@
 """Heads folders from the Hugging Face Hub, through its own client, or from a URL.
 
 Knows nothing of heads. Only the files that a heads folder has by name are ever fetched, so that
-nothing but safetensors, JSON, text and pictures enters the machine. Tokens are the client's matter:
+nothing but safetensors, JSON, text and pictures enters the machine. Tokens are left to the client:
 its login, or HF_TOKEN.
 """
 
@@ -53,7 +53,7 @@ DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def check_name(repo: str) -> None:
-    """Refuse what cannot be a repository or a URL, before anything is sent or asked.
+    """Refuse what cannot be a repository or a URL, before any request is made.
 
     Raises:
         HubError: not `org/name`, or characters that the Hub does not allow.
@@ -70,7 +70,7 @@ def check_name(repo: str) -> None:
     except HFValidationError as cause:
         reason = str(cause).split(":")[0].rstrip(".")
         raise HubError(
-            f"{repo!r} is no repository of the Hub ({reason}).\n"
+            f"{repo!r} is not the name of a Hub repository ({reason}).\n"
             "Expected org/name, of letters, digits, - _ and . as in someone/arc-heads."
         ) from cause
 
@@ -93,7 +93,7 @@ def download(repo: str, revision: str | None = None) -> Path:
     if is_remote(repo):
         return _mirrored(repo, revision)
     with hub_errors_named(repo, revision):
-        # No "..": a listing is the server's word, and its paths become files here.
+        # No "..": paths in the server's listing become files here.
         folder = Path(
             snapshot_download(
                 repo,
@@ -105,8 +105,8 @@ def download(repo: str, revision: str | None = None) -> Path:
         )
     if not (folder / WEIGHTS).is_file():
         raise HubError(
-            f"{repo} holds no {WEIGHTS}: it is no repository of L-SPADE heads.\n"
-            "Check the name; heads are put there with lspade-train push."
+            f"{repo} holds no {WEIGHTS}: it is not a repository of L-SPADE heads.\n"
+            "Check the name; heads are uploaded with lspade-train push."
         )
     return folder
 
@@ -141,15 +141,15 @@ def _mirrored(url: str, revision: str | None) -> Path:
     folder = Mirror(url, PATTERNS, HubError).fetch()
     if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
         raise HubError(
-            f"{url} holds no {WEIGHTS} and {CONFIG}: there are no L-SPADE heads.\n"
-            "Check the URL; heads are put there with lspade-train push --repo URL."
+            f"{url} holds no {WEIGHTS} and {CONFIG}: it is not a folder of L-SPADE heads.\n"
+            "Check the URL; heads are uploaded with lspade-train push --repo URL."
         )
     return folder
 
 
 @contextmanager
 def hub_errors_named(repo: str, revision: str | None) -> Generator[None]:
-    """Everything that the client raises, as one named error of two lines."""
+    """Turn everything that the client raises into one named error of two lines."""
     from huggingface_hub import constants
 
     try:
@@ -172,7 +172,7 @@ def hub_errors_named(repo: str, revision: str | None) -> Generator[None]:
 
 
 def _words(cause: Exception) -> str:
-    """What happened and what to do next, by the kind of error or the server's status."""
+    """Message and remedy, by the type of the error or the server's status code."""
     from huggingface_hub import errors
 
     for kind, words in (
@@ -193,7 +193,7 @@ def _words(cause: Exception) -> str:
 
 
 def _innermost(cause: BaseException) -> str:
-    """The error that started it all, in one line, as the server worded it where it did."""
+    """The original error in one line, in the server's words where there are any."""
     if isinstance(cause, ValueError):  # the client's own words, for what a check found
         return " ".join(str(cause).split())
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:

@@ -1,7 +1,7 @@
-"""What the processes of one run agree on, over torch.distributed. Knows nothing of their work.
+"""Agreement among the processes of one run, over torch.distributed. Knows nothing of their work.
 
-Whoever starts the processes (Lightning, torchrun, SLURM) has set up the process group; without one
-a process is alone, and everything here is a plain call.
+The launcher (Lightning, torchrun, SLURM) has set up the process group; without one a process is
+alone, and everything here is a plain call.
 """
 
 import re
@@ -22,7 +22,7 @@ PATIENCE = timedelta(days=30)
 """How long processes wait for each other's work, which may be to hash a terabyte."""
 
 LOST = re.compile(r"gloo/transport|connectFullMesh|ncclRemoteError|collective operation timeout")
-"""What the backends' errors of a lost peer say; their types are those of any other error."""
+"""Found in the backends' errors of a lost peer, whose types are those of any other error."""
 
 
 def ranks() -> tuple[int, int]:
@@ -33,7 +33,7 @@ def ranks() -> tuple[int, int]:
 
 
 def together(work: Callable[[], Result]) -> list[Result]:
-    """Run `work` on every process; all leave with everybody's results, or all with an error.
+    """Run `work` on every process; all return with the results of all, or all with an error.
 
     Args:
         work: what this process does; may itself call `together`.
@@ -43,8 +43,8 @@ def together(work: Callable[[], Result]) -> list[Result]:
 
     Raises:
         LSpadeError: on the first process, the first error of any.
-        PeerError: on the others, which need not say it again.
-        StoppedError: another process ended without a word.
+        PeerError: on the others, which need not report it again.
+        StoppedError: another process ended without reporting an error.
     """
     rank, world = ranks()
     if world == 1:
@@ -67,7 +67,7 @@ def together(work: Callable[[], Result]) -> list[Result]:
 
 
 def first_alone(work: Callable[[], Result]) -> Result:
-    """Run `work` on the first process, then on the others, which find what it left behind.
+    """Run `work` on the first process, then on the others, which find what it has written.
 
     Raises:
         LSpadeError: as `together` does.
@@ -80,13 +80,13 @@ def first_alone(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def lost_peers_named(advice: str) -> Generator[None]:
-    """Give a backend's error of a lost peer its name; every other error passes.
+    """Turn a backend's error of a lost peer into a named one; every other error passes.
 
     Args:
         advice: what to do then, one line.
 
     Raises:
-        StoppedError: another process of this run ended without a word.
+        StoppedError: another process of this run ended without reporting an error.
     """
     try:
         yield
@@ -99,9 +99,9 @@ def lost_peers_named(advice: str) -> Generator[None]:
 
 def _exchange(mine: object, world: int) -> list:
     answers: list = [None] * world
-    with lost_peers_named("What is complete is kept: run the same command again to go on."):
+    with lost_peers_named("What is complete is kept: run the same command again to resume."):
         group = _group(distributed.group.WORLD)
-        # Asked again and again, since a signal is not heard inside a call that waits.
+        # Polled, since a signal is not handled inside a call that waits.
         everyone: Any = distributed.barrier(group, async_op=True)
         while not everyone.is_completed():
             time.sleep(0.002)

@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """Yield `items` under a progress bar with the time left; silent where nobody watches."""
+    """Yield `items` under a progress bar with the time left; silent where there is no terminal."""
     from rich.console import Console
     from rich.progress import track as rich_track
 

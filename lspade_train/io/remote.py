@@ -1,9 +1,9 @@
 """Folders behind a URL that fsspec knows (s3://, gs://, hf://, memory://, ...), by a local mirror.
 
-A folder is as complete as its index: the file that is transferred last, and that goes first where
-another changes. A mirror notes what each file was on both sides when it was last transferred, so
-that only what is missing or has changed since is transferred again. Notes save work and vouch for
-nothing: whoever opens the mirror compares its files with the digests in the index.
+A folder is as complete as its index: the file that is transferred last, and that is removed first
+where another changes. A mirror records the version of each file on both sides at its last transfer,
+so that only what is missing or has changed since is transferred again. These records save work and
+prove nothing: whoever opens the mirror compares its files with the digests in the index.
 """
 
 import errno
@@ -32,13 +32,13 @@ def is_remote(name: str | Path) -> bool:
 class Mirror:
     """A remote folder and the local one that stands for it.
 
-    Several processes and machines may hold mirrors of one folder. Each file is to be sent by one of
+    Several processes and machines may hold mirrors of one folder. Each file is published by one of
     them; any may fetch.
 
     Args:
         url: the remote folder.
         patterns: names of its files, or globs, the index first; one folder deep at most. No other
-            file is brought, sent or removed.
+            file is fetched, published or removed.
         error: what to raise.
         folder: the local folder; None: one under `default_cache_root()`.
 
@@ -61,7 +61,7 @@ class Mirror:
         self._lock = FileLock(self.folder / ".mirror.lock")
 
     def fetch(self) -> Path:
-        """Make the mirror what the remote folder is; an unfinished one only takes the index away.
+        """Make the mirror equal to the remote folder; an unfinished one only removes the index.
 
         Returns:
             The mirror.
@@ -69,7 +69,7 @@ class Mirror:
         with self._reached() as (files, root), self._lock:
             there = self._listing(files, root)
             if self.index not in there:
-                _require_bucket(files, root)  # said before the work that is to be stored there
+                _require_bucket(files, root)  # an error before the work that is to be stored there
                 (self.folder / self.index).unlink(missing_ok=True)
                 return self.folder
             changed = there.keys() - self._settled(there)
@@ -83,7 +83,7 @@ class Mirror:
         return self.folder
 
     def publish(self) -> None:
-        """Make the remote folder what the mirror is."""
+        """Make the remote folder equal to the mirror."""
         with self._reached() as (files, root), self._lock:
             there, here = self._listing(files, root), self._here()
             settled = self._settled(there)
@@ -95,16 +95,16 @@ class Mirror:
             for name in self._in_order((here - settled) | {self.index}):
                 self._put(files, root, name)
 
-    def bring(self, *paths: Path) -> None:
-        """Make files what they are in the remote folder, finished or not, if they are there."""
+    def fetch_files(self, *paths: Path) -> None:
+        """Make local files equal to the remote ones, where those exist; the index need not."""
         with self._reached() as (files, root):
             there = self._listing(files, root)
             wanted = {path.name for path in paths} & there.keys()
             for name in sorted(wanted - self._settled(there)):
                 self._get(files, root, name, there[name])
 
-    def send(self, path: Path) -> None:
-        """Put one file of the mirror into the remote folder, which is unfinished from then on."""
+    def publish_file(self, path: Path) -> None:
+        """Upload one file of the mirror; the remote folder is unfinished from then on."""
         with self._reached() as (files, root):
             there = self._listing(files, root)
             if path.name in self._settled(there):
@@ -133,13 +133,13 @@ class Mirror:
                 files.get_file(f"{root}/{name}", str(temporary))
             except Exception as cause:
                 if getattr(cause, "errno", None) in DISK_FULL:
-                    raise  # atomic_path has the words for it
+                    raise  # atomic_path names it
                 raise self.error(self._explain(cause)) from cause
         self._note(name, stamp, self._stat(name))
 
     def _put(self, files: Any, root: str, name: str) -> None:
-        stat = self._stat(name)  # before: a change under way makes the note void
-        if "file" in files.protocol:  # the others need no folders, and a bucket is not ours to make
+        stat = self._stat(name)  # before: a change during the upload makes the record void
+        if "file" in files.protocol:  # the others need no folders, and buckets are not made here
             files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         files.put_file(str(self.folder / name), f"{root}/{name}")
         self._note(name, self._listing(files, root).get(name), stat)
@@ -150,12 +150,12 @@ class Mirror:
             write_json(self.folder / NOTES, notes, self.error)
 
     def _notes(self) -> dict[str, Any]:
-        with suppress(LSpadeError):  # none yet, or damaged: everything is transferred again
+        with suppress(LSpadeError):  # missing or damaged: everything is transferred again
             return read_json(self.folder / NOTES, LSpadeError)
         return {}
 
     def _settled(self, there: Mapping[str, str]) -> set[str]:
-        """What neither side has changed since it was last transferred."""
+        """Files that neither side has changed since they were last transferred."""
         notes = self._notes()
         return {n for n, stamp in there.items() if notes.get(n) == [stamp, *self._stat(n)]}
 
@@ -172,7 +172,7 @@ class Mirror:
         return {path.relative_to(self.folder).as_posix() for path in found if path.is_file()}
 
     def _listing(self, files: Any, root: str) -> dict[str, str]:
-        """What tells the present version of each remote file from any other, by name."""
+        """A digest of the present version of each remote file, by name."""
         files.invalidate_cache()  # others write there too
         entries = _entries(files, root)
         for folder in {pattern.split("/")[0] for pattern in self.patterns if "/" in pattern}:
@@ -192,8 +192,8 @@ class Mirror:
         scheme = self.url.split("://")[0]
         first = (str(cause).splitlines() or [""])[0] or type(cause).__name__
         if isinstance(cause, ImportError):
-            what = f"{scheme}:// needs a package that is not here ({first})."
-            return f"{what}\nInstall it, and try again."
+            what = f"{scheme}:// needs a package that is not installed ({first})."
+            return f"{what}\nInstall it and run the command again."
         if isinstance(cause, ValueError) and "rotocol" in first:
             what = f"{self.url} begins with {scheme}://, which no installed package reads."
             return f"{what}\nCheck the URL."
@@ -207,7 +207,7 @@ class Mirror:
 
 
 def _entries(files: Any, folder: str) -> dict[str, Any]:
-    """A remote folder's entries by their last name, which holds no slash whatever it was given."""
+    """A remote folder's entries by the last part of their names."""
     try:
         return {entry["name"].rpartition("/")[2]: entry for entry in files.ls(folder, detail=True)}
     except FileNotFoundError:

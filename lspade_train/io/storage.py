@@ -246,9 +246,9 @@ def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
 
 
 def file_stamp(path: Path) -> list[int]:
-    """Size and times of a file: while they are equal, nobody has written it.
+    """Size and times of a file: while they are equal, it has not been written to.
 
-    The time of the last change too: a copy may bring an older file's modification time along.
+    With the time of the last status change: a copy may keep an older file's modification time.
     """
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -299,7 +299,7 @@ def _regular_size(path: Path) -> int:
 
 
 def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _join(message: str, remedy: str) -> str:

@@ -7,13 +7,12 @@ stops where it likes, drops rows, or substitutes hidden states. Knows nothing of
 tasks.
 """
 
-import inspect
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from lspade_train.errors import TaskError
@@ -23,13 +22,12 @@ from lspade_train.models.known import Known, known_of
 from lspade_train.models.load_check import check_adapter
 from lspade_train.models.loading import hub_commit, load_model
 from lspade_train.models.plan import Plan, StartCache, token_mask
-from lspade_train.models.shadow import with_blocks, without_checkpointing
+from lspade_train.models.recorder import Recorder
+from lspade_train.models.shadow import without_checkpointing
 from lspade_train.models.snapshot import snapshot
 from lspade_train.models.structure import (
     Signature,
     find_decoder,
-    find_signature,
-    not_run,
     refuse_dropout,
     unwrapped,
 )
@@ -141,7 +139,7 @@ class ModelAdapter:
     def check(self) -> None:
         """Prove on one short probe that every path gives the model's own numbers.
 
-        Done once, and again when the model's modules, mode, hooks or adapters have changed.
+        Done once, and again when the model's modules, mode or adapters have changed.
 
         Raises:
             UnsupportedModelError: one of them does not.
@@ -150,7 +148,7 @@ class ModelAdapter:
         self.refresh()
 
     def refresh(self) -> Known:
-        """See the model as it is now; whatever plans a run of whole prompts or steps calls this.
+        """See the model as it is now; `plan` and `plan_step` call this.
 
         Returns:
             What is known of it: the same object for as long as nothing has changed.
@@ -164,8 +162,7 @@ class ModelAdapter:
             self.decoder, self.blocks = find_decoder(self.model)
             refuse_dropout(self.model)
             self.unembed = find_unembedding(self.model, self.decoder)
-            parameters = inspect.signature(self.decoder.forward).parameters
-            self.takes_positions = "position_ids" in parameters
+            self._recorder = Recorder(self.model, self.decoder, self.blocks)
             self._known = known
         if self._wants_check and self.compiled not in known.checked and not _CHECKING.get():
             with known.lock:
@@ -312,97 +309,27 @@ class ModelAdapter:
 
         The reference that `unembed` is checked against.
         """
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        signature = self._signature()
-        reached: list[bool] = []
-
-        def pass_on(state: Tensor, *_: Any, **__: Any) -> Any:
-            return signature.as_output(state)
-
-        def last(*_: Any, **__: Any) -> Any:
-            reached.append(True)
-            return signature.as_output(hidden)
-
-        forwards = [pass_on] * (self.num_layers - 1) + [last]
-        stage = with_blocks(self.model, self.blocks, forwards, hooks=True)
-        logits = self.model_logits(ids, torch.ones_like(ids), stage=stage)
-        if not reached:
-            raise not_run(self.model)
-        return logits
+        return self._recorder.unembed(self._signature(), hidden)
 
     @torch.no_grad()
     def model_logits(
-        self,
-        input_ids: Int[Tensor, "rows tokens"],
-        mask: Int[Tensor, "rows tokens"],
-        *,
-        stage: nn.Module | None = None,
+        self, input_ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
     ) -> Float[Tensor, "rows tokens vocab"]:
-        """The model's own forward; of `stage`, where one stands in for it."""
-        extra = self._positions((mask.cumsum(-1) - 1).clamp(min=0)) | self._unasked
-        return (stage or self.model)(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, return_dict=True, **extra
-        ).logits
+        """The model's own forward over whole prompts."""
+        return self._recorder.logits(self.model, input_ids, mask)
 
     def _signature(self) -> Signature:
         known = self._known
         assert known is not None
         with known.lock:
             if known.signature is None:
-                known.signature = find_signature(self.decoder, self.blocks, self._call_padded)
+                known.signature = self._recorder.signature()
             return known.signature
 
     def _record(
         self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
     ) -> Plan:
-        signature = self._signature()
-        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-
-        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.append((hidden, args, kwargs))
-            return signature.as_output(hidden)
-
-        stage = with_blocks(self.decoder, self.blocks, [recorder] * self.num_layers, hooks=False)
-        self._call_decoder(stage, input_ids, mask, positions, cache)
-        if len(seen) != self.num_layers:
-            raise not_run(self.decoder)
-        calls = tuple((args, kwargs) for _, args, kwargs in seen)
-        return Plan(seen[0][0], calls, signature.per_row)
-
-    def _call_padded(self, stage: nn.Module, rows: int) -> None:
-        """Run a decoder on a few tokens, some of them padding, so that every mask is there."""
-        ids = torch.ones(rows, 5, dtype=torch.long, device=self.device)
-        mask = torch.ones_like(ids)
-        mask[1:, -1] = 0
-        self._call_decoder(stage, ids, mask, (mask.cumsum(-1) - 1), None)
-
-    def _call_decoder(
-        self,
-        stage: nn.Module,
-        input_ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        cache: DynamicCache | None,
-    ) -> None:
-        # The mask is always passed: without one, position ids with a gap are taken for two packed
-        # sequences and the start token is masked out in silence.
-        stage(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **self._positions(positions),
-            **self._unasked,
-        )
-
-    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
-        return {"position_ids": positions} if self.takes_positions else {}
-
-    @property
-    def _unasked(self) -> dict[str, bool]:
-        """Switches off what the configuration collects on the way, by hooks that would stay."""
-        names = ("output_hidden_states", "output_attentions", "output_router_logits")
-        return {name: False for name in names if getattr(self.text_config, name, False)}
+        return self._recorder.plan(self._signature(), input_ids, mask, positions, cache)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         rows = int(cast(Tensor, self.model.get_input_embeddings().weight).shape[0])

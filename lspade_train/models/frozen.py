@@ -99,6 +99,16 @@ class FrozenModel:
         alone = self._unembedding_alone(facts) if self._adapter is None else None
         return alone or self.adapter.unembed
 
+    def release_blocks(self) -> None:
+        """Drop the blocks where norm and head can be had without them; later uses load them again.
+
+        A fit needs no block once its caches are built.
+        """
+        alone = self._unembedding_alone(self.facts) if self._adapter is not None else None
+        if alone is not None:
+            self.__dict__["unembed"] = alone
+            self._adapter = None
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights.

@@ -31,8 +31,10 @@ class Snapshot:
     """A model at one moment.
 
     Attributes:
-        modules: references to its modules, to `forward`s set on them, and to its tensors.
-        settings: modes, hooks, switches of adapters, and what the configuration says.
+        references: to its modules, to `forward`s set on them, and to its tensors.
+        settings: modes, switches of adapters, what the configuration says, and hooks outside the
+            blocks, which no replay of blocks runs.
+        hooks: all hooks.
         places: where each tensor's numbers lie.
         versions: in-place changes that PyTorch has counted; None for inference tensors.
         values: a few numbers of every tensor.
@@ -40,12 +42,13 @@ class Snapshot:
 
     references: list[Any]
     settings: tuple[Any, ...]
+    hooks: list[tuple[int, ...]]
     places: list[int]
     versions: list[int] | None
     values: list[Tensor]
 
     def same_structure(self, other: "Snapshot") -> bool:
-        """Whether modules, modes, hooks, adapters and the place of all weights are the same."""
+        """Whether modules, modes, adapters and the place of all weights are the same."""
         return (
             self.settings == other.settings
             and self.places == other.places
@@ -54,9 +57,10 @@ class Snapshot:
         )
 
     def same(self, other: "Snapshot") -> bool:
-        """Whether the weights are the same, too."""
+        """Whether weights and hooks are the same, too."""
         return (
-            self.versions == other.versions
+            self.hooks == other.hooks
+            and self.versions == other.versions
             and self.same_structure(other)
             and len(self.values) == len(other.values)
             and all(map(torch.equal, self.values, other.values))
@@ -67,7 +71,8 @@ class Snapshot:
 def snapshot(model: nn.Module) -> Snapshot:
     """Look at every module and tensor of a model: some 0.5 ms for 30 blocks on a CPU."""
     modules: list[nn.Module] = []
-    _walk(model, modules)
+    outside: list[nn.Module] = []
+    _walk(model, modules, outside)
     tensors = [t for m in modules for t in m._parameters.values() if t is not None]
     for module in modules:
         if module._buffers:
@@ -78,24 +83,34 @@ def snapshot(model: nn.Module) -> Snapshot:
     if offloaded:
         tensors = [tensor for tensor in tensors if not tensor.is_meta]
     forwards = [vars(module)["forward"] for module in modules if "forward" in vars(module)]
-    hooks = [
-        tuple(each) for m in modules for each in (m._forward_hooks, m._forward_pre_hooks) if each
-    ]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    above = _hooks([module for module in outside if module is not embedding])
     switches = [_switches(module) for module in modules if _is_foreign(type(module))]
     return Snapshot(
         references=[weakref.ref(each) for each in (*modules, *forwards, *tensors)],
-        settings=([m.training for m in modules], hooks, switches, _configured(model), offloaded),
+        settings=([m.training for m in modules], above, switches, _configured(model), offloaded),
+        hooks=_hooks(modules),
         places=[tensor.data_ptr() for tensor in tensors],
         versions=_versions(tensors),
         values=_values(tensors),
     )
 
 
-def _walk(module: nn.Module, found: list[nn.Module]) -> None:
+def _walk(module: nn.Module, found: list[nn.Module], outside: list[nn.Module] | None) -> None:
+    """All modules in order, and those that are not in a list of blocks."""
     found.append(module)
+    if outside is not None:
+        outside.append(module)
+    below = None if isinstance(module, nn.ModuleList) else outside
     for child in module._modules.values():
         if child is not None:
-            _walk(child, found)
+            _walk(child, found, below)
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
+    """Their numbers, which PyTorch gives out once each."""
+    tables = (table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))
+    return [tuple(table) for table in tables if table]
 
 
 def _is_foreign(kind: type[nn.Module]) -> bool:

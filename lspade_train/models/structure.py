@@ -3,14 +3,13 @@
 Knows nothing of plans or of what runs between the blocks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.models.shadow import with_blocks, without_checkpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,52 +93,3 @@ def refuse_dropout(model: nn.Module) -> None:
                 f"({name or 'itself'}), so that no two of its answers agree.\n"
                 "Call model.eval() first: expected a decoder-only model with one answer."
             )
-
-
-def find_signature(
-    decoder: nn.Module, blocks: nn.ModuleList, call: Callable[[nn.Module, int], object]
-) -> Signature:
-    """How a decoder calls its blocks, found by running the first one on 2 and on 3 rows.
-
-    Args:
-        decoder: holds `blocks`.
-        blocks: its blocks.
-        call: runs a decoder on so many rows of padded tokens.
-
-    Raises:
-        UnsupportedModelError: it does not run these blocks.
-    """
-    first: Callable[..., Any] = without_checkpointing(blocks[0]).forward
-    outputs: list[Any] = []
-    arguments: list[dict[str | int, Any]] = []
-
-    def run_first(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        outputs.append(first(hidden, *args, **kwargs))
-        arguments.append({**dict(enumerate(args)), **kwargs})
-        return outputs[-1]
-
-    def pass_on(*_: Any, **__: Any) -> Any:
-        return outputs[-1]
-
-    stage = with_blocks(decoder, blocks, [run_first] + [pass_on] * (len(blocks) - 1), hooks=False)
-    for rows in (2, 3):
-        call(stage, rows)
-    if len(outputs) != 2:
-        raise not_run(decoder)
-    two, three = arguments
-    per_row = {
-        name: three[name].shape[0] - value.shape[0]
-        for name, value in two.items()
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > 1
-    }
-    size = len(outputs[0]) if isinstance(outputs[0], tuple) else None
-    return Signature(size, {name: count for name, count in per_row.items() if count != 1})
-
-
-def not_run(decoder: nn.Module) -> UnsupportedModelError:
-    """For a decoder whose `forward` does not go through the blocks that it holds."""
-    return UnsupportedModelError(
-        f"{type(decoder).__name__} does not run its own blocks: its forward was replaced by a "
-        "function that is bound to something else.\n"
-        "Expected a decoder-only model as transformers loads it; undo the replacement."
-    )

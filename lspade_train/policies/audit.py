@@ -303,7 +303,9 @@ def _check_sums(state: AuditState) -> None:
         and seen.failures <= seen.audited <= seen.drawn <= seen.rows
         and len(seen.flops) == 3
     )
-    if not fits or not isinstance(state.alarm, dict | None):
+    alarm = state.alarm
+    told = alarm is None or {"time", "rows", "drawn", "failures"} <= {*alarm}
+    if not fits or not told:
         raise ValueError("its counts contradict each other")
 
 

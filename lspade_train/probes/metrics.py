@@ -32,10 +32,15 @@ def entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
 def kl_divergence(
     target: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(softmax(target) || softmax(logits)) in nats, in fp32 or better."""
+    """KL(softmax(target) || softmax(logits)) in nats, in fp32 or better.
+
+    A token that the target excludes (a logit of -inf) contributes nothing, whatever the other side
+    gives it; one that only the other side excludes makes the divergence infinite.
+    """
     logt, logp = _log_softmax(target), _log_softmax(logits)
-    finite = logt.nan_to_num(neginf=0.0)
-    return (logt.exp() * (finite - logp)).sum(-1)
+    p = logt.exp()
+    # Selected, since zero times an infinite difference is NaN.
+    return torch.where(p == 0, 0.0, p * (logt - logp)).sum(-1)
 
 
 def agreement(

@@ -1,4 +1,4 @@
-"""Lightning callbacks: export at the end of fit, and loggers that work without key or network."""
+"""Checkpoints of a fit and of its groups of layers: complete or absent, one per group."""
 
 import json
 import logging
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def group_folder(folder: Path, group: LayerGroup) -> Path:
-    """Where a group's checkpoint and heads wait; all layers' checkpoint lies there for itself."""
+    """Where a group's checkpoint and heads are kept until all groups are fitted."""
     training = folder / "training"
     return training if group == ALL_LAYERS else training / f"group-{group.number}"
 
 
 def finished_groups(folder: Path, recipe: Recipe) -> int:
-    """How many groups were fitted by this very recipe, from the first on."""
+    """How many groups, from the first on, were fitted by exactly this recipe."""
     wanted = json.loads(json.dumps(asdict(recipe)))
     for number in range(recipe.model.layer_groups):
         place = group_folder(folder, LayerGroup(number, recipe.model.layer_groups))
@@ -45,7 +45,7 @@ def finished_groups(folder: Path, recipe: Recipe) -> int:
 
 
 def forget_groups(folder: Path) -> None:
-    """Delete what groups of an earlier fit have left."""
+    """Delete what an earlier fit has left of its groups."""
     for place in (folder / "training").glob("group-*"):
         shutil.rmtree(place, ignore_errors=True)
 
@@ -60,19 +60,19 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save on SIGTERM: only that is raised between steps; the rest may cut one in half."""
+        """Save on SIGTERM, which is raised between steps; any other may interrupt one."""
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
-            # Written, not read: with the optimiser, without which a resumed fit is another one.
+            # With the optimiser's state, without which a resumed fit is a different one.
             trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=False)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are complete or absent, also where the temporary folder is another disk."""
+    """Checkpoints that are complete or absent, even where TMPDIR is on another disk."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write one in place of the last.
+        """Write a checkpoint, replacing the last one only once it is complete.
 
         Raises:
             ArtifactError: the disk is full, or the folder cannot be written.

@@ -1,14 +1,15 @@
 """`HiddenStateDataModule`: rows of hidden states and SPADE targets for Lightning.
 
 Builds a missing cache, reuses a finished one, or computes rows as they are asked for. Knows
-nothing of heads or losses.
+nothing of heads.
 """
 
 import logging
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
-from lspade_train.cache import Extraction, Manifest, OnlineDataset, StateDataset
+from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.loader import RowLoader
-from lspade_train.cache.manifest import FILES, MANIFEST
+from lspade_train.cache.manifest import FILES
 from lspade_train.errors import CacheError, TaskError
-from lspade_train.io.parallel import first_alone, ranks, together
+from lspade_train.io.parallel import together
 from lspade_train.io.progress import track
 from lspade_train.io.remote import Mirror, is_remote
 from lspade_train.io.storage import default_cache_root, json_digest
@@ -32,8 +33,10 @@ from lspade_train.probes.spade import check_layers
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks import Encoded, Example, Rows, Split
 from lspade_train.tasks.held_out import held_out
+from lspade_train.training.disk_cache import DiskCache
+from lspade_train.training.reduction import reduce_dataset
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 EFFECTS = {
     *("rows", "rows_digest", "shots_digest", "rendered_prompts"),
@@ -53,6 +56,8 @@ class HiddenStateDataModule(LightningDataModule):
         seed: seed of the shuffling.
         name: names the default cache folder.
         overwrite: rebuild caches that exist.
+        spade: have SPADE's targets too; False for what needs hidden states alone, as heads do that
+            are fitted to the model's own answer. A cache without them gets them when asked.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class HiddenStateDataModule(LightningDataModule):
         seed: int = 0,
         name: str = "lspade",
         overwrite: bool = False,
+        spade: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -70,14 +76,16 @@ class HiddenStateDataModule(LightningDataModule):
         self.seed = seed
         self.name = name
         self.overwrite = overwrite
+        self.spade = spade
         self.frozen = FrozenModel(config, self._device)
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
+        self._reduced: dict[Split, StateDataset] = {}
         self._prefixes: dict[Split, str] = {}
         self._held_out: dict[Split, Tensor] = {}
         self._identities: dict[Split, dict[str, Any]] = {}
         self._train: RowLoader | None = None
-        self._stopped_at: dict[str, int] = {}
+        self._stopped_at: dict[str, Any] = {}
         self.reused: dict[Split, bool] = {}
 
     # The frozen model ------------------------------------------------------------------------
@@ -157,8 +165,24 @@ class HiddenStateDataModule(LightningDataModule):
             self._held_out[split] = torch.tensor(rows)
         return self._held_out[split]
 
+    def reduce_targets(self) -> None:
+        """Reduce the stored SPADE targets of a fit's splits, for more epochs than that costs."""
+        for split in ("train", "validation"):
+            found = self.states(split)
+            if split in self._reduced or isinstance(found, OnlineDataset):
+                continue
+            folder = self.folder(split) if self.config.mode == "disk" else Path(gettempdir())
+            name = f"{split}: reducing targets"
+            bar = partial(track, description=name, total=len(found.shards))
+            reduced = reduce_dataset(found, self.unembed, folder, bar)
+            if reduced is not None:
+                self._reduced[split] = reduced
+
     def identity(self, split: Split) -> dict[str, Any]:
-        """Everything that decides the bytes of a split's cache, flat and nameable."""
+        """Everything that decides the bytes of a split's cache, flat and nameable.
+
+        Also of the targets that it may still lack.
+        """
         model = self.base_model
         decides = {k: v for k, v in model.items() if k != "model_id"}
         if model["revision"] is None:
@@ -185,7 +209,7 @@ class HiddenStateDataModule(LightningDataModule):
         return self._identities[split]
 
     def folder(self, split: Split) -> Path:
-        """Where a split's cache lies: `data.cache_dir`, or a folder of the user's own cache."""
+        """Folder of a split's cache: under `data.cache_dir`, or under the user's own cache."""
         far = self._far(split)
         if far is not None:
             return far.folder
@@ -195,7 +219,7 @@ class HiddenStateDataModule(LightningDataModule):
         return default_cache_root() / f"{self.name}-{digest[:12]}" / split
 
     def _far(self, split: Split) -> Mirror | None:
-        """Where the cache lies, if that is not on this machine."""
+        """The split's remote cache, where `data.cache_dir` is a URL."""
         place = self.config.cache_dir
         if place is None or not is_remote(place):
             return None
@@ -243,7 +267,7 @@ class HiddenStateDataModule(LightningDataModule):
         return self._prefixes[split]
 
     def _require_prefix(self, split: Split, prefix: str) -> None:
-        """Refuse splits whose answers are other tokens: heads of one would not fit the other."""
+        """Refuse splits whose answers are other tokens: heads of one do not fit the other."""
         self._prefixes[split] = prefix
         for other, known in self._prefixes.items():
             if known != prefix:
@@ -255,83 +279,31 @@ class HiddenStateDataModule(LightningDataModule):
                 )
 
     def _open_disk(self, split: Split) -> StateDataset:
-        folder, identity, far = self.folder(split), self.identity(split), self._far(split)
+        def encode() -> Encoded:
+            encoded = self._encode(split)
+            self._require_prefix(split, encoded.prefix)
+            return encoded
 
-        def finished() -> bool:
-            if far and not self.overwrite:
-                far.fetch()
-            return (folder / MANIFEST).exists() and not self.overwrite
-
-        def opened() -> tuple[Manifest, StateDataset]:
-            if far and ranks()[0]:
-                far.fetch()  # what other machines have written
-            found = cache.open_cache(folder, identity)
-            if far and not ranks()[0] and not self.reused[split]:
-                far.publish()
-                log.info("%s: complete in %s", split, far.url)
-            return found
-
-        # The first process decides for all: a cache may be finished between two looks.
-        self.reused[split] = together(finished)[0]
-        if not self.reused[split]:
-            self._build(split, folder, identity)
-        manifest, dataset = first_alone(opened)
+        manifest, dataset, self.reused[split] = DiskCache(
+            split, self.folder(split), self.identity(split), self._far(split), self.config,
+            self.spade, self.overwrite, lambda: self.adapter, encode, self._extraction,
+        ).open()  # fmt: skip
         self._require_prefix(split, manifest.answer_prefix)
-        if self.reused[split]:
-            log.info(
-                "%s: reusing %s (%s rows, no model forward)", split, folder, f"{manifest.rows:,}"
-            )
         return dataset
-
-    def _build(self, split: Split, folder: Path, identity: dict[str, Any]) -> None:
-        encoded = self._encode(split)
-        self._require_prefix(split, encoded.prefix)
-        what = self._extraction(encoded.examples)
-        size = cache.estimate(self.adapter, encoded.examples, what, self.config.shard_mb)
-        log.info(
-            "%s: caching %s rows x %d bytes = %.3g GB in %s",
-            split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, folder,
-        )  # fmt: skip
-        rank, world = ranks()
-        if size.shards < world:
-            log.warning(
-                "%s: %d shards for %d processes; a smaller --data.shard_mb keeps all of them busy",
-                split, size.shards, world,
-            )  # fmt: skip
-        cache.build(
-            folder,
-            self.adapter,
-            encoded,
-            what,
-            identity,
-            tokens_per_batch=self.config.tokens_per_batch,
-            shard_mb=self.config.shard_mb,
-            provenance={
-                "model_id": self.config.model_id,
-                "dataset": self.config.dataset,
-                "compiled": self.config.compile,
-                "lspade_train": version("lspade-train"),
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
-            },
-            overwrite=self.overwrite,
-            elsewhere=self._far(split),
-            track=lambda mine: mine if rank else track(mine, f"{split}: caching", len(mine)),
-            say=log.info,
-        )
 
     def _encode(self, split: Split) -> Encoded:
         limit = self.frozen.facts.max_length or 2**31
         return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 
-    def _extraction(self, examples: list[Example]) -> Extraction:
+    def _extraction(self, examples: Sequence[Example]) -> Extraction:
         return Extraction(
             layers=self.layers,
             positions=self.config.positions,
             targets=self.config.targets,
             topk=self.config.topk,
-            max_choices=max(len(example.choice_ids) for example in examples),
+            max_choices=max((len(example.choice_ids) for example in examples), default=0),
             groups=tuple(sorted({example.group for example in examples})),
+            spade=self.spade,
         )
 
     # Lightning's hooks -----------------------------------------------------------------------
@@ -339,8 +311,8 @@ class HiddenStateDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits of a stage: fit, validate or test; builds what is missing.
 
-        Here and not in `prepare_data`, which runs on one process of each machine: a cache is built
-        by all of them, and what is wrong is said by one.
+        Not in `prepare_data`, which runs on one process of each machine: a cache is built by all
+        of them, and an error is reported by one.
         """
         together(lambda: self._setup(stage))
 
@@ -348,13 +320,15 @@ class HiddenStateDataModule(LightningDataModule):
         if stage == "fit":
             self.states("train")
         self.states(tasks.evaluation_split(self.config) if stage == "test" else "validation")
+        if stage == "fit" and self.config.mode == "disk":
+            self.frozen.release_blocks()
 
     def train_dataloader(self) -> RowLoader:
         """Shuffled rows, `batch_size` per process; after a resume, from where it was stopped."""
-        self._train = self._loader("train", shuffle=True)
+        self._train = loader = self._loader("train", shuffle=True)
         if self._stopped_at:
-            self._train.load_state_dict(self._stopped_at)
-        return self._train
+            together(lambda: loader.load_state_dict(self._stopped_at))
+        return loader
 
     def val_dataloader(self) -> RowLoader:
         """Rows in order."""
@@ -364,22 +338,22 @@ class HiddenStateDataModule(LightningDataModule):
         """Rows in order of the test split, or of validation where test has no labels."""
         return self._loader(tasks.evaluation_split(self.config), shuffle=False)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the training loader is."""
         return self._train.state_dict() if self._train else {}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Keep where training was stopped for the loader that is still to come.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep where training was stopped for the loader that is still to be made.
 
-        Lightning restores loaders by itself only where they were not made before the checkpoint
-        was read; asking for the number of steps, as a schedule must, makes them.
+        Lightning restores a loader only where it was not made before the checkpoint was read, and
+        the learning-rate schedule, which asks for the number of steps, makes it before.
         """
         self._stopped_at = state_dict
 
     def _loader(self, split: Split, *, shuffle: bool) -> RowLoader:
         trainer = self.trainer
         return RowLoader(
-            self.states(split),
+            self._reduced[split] if split in self._reduced else self.states(split),
             self.config.batch_size,
             seed=self.seed if shuffle else None,
             rank=trainer.global_rank if trainer else 0,

@@ -1,8 +1,8 @@
-"""Layers a few at a time, since the heads of two layers have nothing in common.
+"""Layers a few at a time, since the heads of different layers share no parameter.
 
 `layer_losses` takes one piece of the layers after another through a step: nothing but the gradients
 outlives a piece. `LayerGroup` is coarser: heads too large for one device are fitted in groups, each
-through all its epochs. Knows nothing of losses or of what is trained towards.
+through all its epochs. Knows nothing of losses or targets.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def default_loggers(folder: Path, name: str) -> list[Logger]:
-    """CSV always; W&B too where it is installed and a key, a login or WANDB_MODE is there."""
+    """CSV always; W&B too where it is installed and has a key, a login or WANDB_MODE."""
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if wandb_is_on():
         loggers.append(_wandb_logger(folder, name))
@@ -67,14 +67,14 @@ def keep_wandb_from_asking() -> None:
 
 
 def wandb_is_on() -> bool:
-    """Whether W&B is installed and a key, a login or WANDB_MODE is there; connects to nothing."""
+    """Whether W&B is installed and has a key, a login or WANDB_MODE; never prompts."""
     mode = os.environ.get("WANDB_MODE")
     wanted = mode != "disabled" and (bool(mode) or _has_wandb_key())
     return wanted and importlib.util.find_spec("wandb") is not None
 
 
 def _has_wandb_key() -> bool:
-    """A key in the environment, or a login of `wandb login`; connects to nothing."""
+    """Whether there is a key in the environment or a login by `wandb login`; never prompts."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

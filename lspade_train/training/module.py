@@ -1,5 +1,18 @@
 """`LSpadeModule`: all layers' heads trained together by distillation. Knows nothing of the cache.
 
+One step, for a batch of `rows` cached rows:
+
+    batch.of_layers(group)                   the layers that are trained: all, or one group of them
+    target final: reduce it once             the same target for every layer
+    layer_losses: for each piece of layers   as many as make about one chunk of logits
+        heads(hidden)                        (rows, piece, d): h + A h + b, one batched product
+        wide_norm                            the final norm, in fp32
+        for each chunk of rows x piece       losses: nothing of it outlives the chunk
+            student's logits                 product 1, in memory that is kept from step to step
+            loss, and W^T (p_s - p_t)        product 2; a third one where the target is not reduced
+        autograd through norm and heads      the piece's gradients, and its activations are freed
+    sum over layers, AdamW                   each head trains as it would alone
+
 Source: arXiv:2507.17618, L-SPADE (v1), Linear SimLens (v2). The optimiser, its schedule and every
 default are ours: the paper does not give them.
 """
@@ -20,16 +33,15 @@ from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import HeadConfig
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
-from lspade_train.training.losses import (
-    Distilled,
-    TargetLogits,
-    chunk_memory,
-    cross_entropy,
-    distillation,
-)
-from lspade_train.training.targets import target_logits
+from lspade_train.training.losses import Distilled, cross_entropy, distillation
+from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.reduction import pays_off
+from lspade_train.training.targets import Target, is_reducible, target_of, with_reduced_final
 
 METRICS = ("loss", "kl", "agreement", "accuracy")
+
+SHARED_BY = 2
+"""Layers above which reducing the target that they share, by two products, saves a step some."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +107,14 @@ class LSpadeModule(LightningModule):
         self._latest: tuple[int, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the layers, the width and the frozen unembedding from the data module."""
+        """Take the layers, the width and the frozen unembedding from the data module.
+
+        Its rows' targets are reduced where the epochs to come make up for that.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
+        if stage == "fit" and self._reduces_rows():
+            data.reduce_targets()
         if self.heads is None:
             layers = data.layers[self.group.among(len(data.layers))]
             if not layers:
@@ -118,7 +135,7 @@ class LSpadeModule(LightningModule):
             sums: gets the metrics of each piece of the layers, which cost a little more.
         """
         assert self.heads is not None
-        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+        batch = self._trained(batch)
 
         def of_piece(heads: LSpadeHeads, piece: slice) -> Tensor:
             part = batch.of_layers(piece)
@@ -135,7 +152,7 @@ class LSpadeModule(LightningModule):
     def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
         """One step on all layers: the sum of the layers' mean losses."""
         self._require_finite()
-        # Dozens of values: only on the steps that Lightning would write.
+        # Dozens of values: only on the steps that Lightning writes.
         trainer: Any = self.trainer
         logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
         sums: list[LayerSums] = []
@@ -148,7 +165,7 @@ class LSpadeModule(LightningModule):
         return losses.sum()
 
     def on_train_epoch_end(self) -> None:
-        """Look at the last step's loss before a checkpoint is made of it."""
+        """Check the last step's loss before a checkpoint is made of it."""
         self._require_finite()
 
     def validation_step(self, batch: StateBatch, batch_idx: int) -> None:
@@ -208,7 +225,7 @@ class LSpadeModule(LightningModule):
     # Metrics ---------------------------------------------------------------------------------
 
     def _require_finite(self) -> None:
-        """Look at the last step's loss: one step late, so that a GPU is not waited for."""
+        """Check the last step's loss: one step late, so that a GPU is not waited for."""
         if self._latest is None:
             return
         (step, losses), self._latest = self._latest, None
@@ -223,22 +240,40 @@ class LSpadeModule(LightningModule):
         assert self._unembed is not None
         return chunk_memory(self._unembed)
 
+    def _reduces_rows(self) -> bool:
+        """Whether the data module is to reduce SPADE's targets for a fit of this length."""
+        assert self._unembed is not None
+        # A group would reduce the targets of all layers.
+        wanted = self.config.target == "spade" and self.group == ALL_LAYERS
+        epochs = self.trainer.max_epochs or 0
+        return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
+
+    def _trained(self, batch: StateBatch) -> StateBatch:
+        """The layers that are trained, with a target that they share reduced once for all."""
+        assert self._unembed is not None
+        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+        shared = self.config.target == "final" and batch.hidden.shape[1] > SHARED_BY
+        if shared and is_reducible(self._unembed):
+            return with_reduced_final(batch, self._unembed, self._memory)
+        return batch
+
     def _pieces(self, batch: StateBatch) -> list[slice]:
         """The layers, in pieces whose logits make about one chunk of the loss."""
         size = max(self._memory.shape[1] // max(len(batch), 1), 1)
         layers = batch.hidden.shape[1]
         return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
 
-    def _sides(self, heads: LSpadeHeads, batch: StateBatch) -> tuple[Tensor, TargetLogits, Any]:
+    def _sides(self, heads: LSpadeHeads, batch: StateBatch) -> tuple[Tensor, Target, Any]:
         """Student, target and unembedding of rows x layers, flattened row by row."""
         assert self._unembed is not None
         student = heads(batch.hidden).flatten(0, 1)
-        return student, target_logits(batch, self.config.target, self._unembed), self._unembed
+        return student, target_of(batch, self.config.target, self._unembed), self._unembed
 
     def _distil(self, heads: LSpadeHeads, batch: StateBatch) -> Distilled:
         """Loss and statistics of rows x layers, flattened row by row."""
-        watch = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
-        return distillation(*self._sides(heads, batch), watch=watch.long(), memory=self._memory)
+        choices = batch.choice_ids[:, None].expand(-1, batch.hidden.shape[1], -1).flatten(0, 1)
+        sides = self._sides(heads, batch)
+        return distillation(*sides, token_ids=choices.long(), memory=self._memory)
 
     def _sums(self, batch: StateBatch, result: Distilled) -> LayerSums:
         rows, layers = len(batch), batch.hidden.shape[1]
@@ -257,7 +292,7 @@ class LSpadeModule(LightningModule):
 
     def _accumulate(self, stage: str, batch: StateBatch) -> None:
         assert self.heads is not None
-        batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
+        batch = self._trained(batch)
         found: list[LayerSums] = []
         for piece in self._pieces(batch):
             part = batch.of_layers(piece)
@@ -288,7 +323,7 @@ def answers(batch: StateBatch, result: Distilled) -> Tensor:
     if batch.choice_ids.shape[1] == 0:
         return result.best
     layers = batch.hidden.shape[1]
-    chosen = result.watched.argmax(-1).reshape(len(batch), layers)
+    chosen = result.token_logits.argmax(-1).reshape(len(batch), layers)
     best = batch.choice_ids.long().gather(1, chosen)
     has_choices = (batch.choice_count > 0)[:, None]
     return torch.where(has_choices, best, result.best.reshape_as(best)).reshape(-1)

@@ -1,0 +1,152 @@
+"""`Build`: one split's cache while it is written, and what every step of that shares.
+
+The folder's lock, its room on the disk, and files shared out among the processes of a run. Knows
+nothing of what the files hold.
+"""
+
+import shutil
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from lspade_train.cache.extract import Extraction
+from lspade_train.cache.manifest import Identity, Shard
+from lspade_train.cache.shards import LocalStore, Part, RemoteStore, write_parts
+from lspade_train.errors import CacheError
+from lspade_train.io.parallel import ranks, together
+from lspade_train.io.storage import json_digest
+from lspade_train.models import ModelAdapter
+
+Result = TypeVar("Result")
+
+Track = Callable[[Sequence[int]], Iterable[int]]
+"""Wraps the shard numbers in a progress bar."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One split's cache while it is written.
+
+    Attributes:
+        folder: where it goes.
+        adapter: the frozen model.
+        what: what is computed of each prompt.
+        identity: what decides the bytes.
+        store: where else each file goes as soon as it is complete.
+        overwrite: compute what exists already, too.
+        track: wraps the shard numbers in a progress bar.
+        say: shows the user a line.
+    """
+
+    folder: Path
+    adapter: ModelAdapter
+    what: Extraction
+    identity: Identity
+    store: RemoteStore = LocalStore()  # noqa: RUF009  (it has no state)
+    overwrite: bool = False
+    track: Track = iter
+    say: Callable[[str], None] = lambda _: None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        return json_digest(self.identity)
+
+    @property
+    def compiled(self) -> str:
+        """Ends the tag of what compiled blocks have computed: they round in another way."""
+        return ", compiled" * self.adapter.compiled
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """What `work` gives on the first process, for all of them."""
+    return together(lambda: work() if ranks()[0] == 0 else None)[0]  # type: ignore[return-value]
+
+
+def write_shared(job: Build, part: Callable[[int], Part], count: int) -> dict[Shard, list[int]]:
+    """Write this process's share of the files; all files of all processes, with their stamps."""
+    rank, world = ranks()
+    numbers = range(rank, count, world)
+    parts = together(
+        lambda: write_parts(map(part, job.track(numbers)), job.store, overwrite=job.overwrite)
+    )
+    found = dict(chain.from_iterable(part.items() for part in parts))
+    return dict(sorted(found.items(), key=lambda item: item[0].file))
+
+
+def gather(job: Build, files: Iterable[Shard]) -> None:
+    """Fetch the files that other machines have written."""
+    paths = [job.folder / file.file for file in files]
+    job.store.fetch_files(*paths)
+    absent = [path for path in paths if not path.exists()]
+    if absent:
+        raise CacheError(
+            f"{job.folder} does not hold {absent[0].name}, which another machine has written.\n"
+            "Set --data.cache_dir to a folder that all machines share, or to a URL such as s3://."
+        )
+
+
+def clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:
+    """Delete a folder's files of these patterns, but for some.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    try:
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                if path.name not in keep:
+                    path.unlink()
+    except OSError as cause:
+        raise CacheError(
+            f"{folder} cannot be cleared ({cause.strerror}). Choose another --data.cache_dir."
+        ) from cause
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise CacheError(
+            f"{folder} cannot be made ({cause.strerror}). Choose another --data.cache_dir."
+        ) from cause
+
+
+@contextmanager
+def exclusive(job: Build) -> Generator[None]:
+    """One writer at a time; a second one waits for the first and then finds its cache."""
+    folder = job.folder
+    _make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        job.say(f"Another process is building {folder}; waiting for it.")
+        lock.acquire()
+    except OSError as cause:
+        raise CacheError(
+            f"{folder} cannot be written ({cause.strerror}). Choose another --data.cache_dir."
+        ) from cause
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_space(folder: Path, size: int, *patterns: str) -> None:
+    """Refuse a disk that has no room for what is still to be written of so many bytes."""
+    present = sum(path.stat().st_size for pattern in patterns for path in folder.glob(pattern))
+    needed, free = size - present, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            f"This cache takes {size / 1e9:.3g} GB ({needed / 1e9:.3g} GB of it still to be "
+            f"written) and {folder} has {free / 1e9:.3g} GB free.\n"
+            "Choose another --data.cache_dir, fewer --model.layers, --data.limit, or "
+            "--data.mode online."
+        )

@@ -1,0 +1,134 @@
+"""`DiskCache`: one split's cache on disk or behind a URL: opened, built, or completed.
+
+Knows nothing of Lightning or of what the rows are for.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lspade_train import cache
+from lspade_train.cache import Extraction, Manifest, StateDataset
+from lspade_train.cache.manifest import MANIFEST
+from lspade_train.cache.shards import LocalStore
+from lspade_train.io.parallel import first_alone, ranks, together
+from lspade_train.io.progress import track
+from lspade_train.io.remote import Mirror
+from lspade_train.models import ModelAdapter
+from lspade_train.recipe import DataConfig
+from lspade_train.tasks import Encoded, Example
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """Where one split's cache is, and all that it takes to build it.
+
+    Attributes:
+        split: names it in messages.
+        folder: of its files.
+        identity: everything that decides their bytes.
+        far: the remote cache, where the folder is the mirror of one.
+        config: the recipe's data section.
+        spade: whether SPADE's targets are asked for.
+        overwrite: rebuild what exists.
+        adapter: gives the frozen model; called only where something is to be computed.
+        encode: gives the tokenised prompts; the same.
+        extraction: what is computed of prompts.
+    """
+
+    split: str
+    folder: Path
+    identity: dict[str, Any]
+    far: Mirror | None
+    config: DataConfig
+    spade: bool
+    overwrite: bool
+    adapter: Callable[[], ModelAdapter]
+    encode: Callable[[], Encoded]
+    extraction: Callable[[Sequence[Example]], Extraction]
+
+    def open(self) -> tuple[Manifest, StateDataset, bool]:
+        """The rows, and whether all of them were there; what is missing is computed first.
+
+        Raises:
+            LSpadeError: the model, the data or the cache cannot be used; says which and why.
+        """
+        # The first process decides for all: a cache may be finished between two of these calls.
+        rows, targets = together(self._present)[0]
+        if not rows:
+            self._build()
+        if self.spade and not targets:
+            if rows:
+                log.info("%s: SPADE targets for the rows of %s", self.split, self.folder)
+            cache.add_targets(self._job(self.extraction([]), "SPADE targets"))
+        reused = rows and (targets or not self.spade)
+        manifest, dataset = first_alone(lambda: self._opened(reused))
+        if reused:
+            what = f"{manifest.rows:,} rows, no model forward"
+            log.info("%s: reusing %s (%s)", self.split, self.folder, what)
+        return manifest, dataset, reused
+
+    def _present(self) -> tuple[bool, bool]:
+        """Whether a finished cache has the rows, and whether it has their targets."""
+        if self.overwrite:
+            return False, False
+        if self.far:
+            self.far.fetch()
+        if not (self.folder / MANIFEST).exists():
+            return False, False
+        manifest = Manifest.read(self.folder)
+        cache.require_same(manifest.identity, self.identity, self.folder)
+        return True, bool(manifest.targets)
+
+    def _opened(self, reused: bool) -> tuple[Manifest, StateDataset]:
+        if self.far and ranks()[0]:
+            self.far.fetch()  # what other machines have written
+        found = cache.open_cache(self.folder, self.identity, spade=self.spade)
+        if self.far and not ranks()[0] and not reused:
+            self.far.publish()
+            log.info("%s: complete in %s", self.split, self.far.url)
+        return found
+
+    def _build(self) -> None:
+        encoded, adapter, world = self.encode(), self.adapter(), ranks()[1]
+        what = self.extraction(encoded.examples)
+        size = cache.estimate(adapter, encoded.examples, what, self.config.shard_mb)
+        log.info(
+            "%s: caching %s rows x %d bytes = %.3g GB in %s",
+            self.split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, self.folder,
+        )  # fmt: skip
+        if size.shards < world:
+            log.warning(
+                "%s: %d shards for %d processes; a smaller --data.shard_mb keeps all of them busy",
+                self.split, size.shards, world,
+            )  # fmt: skip
+        cache.build(
+            self._job(what, "caching"),
+            encoded,
+            tokens_per_batch=self.config.tokens_per_batch,
+            shard_mb=self.config.shard_mb,
+            provenance={
+                "model_id": self.config.model_id,
+                "dataset": self.config.dataset,
+                "compiled": self.config.compile,
+                "lspade_train": version("lspade-train"),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+        )
+
+    def _job(self, what: Extraction, name: str) -> cache.Build:
+        def bar(mine: Sequence[int]) -> Iterable[int]:
+            return mine if ranks()[0] else track(mine, f"{self.split}: {name}", len(mine))
+
+        return cache.Build(
+            self.folder, self.adapter(), what, self.identity,
+            store=self.far or LocalStore(), overwrite=self.overwrite, track=bar, say=log.info,
+        )  # fmt: skip

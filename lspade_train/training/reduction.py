@@ -1,0 +1,107 @@
+"""A whole data set's targets reduced before a fit, in a file that is mapped and has no name.
+
+Two products over the vocabulary per row and layer, once, save one in every step. Knows nothing of
+heads or of Lightning.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.cache.states import TARGETS
+from lspade_train.models import Unembedding
+from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.targets import reduce_target, target_logits
+
+log = logging.getLogger(__name__)
+
+
+def pays_off(epochs: int, processes: int) -> bool:
+    """Whether reducing all rows costs less than it saves.
+
+    Each process reduces all rows, by two products, and saves one product in each epoch for its part
+    of them.
+    """
+    return epochs > 2 * processes
+
+
+def reduce_dataset(
+    dataset: StateDataset,
+    unembed: Unembedding,
+    folder: Path,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> StateDataset | None:
+    """The same rows with SPADE's targets reduced.
+
+    The file is mapped like the cache itself, so that the system may drop it from memory, and goes
+    with the last tensor that uses it.
+
+    Args:
+        dataset: rows with SPADE's targets.
+        unembed: the frozen norm and head; `targets.is_reducible`.
+        folder: where the file goes.
+        track: wraps the shard numbers in a progress bar.
+
+    Returns:
+        None where the folder has no room, or cannot be written.
+    """
+    memory = chunk_memory(unembed)
+    layers, width = len(dataset.layers), unembed.weight.shape[1]
+    try:
+        means = _mapped(folder, (int(dataset.starts[-1]), layers, width), memory.dtype)
+    except OSError as cause:
+        log.info("targets are computed anew in every step (%s)", cause.strerror or cause)
+        return None
+    shards: list[dict[str, Tensor]] = []
+    for number in track(range(len(dataset.shards))):
+        shard = dataset.shards[number]
+        mean = means[int(dataset.starts[number]) : int(dataset.starts[number + 1])]
+        kept = {name: value for name, value in shard.items() if name not in TARGETS}
+        shards.append(kept | _reduce_shard(shard, mean, unembed, memory))
+    return dataset.with_shards(shards)
+
+
+def _reduce_shard(
+    shard: dict[str, Tensor], mean: Tensor, unembed: Unembedding, memory: Tensor
+) -> dict[str, Tensor]:
+    """Reduced targets by the names of `StateBatch`; the large one is written to `mean`."""
+    rows, layers = mean.shape[:2]
+    step = max(memory.shape[1] // layers, 1)
+    parts: list[tuple[Tensor, ...]] = []
+    for first in range(0, rows, step):
+        chosen = slice(first, first + step)
+        batch = StateBatch(**{name: value[chosen] for name, value in shard.items()})
+        batch = batch.to(unembed.weight.device)
+        target = target_logits(batch, "spade", unembed)
+        found = reduce_target(target, len(batch) * layers, unembed, memory)
+        mean[chosen] = found.mean.reshape(-1, layers, mean.shape[-1])
+        numbers = (found.offset, found.entropy, found.best.int())
+        parts.append(tuple(number.reshape(-1, layers).cpu() for number in numbers))
+    offset, entropy, best = (torch.cat(numbers) for numbers in zip(*parts, strict=True))
+    return {
+        "target_mean": mean,
+        "target_offset": offset,
+        "target_entropy": entropy,
+        "target_best": best,
+    }
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor over a file without a name.
+
+    Raises:
+        OSError: there is no room for it, or no right to write there.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # Now: a disk that fills up later would end the process by a signal.
+        os.posix_fallocate(file.fileno(), 0, size)
+        content = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+    return torch.from_numpy(content).view(dtype).view(shape)
