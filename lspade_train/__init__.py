@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from lspade_train.probes.heads import LSpadeHeads
     from lspade_train.probes.spade import spade_logits
     from lspade_train.recipe import DataConfig, HeadConfig
-    from lspade_train.runtime import ExitRuntime
+    from lspade_train.runtime import Audit, ExitRuntime
     from lspade_train.training.datamodule import HiddenStateDataModule
     from lspade_train.training.module import LSpadeModule
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Audit": "runtime",
     "DataConfig": "recipe",
     "ExitPolicy": "policies.policy",
     "ExitRuntime": "runtime",
@@ -31,6 +32,7 @@ _MODULES = {
     "spade_logits": "probes.spade",
 }
 __all__ = [
+    "Audit",
     "DataConfig",
     "ExitPolicy",
     "ExitRuntime",

@@ -33,6 +33,10 @@ class PolicyError(LSpadeError):
     """An exit policy that is malformed or belongs to other heads."""
 
 
+class AuditError(LSpadeError):
+    """An audit's state that is damaged or belongs to another policy, or settings out of range."""
+
+
 class NumericsError(LSpadeError):
     """NaN or Inf where finite numbers are needed."""
 

@@ -168,8 +168,8 @@ CHOSEN = {
 @pytest.mark.parametrize(
     ("risk", "words"),
     [
-        ("accuracy_drop", "the accuracy lies at most 2% (absolute)\nbelow the full model's"),
-        ("disagreement", "at most 2% of the answers\ndiffer from the full model's"),
+        ("accuracy_drop", "The accuracy lies at most 2 percentage points below the full model's"),
+        ("disagreement", "At most 2% of the answers differ from the full model's"),
     ],
 )
 def test_the_policy_stands_with_its_guarantee(folder, risk, words):
@@ -179,7 +179,7 @@ def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
-    assert f"With 90% confidence over the draw of the 1,234 validation prompts, {words}" in text
+    assert f"{words}, with 90% confidence for prompts drawn like the 1,234 rows" in text
     row = "| validation split: rows that chose the policy | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
     assert row in text
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 
 from lspade_train.cli import main
 from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.policies.audit import AuditState
 from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.exit_table import evaluate_policy
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.shift import calibrated_exits
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
 from lspade_train.training.datamodule import HiddenStateDataModule
@@ -167,3 +170,74 @@ def test_predict_answers_with_the_calibrated_policy(fitted, capsys):
     ]
     assert sum(right) >= 18
     assert torch.tensor([answer["layer"] for answer in answers]).float().mean() < 9
+
+
+def rows_of(split, count):
+    path = ROOT / f"recipes/quickstart/data/{split}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
+def asked(fitted, rows, *more):
+    """The answers of `predict` to these rows."""
+    source, target = fitted.folder / "in.jsonl", fitted.folder / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fitted.run("predict", f"--input={source}", f"--output={target}", *more) == 0
+    return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+def test_predict_audits_its_answers_and_audit_shows_them(fitted, capsys):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    rows = rows_of("test", 40)
+    plain = asked(fitted, rows)
+    assert asked(fitted, rows, "--audit=1.0") == plain
+    state = AuditState.load(fitted.folder / "audit.json")
+    assert (state.seen.rows, state.seen.drawn) == (40, 40)
+    assert state.seen.exited == state.seen.audited == sum(answer["exited"] for answer in plain)
+    assert state.alarm is None
+    capsys.readouterr()
+    assert main(["audit", str(fitted.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "percentage points below the full model's" in printed
+    assert main(["info", str(fitted.folder)]) == 0
+    assert "40 of 40 rows in use were drawn" in capsys.readouterr().out
+    (fitted.folder / "audit.json").unlink()
+
+
+def test_predict_refuses_the_audit_of_another_policy(fitted, capsys):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    asked(fitted, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
+    assert fitted.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
+    assert "audits another policy" in capsys.readouterr().err
+    assert fitted.run("predict", "--audit_budget=0.5") == 1
+    assert "such as --audit 0.02" in capsys.readouterr().err
+    (fitted.folder / "audit.json").unlink()
+
+
+def test_the_profile_of_a_policy_is_where_predict_exits_on_the_same_rows(fitted):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    answers = asked(fitted, rows_of("validation", 400))
+    found = Counter(answer["layer"] for answer in answers)
+    assert {k: v for k, v in calibrated_exits(policy.calibration).items() if v} == found
+
+
+def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(fitted, caplog):
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    rows = rows_of("validation", 400)
+    with caplog.at_level("WARNING"):
+        answered = zip(rows, asked(fitted, rows), strict=True)
+        assert "exit elsewhere" not in caplog.text
+        deepest = sorted(answered, key=lambda pair: -pair[1]["layer"])
+        asked(fitted, [row for row, _ in deepest[:100]])
+    assert caplog.text.count("these prompts exit elsewhere") == 1
+
+
+def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
+    more = ["--max_accuracy_drop=0.1", "--per_group", "--per_depth"]
+    assert fitted.run("calibrate", *more) == 0
+    record = ExitPolicy.load(fitted.folder / "policy.json").calibration
+    groups = [one for one in record["conditions"] if one["kind"] == "group"]
+    assert sum(one["n"] for one in groups) == record["n"]
+    assert {one["name"] for one in groups} >= {"1", "2", "3"}
+    assert any(one["held"] for one in groups)
+    assert "The same holds within the group" in capsys.readouterr().out

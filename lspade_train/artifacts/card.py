@@ -16,6 +16,8 @@ from yaml import YAMLError
 from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.policies.audit import audit_of
+from lspade_train.policies.promise import promise
 from lspade_train.probes.lenses import label_of
 from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import exit_lens
@@ -112,6 +114,7 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         thresholds=_as_list(policy.get("threshold")),
         measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
+        promise=promise(policy.get("calibration", {}), audit_of(folder)),
         policy_rows=_policy_rows(results, policy),
         over_choices=recipe.get("model", {}).get("scope") == "choices",
         of_others=[

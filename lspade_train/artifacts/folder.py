@@ -15,7 +15,9 @@ from lspade_train.errors import ArtifactError
 from lspade_train.io import fetch
 from lspade_train.io.layout import CONFIG, POLICY, RESULTS, TUNED_LENS, known_files, read_results
 from lspade_train.io.storage import read_json, require_kinds
+from lspade_train.policies.audit import audit_of
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.promise import promise
 from lspade_train.probes.heads import AGAIN, KINDS, LSpadeHeads
 from lspade_train.recipe import Recipe
 
@@ -57,8 +59,23 @@ def describe(folder: Path) -> dict[str, str]:
         }
     except (TypeError, ValueError, AttributeError) as cause:
         raise ArtifactError(f"{folder / CONFIG} is no heads' config ({cause}). {AGAIN}") from cause
+    rows |= _promise(folder)
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return rows | {"files": ", ".join(files)}
+
+
+def _promise(folder: Path) -> dict[str, str]:
+    """What the folder's policy promises, if there is one."""
+    if not (folder / POLICY).exists():
+        return {}
+    record = read_json(folder / POLICY, ArtifactError).get("calibration", {})
+    try:
+        return {"promise": promise(record, audit_of(folder))}
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
+        raise ArtifactError(
+            f"The calibration in {folder / POLICY} is not as lspade-train writes it "
+            f"({cause!r:.100}). Write it again with lspade-train calibrate."
+        ) from cause
 
 
 def check_folder(folder: Path) -> LSpadeHeads:

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "one prompt, layer by layer: the likeliest tokens, coloured by entropy",
     "calibrate": "choose the exit policy on validation, within a risk budget",
     "predict": "prompts in, answers with exit layer and entropy out (JSONL)",
+    "audit": "what an audit has seen of a policy in use: disagreement, exits, alarm",
     "profile": "wall time, memory and FLOPs against the full model, on this machine",
     "push": "heads, policy, results and model card to the Hugging Face Hub",
     "pull": "heads from the Hub into a folder, checked",

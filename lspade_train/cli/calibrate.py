@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lspade_train.cli.options import heads_given, heads_option
-from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.cli.parsing import Parsed, command_parser, parse
 
 if TYPE_CHECKING:
     from lspade_train.policies.exit_table import PolicyRow
@@ -25,11 +25,12 @@ heads and prints the trade-off. Where nothing qualifies the policy is: never exi
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
   lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
-  lspade-train calibrate --config recipes/arc.yaml --measure entropy --decoder spade  (the paper)"""
+  lspade-train calibrate --config recipes/arc.yaml --measure entropy --decoder spade  (the paper)
+  lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)"""
 
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
-    *("interval", "scope", "measure", "reader", "decoder"),
+    *("interval", "scope", "measure", "reader", "decoder", "per_group", "per_depth"),
 )
 """The command's own options, by their names in `policies.selection.calibrate`."""
 
@@ -71,6 +72,23 @@ def calibrate(arguments: list[str]) -> None:
         help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: the best of "
         "spade and the heads, which may differ from layer to layer",
     )
+    add(
+        "--per_group", type=bool, default=False, nargs="?", const=True,
+        help="promise the same within every group of the task that has rows enough",
+    )  # fmt: skip
+    add(
+        "--per_depth", type=bool, default=False, nargs="?", const=True,
+        help="promise the same for the rows that exit at or before each layer",
+    )  # fmt: skip
+    add(
+        "--plan",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="only say how many rows the budget takes and what these data can prove; loads no "
+        "model and needs no heads",
+    )
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.card import write_card
@@ -79,6 +97,9 @@ def calibrate(arguments: list[str]) -> None:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe, options = parsed.recipe, parsed.options
+    if options.plan:
+        _print_plan(parsed)
+        return
     folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
     data = HiddenStateDataModule(
@@ -91,6 +112,44 @@ def calibrate(arguments: list[str]) -> None:
     write_card(folder)
     sys.stdout.write(f"{_verdict(found)}\n")
     log.info("policy: %s", folder / "policy.json")
+
+
+def _print_plan(parsed: Parsed) -> None:
+    """Rows that the budget takes, and what the rows at hand can prove."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lspade_train.policies.plan import plan
+    from lspade_train.policies.selection import risk_budget
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+    recipe, options = parsed.recipe, parsed.options
+    risk, budget = risk_budget(options.max_accuracy_drop, options.max_disagreement)
+    data = HiddenStateDataModule(recipe.data, recipe.model.layers, name=recipe.name)
+    found = plan(data, risk, budget, options.confidence)
+    what = "an accuracy drop" if risk == "accuracy_drop" else "a disagreement"
+    table = Table(
+        "losses among the tested rows", f"rows to prove {what} of {budget:g}",
+        f"smallest budget that {found.rows:,} rows prove",
+        title=f"{found.confidence:.0%} confidence; {found.rows:,} rows to test on "
+        f"({found.side.words})",
+    )  # fmt: skip
+    for losses, needed in found.needed.items():
+        least = found.provable[losses]
+        table.add_row(f"{losses}", f"{needed:,}", "none" if least is None else f"{least:.4f}")
+    Console(width=max(Console().width, 100)).print(table)
+    if found.losses is None:
+        words = (
+            f"These {found.rows:,} rows cannot prove it, even without one loss: give at least "
+            f"{found.needed[0]:,}, or a larger budget."
+        )
+    else:
+        gains = ", or more where it also gains" if risk == "accuracy_drop" else ""
+        words = (
+            f"These {found.rows:,} rows prove it for a policy that loses at most "
+            f"{found.losses:,} of them{gains}."
+        )
+    sys.stdout.write(f"{words}\n")
 
 
 def _print_kinds(found: "Selection") -> None:
@@ -135,17 +194,17 @@ def _cells(row: "PolicyRow") -> list[str]:
 
 def _verdict(found: "Selection") -> str:
     """The choice in words: what it saves and what is promised."""
+    from lspade_train.policies.promise import promise
+
     result = found.calibration
     chosen = result.chosen
     if chosen.threshold is None:
         return result.reason
-    what = "accuracy drop" if result.risk == "accuracy_drop" else "disagreement with the model"
     layers = ", ".join(map(str, chosen.layers))
     return (
         f"Chosen: {chosen.name}. {chosen.compute_saved:.1%} of the FLOPs saved "
         f"({1 / (1 - chosen.compute_saved):.2f} times fewer), mean exit at layer "
         f"{chosen.mean_exit_layer:.2f}; checks at {layers}.\n"
         "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
-        f"Promise: {what} of at most {result.budget:g} with {result.confidence:.0%} confidence, "
-        f"for prompts like those of the {found.side.split} split."
+        f"Promise: {promise(found.policy.calibration)}"
     )

@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ A line is a row as the recipe's task has it, such as {"question": ..., "choices"
 rendered as fit renders it, by the recipe's template, solved examples and chat format. With --raw a
 line is {"prompt": ..., "choices": [...]} or a text, and is asked as it stands.
 Further keys are echoed. Where rows give their answer, the accuracy is printed at the end.
+--audit 0.02 has the full model answer 2% of the rows too and raises an alarm where it disagrees.
 The policy is policy.json beside the heads; without one, --threshold sets an entropy in nats.
 
   lspade-train predict --config arc --input questions.jsonl --output answers.jsonl
@@ -40,6 +42,21 @@ def predict(arguments: list[str]) -> int:
         "--threshold", type=float | None, default=None,
         help="entropy in nats, in place of policy.json",
     )  # fmt: skip
+    add(
+        "--audit", type=float | None, default=None,
+        help="share of the rows, such as 0.02, that the full model answers too: an alarm is raised "
+        "where it disagrees more than the budget allows",
+    )  # fmt: skip
+    add(
+        "--audit_budget", type=float | None, default=None,
+        help="disagreement that is no reason for an alarm; null: the policy's own",
+    )  # fmt: skip
+    add(
+        "--audit_state", type=str | None, default=None,
+        help="JSON file of what has been seen, which processes may share; null: audit.json beside "
+        "the heads",
+    )  # fmt: skip
+    add("--on_alarm", type=str, default="warn", help="warn, or never_exit: the full model answers")
     add("--resume", type=bool, default=False, nargs="?", const=True, help="keep existing answers")
     parsed = parse(parser, arguments)
 
@@ -67,7 +84,8 @@ def predict(arguments: list[str]) -> int:
             positions=data.positions,
         )
     )
-    runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer)
+    audit = _audit(options, folder, parsed.recipe.seed_everything)
+    runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer, audit=audit)
     ask = RawPrompts() if options.raw else Asker(data, tokenizer, _fitted_prefix(heads))
     done = 0
     if options.resume and options.output != "-" and output.exists():
@@ -81,7 +99,58 @@ def predict(arguments: list[str]) -> int:
             output.parent.mkdir(parents=True, exist_ok=True)
             with output.open("a" if done else "w", encoding="utf-8") as file:
                 _write(answers, file, count)
-    return count.report()
+    code = count.report()
+    _tell_shift(policy.calibration, count)
+    if runtime.auditor is not None:
+        runtime.auditor.flush()
+        log.info("audit: %s (lspade-train audit shows it)", runtime.auditor.file.path)
+    return code
+
+
+def _audit(options: Any, folder: Path, seed: int) -> Any:
+    """The audit that was asked for, or None."""
+    from lspade_train.errors import AuditError
+    from lspade_train.io.remote import is_remote
+    from lspade_train.policies.audit import STATE
+    from lspade_train.runtime.audit import Audit
+
+    if options.audit is None:
+        if options.audit_budget is not None or options.audit_state is not None:
+            raise AuditError("There is no audit to set up. Give its rate, such as --audit 0.02.")
+        return None
+    if options.audit_state is None and is_remote(str(options.heads)):
+        raise AuditError(
+            f"{options.heads} is not on this machine, and the audit's state must be.\n"
+            "Give a file with --audit_state."
+        )
+    return Audit(
+        rate=options.audit,
+        budget=options.audit_budget,
+        state=options.audit_state or folder / STATE,
+        on_alarm=options.on_alarm,
+        seed=seed,
+    )
+
+
+def _tell_shift(record: dict[str, Any], count: "Counts") -> None:
+    """Say where this run's rows do not exit as the calibration rows did."""
+    from lspade_train.policies.shift import LEVEL, calibrated_exits, shift_p_value
+
+    before = calibrated_exits(record)
+    p_value = shift_p_value(before, count.layers)
+    if p_value is None or p_value >= LEVEL:
+        return
+
+    def mean(counts: Mapping[int, int]) -> str:
+        rows = sum(counts.values())
+        layer = sum(layer * count for layer, count in counts.items()) / rows
+        return f"mean exit layer {layer:.2f} over {rows:,} rows"
+
+    log.warning(
+        "warning: these prompts exit elsewhere than the calibration's (%s, there %s, p = %.1g): "
+        "the policy's promise may not hold for them.",
+        mean(count.layers), mean(before), p_value,
+    )  # fmt: skip
 
 
 def _fitted_prefix(heads: Any) -> str | None:
@@ -100,6 +169,7 @@ class Counts:
     labelled: int = 0
     correct: int = 0
     first_error: str = ""
+    layers: Counter[int] = field(default_factory=Counter[int])
 
     def add(self, answer: dict[str, Any]) -> None:
         """Count one output line."""
@@ -109,6 +179,7 @@ class Counts:
             self.first_error = self.first_error or f"line {answer['line']}: {answer['error']}"
             return
         self.exited += answer["exited"]
+        self.layers[answer["layer"]] += 1
         self.labelled += "correct" in answer
         self.correct += answer.get("correct", False)
 

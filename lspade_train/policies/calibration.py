@@ -9,11 +9,12 @@ Arrays in, numbers out: knows nothing of models, of heads or of files.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 
 from lspade_train.errors import PolicyError, TaskError
+from lspade_train.policies.conditions import Conditions, Finding, Measured
 from lspade_train.policies.exit_table import (
     ExitRule,
     ExitTable,
@@ -22,9 +23,9 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
+from lspade_train.policies.power import RiskKind, rows_to_prove
 from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value, drop_score
 
-RiskKind = Literal["accuracy_drop", "disagreement"]
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
 
 
@@ -40,7 +41,9 @@ class Calibration:
         confidence: probability that the promise holds.
         n: rows tested.
         oracle_saving: of all the layers that could be checked.
-        curve: every policy considered, sequence after sequence, strict to loose.
+        curve: every policy considered, sequence after sequence, strict to loose; with conditions
+            its p-value is the largest of all its tests.
+        conditions: groups and depths for which the same is promised, or which are left out.
     """
 
     chosen: PolicyRow
@@ -51,6 +54,7 @@ class Calibration:
     n: int
     oracle_saving: float
     curve: tuple[PolicyRow, ...]
+    conditions: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and dictionaries."""
@@ -65,11 +69,13 @@ class Candidate:
         name: what decides and who answers, in words.
         table: of the rows in hand, over all layers that its kind of policy could check.
         rule: which of them it checks, and its thresholds.
+        conditions: groups and depths within which it is to be within the budget, too.
     """
 
     name: str
     table: ExitTable
     rule: ExitRule
+    conditions: Conditions | None = None
 
 
 def learn_then_test(
@@ -77,6 +83,7 @@ def learn_then_test(
     risk: RiskKind,
     budget: float,
     confidence: float = 0.95,
+    conditions: Conditions | None = None,
 ) -> Calibration:
     """Test each sequence of policies in its order, and take the accepted one that saves most.
 
@@ -87,6 +94,7 @@ def learn_then_test(
         risk: `accuracy_drop` or `disagreement`, both against the full model.
         budget: largest risk allowed, over 0 and under 1.
         confidence: probability that the chosen policy's true risk is within the budget.
+        conditions: groups and depths within which it is to be within the budget, too.
 
     Raises:
         PolicyError: budget or confidence out of range, or nothing to test.
@@ -94,7 +102,9 @@ def learn_then_test(
     """
     if not sequences:
         raise PolicyError("No policies to test. Give at least one set of check layers.")
-    candidates = [[Candidate("", table, rule) for rule in rules] for table, rules in sequences]
+    candidates = [
+        [Candidate("", table, rule, conditions) for rule in rules] for table, rules in sequences
+    ]
     tables = [table for table, _ in sequences]
     return run_tests(candidates, tables, risk, budget, confidence)
 
@@ -124,17 +134,26 @@ def run_tests(
     check_budget(risk, budget, confidence)
     level = (1 - confidence) / max(sum(map(bool, sequences)), 1)
     ideal = max(map(oracle_saving, tables))
+    needed = rows_to_prove(0, risk, budget, level)
     curve: list[PolicyRow] = []
+    found: list[list[Finding]] = []
     for sequence in sequences:
         passed = True
         for candidate in sequence:
             checked = candidate.table.at(candidate.rule.layers)
             row = evaluate_policy(checked, candidate.rule.threshold, oracle=ideal)
             value = p_value(checked, candidate.rule, risk, budget)
+            held: list[Finding] = []
+            if candidate.conditions is not None and passed and value <= level:
+                measure = _measure(risk, budget)
+                held = candidate.conditions.findings(checked, candidate.rule, measure, needed)
+                value = max([value, *(one.p_value for one in held if one.p_value is not None)])
             passed = passed and value <= level
+            found.append(held)
             curve.append(replace(row, name=candidate.name, p_value=value, accepted=passed))
     never = evaluate_policy(tables[0], None, oracle=ideal)
     chosen = max((never, *filter(_accepted, curve)), key=lambda row: row.compute_saved)
+    place = next((n for n, row in enumerate(curve) if row is chosen), None)
     return Calibration(
         chosen=chosen,
         reason=_reason(chosen, curve, budget, level, len(tables[0])),
@@ -144,6 +163,7 @@ def run_tests(
         n=len(tables[0]),
         oracle_saving=ideal,
         curve=tuple(curve),
+        conditions=() if place is None else tuple(found[place]),
     )
 
 
@@ -242,6 +262,16 @@ def _changes(table: ExitTable, answers: NDArray[Any]) -> tuple[int, int]:
     """Rows whose right answer is lost, and rows whose wrong one is mended."""
     before, after = table.full_answer == table.gold, answers == table.gold
     return int((before & ~after).sum()), int((after & ~before).sum())
+
+
+def _measure(risk: RiskKind, budget: float) -> Measured:
+    """Risk and p-value of a rule on a table's rows."""
+
+    def measured(table: ExitTable, rule: ExitRule) -> tuple[float, float]:
+        row = evaluate_policy(table, rule.threshold, oracle=1.0)
+        return _risk(row, risk), p_value(table, rule, risk, budget)
+
+    return measured
 
 
 def _risk(row: PolicyRow, risk: RiskKind) -> float:

@@ -23,6 +23,7 @@ from lspade_train.policies.calibration import (
     frontier,
     run_tests,
 )
+from lspade_train.policies.conditions import Conditions, groups_of
 from lspade_train.policies.exit_table import (
     ExitRule,
     ExitTable,
@@ -32,8 +33,10 @@ from lspade_train.policies.exit_table import (
 )
 from lspade_train.policies.gate import FittedGate, fit_gate
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
+from lspade_train.policies.promise import promise
 from lspade_train.policies.proposals import propose, uniform_rules
 from lspade_train.policies.readers import Readers, available, check_readers, own_name
+from lspade_train.policies.shift import exit_profile
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED, find_measure
@@ -95,6 +98,8 @@ def calibrate(
     decoder: Decoder | None = None,
     interval: int = 1,
     seed: int = 0,
+    per_group: bool = False,
+    per_depth: bool = False,
 ) -> Selection:
     """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
 
@@ -111,6 +116,9 @@ def calibrate(
         decoder: who answers at an exit; None searches spade and the heads, also layer by layer.
         interval: candidate check layers are every n-th layer that has a head.
         seed: of the gate's folds.
+        per_group: promise the same within every group of the task that has rows enough.
+        per_depth: promise the same for the rows that exit at or before each layer, where the
+            training rows let expect enough of them.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -119,7 +127,7 @@ def calibrate(
 
     Source: Learn then Test, arXiv:2110.01052; Pareto Testing, arXiv:2210.07913.
     """
-    risk, budget = _budget(max_accuracy_drop, max_disagreement)
+    risk, budget = risk_budget(max_accuracy_drop, max_disagreement)
     check_budget(risk, budget, confidence)
     if measure is not None:
         find_measure(measure)
@@ -143,6 +151,7 @@ def calibrate(
     designs = [*search.designs(proposing)]
     proposed = [design.candidates(proposing) for design in designs]
     rows = search.read(tested)
+    groups = groups_of(tested) if per_group else {}
     sequences: list[list[Candidate]] = []
     chosen_from: list[_Design] = []
     for members in _by_signal(designs):
@@ -152,7 +161,14 @@ def calibrate(
         chosen_from += origins
         sequences.append(
             [
-                Candidate(one.name, design.table(rows), one.rule)
+                Candidate(
+                    one.name,
+                    design.table(rows),
+                    one.rule,
+                    Conditions(groups=groups, proposing=one.table if per_depth else None)
+                    if per_group or per_depth
+                    else None,
+                )
                 for design, one in zip(origins, front, strict=True)
             ]
         )
@@ -160,11 +176,13 @@ def calibrate(
     found = run_tests(sequences, tables, risk, budget, confidence)
     record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
     place = next((n for n, row in enumerate(found.curve) if row is found.chosen), None)
-    policy = replace(template, threshold=None, calibration=record)
+    policy, checked = replace(template, threshold=None), tables[0]
     if place is not None:
-        rule = [one for sequence in sequences for one in sequence][place].rule
-        policy = chosen_from[place].policy.at(rule.layers, rule.threshold)
-        policy = replace(policy, calibration=record)
+        chosen = [one for sequence in sequences for one in sequence][place]
+        checked = chosen.table.at(chosen.rule.layers)
+        policy = chosen_from[place].policy.at(chosen.rule.layers, chosen.rule.threshold)
+    record |= {"profile": exit_profile(checked, policy.threshold)}
+    policy = replace(policy, calibration=record | {"promise": promise(record)})
     never = evaluate_policy(tables[0], None)
     kinds = tuple(_best_of_kinds(designs, proposed, rows, risk, budget))
     return Selection(policy=policy, calibration=found, never=never, kinds=kinds, side=side)
@@ -369,7 +387,12 @@ def _widest(designs: Sequence[_Design]) -> list[_Design]:
     return [*{design.policy.decoders: design for design in designs}.values()]
 
 
-def _budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
+def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
+    """The one budget that is given, by what it is about; an accuracy drop of 0.01 for none.
+
+    Raises:
+        PolicyError: both are given.
+    """
     if drop is not None and disagreement is not None:
         raise PolicyError("Give one budget: --max_accuracy_drop or --max_disagreement, not both.")
     if disagreement is not None:

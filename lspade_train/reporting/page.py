@@ -11,6 +11,8 @@ from markupsafe import Markup
 from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.policies.audit import audit_of
+from lspade_train.policies.promise import promise
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
 from lspade_train.reporting.rows import rows_measured
@@ -47,7 +49,7 @@ def write_report(folder: Path) -> Path:
     page = pages.get_template("template.html").render(
         results=results,
         rows=rows_measured(results),
-        summary=summary(results),
+        summary=[*summary(results), *_promise(folder, results)],
         figures=figures,
         omitted=[figure for figure in found if isinstance(figure, Omitted)],
         tables=all_tables(results),
@@ -86,6 +88,16 @@ def summary(results: dict[str, Any]) -> list[str]:
         f"[{low:.1%}, {high:.1%}]."
     )
     return lines
+
+
+def _promise(folder: Path, results: dict[str, Any]) -> list[str]:
+    """What policy.json promises, where it is about these heads."""
+    if not (folder / POLICY).exists():
+        return []
+    policy = read_json(folder / POLICY, ArtifactError)
+    if policy.get("heads_digest") not in {None, results["heads"].get("weights_sha256")}:
+        return []
+    return [promise(policy.get("calibration") or {}, audit_of(folder))]
 
 
 def _training(folder: Path) -> dict[str, Any]:

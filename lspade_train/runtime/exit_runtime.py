@@ -12,6 +12,7 @@ from lspade_train.models import ModelAdapter
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
+from lspade_train.runtime.audit import Audit, Auditor
 from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
@@ -33,10 +34,16 @@ class ExitRuntime:
         policy: when to stop and how to answer.
         tokenizer: the model's; needed for prompts and choices in text.
         tokens_per_batch: padded tokens per batch.
+        audit: answers a random share of `decide`'s rows with the full model, too, and raises an
+            alarm where they disagree more than the budget allows. `generate` is not audited.
+
+    Attributes:
+        auditor: the audit at work; its `state` says what was seen, `flush()` writes what waits.
 
     Raises:
         ArtifactError: heads of another model, or none for a check layer.
         PolicyError: a policy for other heads, or that this model cannot follow.
+        AuditError: an audit without a budget, or with a state that is damaged or of another one.
 
     Source: arXiv:2507.17618, SPADE-EXIT.
     """
@@ -49,6 +56,7 @@ class ExitRuntime:
         policy: ExitPolicy,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tokens_per_batch: int = 8192,
+        audit: Audit | None = None,
     ) -> None:
         self.adapter = ModelAdapter.of(model)
         self.heads = None if heads is None else heads.bind(self.adapter)
@@ -62,6 +70,9 @@ class ExitRuntime:
         policy.check_heads(digest, None if beside is None else beside.digest)
         _check_fit(policy, self.adapter)
         self._require_heads()
+        self.auditor = (
+            Auditor(audit, self.adapter, self.heads, policy, tokens_per_batch) if audit else None
+        )
 
     def decide(
         self,
@@ -87,12 +98,15 @@ class ExitRuntime:
         self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
+        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
         found: dict[int, Decision] = {}
         for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
-            outcome = decide_batch(self.probe, batch)
+            outcome = decide_batch(probe, batch)
             decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
             for query, decision in zip(batch.queries, decisions, strict=True):
                 found[query.index] = self._worded(decision)
+        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
+            self.auditor.observe(queries, found, full=probe is not self.probe)
         return [found[index] for index in range(len(prompts))]
 
     def generate(

@@ -1,0 +1,317 @@
+"""What an audit has seen of a policy in use: one small JSON file that several processes share.
+
+Counts only, never prompts or answers. Knows nothing of models or of how rows are drawn.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock
+from scipy.stats import beta
+
+from lspade_train.errors import AuditError, PolicyError
+from lspade_train.io.storage import (
+    json_digest,
+    read_json,
+    require_kinds,
+    require_writable,
+    write_json,
+)
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.sequential import (
+    add_to_blocks,
+    confidence_sequence,
+    log_evidence,
+    rows_until_alarm,
+)
+
+FORMAT_VERSION = 1
+STATE = "audit.json"
+"""Name of the state beside a policy."""
+
+LEVEL = 0.95
+"""Confidence of the bound that stands in where a policy promises nothing about disagreement."""
+
+ELSEWHERE = "Give another state file, or move this one away to begin a new audit."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Counts of some rows.
+
+    Attributes:
+        rows: all of them.
+        exited: of these, stopped below L.
+        exits: exit layer -> rows, L included.
+        drawn: rows that the coin chose, whether they exited or not.
+        audited: of these, the rows that had exited and were finished by the full model, too.
+        failures: of these, the rows where the full model answers otherwise.
+        unaudited: rows answered by the full model after an alarm; not among `rows`.
+        flops: operations of the full model on these rows, of the policy, and of the audit.
+    """
+
+    rows: int = 0
+    exited: int = 0
+    exits: Mapping[int, int] = field(default_factory=dict[int, int])
+    drawn: int = 0
+    audited: int = 0
+    failures: int = 0
+    unaudited: int = 0
+    flops: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __add__(self, other: "Seen") -> "Seen":
+        values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in COUNTS}
+        flops = tuple(a + b for a, b in zip(self.flops, other.flops, strict=True))
+        exits = Counter(self.exits) + Counter(other.exits)
+        return Seen(**values, exits=dict(sorted(exits.items())), flops=flops)  # type: ignore[arg-type]
+
+
+COUNTS = [f for f in fields(Seen) if f.name not in {"exits", "flops"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditKey:
+    """What one audit is about; counts of another policy or budget never mix with it.
+
+    Attributes:
+        policy: `policy_digest` of the policy.
+        heads: `weights_sha256` of the heads; None where not known.
+        budget: largest disagreement with the full model that is no reason for an alarm.
+        alpha: probability of a false alarm, however long and often one looks.
+    """
+
+    policy: str
+    heads: str | None
+    budget: float
+    alpha: float
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "alpha"):
+            if not 0 < getattr(self, name) < 1:
+                raise AuditError(
+                    f"The audit's {name} is {getattr(self, name)}; expected over 0 and under 1."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditState:
+    """An audit so far.
+
+    Attributes:
+        key: what it is about.
+        seen: all rows' counts.
+        blocks: drawn rows and failures, block by block, as the test needs them.
+        began: time of the first row, UTC.
+        updated: time of the last update, UTC.
+        alarm: when the alarm was raised and what had been seen then; None: no alarm. It stays.
+    """
+
+    key: AuditKey
+    seen: Seen = field(default_factory=Seen)
+    blocks: tuple[tuple[int, int], ...] = ()
+    began: str | None = None
+    updated: str | None = None
+    alarm: Mapping[str, Any] | None = None
+
+    @property
+    def log_evidence(self) -> float:
+        """Against "the disagreement is within the budget"; alarm at `log(1 / alpha)`."""
+        return log_evidence(self.blocks, self.key.budget)
+
+    @property
+    def disagreement(self) -> float | None:
+        """Fraction of the drawn rows that the full model answers otherwise; None before any."""
+        return self.seen.failures / self.seen.drawn if self.seen.drawn else None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Confidence sequence of the disagreement at 1 - alpha, if it has not changed."""
+        return confidence_sequence(self.seen.failures, self.seen.drawn, self.key.alpha)
+
+    def rows_until_alarm(self, disagreement: float, rate: float | None = None) -> float:
+        """Rows in use, from now on, until an alarm at that disagreement; about half ring earlier.
+
+        Args:
+            disagreement: true rate from now on.
+            rate: share of rows that is drawn; None: as so far.
+        """
+        most = 10**6
+        drawn = rows_until_alarm(
+            disagreement, self.key.budget, self.key.alpha, self.blocks, most=most
+        )
+        share = self.seen.drawn / self.seen.rows if rate is None and self.seen.rows else rate
+        return drawn / share if share and drawn < most else math.inf
+
+    def plus(self, seen: Seen) -> Self:
+        """With further rows; raises the alarm where the evidence now suffices."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        found = replace(
+            self,
+            seen=self.seen + seen,
+            blocks=add_to_blocks(self.blocks, seen.drawn, seen.failures),
+            began=self.began or now,
+            updated=now,
+        )
+        if self.alarm is not None or found.log_evidence < math.log(1 / self.key.alpha):
+            return found
+        counts = {name: getattr(found.seen, name) for name in ("rows", "drawn", "failures")}
+        return replace(found, alarm={"time": now, **counts})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists and dictionaries."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a state.
+
+        Raises:
+            AuditError: missing, damaged, or of an unknown format.
+        """
+        value: Any = read_json(path, AuditError, ELSEWHERE if path.exists() else "")
+        version = value.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise AuditError(
+                f"{path} has format_version {version!r}; an audit's state has {FORMAT_VERSION}.\n"
+                f"{ELSEWHERE}"
+            )
+        require_kinds(value, {"key": dict, "seen": dict, "blocks": list}, path, AuditError)
+        try:
+            seen = value["seen"]
+            exits = {int(layer): _count(rows) for layer, rows in seen.pop("exits").items()}
+            flops = tuple(map(float, seen.pop("flops")))
+            counts = Seen(**{k: _count(v) for k, v in seen.items()}, exits=exits, flops=flops)  # type: ignore[arg-type]
+            blocks = tuple((_count(n), _count(failures)) for n, failures in value["blocks"])
+            value |= {"key": AuditKey(**value["key"]), "seen": counts, "blocks": blocks}
+            state = cls(**value)
+            _check_sums(state)
+        except (TypeError, ValueError, AttributeError, KeyError, AuditError) as cause:
+            raise AuditError(f"{path} is not an audit's state ({cause}).\n{ELSEWHERE}") from cause
+        return state
+
+
+class AuditFile:
+    """An audit's state on disk. Every update is atomic and under a lock; a kill loses no count.
+
+    Args:
+        path: the JSON file; made at the first update.
+        key: what the audit is about.
+
+    Raises:
+        AuditError: the file is damaged or is about something else, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, key: AuditKey) -> None:
+        self.path, self.key = Path(path).expanduser(), key
+        require_writable(self.path.parent, AuditError)
+        self.state = self._read()
+
+    def add(self, seen: Seen) -> AuditState:
+        """Add counts to what all processes have seen, and return that.
+
+        Raises:
+            AuditError: the file is damaged or is about something else, or cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{self.path}.lock")
+            lock.acquire()
+        except OSError as cause:
+            raise AuditError(f"{self.path} cannot be locked ({cause}).") from cause
+        try:
+            self.state = self._read().plus(seen)
+            write_json(self.path, self.state.to_json(), AuditError)
+        finally:
+            lock.release()
+        return self.state
+
+    def _read(self) -> AuditState:
+        if not self.path.exists():
+            return AuditState(key=self.key)
+        state = AuditState.load(self.path)
+        for name, asked in asdict(self.key).items():
+            found = getattr(state.key, name)
+            # The default budget is computed, and may differ in its last digit elsewhere.
+            close = isinstance(asked, float) and math.isclose(found, asked, rel_tol=1e-9)
+            if found != asked and not close:
+                raise AuditError(
+                    f"{self.path} audits another {name} ({_short(found)}; this one is "
+                    f"{_short(asked)}).\n{ELSEWHERE}"
+                )
+        return state
+
+
+def policy_digest(policy: ExitPolicy) -> str:
+    """SHA-256 of what a policy does; how it was calibrated is not part of it."""
+    values = {
+        f.name: getattr(policy, f.name)
+        for f in fields(policy)
+        if f.name not in {"calibration", "gate"}
+    }
+    # What is not set is left out, so that a new setting leaves the digests of policies without it.
+    return json_digest({name: value for name, value in values.items() if value is not None})
+
+
+def default_budget(policy: ExitPolicy) -> float:
+    """The promised disagreement, or an upper bound of the one measured at calibration.
+
+    The bound is Clopper and Pearson's at 95%, of the rows that chose the policy.
+
+    Raises:
+        AuditError: the policy holds no calibration.
+    """
+    record = policy.calibration
+    try:
+        if record["risk"] == "disagreement":
+            return float(record["budget"])
+        n, share = int(record["n"]), float(record["chosen"]["disagreement"])
+    except (KeyError, TypeError, ValueError) as cause:
+        raise AuditError(
+            "The policy was not calibrated, so that it says nothing about its disagreement with "
+            "the full model.\nGive the audit a budget, such as 0.02, or choose a policy with "
+            "lspade-train calibrate."
+        ) from cause
+    failures = round(share * n)
+    return float(beta.ppf(LEVEL, failures + 1, n - failures)) if failures < n else 1 - 1e-9
+
+
+def audit_of(folder: Path) -> AuditState | None:
+    """The audit beside a policy, where there is one of just that policy."""
+    try:
+        state = AuditState.load(folder / STATE)
+        same = state.key.policy == policy_digest(ExitPolicy.load(folder))
+    except (AuditError, PolicyError):
+        return None
+    return state if same else None
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a number of rows")
+    return value
+
+
+def _check_sums(state: AuditState) -> None:
+    """Refuse counts that no audit can have."""
+    seen = state.seen
+    drawn, failures = (sum(block[i] for block in state.blocks) for i in (0, 1))
+    fits = (
+        (drawn, failures) == (seen.drawn, seen.failures)
+        and sum(seen.exits.values()) == seen.rows
+        and seen.exited <= seen.rows
+        and seen.failures <= seen.audited <= seen.drawn <= seen.rows
+        and len(seen.flops) == 3
+    )
+    alarm = state.alarm
+    told = alarm is None or {"time", "rows", "drawn", "failures"} <= {*alarm}
+    if not fits or not told:
+        raise ValueError("its counts contradict each other")
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) else str(value)

@@ -1,0 +1,120 @@
+"""Groups and depths within which a policy's risk must be within the budget, too.
+
+A policy passes where every one of its tests passes. A policy that breaks its promise anywhere
+passes that one test with the error probability at most, so that no correction for their number is
+needed (intersection-union test, Berger 1982). Arrays in, numbers out.
+
+Source: arXiv:2402.00857 (control of the risk given the halting time).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from lspade_train.errors import PolicyError
+from lspade_train.policies.exit_table import ExitRule, ExitTable
+
+if TYPE_CHECKING:
+    from lspade_train.cache import StateDataset
+
+MARGIN = 1.5
+"""A depth is tested where this many times the rows are expected there that prove it at best."""
+
+Measured = Callable[[ExitTable, ExitRule], tuple[float, float]]
+"""Risk and p-value of a rule on a table of its check layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One condition of one policy on the tested rows.
+
+    Attributes:
+        kind: `group`, or `depth`: the rows that exit at or before a layer.
+        name: of the group, or the layer.
+        n: rows.
+        held: whether it was tested; if not, nothing is promised there.
+        risk: on these rows; None without rows.
+        p_value: of "the risk there is over the budget"; None where it was not tested.
+    """
+
+    kind: Literal["group", "depth"]
+    name: str
+    n: int
+    held: bool
+    risk: float | None
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a policy must keep to besides its budget over all rows.
+
+    Attributes:
+        groups: name -> which of the tested rows belong to it, (n,).
+        proposing: other rows, in a table of at least the rules' layers: they say at which depths
+            enough of the tested rows will exit. The tested rows may not: a choice by their own
+            exits would not be independent of their answers. None: no condition on depths.
+    """
+
+    groups: Mapping[str, Bool[np.ndarray, " rows"]]
+    proposing: ExitTable | None = None
+
+    def findings(
+        self, table: ExitTable, rule: ExitRule, measured: Measured, needed: int
+    ) -> list[Finding]:
+        """Every condition of a rule.
+
+        Args:
+            table: the tested rows, of the rule's layers.
+            rule: the rule.
+            measured: its risk and p-value on some rows.
+            needed: fewest rows that can prove the budget, without a loss.
+        """
+        found = [
+            _finding("group", name, mask, int(mask.sum()) >= needed, table, rule, measured)
+            for name, mask in self.groups.items()
+        ]
+        if self.proposing is None:
+            return found
+        stops = table.exits(rule.threshold)
+        foreseen = self.proposing.at(rule.layers).exits(rule.threshold)
+        for place, layer in enumerate(rule.layers):
+            expected = (foreseen <= place).mean() * len(table)
+            held = bool(expected >= MARGIN * needed)
+            found.append(_finding("depth", str(layer), stops <= place, held, table, rule, measured))
+        return found
+
+
+def groups_of(rows: "StateDataset") -> dict[str, Bool[np.ndarray, " rows"]]:
+    """Which rows belong to each group.
+
+    Raises:
+        PolicyError: the rows have no groups.
+    """
+    index = rows.labels["group"].numpy()
+    if len(rows.groups) < 2:
+        raise PolicyError(
+            "--per_group needs rows of several groups, and these have none: give each a "
+            "'group' or 'difficulty'."
+        )
+    return {name or "(none)": index == place for place, name in enumerate(rows.groups)}
+
+
+def _finding(
+    kind: Literal["group", "depth"],
+    name: str,
+    mask: Bool[np.ndarray, " rows"],
+    held: bool,
+    table: ExitTable,
+    rule: ExitRule,
+    measured: Measured,
+) -> Finding:
+    n = int(mask.sum())
+    # Without a row nothing speaks for the promise: a p-value of 1.
+    risk, p_value = measured(table.rows(mask), rule) if n else (None, 1.0)
+    return Finding(
+        kind=kind, name=name, n=n, held=held, risk=risk, p_value=p_value if held else None
+    )

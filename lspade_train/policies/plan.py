@@ -1,0 +1,96 @@
+"""How many rows a promise takes, before a model is loaded: rows are counted from the data alone."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lspade_train import tasks
+from lspade_train.errors import PolicyError, TaskError
+from lspade_train.policies.calibration import RiskKind, check_budget
+from lspade_train.policies.power import most_losses, rows_to_prove, smallest_budget
+from lspade_train.policies.sides import Side, calibration_side
+from lspade_train.tasks.held_out import held_out
+from lspade_train.tasks.registry import find_task
+from lspade_train.tasks.rows import to_questions
+
+if TYPE_CHECKING:
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+SEQUENCES = 2
+"""Sequences of policies that `calibrate` tests, which share the error probability."""
+
+LOSSES = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a budget takes and what the data at hand can prove.
+
+    Attributes:
+        risk: what the budget is about.
+        budget: largest risk allowed, 0..1.
+        confidence: probability that the promise holds.
+        side: the rows that would be tested.
+        rows: how many these are, but for prompts over the model's context.
+        needed: losses among the tested rows -> fewest rows that prove the budget all the same.
+        losses: most losses with which `rows` prove the budget; None: not even without one.
+        provable: losses -> smallest budget that `rows` can prove; None: none under 1.
+    """
+
+    risk: RiskKind
+    budget: float
+    confidence: float
+    side: Side
+    rows: int
+    needed: dict[int, int]
+    losses: int | None
+    provable: dict[int, float | None]
+
+
+def plan(
+    data: "HiddenStateDataModule", risk: RiskKind, budget: float, confidence: float = 0.95
+) -> Plan:
+    """Count the rows that `calibrate` would test, and the rows that the budget takes.
+
+    Args:
+        data: of a recipe; its model is not loaded.
+        risk: as for `learn_then_test`.
+        budget: as for `learn_then_test`.
+        confidence: as for `learn_then_test`.
+
+    Raises:
+        PolicyError: budget or confidence out of range, or a task of running text.
+        TaskError: a missing split, or an accuracy budget for rows without right answers.
+    """
+    check_budget(risk, budget, confidence)
+    if find_task(data.config.task).to_question is None:
+        raise PolicyError(
+            "--plan counts questions, and this task's rows are positions in running text. Run "
+            "lspade-train calibrate without it: where the rows are too few it says how many it "
+            "takes."
+        )
+    side = calibration_side(data)
+    rows = _count(data, side, risk)
+    level = (1 - confidence) / SEQUENCES
+    return Plan(
+        risk=risk,
+        budget=budget,
+        confidence=confidence,
+        side=side,
+        rows=rows,
+        needed={losses: rows_to_prove(losses, risk, budget, level) for losses in LOSSES},
+        losses=most_losses(risk, budget, rows, level),
+        provable={losses: smallest_budget(losses, risk, rows, level) for losses in LOSSES},
+    )
+
+
+def _count(data: "HiddenStateDataModule", side: Side, risk: RiskKind) -> int:
+    rows = tasks.load_rows(data.config, side.split)
+    questions = to_questions(data.config, rows)
+    if risk == "accuracy_drop" and any(question.answer is None for question in questions):
+        raise TaskError(
+            "--max_accuracy_drop needs right answers, and some of these rows have none. "
+            "Give --max_disagreement instead: it compares with the full model."
+        )
+    if side.part == "all":
+        return len(questions)
+    return held_out(rows.records).count(side.part == "held_out")

@@ -1,0 +1,93 @@
+"""What a policy promises, in words: one text for policy.json, card, report, `info` and `calibrate`.
+
+From the record of its calibration alone; loads nothing heavy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lspade_train.policies.audit import AuditState
+
+NONE = "No promise: nobody calibrated this policy (lspade-train calibrate does)."
+
+
+def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str:
+    """What is promised, for which prompts, how surely, on how many rows, and until when audited.
+
+    Args:
+        record: `calibration` of a policy.
+        audit: of the same policy.
+    """
+    if not record.get("confidence"):
+        return NONE
+    words = f"{_what(record)} {_where(record)}{_within(record)}"
+    return f"{words} {audited(audit)}" if audit is not None else words
+
+
+def audited(audit: "AuditState") -> str:
+    """What the audit has seen, in a sentence or two."""
+    seen, until = audit.seen, (audit.updated or "")[:10]
+    if audit.disagreement is None:
+        return f"An audit is on, without a drawn row among {seen.rows:,} so far."
+    high = audit.bounds[1]
+    words = (
+        f"Audited until {until}: {seen.drawn:,} of {seen.rows:,} rows in use were drawn, "
+        f"{seen.failures:,} disagreed with the full model ({audit.disagreement:.2%}; at most "
+        f"{high:.2%} with {1 - audit.key.alpha:.0%} confidence; budget {audit.key.budget:.2%})."
+    )
+    if audit.alarm is None:
+        return f"{words} No alarm."
+    return f"{words} ALARM on {audit.alarm['time'][:10]}: it no longer holds for these prompts."
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    surely = f"with {record['confidence']:.0%} confidence"
+    if _never_exits(record):
+        return "The policy never exits: every answer is the full model's."
+    if record["risk"] == "disagreement":
+        return (
+            f"At most {record['budget'] * 100:g}% of the answers differ from the full model's, "
+            f"{surely}"
+        )
+    return (
+        f"The accuracy lies at most {record['budget'] * 100:g} percentage points below the full "
+        f"model's, {surely}"
+    )
+
+
+def _where(record: Mapping[str, Any]) -> str:
+    rows = record.get("rows") or {}
+    split = rows.get("split", "validation")
+    half = "" if rows.get("part", "all") == "all" else f", {rows['part'].replace('_', '-')} half"
+    task = f" of {rows['task']}" if rows.get("task") else ""
+    if _never_exits(record):
+        return f"Chosen on {record['n']:,} rows ({split} split{half}{task})."
+    return (
+        f"for prompts drawn like the {record['n']:,} rows that it was tested on ({split} "
+        f"split{half}{task}). Nothing is promised about other prompts."
+    )
+
+
+def _within(record: Mapping[str, Any]) -> str:
+    """For which groups and depths the same holds, and for which it does not."""
+    found: Sequence[Mapping[str, Any]] = record.get("conditions") or ()
+    words = ""
+    for kind, what in (("group", "within the group"), ("depth", "for exits up to layer")):
+        held = [f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and c["held"]]
+        out = [
+            f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and not c["held"]
+        ]
+        plural = "s" if kind == "group" else ""
+        if held:
+            words += f" The same holds {what}{plural if len(held) > 1 else ''} {', '.join(held)}."
+        if out:
+            words += (
+                f" It is NOT promised {what}{plural if len(out) > 1 else ''} {', '.join(out)}: too "
+                "few rows to prove it."
+            )
+    return words
+
+
+def _never_exits(record: Mapping[str, Any]) -> bool:
+    return record.get("chosen", {}).get("threshold", 0.0) is None

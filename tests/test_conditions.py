@@ -1,0 +1,123 @@
+"""Promises within groups and depths: against the marginal test, and against simulation."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+from test_calibration import on_every_layer, realistic
+
+from lspade_train.errors import PolicyError
+from lspade_train.policies.calibration import learn_then_test
+from lspade_train.policies.conditions import Conditions, groups_of
+from lspade_train.policies.exit_table import pick
+from lspade_train.policies.promise import promise
+from lspade_train.policies.pvalues import disagreement_p_value
+
+BUDGET, ROWS, SPLITS = 0.06, 600, 200
+
+
+@pytest.fixture(scope="module")
+def population():
+    return realistic(20_000, seed=1, checks=4)
+
+
+@pytest.fixture(scope="module")
+def losses(population):
+    """Which rows a rule answers unlike the full model, and where it stops them."""
+
+    def of(rule, table=population):
+        stops = table.at(rule.layers).exits(rule.threshold)
+        answers = pick(table.at(rule.layers).answers, table.full_answer, stops)
+        return answers != table.full_answer, stops
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def group(population, losses):
+    """Four tenths of the rows, with most of those that a rule within the budget would lose."""
+    rules = on_every_layer(population, population.grid(24))
+    fine = [rule for rule in rules if losses(rule)[0].mean() < 0.8 * BUDGET]
+    draw = np.random.default_rng(0).random(len(population))
+    return np.where(losses(fine[-1])[0], draw < 0.9, draw < 0.4)
+
+
+def chosen_on(population, rows, conditions):
+    tested = population.rows(rows)
+    rules = on_every_layer(tested, tested.grid(24))
+    return learn_then_test([(tested, rules)], "disagreement", BUDGET, conditions=conditions)
+
+
+def splits(population):
+    rng = np.random.default_rng(2)
+    return [rng.integers(0, len(population), ROWS) for _ in range(SPLITS)]
+
+
+def over_in_group(population, losses, group, *, conditional):
+    over = exits = 0
+    for rows in splits(population):
+        masks = {"hard": group[rows], "easy": ~group[rows]}
+        found = chosen_on(population, rows, Conditions(groups=masks) if conditional else None)
+        if found.chosen.threshold is not None:
+            exits += 1
+            over += losses(found.chosen)[0][group].mean() > BUDGET
+    assert exits > SPLITS / 2
+    return over
+
+
+def test_within_groups_the_promise_is_broken_in_at_most_5_percent_of_200_splits(
+    population, losses, group
+):
+    over = over_in_group(population, losses, group, conditional=True)
+    assert over <= binom.ppf(0.99, SPLITS, 0.05)
+
+
+def test_without_the_condition_a_group_is_over_the_budget_in_most_splits(population, losses, group):
+    assert over_in_group(population, losses, group, conditional=False) > SPLITS / 2
+
+
+def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_200_splits(population, losses):
+    proposing, over, exits = realistic(2000, seed=5, checks=4), 0, 0
+    for rows in splits(population):
+        found = chosen_on(population, rows, Conditions(groups={}, proposing=proposing))
+        if found.chosen.threshold is None:
+            continue
+        exits += 1
+        unlike, stops = losses(found.chosen)
+        over += any(
+            unlike[stops <= place].mean() > BUDGET
+            for place, one in enumerate(found.conditions)
+            if one.held
+        )
+    assert exits > SPLITS / 2
+    assert over <= binom.ppf(0.99, SPLITS, 0.05)
+
+
+def test_each_condition_is_the_same_test_on_its_rows(population, losses, group):
+    rows = np.arange(2000)
+    found = chosen_on(
+        population, rows, Conditions(groups={"hard": group[rows]}, proposing=population)
+    )
+    unlike, stops = losses(found.chosen, population.rows(rows))
+    masks = [group[rows], *(stops <= place for place in range(len(found.chosen.layers)))]
+    assert len(found.conditions) == len(masks) > 2
+    for one, mask in zip(found.conditions, masks, strict=True):
+        expected = disagreement_p_value(int(unlike[mask].sum()), int(mask.sum()), BUDGET)
+        assert one.n == mask.sum()
+        assert one.risk == (pytest.approx(unlike[mask].mean()) if one.n else None)
+        assert one.p_value is None or one.p_value == pytest.approx(expected)
+        assert one.p_value is None or one.p_value <= 0.05
+
+
+def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(population):
+    few = np.arange(ROWS) < 10
+    found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
+    assert [one.held for one in found.conditions] == [False, True]
+    words = promise(found.to_json())
+    assert "The same holds within the group usual (590 rows)." in words
+    assert "It is NOT promised within the group rare (10 rows): too few rows" in words
+
+
+def test_rows_without_groups_are_refused(project):
+    rows = project.module(mode="memory").states("validation")
+    with pytest.raises(PolicyError, match="difficulty"):
+        groups_of(rows)
