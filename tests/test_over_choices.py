@@ -238,6 +238,15 @@ def test_evaluate_says_once_what_is_not_measured(fitted):
     assert said[0].startswith("tuned lens, L-SPADE: fitted over the choices")
 
 
+def test_evaluate_refuses_rows_without_choices_for_such_heads(fitted, project, monkeypatch, capsys):
+    monkeypatch.chdir(project.home)
+    project.recipe(data__task="text", data__dataset=str(project.texts))
+    folder = str(fitted.home / "checkpoints/toy")
+    recipe = str(project.home / "recipe.yaml")
+    assert main(["evaluate", "--config", recipe, "--heads", folder, "--split", "validation"]) == 1
+    assert "model.scope is choices, and the task text has none" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ablations_of_such_heads_are_fitted_over_the_choices(fitted, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")

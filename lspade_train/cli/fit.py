@@ -49,7 +49,8 @@ def fit(arguments: list[str]) -> None:
     if parsed.recipe.model.target == "final":
         folder /= TUNED_LENS
     require_writable(folder, ArtifactError)
-    require_splits(parsed.recipe.data, ("train", "validation"))
+    over_choices = parsed.recipe.model.scope == "choices"
+    require_splits(parsed.recipe.data, ("train", "validation"), choices=over_choices)
     count, asked = parsed.recipe.model.layer_groups, parsed.options.ckpt_path
     loggers = open_loggers(parsed, folder)
     if count == 1:

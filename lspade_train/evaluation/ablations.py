@@ -226,8 +226,7 @@ def _trained_as(fitted: FittedRecipe) -> HeadConfig:
     training = fitted.heads.metadata.get("training", {})
     known = training.get("recipe", {}).get("model")
     config = HeadConfig(**known) if known else fitted.recipe.model
-    # One set of heads is measured here, whatever else its fit made.
-    return replace(config, target="final" if fitted.heads.target == "final" else "spade")
+    return replace(config, target=config.targets[0])  # the one set of heads that is measured
 
 
 def _steps(fitted: FittedRecipe) -> int:

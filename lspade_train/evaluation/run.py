@@ -53,6 +53,8 @@ class FittedRecipe:
         self.heads.bind(self.data.adapter)
         self.side: Side = evaluation_side(self.data, _known_split(recipe, split))
         self.layers = _common_layers(self.data, self.heads, folder)
+        if self.heads.scope == "choices":
+            tasks.require_choices(recipe.data, tasks.load_rows(recipe.data, self.split))
 
     @property
     def split(self) -> Split:

@@ -30,8 +30,13 @@ def splits(config: DataConfig) -> tuple[Split, ...]:
     return tuple(split for split in SPLITS if split in source.splits or split in shares)
 
 
-def require_splits(config: DataConfig, wanted: Sequence[Split]) -> None:
+def require_splits(config: DataConfig, wanted: Sequence[Split], *, choices: bool = False) -> None:
     """Load and check the rows of several splits, before any model is loaded for them.
+
+    Args:
+        config: the recipe's data section.
+        wanted: the splits.
+        choices: every row must have choices.
 
     Raises:
         TaskError: a split is missing or empty, or a row does not fit the task.
@@ -41,6 +46,8 @@ def require_splits(config: DataConfig, wanted: Sequence[Split]) -> None:
         rows = load_rows(config, split)
         if task.to_question is not None:
             to_questions(config, rows)
+        if choices:
+            require_choices(config, rows)
 
 
 def require_choices(config: DataConfig, rows: Rows) -> None:
@@ -59,7 +66,7 @@ def require_choices(config: DataConfig, rows: Rows) -> None:
         where = f"row {bare} of {rows.split} has none"
     raise TaskError(
         f"model.scope is choices, and {where}; expected choices in every row.\n"
-        "Give the rows choices (or --data.prompt.labels), or set --model.scope vocabulary."
+        "Give the rows choices (or --data.prompt.labels), or fit with --model.scope vocabulary."
     )
 
 
