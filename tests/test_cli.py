@@ -260,7 +260,7 @@ def test_a_checkpoint_of_other_heads_is_named(fitted, project, capsys):
     last = heads_of(fitted) / "training/last.ckpt"
     message = refused(capsys, "fit", "--config", recipe, "--ckpt_path", last)
     assert "holds other heads" in message
-    assert "model.layers, model.form and model.rank" in message
+    assert "model.layers, model.form, model.rank and model.target" in message
 
 
 def test_a_setting_that_the_trainer_refuses_is_named(project, capsys):

@@ -73,7 +73,7 @@ def test_code_that_is_not_trusted_is_not_run(own_code, project, capsys):
 
 def test_model_and_tokenizer_get_every_setting_and_one_revision(monkeypatch):
     asked = {}
-    monkeypatch.setattr(opening, "hub_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(opening, "hub_commit", lambda *_, **__: "c" * 40)
     monkeypatch.setattr(
         opening.ModelAdapter, "from_pretrained", lambda name, **s: asked.update(model=(name, s))
     )
@@ -82,10 +82,11 @@ def test_model_and_tokenizer_get_every_setting_and_one_revision(monkeypatch):
     )
     settings = {
         "dtype": "bfloat16", "device": "cuda:1", "device_map": "auto", "quantization": "int8",
-        "trust_remote_code": True,
+        "trust_remote_code": True, "gguf_file": "model.gguf",
     }  # fmt: skip
     open_model(DataConfig(model_id="org/name", revision="main", task="text", **settings))
     revision = {"revision": "c" * 40}
     flags = {"check": True, "compile": False}
     assert asked["model"] == ("org/name", settings | revision | flags)
-    assert asked["tokenizer"] == ("org/name", {"trust_remote_code": True} | revision)
+    shared = {name: settings[name] for name in ("trust_remote_code", "gguf_file")}
+    assert asked["tokenizer"] == ("org/name", shared | revision)

@@ -47,9 +47,9 @@ def without_test(toy_root, tmp_path_factory):
 
 
 @pytest.fixture
-def purity():
+def simpson():
     """A measure that this package does not have: the sum of the squared probabilities."""
-    name = "purity"
+    name = "simpson"
     yield register_measure(
         Measure(
             name=name,
@@ -207,30 +207,30 @@ def test_a_measure_stays_within_its_bounds_and_tells_which_end_is_sure(name):
     assert not measure.is_sure(torch.tensor([torch.nan]), certain).any()
 
 
-def test_two_measures_of_one_name_are_refused(purity):
-    with pytest.raises(PolicyError, match="'purity' is registered already"):
-        register_measure(purity)
+def test_two_measures_of_one_name_are_refused(simpson):
+    with pytest.raises(PolicyError, match="'simpson' is registered already"):
+        register_measure(simpson)
 
 
-def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, purity, monkeypatch, capsys):
+def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, monkeypatch, capsys):
     monkeypatch.chdir(project.home)
     recipe = str(project.recipe(trainer__max_epochs=1, trainer__logger=False))
     folder = project.home / "checkpoints/toy"
     assert main(["fit", "--config", recipe]) == 0
-    loose = ["--max_disagreement=0.9", "--scope=choices", f"--measure={purity.name}"]
+    loose = ["--max_disagreement=0.9", "--scope=choices", f"--measure={simpson.name}"]
     assert main(["calibrate", "--config", recipe, *loose]) == 0
-    assert "purity ->" in capsys.readouterr().out
+    assert "simpson ->" in capsys.readouterr().out
     policy = ExitPolicy.load(folder)
-    assert (policy.measure, bool(policy.check_layers)) == ("purity", True)
+    assert (policy.measure, bool(policy.check_layers)) == ("simpson", True)
     assert main(["evaluate", "--config", recipe]) == 0
-    assert "policy.json: purity over choices" in capsys.readouterr().out
+    assert "policy.json: simpson over choices" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
     row, chosen = results["exits"]["policy"]["row"], policy.calibration["chosen"]
-    assert results["exits"]["policy"]["measure"] == "purity"
+    assert results["exits"]["policy"]["measure"] == "simpson"
     assert row["threshold"] == chosen["threshold"]
     for name in ("figures/exits_by_flops.svg", "report.html", "README.md"):
-        assert "purity" in (folder / name).read_text()
-    assert "where the purity over the choices is\nat or over" in (folder / "README.md").read_text()
+        assert "simpson" in (folder / name).read_text()
+    assert "where the simpson over the choices is\nat or over" in (folder / "README.md").read_text()
     asked = project.home / "in.jsonl"
     toy.write_jsonl(asked, toy.questions(12, seed=2))  # the test split
     out = project.home / "out.jsonl"

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from lspade_train import ExitPolicy, ExitRuntime, ModelAdapter
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.probes.metrics import entropy
-from lspade_train.training.losses import distillation, hidden_target
+from lspade_train.training.losses import distillation
+from lspade_train.training.targets import HiddenTarget
 
 
 class NormsItsInput(nn.Linear):
@@ -113,7 +114,7 @@ def test_a_check_over_the_choices_sees_the_heads_own_logits(head):
 
 
 def loss_of(unembed, student):
-    target = hidden_target(torch.randn(6, WIDTH, dtype=student.dtype), unembed)
+    target = HiddenTarget(torch.randn(6, WIDTH, dtype=student.dtype), unembed)
     return distillation(student, target, unembed).loss.sum()
 
 

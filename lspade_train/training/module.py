@@ -222,7 +222,8 @@ class LSpadeModule(LightningModule):
         if mine != found:
             raise RecipeError(
                 f"The checkpoint holds other heads: {found}, this recipe makes {mine}.\n"
-                "Give model.layers, form, rank and target of the fit that wrote it."
+                "Give the model.layers, model.form, model.rank and model.target of the fit that "
+                "wrote it."
             )
 
     def configure_optimizers(self) -> Any:
