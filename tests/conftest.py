@@ -1,6 +1,7 @@
 """What every test shares: no network, seeded randomness, and the developers' data where present."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Before any Hugging Face import: a test never asks the Hub.
@@ -13,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import pytest_socket
 import torch
+from tiny_models import FAMILIES, KINDS
 
 # Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
 torch.set_num_threads(1)
@@ -21,13 +23,31 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; Lightning 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+MANY = 2 * len(KINDS)
+"""Families that a test has more than where it runs for all of them."""
+
+
+def _is_varied(item) -> bool:
+    return hasattr(item, "callspec")
+
+
 def pytest_runtest_setup():
     """Refuse every connection but loopback."""
     pytest_socket.socket_allow_hosts(["127.0.0.1", "localhost", "::1"], allow_unix_socket=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the markers are selected by
 def pytest_collection_modifyitems(items):
-    """Mark what uses the developers' data, and say why it is skipped where that is absent."""
+    """Mark what uses the developers' data, and say why it is skipped where that is absent.
+
+    A test that runs for every family runs for one of each kind by default, and is slow for the
+    rest: tests/test_families.py goes through all of them by default.
+    """
+    families = [(item, item.callspec.params.get("family")) for item in items if _is_varied(item)]
+    variants = Counter(item.function for item, family in families if family in FAMILIES)
+    for item, family in families:
+        if variants[item.function] > MANY and family not in KINDS:
+            item.add_marker("slow")
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker("shared")

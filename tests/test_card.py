@@ -168,7 +168,7 @@ CHOSEN = {
 @pytest.mark.parametrize(
     ("risk", "words"),
     [
-        ("accuracy_drop", "The accuracy lies at most 2 percentage points below the full model's"),
+        ("accuracy_drop", "The accuracy is at most 2 percentage points below the full model's"),
         ("disagreement", "At most 2% of the answers differ from the full model's"),
     ],
 )

@@ -50,10 +50,13 @@ def _what(record: Mapping[str, Any]) -> str:
             f"At most {record['budget'] * 100:g}% of the answers differ from the full model's, "
             f"{surely}"
         )
-    return (
-        f"The accuracy lies at most {record['budget'] * 100:g} percentage points below the full "
-        f"model's, {surely}"
-    )
+    return f"The accuracy is at most {_points(record['budget'])} below the full model's, {surely}"
+
+
+def _points(share: float) -> str:
+    """Such as `1 percentage point`."""
+    value = f"{share * 100:g}"
+    return f"{value} percentage point{'' if value == '1' else 's'}"
 
 
 def _where(record: Mapping[str, Any]) -> str:
