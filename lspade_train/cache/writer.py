@@ -146,7 +146,7 @@ def _finish(
         provenance=provenance,
     )
     manifest.write(folder)
-    # What was hashed as it was written need not be read through again.
+    # These files were hashed while they were written: they are not read again.
     note_verified(folder, {shard.file: stamp for shard, stamp in shards.items()} | {STARTS: starts})
     return manifest
 

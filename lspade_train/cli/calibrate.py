@@ -41,9 +41,7 @@ def calibrate(arguments: list[str]) -> None:
     heads_option(parser)
     add = parser.add_argument
     add("--max_accuracy_drop", type=float, default=None, help="budget, such as 0.01 for one point")
-    add(
-        "--max_disagreement", type=float, default=None, help="budget for answers unlike the model's"
-    )
+    add("--max_disagreement", type=float, default=None, help="budget for answers that differ")
     add("--confidence", type=float, default=0.95, help="probability that the promise holds")
     add("--interval", type=int, default=1, help="check every n-th layer that has a head")
     add(

@@ -119,7 +119,7 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
         plugins.append(AtomicCheckpoints())  # the others write their shards themselves
     if SLURMEnvironment.detect():
-        # Lightning's requeueing may cut a step in half, and any recipe would go on from there.
+        # Lightning's requeueing may interrupt a step, and any recipe would resume from there.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     defaults["plugins"] = plugins
     return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, StopTogether()])
