@@ -923,10 +923,12 @@ def test_evaluate_measures_test_or_the_split_asked_for_and_prints_what_it_writes
 
 def test_validate_and_test_run_on_their_splits(fitted, project, capsys):
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
-    for command, stage in (("validate", "val"), ("test", "test")):
+    for command, split in (("validate", "validation"), ("test", "test")):
         code = main([command, "--config", str(recipe), "--heads", str(heads_of(fitted))])
         assert code == 0
-        assert f"{stage}/kl/layer_03" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert re.search(r"^ mean( +\d\.\d{3}){4}", printed, re.M), printed
+        assert f"toy: {split} split, " in printed
 
 
 def test_cache_builds_the_splits_that_it_is_asked_for(project, caplog):
@@ -992,7 +994,7 @@ def test_a_recipe_fits_in_a_real_process_and_its_heads_are_those_of_this_one(fit
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert "train: caching 48 rows" in lines[0]
-    assert lines[-1] == f"next:  lspade-train evaluate --config {recipe}"
+    assert done.stdout.splitlines()[-1] == f"next:  lspade-train calibrate --config {recipe}"
     assert len(lines) < 10, done.stderr
     one, two = (load_file(heads_of(p) / "heads.safetensors") for p in (fitted, project))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -185,7 +185,7 @@ def test_what_was_not_measured_is_said(written):
     folder, _ = written
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Transfer between tasks: Not measured" in page
-    assert "No exit policy was measured: choose one with lspade-train calibrate." in page
+    assert "No exit policy was measured on these 12 rows (test split): choose one" in page
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+from lspade_train.cli.again import another
 from lspade_train.cli.options import heads_given, heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 
@@ -27,6 +28,8 @@ heads and prints the trade-off. Where nothing qualifies the policy is: never exi
   lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
   lspade-train calibrate --config recipes/arc.yaml --measure entropy --decoder spade  (the paper)
   lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)"""
+
+MARK = "> "
 
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
@@ -110,6 +113,13 @@ def calibrate(arguments: list[str]) -> None:
     write_card(folder)
     sys.stdout.write(f"{_verdict(found)}\n")
     log.info("policy: %s", folder / "policy.json")
+    log.info("next:   %s", _next(parsed))
+
+
+def _next(parsed: Parsed) -> str:
+    """The command that measures the policy, with this one's own options left out."""
+    own = (*OPTIONS, "plan")
+    return another("evaluate", parsed.arguments, without=[f"--{name}" for name in own])
 
 
 def _print_plan(parsed: Parsed) -> None:
@@ -151,26 +161,33 @@ def _print_plan(parsed: Parsed) -> None:
 
 
 def _print_kinds(found: "Selection") -> None:
-    """One row per kind of policy, and the chosen one."""
+    """One row per kind of policy, by what it saves; the chosen one is marked."""
     from rich.console import Console
-    from rich.table import Table
+
+    from lspade_train.cli.printing import WIDTH, new_table
 
     result, policy = found.calibration, found.policy
-    table = Table(
-        "decides -> answers", "checks", "accuracy", "drop", "differs", "mean exit",
-        "FLOPs saved", "of oracle", "p-value",
+    table = new_table(
+        "decides -> answers", "checks", "acc.", "drop", "differs", "mean\nexit",
+        "FLOPs\nsaved", "of\noracle", "p",
         title=f"over the {policy.scope}; {result.n:,} rows ({found.side.words}), "
         f"which choose the policy; an oracle saves {result.oracle_saving:.1%}",
-        caption="differs: share of answers that are not the full model's; p-value: of the test",
     )  # fmt: skip
+    table.caption = (
+        f"{MARK.strip()}: chosen; differs: share of answers that are not the full model's; "
+        "p: p-value of its test"
+    )
     table.columns[0].no_wrap = True
     chosen = result.chosen
-    for row in [found.never, *sorted(found.kinds, key=lambda row: row.compute_saved)]:
-        table.add_row(*_cells(row))
-    if chosen.threshold is not None:
-        table.add_section()
-        table.add_row(*_cells(chosen), style="bold reverse")
-    Console(width=max(Console().width, 110)).print(table)
+    others = [row for row in found.kinds if row.name != chosen.name]
+    rows = [*others, chosen] if chosen.threshold is not None else others
+    for row in [found.never, *sorted(rows, key=lambda row: row.compute_saved)]:
+        name, *cells = _cells(row)
+        is_chosen = row is chosen or (row is found.never and chosen.threshold is None)
+        mark = MARK if is_chosen else " " * len(MARK)
+        table.add_row(mark + name, *cells, style="bold" if is_chosen else None)
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)
 
 
 def _cells(row: "PolicyRow") -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from lspade_train.cli.again import another
 from lspade_train.cli.options import heads_given, heads_option
 from lspade_train.cli.parsing import command_parser, parse
 
@@ -50,7 +51,7 @@ def evaluate(arguments: list[str]) -> None:
     from lspade_train.cli.printing import print_ablations, print_cross_task, print_results
     from lspade_train.evaluation.run import FittedRecipe, evaluate_recipe
     from lspade_train.integrations.wandb import log_results
-    from lspade_train.io.layout import write_results
+    from lspade_train.io.layout import POLICY, write_results
     from lspade_train.reporting.page import write_report
     from lspade_train.reporting.plots import write_figures
 
@@ -74,6 +75,9 @@ def evaluate(arguments: list[str]) -> None:
     log.info("results: %s", folder / "results.json")
     log.info("figures: %s", folder / "figures")
     log.info("report:  %s", report)
+    if not (folder / POLICY).exists():
+        own = ["--split", "--cross", "--ablations"]
+        log.info("next:    %s", another("calibrate", parsed.arguments, without=own))
 
 
 def _others(names: str | None) -> list[Any]:

@@ -1,13 +1,13 @@
 """`fit`: train the heads, from a recipe to a heads folder."""
 
 import logging
-import shlex
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+from lspade_train.cli.again import another, resumed
 from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ LOST = "Run it again with --ckpt_path last: it resumes from the last whole epoch
 
 def fit(arguments: list[str]) -> None:
     """Train and export."""
+    began = time.monotonic()
     parser = command_parser("fit", FIT, with_trainer=True)
     parser.add_argument(
         "--ckpt_path", type=str, default=None,
@@ -37,9 +38,11 @@ def fit(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.cli.ending import print_fitted
     from lspade_train.cli.trainer import open_loggers
     from lspade_train.errors import ArtifactError
     from lspade_train.io.layout import TUNED_LENS
+    from lspade_train.io.parallel import ranks
     from lspade_train.io.storage import require_writable
     from lspade_train.tasks import require_splits
     from lspade_train.training.callbacks import finished_groups, forget_groups
@@ -64,8 +67,9 @@ def fit(arguments: list[str]) -> None:
         for number in range(min(done, count - 1), count):
             log.info("layer group %d of %d", number + 1, count)
             _fit_group(parsed, folder, loggers, LayerGroup(number, count), asked)
-    log.info("heads: %s", folder)
-    log.info("next:  lspade-train evaluate --config %s", parsed.recipes[-1])
+    if not ranks()[0] and not parsed.trainer.get("fast_dev_run"):  # which exports nothing
+        after = another("calibrate", parsed.arguments)
+        print_fitted(parsed.recipe, folder, time.monotonic() - began, after)
 
 
 def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: str | None) -> None:
@@ -76,7 +80,7 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
     from lspade_train.training.module import check_rank
 
     last = group_folder(folder, group) / LAST
-    checkpoint = _checkpoint(asked, last)
+    checkpoint, before = _checkpoint(asked, last), _written_at(last)
     module, data = open_modules(parsed, group=group)
     check_rank(parsed.recipe.model, data.hidden_size)  # before a cache is built for it
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
@@ -92,19 +96,15 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
             with early_end_named(trainer, LOST):
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except KeyboardInterrupt as stop:
-            if last.exists():
-                stop.args = (f"resume it with: {_resumed(parsed.arguments)}",)
+            # One of an earlier fit, of other settings perhaps, is not this one's to resume from.
+            own = bool(asked) or group.number > 0 or _written_at(last) != before
+            command = resumed(parsed.arguments, from_checkpoint=own)
+            stop.args = (f"resume it with: {command}",)
             raise
 
 
-def _resumed(arguments: Sequence[str]) -> str:
-    """The command that resumes this fit."""
-    words = list(arguments)
-    if "--ckpt_path" in words:
-        place = words.index("--ckpt_path")
-        del words[place : place + 2]
-    words = [word for word in words if not word.startswith("--ckpt_path=")]
-    return shlex.join(["lspade-train", "fit", *words, "--ckpt_path", "last"])
+def _written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _require_last(asked: str | None) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from lspade_train.probes.lenses import SPADE, label_of
 from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import exit_lens
+from lspade_train.reporting.verdict import verdict
 
 METRICS = {
     "accuracy": "acc.",
@@ -23,9 +24,12 @@ WIDTH = 100
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """A line on what was measured, a table of layers and lenses, and one of exits."""
+    """The verdict, what was measured, a table of layers and lenses, and one of exits."""
     console = Console()
     console = Console(width=max(console.width, WIDTH))
+    console.print()
+    for sentence in verdict(results):
+        console.print(sentence, highlight=False)
     console.print(_headline(results), highlight=False, soft_wrap=True)
     console.print(_by_layer(results))
     if results["exits"]:
@@ -35,10 +39,10 @@ def print_results(results: dict[str, Any]) -> None:
 def print_cross_task(cross: dict[str, Any]) -> None:
     """Heads and threshold of each task (rows) used on each task (columns)."""
     tasks = [
-        f"{task['name']}\n{_number(task['full_model'])}, n {task['n']:,}" for task in cross["tasks"]
+        f"{task['name']}\n{number(task['full_model'])}, n {task['n']:,}" for task in cross["tasks"]
     ]
     title = "SPADE-EXIT: accuracy / mean exit layer; the full model's accuracy under a task's name"
-    table = _table("heads and threshold of", *tasks, title=title)
+    table = new_table("heads and threshold of", *tasks, title=title)
     for heads, cells in zip(cross["heads"], cross["cells"], strict=True):
         table.add_row(heads["name"], *(_cell(cell) for cell in cells))
     console = Console()
@@ -48,19 +52,19 @@ def print_cross_task(cross: dict[str, Any]) -> None:
 def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
     """The effect of each change, mean over the layers."""
     title = f"ablations, mean over layers {layers[0]} to {layers[-1]}; against the full model"
-    table = _table("change", "accuracy", "answer agrees", "KL (nats)", title=title)
+    table = new_table("change", "accuracy", "answer agrees", "KL (nats)", title=title)
     for group, variants in ablations.items():
         for variant in variants:
             values = (variant[m] for m in ("accuracy", "answer_agrees_model", "kl_to_model"))
             table.add_row(
-                f"{group}: {variant['label']}", *(_number(_mean(value)) for value in values)
+                f"{group}: {variant['label']}", *(number(_mean(value)) for value in values)
             )
     Console(width=WIDTH).print(table)
 
 
 def print_comparison(results: Sequence[dict[str, Any]]) -> None:
     """One row per heads folder: its heads and SPADE, mean over the layers, and its policy."""
-    table = _table(
+    table = new_table(
         "folder", "model", "task", "split", "n", "full model", "heads", "SPADE", "KL to SPADE",
         "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
     )  # fmt: skip
@@ -107,18 +111,18 @@ def _by_layer(results: dict[str, Any]) -> Table:
         if values[metric] is not None and (lens, metric) != (SPADE.key, "kl_to_spade")
     ]
     headings = (f"{METRICS[metric]}\n{label_of(lens, short=True)}" for metric, lens in columns)
-    table = _table("layer", *headings)
+    table = new_table("layer", *headings)
     table.caption = LEGEND
-    for place in _spread(len(results["layers"])):
+    for place in spread(len(results["layers"])):
         values = (results["lenses"][lens][metric][place] for metric, lens in columns)
-        table.add_row(str(results["layers"][place]), *(_number(value) for value in values))
+        table.add_row(str(results["layers"][place]), *(number(value) for value in values))
     return table
 
 
 def _exits_table(results: dict[str, Any]) -> Table:
     exits = results["exits"]
     oracle, over = exits["oracle_saving"], exits.get("scope", "vocabulary")
-    table = _table(
+    table = new_table(
         "SPADE-EXIT at", "accuracy", "drop", "disagreement", "mean exit layer", "FLOPs saved",
         title=f"thresholds in nats over the {over}; an oracle saves {oracle:.1%}",
     )  # fmt: skip
@@ -129,14 +133,14 @@ def _exits_table(results: dict[str, Any]) -> Table:
         numbers = ("accuracy", "drop", "disagreement")
         table.add_row(
             name,
-            *(_number(row[key]) for key in numbers),
+            *(number(row[key]) for key in numbers),
             f"{row['mean_exit_layer']:.2f}",
             f"{row['compute_saved']:.1%}",
         )
     return table
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """All indices, or as many as fit a screen: evenly spaced, with the last."""
     if count <= LAYERS_SHOWN:
         return list(range(count))
@@ -156,11 +160,11 @@ def _compared(results: dict[str, Any]) -> list[str]:
         results["task"],
         results["split"],
         f"{results['n']:,}",
-        _number(results["full_model"]["accuracy"]),
-        _number(_mean(heads[metric])),
-        _number(_mean(spade[metric])),
-        _number(_mean(heads["kl_to_spade"])),
-        _number(row.get("accuracy")),
+        number(results["full_model"]["accuracy"]),
+        number(_mean(heads[metric])),
+        number(_mean(spade[metric])),
+        number(_mean(heads["kl_to_spade"])),
+        number(row.get("accuracy")),
         "-" if not row else f"{row['compute_saved']:.1%}" + FLATTERED * _is_flattered(results),
     ]
 
@@ -175,7 +179,7 @@ def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
     row = cell["policy"]
-    return f"{_number(row['accuracy'])} / {row['mean_exit_layer']:.2f}"
+    return f"{number(row['accuracy'])} / {row['mean_exit_layer']:.2f}"
 
 
 def _mean(values: Sequence[float | None] | None) -> float | None:
@@ -183,11 +187,13 @@ def _mean(values: Sequence[float | None] | None) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three decimals, or a dash for what is not known."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the manner of all of them: names at the left, numbers at the right."""
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -18,13 +18,16 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.cli.ending import print_by_layer
     from lspade_train.cli.trainer import (
         early_end_named,
         open_loggers,
         open_modules,
         open_trainer,
     )
+    from lspade_train.io.parallel import ranks
     from lspade_train.probes.heads import LSpadeHeads, check_same_model
+    from lspade_train.tasks import evaluation_split
 
     folder = heads_folder(parsed.recipe)
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
@@ -33,4 +36,9 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     with refusals_named():
         trainer = open_trainer(parsed, open_loggers(parsed, folder), [])
         with early_end_named(trainer, "Run the same command again."):
-            getattr(trainer, command)(module, data)
+            (metrics,) = getattr(trainer, command)(module, data, verbose=False)
+    if not ranks()[0]:
+        measured = evaluation_split(parsed.recipe.data) if split == "test" else split
+        rows = len(data.states(measured))
+        title = f"{parsed.recipe.name}: {measured} split, {rows:,} rows"
+        print_by_layer(metrics, parsed.recipe.model.targets, title, loss=True)

@@ -113,6 +113,7 @@ def measure_policy(
         "scope": policy.scope,
         "decoder": policy.decoder,
         "threshold": policy.threshold,
+        "promise": _promised(policy),
         "chosen_on_these_rows": flattered,
         "label": f"policy.json: {policy.measure} over {policy.scope}{warning}",
     }
@@ -123,6 +124,14 @@ def measure_policy(
     table = exit_table(dataset, adapter, heads, policy)
     (row,) = measure_exits(table, [policy.threshold], oracle=oracle)
     return found | {"oracle_saving": oracle, "row": row, "note": None}
+
+
+def _promised(policy: ExitPolicy) -> dict[str, Any] | None:
+    """Risk, budget and confidence of a policy's calibration; None where nobody calibrated it."""
+    record = policy.calibration
+    if not record.get("confidence"):
+        return None
+    return {name: record[name] for name in ("risk", "budget", "confidence")}
 
 
 def _oracle(

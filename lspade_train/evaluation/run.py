@@ -17,6 +17,7 @@ from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
+from lspade_train.evaluation.verdict import judge
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
 from lspade_train.policies.cached_exits import exit_table
@@ -116,6 +117,7 @@ def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
     results["exits"] = _measured_exits(fitted)
     results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
+    results["verdict"] = judge(results)
     return plain(results | {"cross_task": None, "ablations": None})
 
 

@@ -65,6 +65,7 @@ def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
             "n": len(readings),
             "n_labelled": int(readings.labelled.sum()),
             "has_choices": readings.has_choices,
+            "chance": _chance(readings),
             "layers": list(readings.layers),
             "interval": INTERVAL,
             "coverage": COVERAGE,
@@ -151,6 +152,16 @@ def _histogram(values: Tensor, edges: Tensor) -> list[int]:
     """Rows per bin; entropies that rounding pushed past an end are clamped, NaN is not counted."""
     inside = values[values.isfinite()].double().clamp(edges[0], edges[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
+
+
+def _chance(readings: Readings) -> float | None:
+    """Accuracy without looking: guessing among the choices, or always the commonest answer."""
+    known = readings.labelled & (readings.choice_count > 0)
+    if not known.any():
+        return None
+    guessed = float((1 / readings.choice_count[known].double()).mean())
+    commonest = int(readings.answer_id[known].bincount().max())
+    return max(guessed, commonest / int(known.sum()))
 
 
 def _only(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text as users write it: byte-order marks, lines of any bytes, strict JSON objects.
+"""Text as users write it and read it: byte-order marks, lines of any bytes, JSON, times, sizes.
 
 Knows nothing of tasks or recipes. Imports nothing heavy.
 """
@@ -106,3 +106,23 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits:.20} is too large a number")
     return value
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as `12 s`, `3 min 20 s` or `1 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def byte_size(count: float) -> str:
+    """A size in words, such as `26.1 kB` or `1.03 GB`; three digits."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    place = 0
+    while count >= 999.5 and place < len(units) - 1:
+        count, place = count / 1000, place + 1
+    return f"{count:.3g} {units[place]}"

@@ -17,6 +17,7 @@ from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
 from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import Value, all_tables
+from lspade_train.reporting.verdict import verdict
 
 REPORT = "report.html"
 FORMAT_VERSION = 2
@@ -65,29 +66,16 @@ def write_report(folder: Path) -> Path:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """The main findings, as sentences."""
-    lines: list[str] = []
+    """The verdict, and what it is measured against, as sentences."""
     full = results["full_model"]
     if full["accuracy"] is None:
-        lines.append("These rows have no labels: lenses are compared with the full model.")
+        against = "These rows have no labels: lenses are compared with the full model."
     else:
         low, high = full["accuracy_interval"]
-        lines.append(
-            f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]."
-        )
-    policy = (results["exits"] or {}).get("policy") or {}
-    row = policy.get("row")
-    if row is None:
-        lines.append("No exit policy was measured: choose one with lspade-train calibrate.")
-        return lines
-    low, high = row["disagreement_interval"]
-    lines.append(
-        f"The policy ({policy.get('label', 'policy.json')}) saves {row['compute_saved']:.1%} of "
-        f"the FLOPs, exits after layer {row['mean_exit_layer']:.1f} of {results['num_layers']} on "
-        f"average, and disagrees with the full model on {row['disagreement']:.1%} of the rows "
-        f"[{low:.1%}, {high:.1%}]."
-    )
-    return lines
+        chance = results.get("chance")
+        against = f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+        against += "." if chance is None else f"; chance is {chance:.1%}."
+    return [*verdict(results), against]
 
 
 def _promise(folder: Path, results: dict[str, Any]) -> list[str]:

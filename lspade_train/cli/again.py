@@ -1,0 +1,38 @@
+"""Command lines to copy: the user's own, for another command or to resume."""
+
+import shlex
+from collections.abc import Callable, Sequence
+
+OF_FIT = ("--ckpt_path", "--trainer")
+
+
+def another(command: str, arguments: Sequence[str], *, without: Sequence[str] = ()) -> str:
+    """Another command on the same recipe with the same overrides.
+
+    Args:
+        command: its name.
+        arguments: of the command at hand; what only `fit` reads is left out.
+        without: options that only the command at hand has, such as `--plan`.
+    """
+    kept = _without(arguments, lambda key: key in without or key.split(".")[0] in OF_FIT)
+    return shlex.join(["lspade-train", command, *kept])
+
+
+def resumed(arguments: Sequence[str], *, from_checkpoint: bool) -> str:
+    """The command that resumes a fit, from its own last checkpoint where it has one."""
+    kept = _without(arguments, lambda key: key == "--ckpt_path")
+    last = ["--ckpt_path", "last"] if from_checkpoint else []
+    return shlex.join(["lspade-train", "fit", *kept, *last])
+
+
+def _without(arguments: Sequence[str], dropped: Callable[[str], bool]) -> list[str]:
+    """The words without those of some options: `--key VALUE` and `--key=VALUE` alike."""
+    kept: list[str] = []
+    dropping = False
+    for word in arguments:
+        if word.startswith("--"):
+            dropping = dropped(word.split("=", 1)[0])
+        if not dropping:
+            kept.append(word)
+        dropping = dropping and "=" not in word
+    return kept

@@ -1,0 +1,123 @@
+"""What an evaluation found, in sentences: for the terminal, the report and the card.
+
+Says nothing that is not in `results.json`.
+"""
+
+from typing import Any
+
+from lspade_train.evaluation.verdict import near_from
+from lspade_train.probes.lenses import SPADE, label_of
+from lspade_train.reporting.rows import rows_measured
+from lspade_train.reporting.tables import exit_lens
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """What the policy saves, whether its promise held here, whether a fixed layer does as well."""
+    found = results.get("verdict")
+    policy = (results["exits"] or {}).get("policy") or {}
+    if not found or not policy.get("row"):
+        return [_no_policy(results, policy), *_near(results), *_at_chance(results)]
+    exits = policy["row"]["mean_exit_layer"] < results["num_layers"]
+    held = _held(found) if exits else []
+    first = _saves(results, policy["row"], found, exits=exits)
+    return [first, *held, *_fixed(found), *_at_chance(results)]
+
+
+def _saves(
+    results: dict[str, Any], row: dict[str, Any], found: dict[str, Any], *, exits: bool
+) -> str:
+    rows = f"{results['n']:,} rows ({rows_measured(results)})"
+    if not exits:
+        return f"The policy saves nothing: it never exits on these {rows}."
+    words = (
+        f"The policy saves {row['compute_saved']:.1%} of the FLOPs (mean exit at layer "
+        f"{row['mean_exit_layer']:.2f} of {results['num_layers']}) on {rows}"
+    )
+    if found["measured"] is None:
+        found = found | {"risk": "disagreement", "measured": row["disagreement"],
+                         "measured_interval": row["disagreement_interval"]}  # fmt: skip
+    return f"{words}; {_risk(found['risk'], found['measured'])}{_interval(found)}."
+
+
+def _held(found: dict[str, Any]) -> list[str]:
+    if found["budget"] is None:
+        return ["Nothing was promised: nobody calibrated this policy (lspade-train calibrate)."]
+    promised = (
+        f"{_points(found['budget'])} of accuracy"
+        if found["risk"] == "accuracy_drop"
+        else f"{found['budget']:.2%} of other answers"
+    )
+    promised = f"at most {promised}, with {found['confidence']:.0%} confidence"
+    if found["measured"] is None:
+        return [f"Promised: {promised}. Whether it held cannot be seen here: no row has a label."]
+    if found["held"] is None:
+        return [f"Promised: {promised}. Whether it held cannot be seen here: these rows chose it."]
+    if found["held"]:
+        return [f"The promise held on these rows: {promised}."]
+    low = (found["measured_interval"] or [0])[0]
+    chance = ", though the interval includes it" if low <= found["budget"] else ""
+    return [f"The promise did NOT hold on these rows: {promised}{chance}."]
+
+
+def _fixed(found: dict[str, Any]) -> list[str]:
+    fixed = found["fixed"]
+    if found["measured"] is None:
+        return []
+    within = "that risk" if found["budget"] is None else "that budget"
+    if fixed is None:
+        return [f"No fixed layer stays within {within} on these rows."]
+    what = (
+        f"always exiting at layer {fixed['layer']} with {label_of(fixed['lens'])}, chosen in "
+        f"hindsight, saves {fixed['saved']:.1%}; {_risk(found['risk'], fixed['measured'])}"
+    )
+    if found["fixed_as_good"]:
+        return [f"A fixed layer does as well here: {what}."]
+    return [f"No fixed layer does as well within {within}: the best here, {what}."]
+
+
+def _no_policy(results: dict[str, Any], policy: dict[str, Any]) -> str:
+    if policy.get("note"):
+        return f"The policy was not measured: {policy['note']}"
+    return (
+        f"No exit policy was measured on these {results['n']:,} rows "
+        f"({rows_measured(results)}): choose one with lspade-train calibrate."
+    )
+
+
+def _near(results: dict[str, Any]) -> list[str]:
+    """From which layer on the heads and SPADE are near the full model."""
+    keys = [key for key in (exit_lens(results), SPADE.key) if key in results["lenses"]]
+    found = {label_of(key): near_from(results, key) for key in keys}
+    parts = [f"{label} from layer {layer} on" for label, layer in found.items() if layer]
+    if not parts:
+        return []
+    return [f"Within a point of the full model's accuracy: {', '.join(parts)}."]
+
+
+def _at_chance(results: dict[str, Any]) -> list[str]:
+    full, chance = results["full_model"], results.get("chance")
+    if full["accuracy"] is None or chance is None or full["accuracy_interval"][0] > chance:
+        return []
+    return [
+        f"The full model itself is not shown to be better than chance ({full['accuracy']:.1%} "
+        f"against {chance:.1%}): what is saved on guesses means little."
+    ]
+
+
+def _risk(risk: str, value: float) -> str:
+    if risk == "disagreement":
+        return f"{value:.2%} of the answers are not the full model's"
+    if value < 0:
+        return f"its accuracy is {_points(-value)} above the full model's"
+    return f"it loses {_points(value)} of accuracy"
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:.2f} points"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    if not found["measured_interval"]:
+        return ""
+    low, high = (value * 100 for value in found["measured_interval"])
+    return f" [{low:.2f}, {high:.2f}]"

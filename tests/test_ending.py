@@ -1,0 +1,160 @@
+"""How commands end: what was measured, in words and one table, and the next command."""
+
+import json
+import shlex
+
+import pytest
+
+from lspade_train.cli import main
+from lspade_train.cli.again import another, resumed
+from lspade_train.evaluation.verdict import judge, near_from
+from lspade_train.io.text import byte_size, duration
+from lspade_train.reporting.verdict import verdict
+
+
+def lens(*accuracy):
+    return {"accuracy": list(accuracy), "answer_agrees_model": list(accuracy)}
+
+
+def results(*, drop=0.004, saved=0.4, budget=0.01, flattered=False, risk="accuracy_drop"):
+    """Two layers of four, one lens at each, and a policy; the full model is always right."""
+    row = {
+        "compute_saved": saved, "mean_exit_layer": 2.4, "accuracy": 1 - drop, "drop": drop,
+        "drop_interval": [drop - 0.001, drop + 0.001], "disagreement": drop,
+        "disagreement_interval": [drop, drop],
+    }  # fmt: skip
+    policy = {
+        "row": row, "chosen_on_these_rows": flattered,
+        "promise": budget and {"risk": risk, "budget": budget, "confidence": 0.95},
+    }  # fmt: skip
+    return {
+        "n": 500, "split": "test", "num_layers": 4, "layers": [2, 3], "name": "toy",
+        "heads": {"target": "spade"}, "chance": 0.5,
+        "full_model": {"accuracy": 1.0, "accuracy_interval": [1.0, 1.0]},
+        "lenses": {"l_spade": lens(0.98, 0.995), "spade": lens(0.98, 1.0)},
+        "iso_compute": {
+            "lenses": {"l_spade": {"flops": [0.5, 0.75]}, "spade": {"flops": [0.8, 0.9]}},
+        },
+        "exits": {"policy": policy},
+    }  # fmt: skip
+
+
+def words(found):
+    return " ".join(verdict({**found, "verdict": judge(found)}))
+
+
+def test_the_best_fixed_exit_is_the_one_that_saves_most_within_the_budget():
+    # By hand: layer 2 saves more and loses 2 points; of layer 3 the head costs less than SPADE.
+    assert judge(results())["fixed"] == {
+        "lens": "l_spade", "layer": 3, "saved": 0.25, "measured": pytest.approx(0.005),
+    }  # fmt: skip
+    assert judge(results(budget=0.02))["fixed"]["layer"] == 2
+
+
+@pytest.mark.parametrize(("saved", "as_good"), [(0.4, False), (0.2, True)])
+def test_a_fixed_layer_is_as_good_where_it_saves_as_much(saved, as_good):
+    found = results(saved=saved)
+    assert judge(found)["fixed_as_good"] is as_good
+    assert ("A fixed layer does as well here" in words(found)) is as_good
+    assert ("No fixed layer does as well" in words(found)) is not as_good
+
+
+@pytest.mark.parametrize(
+    ("case", "held", "said"),
+    [
+        ({}, True, "The promise held on these rows: at most 1.00 points of accuracy"),
+        ({"drop": 0.03}, False, "did NOT hold on these rows"),
+        ({"drop": 0.0105}, False, "though the interval includes it"),
+        ({"flattered": True}, None, "cannot be seen here: these rows chose it"),
+        ({"budget": None}, None, "Nothing was promised"),
+        ({"risk": "disagreement"}, True, "at most 1.00% of other answers"),
+    ],
+)
+def test_whether_the_promise_held_is_what_was_measured_against_the_budget(case, held, said):
+    found = results(**case)
+    assert judge(found)["held"] is held
+    assert said in words(found)
+
+
+def test_without_labels_an_accuracy_budget_cannot_be_seen():
+    found = results()
+    found["full_model"] = {"accuracy": None}
+    found["exits"]["policy"]["row"] |= {"drop": None, "drop_interval": None, "accuracy": None}
+    assert judge(found)["held"] is None
+    assert "no row has a label" in words(found)
+    assert "0.40% of the answers are not the full model's" in words(found)
+
+
+def test_a_policy_that_never_exits_is_said_to_save_nothing():
+    found = results(saved=0.0, drop=0.0)
+    found["exits"]["policy"]["row"]["mean_exit_layer"] = 4.0
+    assert words(found).startswith("The policy saves nothing: it never exits on these 500 rows")
+    assert "promise held" not in words(found)
+
+
+def test_a_model_at_chance_is_named():
+    found = results()
+    found["full_model"]["accuracy_interval"] = [0.49, 1.0]
+    assert "not shown to be better than chance (100.0% against 50.0%)" in words(found)
+    assert "chance" not in words(results())
+
+
+def test_near_is_from_the_layer_that_no_later_one_falls_behind():
+    found = results()
+    assert near_from(found, "l_spade") == 3
+    found["lenses"]["l_spade"]["accuracy"] = [1.0, 0.9]
+    assert near_from(found, "l_spade") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [
+        ("--config a.yaml", "--config a.yaml"),
+        ("--config=a.yaml --data.limit 5", "--config=a.yaml --data.limit 5"),
+        ("--trainer.max_epochs 2 --config a.yaml --ckpt_path last", "--config a.yaml"),
+        ("--config a.yaml --trainer.max_epochs=2 --name b", "--config a.yaml --name b"),
+        ("--config 'my recipe.yaml'", "--config 'my recipe.yaml'"),
+    ],
+)
+def test_the_next_command_keeps_the_recipe_and_its_overrides(given, after):
+    assert another("evaluate", shlex.split(given)) == f"lspade-train evaluate {after}"
+
+
+def test_resuming_asks_for_the_last_checkpoint_once():
+    given = ["--config", "a.yaml", "--ckpt_path", "old.ckpt", "--trainer.max_epochs", "3"]
+    plain = "lspade-train fit --config a.yaml --trainer.max_epochs 3"
+    assert resumed(given, from_checkpoint=True) == f"{plain} --ckpt_path last"
+    assert resumed(given, from_checkpoint=False) == plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3900, "1 h 5 min")],
+)
+def test_durations_are_in_words(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (26100, "26.1 kB"), (999_999, "1 MB"), (3e12, "3 TB")],
+)
+def test_sizes_have_three_digits(count, text):
+    assert byte_size(count) == text
+
+
+def test_fit_ends_with_its_layers_and_the_command_to_go_on_with(project, monkeypatch, capsys):
+    monkeypatch.chdir(project.home)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    recipe = str(project.recipe(model__target="both", trainer__max_epochs=1))
+    assert main(["fit", "--config", recipe, "--trainer.max_epochs", "1", "--data.limit", "20"]) == 0
+    printed = capsys.readouterr().out
+    for folder in ("", "tuned_lens/"):
+        config = json.loads((project.home / f"checkpoints/toy/{folder}config.json").read_text())
+        for name, value in config["training"]["metrics"].items():
+            if "/kl/" in name or "/agreement/" in name:
+                assert f" {value:.3f} " in printed, name
+    assert printed.endswith(f"next:  lspade-train calibrate --config {recipe} --data.limit 20\n")
+    heads, took = printed.splitlines()[-2].split("; ")
+    assert heads.startswith("heads: checkpoints/toy (")
+    assert took.startswith("this run took ")
