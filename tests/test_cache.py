@@ -614,9 +614,9 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
     calls = []
     extract = cache.extract
 
-    def counted(adapter, examples, *rest):
+    def counted(adapter, examples, *rest, **more):
         calls.append(len(examples))
-        return extract(adapter, examples, *rest)
+        return extract(adapter, examples, *rest, **more)
 
     monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
     build(damaged, shard_mb=TINY_SHARDS)

@@ -85,9 +85,9 @@ def computed(monkeypatch):
     """Sizes of the shards that the model computed."""
     sizes, extract = [], cache.extract
 
-    def counted(adapter, examples, *rest):
+    def counted(adapter, examples, *rest, **more):
         sizes.append(len(examples))
-        return extract(adapter, examples, *rest)
+        return extract(adapter, examples, *rest, **more)
 
     monkeypatch.setattr("lspade_train.cache.writer.extract", counted)
     return sizes

@@ -19,6 +19,7 @@ from lspade_train.cache.job import (
 from lspade_train.cache.manifest import REBUILD, Manifest, Shard, require_same
 from lspade_train.cache.reader import known_stamps, note_verified, verify
 from lspade_train.cache.shards import Part, target_bytes
+from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
 from lspade_train.io.storage import read_tensors
 
@@ -56,11 +57,11 @@ def add_targets(job: Build) -> Manifest:
         return on_first(lambda: _finish_targets(job, manifest, targets))
 
 
-def _targets(job: Build, shard: Shard) -> dict[str, Tensor]:
+def _targets(job: Build, shard: Shard, unfinished: Unfinished) -> dict[str, Tensor]:
     job.adapter.check()
     job.store.fetch_files(job.folder / shard.file)  # another machine may have written it
     states = read_tensors(job.folder / shard.file, CacheError, REBUILD)
-    return spade_targets(job.adapter, states, job.what)
+    return spade_targets(job.adapter, states, job.what, unfinished=unfinished)
 
 
 def _prepare_targets(job: Build) -> Manifest:
@@ -82,6 +83,7 @@ def _finish_targets(job: Build, manifest: Manifest, targets: dict[Shard, list[in
     folder = job.folder
     gather(job, targets)
     clear(folder, "target-*.safetensors", keep={target.file for target in targets})
+    clear(folder, f"*{SUFFIX}")
     manifest = replace(manifest, targets=tuple(targets))
     manifest.write(folder)
     stamps = {target.file: stamp for target, stamp in targets.items()}

@@ -7,12 +7,14 @@ stored. Knows nothing of files: the writer, the in-memory mode and the online mo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lspade_train.cache.unfinished import Unfinished
 from lspade_train.errors import NumericsError
 from lspade_train.models import ModelAdapter
 from lspade_train.probes.spade import collect_states, continue_states
@@ -74,6 +76,7 @@ def extract(
     tokens_per_batch: int,
     *,
     to_host: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Tensor]:
     """Hidden states and labels of `examples`, one row per answer position, in their order.
 
@@ -83,6 +86,7 @@ def extract(
         what: the layers.
         tokens_per_batch: padded prompt tokens per forward.
         to_host: copy what the model computes to the host's memory; else it stays on the device.
+        unfinished: counts the batches, and may hold the first of them already.
 
     Returns:
         Tensors whose first dimension is the row, by the names of `StateBatch`; no targets.
@@ -91,29 +95,37 @@ def extract(
         NumericsError: a hidden state is NaN or Inf.
     """
     starts = np.cumsum([0] + [len(example.positions) for example in examples])
-    out: dict[str, Tensor] = _labels(examples, what)
+    unfinished = unfinished or Unfinished()
+    out, done = unfinished.tensors, unfinished.steps
+    out |= _labels(examples, what)
     if not examples:
         return out | _no_states(adapter, what)
 
     def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
-        for batch in length_buckets(examples, tokens_per_batch):
+        for batch in islice(length_buckets(examples, tokens_per_batch), done, None):
             chosen = [examples[i] for i in batch]
             parts = _forward(adapter, chosen, what)
             yield batch, _to_host(parts) if to_host else partial(dict, parts)
 
-    for batch, arrived in _one_behind(batches()):
-        place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
-        parts = arrived()
-        for name, part in parts.items():
-            if name not in out:
-                out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
-            out[name][place.to(part.device)] = part
-        _refuse_non_finite_states(parts, examples, batch, what.layers)
+    with unfinished:
+        for batch, arrived in _one_behind(batches()):
+            place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+            parts = arrived()
+            _refuse_non_finite_states(parts, examples, batch, what.layers)
+            for name, part in parts.items():
+                if name not in out:
+                    out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
+                out[name][place.to(part.device)] = part
+            unfinished.step(len(place))
     return out
 
 
 def spade_targets(
-    adapter: ModelAdapter, states: Mapping[str, Tensor], what: Extraction
+    adapter: ModelAdapter,
+    states: Mapping[str, Tensor],
+    what: Extraction,
+    *,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Tensor]:
     """What `what.targets` keeps of SPADE's answers, row by row of what `extract` gave.
 
@@ -124,6 +136,7 @@ def spade_targets(
         adapter: the frozen model.
         states: `hidden`, `start_id` and `position_id` of the rows.
         what: layers, position ids and the kind of target.
+        unfinished: counts the steps, and may hold the first of them already.
 
     Returns:
         Tensors by the names of `StateBatch`, where `states["hidden"]` is.
@@ -133,17 +146,20 @@ def spade_targets(
     """
     hidden = states["hidden"]
     step = max(SWEEP_ROWS // len(what.layers), 1)
-    out: dict[str, Tensor] = {}
-    for first in range(0, max(len(hidden), 1), step):
-        rows = slice(first, first + step)
-        parts = _store_target(adapter, _continued(adapter, states, rows, what), what)
-        _refuse_non_finite_targets(parts, first, what.layers)
-        for name, part in parts.items():
-            if name not in out:
-                out[name] = torch.empty(
-                    len(hidden), *part.shape[1:], dtype=part.dtype, device=hidden.device
-                )
-            out[name][rows] = part
+    unfinished = unfinished or Unfinished()
+    out = unfinished.tensors
+    with unfinished:
+        for first in range(unfinished.steps * step, max(len(hidden), 1), step):
+            rows = slice(first, first + step)
+            parts = _store_target(adapter, _continued(adapter, states, rows, what), what)
+            _refuse_non_finite_targets(parts, first, what.layers)
+            for name, part in parts.items():
+                if name not in out:
+                    out[name] = torch.empty(
+                        len(hidden), *part.shape[1:], dtype=part.dtype, device=hidden.device
+                    )
+                out[name][rows] = part
+            unfinished.step(len(hidden[rows]))
     return out
 
 

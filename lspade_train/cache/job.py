@@ -5,7 +5,7 @@ nothing of what the files hold.
 """
 
 import shutil
-from collections.abc import Callable, Generator, Iterable, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +20,11 @@ from lspade_train.cache.manifest import Identity, Shard
 from lspade_train.cache.shards import LocalStore, Part, RemoteStore, write_parts
 from lspade_train.errors import CacheError
 from lspade_train.io.parallel import ranks, together
+from lspade_train.io.progress import Progress
 from lspade_train.io.storage import json_digest
 from lspade_train.models import ModelAdapter
 
 Result = TypeVar("Result")
-
-Track = Callable[[Sequence[int]], Iterable[int]]
-"""Wraps the shard numbers in a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Build:
         identity: what decides the bytes.
         store: where else each file goes as soon as it is complete.
         overwrite: compute what exists already, too.
-        track: wraps the shard numbers in a progress bar.
+        name: of the work, where its progress is shown.
         say: shows the user a line.
     """
 
@@ -50,7 +48,7 @@ class Build:
     identity: Identity
     store: RemoteStore = LocalStore()  # noqa: RUF009  (it has no state)
     overwrite: bool = False
-    track: Track = iter
+    name: str | None = None
     say: Callable[[str], None] = lambda _: None
 
     @cached_property
@@ -70,12 +68,15 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 
 def write_shared(job: Build, part: Callable[[int], Part], count: int) -> dict[Shard, list[int]]:
-    """Write this process's share of the files; all files of all processes, with their stamps."""
+    """Write this process's share of the files; all files of all processes, with their stamps.
+
+    The first process shows the progress of its own share.
+    """
     rank, world = ranks()
-    numbers = range(rank, count, world)
-    parts = together(
-        lambda: write_parts(map(part, job.track(numbers)), job.store, overwrite=job.overwrite)
-    )
+    mine = [part(number) for number in range(rank, count, world)]
+    progress = Progress(None if rank else job.name, sum(one.rows for one in mine))
+    with progress:
+        parts = together(lambda: write_parts(mine, job.store, progress, overwrite=job.overwrite))
     found = dict(chain.from_iterable(part.items() for part in parts))
     return dict(sorted(found.items(), key=lambda item: item[0].file))
 

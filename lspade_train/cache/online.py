@@ -7,6 +7,7 @@ from torch import Tensor
 from lspade_train.cache.dataset import rows_at_once
 from lspade_train.cache.extract import Extraction, extract, spade_targets
 from lspade_train.cache.states import StateBatch
+from lspade_train.cache.unfinished import Unfinished
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
@@ -55,9 +56,9 @@ class OnlineDataset:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def extract(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Tensors by the names of `StateBatch`, in the host's memory."""
-        return self._compute(examples, to_host=True)
+    def extract(self, examples: list[Example], unfinished: Unfinished) -> dict[str, Tensor]:
+        """Tensors by the names of `StateBatch`, in the host's memory; `unfinished` counts rows."""
+        return self._compute(examples, unfinished, to_host=True)
 
     def gather(self, rows: Tensor) -> StateBatch:
         """All answer positions of the asked prompts, in their order, states where the model is.
@@ -65,8 +66,12 @@ class OnlineDataset:
         No rows, such as a process may get that shares a short split with others, give none.
         """
         asked = [self.examples[int(row)] for row in rows]
-        return StateBatch(**self._compute(asked, to_host=False))
+        return StateBatch(**self._compute(asked, Unfinished(), to_host=False))
 
-    def _compute(self, examples: list[Example], *, to_host: bool) -> dict[str, Tensor]:
-        states = extract(self.adapter, examples, self.what, self.tokens, to_host=to_host)
+    def _compute(
+        self, examples: list[Example], unfinished: Unfinished, *, to_host: bool
+    ) -> dict[str, Tensor]:
+        states = extract(
+            self.adapter, examples, self.what, self.tokens, to_host=to_host, unfinished=unfinished
+        )
         return states | (spade_targets(self.adapter, states, self.what) if self.what.spade else {})

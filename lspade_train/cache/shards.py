@@ -15,7 +15,9 @@ from torch import Tensor
 
 from lspade_train.cache.extract import Extraction, row_count
 from lspade_train.cache.manifest import Shard
+from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
+from lspade_train.io.progress import Progress
 from lspade_train.io.storage import file_digest, file_stamp, file_tag, write_tensors
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
@@ -120,17 +122,17 @@ class Part:
         path: the file.
         rows: how many it holds.
         tag: all that decides its bytes, by which it is told from another such file.
-        compute: makes its tensors.
+        compute: makes its tensors, step by step.
     """
 
     path: Path
     rows: int
     tag: str
-    compute: Callable[[], dict[str, Tensor]]
+    compute: Callable[[Unfinished], dict[str, Tensor]]
 
 
 def write_parts(
-    parts: Iterable[Part], store: RemoteStore, *, overwrite: bool
+    parts: Iterable[Part], store: RemoteStore, progress: Progress, *, overwrite: bool
 ) -> dict[Shard, list[int]]:
     """Compute and write files; those that exist already are only checked.
 
@@ -140,6 +142,7 @@ def write_parts(
     Args:
         parts: the files, in order.
         store: where else each goes as soon as it is complete.
+        progress: counts the rows.
         overwrite: compute those that exist, too.
 
     Returns:
@@ -154,7 +157,11 @@ def write_parts(
     # Leaving the block, with an error or without, waits for the file that is being written.
     with ThreadPoolExecutor(1, thread_name_prefix="shards") as disk:
         for part in parts:
-            tensors = None if not overwrite and _exists(part, store) else part.compute()
+            tensors = None
+            if not overwrite and _exists(part, store):
+                progress.skip(part.rows)
+            else:
+                tensors = part.compute(Unfinished(part.path, part.tag, progress))
             if writing is not None:
                 done.append(writing.result())
             writing = disk.submit(_store, part, tensors, store)
@@ -173,6 +180,7 @@ def _store(
 ) -> tuple[Shard, list[int]]:
     if tensors is not None:
         write_tensors(part.path, tensors, part.tag, CacheError)
+        part.path.with_suffix(SUFFIX).unlink(missing_ok=True)
     stamp = file_stamp(part.path)
     digest = file_digest(part.path, CacheError)
     store.publish_file(part.path)

@@ -35,6 +35,7 @@ from lspade_train.cache.manifest import (
 )
 from lspade_train.cache.reader import VERIFIED, note_verified
 from lspade_train.cache.shards import Estimate, Part, estimate
+from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
 from lspade_train.io.storage import file_digest, file_stamp, file_tag, read_json, write_tensors
 from lspade_train.probes.spade import collect_states
@@ -93,9 +94,11 @@ def build(
         return on_first(lambda: _finish(job, encoded, plan, provenance, shards))
 
 
-def _states(job: Build, examples: Sequence[Example], tokens_per_batch: int) -> dict[str, Tensor]:
+def _states(
+    job: Build, examples: Sequence[Example], tokens_per_batch: int, unfinished: Unfinished
+) -> dict[str, Tensor]:
     job.adapter.check()
-    return extract(job.adapter, examples, job.what, tokens_per_batch)
+    return extract(job.adapter, examples, job.what, tokens_per_batch, unfinished=unfinished)
 
 
 def _prepare(job: Build, plan: Estimate) -> Manifest | None:
@@ -131,6 +134,7 @@ def _finish(
     folder = job.folder
     gather(job, shards)
     clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
+    clear(folder, f"*{SUFFIX}")
     _write_starts(job, encoded.examples)
     starts = file_stamp(folder / STARTS)
     manifest = Manifest(
@@ -158,7 +162,7 @@ def discard(folder: Path) -> None:
         CacheError: the folder cannot be written.
     """
     # The manifest first: without it nothing reads the rest.
-    clear(folder, *FILES, VERIFIED, ".*.tmp")
+    clear(folder, *FILES, VERIFIED, ".*.tmp", f"*{SUFFIX}")
 
 
 def _write_starts(job: Build, examples: Sequence[Example]) -> None:

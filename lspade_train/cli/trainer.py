@@ -107,14 +107,23 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     """Lightning's Trainer with the recipe's arguments over our defaults."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ProgressBar
 
-    from lspade_train.training.callbacks import AtomicCheckpoints
+    from lspade_train.training.callbacks import LOG_EVERY, AtomicCheckpoints, LogEachEpoch
+    from lspade_train.training.fit_progress import FitProgress
 
     arguments = parsed.trainer | {"logger": loggers}
     # Copies: each group of layers has a trainer of its own, and callbacks remember.
     given = deepcopy(arguments.pop("callbacks", None) or [])
     given = given if isinstance(given, list) else [given]
-    defaults: dict[str, Any] = {"log_every_n_steps": 10, "enable_model_summary": False}
+    defaults: dict[str, Any] = {"log_every_n_steps": LOG_EVERY, "enable_model_summary": False}
+    ours: list[Callback] = [StopTogether()]
+    if "log_every_n_steps" not in arguments:
+        ours.append(LogEachEpoch())
+    if arguments.get("enable_progress_bar", True) and not any(
+        isinstance(callback, ProgressBar) for callback in given
+    ):
+        ours.append(FitProgress())
     plugins: list[Any] = []
     if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
         plugins.append(AtomicCheckpoints())  # the others write their shards themselves
@@ -122,4 +131,4 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
         # Lightning's requeueing may interrupt a step, and any recipe would resume from there.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     defaults["plugins"] = plugins
-    return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, StopTogether()])
+    return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, *ours])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -20,6 +20,8 @@ from lspade_train.recipe import Recipe
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
 LAST = "last.ckpt"
+LOG_EVERY = 10
+"""Steps between two entries of the training metrics, in epochs that have as many."""
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,17 @@ class LastCheckpoint(ModelCheckpoint):
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
             # With the optimiser's state, without which a resumed fit is a different one.
             trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=False)
+
+
+class LogEachEpoch(Callback):
+    """Training metrics once per epoch at least, in epochs shorter than the interval, too."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before Lightning compares the interval with the number of batches, and warns."""
+        if stage == "fit":
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            batches = max(len(data.train_dataloader()), 1)
+            trainer.log_every_n_steps = min(LOG_EVERY, batches)  # type: ignore[attr-defined]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -22,9 +22,10 @@ from lspade_train import cache, tasks
 from lspade_train.cache import Extraction, OnlineDataset, StateDataset
 from lspade_train.cache.loader import RowLoader
 from lspade_train.cache.manifest import FILES
+from lspade_train.cache.unfinished import Unfinished
 from lspade_train.errors import CacheError, TaskError
 from lspade_train.io.parallel import together
-from lspade_train.io.progress import track
+from lspade_train.io.progress import Progress, track
 from lspade_train.io.remote import Mirror, is_remote
 from lspade_train.io.storage import default_cache_root, json_digest
 from lspade_train.models import ModelAdapter, Unembedding
@@ -176,7 +177,7 @@ class HiddenStateDataModule(LightningDataModule):
                 continue
             folder = self.folder(split) if self.config.mode == "disk" else Path(gettempdir())
             name = f"{split}: reducing targets"
-            bar = partial(track, description=name, total=len(found.shards))
+            bar = partial(track, name=name, total=len(found.shards))
             reduced = reduce_dataset(found, self.unembed, folder, bar)
             if reduced is not None:
                 self._reduced[split] = reduced
@@ -261,8 +262,9 @@ class HiddenStateDataModule(LightningDataModule):
         cache.require_memory(size)
         log.info("%s: %s rows = %.3g GB in memory", split, f"{size.rows:,}", size.bytes / 1e9)
         starts = range(0, len(examples), size.prompts_per_shard)
-        parts = track(starts, f"{split}: states", len(starts))
-        shards = [online.extract(examples[i : i + size.prompts_per_shard]) for i in parts]
+        parts = (examples[first : first + size.prompts_per_shard] for first in starts)
+        with Progress(f"{split}: states", size.rows) as progress:
+            shards = [online.extract(part, Unfinished(progress=progress)) for part in parts]
         return StateDataset(shards, online.groups, online.layers)
 
     def answer_prefix(self, split: Split) -> str:

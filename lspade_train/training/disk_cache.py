@@ -4,7 +4,7 @@ Knows nothing of Lightning or of what the rows are for.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,6 @@ from lspade_train.cache import Extraction, Manifest, StateDataset
 from lspade_train.cache.manifest import MANIFEST
 from lspade_train.cache.shards import LocalStore
 from lspade_train.io.parallel import first_alone, ranks, together
-from lspade_train.io.progress import track
 from lspade_train.io.remote import Mirror
 from lspade_train.models import ModelAdapter
 from lspade_train.recipe import DataConfig
@@ -125,10 +124,8 @@ class DiskCache:
         )
 
     def _job(self, what: Extraction, name: str) -> cache.Build:
-        def bar(mine: Sequence[int]) -> Iterable[int]:
-            return mine if ranks()[0] else track(mine, f"{self.split}: {name}", len(mine))
-
         return cache.Build(
             self.folder, self.adapter(), what, self.identity,
-            store=self.far or LocalStore(), overwrite=self.overwrite, track=bar, say=log.info,
+            store=self.far or LocalStore(), overwrite=self.overwrite,
+            name=f"{self.split}: {name}", say=log.info,
         )  # fmt: skip

@@ -186,6 +186,7 @@ class LSpadeModule(LightningModule):
         losses = torch.cat(parts)
         self._latest = self.global_step, losses.detach()
         self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
+        self.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
         # A sum over layers, so that each head trains as it would alone.
         return losses.sum()
 
