@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 FOLDS = 5
-STEPS = 50
+STEPS, HALVINGS = 50, 20
 TOLERANCE = 1e-8
 """Largest slope, per row, at which a fit ends."""
 CERTAIN = 1e-6
@@ -123,14 +123,15 @@ def logistic(
         curve = columns.T @ (spread * columns) + np.diag(ridge)
         step = np.linalg.solve(curve + 1e-9 * np.eye(len(ridge)), slope)
         # Newton's step overshoots far from the minimum: halve it until it leads downhill.
-        size = 1.0
-        while size > 1e-6:
-            moved = weights - size * step
+        for _ in range(HALVINGS):
+            moved = weights - step
             score = columns @ moved
             if (lower := loss(moved, score)) <= value:
+                weights, value = moved, lower
                 break
-            size /= 2
-        weights, value = moved, lower
+            step /= 2
+        else:
+            break  # at the minimum, to rounding
     return weights[:-1], float(weights[-1])
 
 
