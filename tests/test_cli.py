@@ -473,7 +473,8 @@ def test_a_recipe_in_another_encoding_is_refused(encoding, message, tmp_path, ca
 
 
 def parsed(path, *arguments):
-    return parse(command_parser("evaluate", ""), ["--config", str(path), *arguments]).recipe
+    arguments = ["--config", str(path), *arguments]
+    return parse(command_parser("evaluate", ""), arguments, early=lambda _: None).recipe
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -1060,7 +1061,7 @@ def test_a_run_is_written_offline_where_wandb_cannot_be_reached(tmp_path, monkey
     logger = default_loggers(tmp_path, "name")[1]
     with caplog.at_level("WARNING", "lspade_train"):
         assert logger.experiment == "run"
-        assert start_run(project="x") == "run"
+        assert start_run(tmp_path, project="x") == "run"
     assert asked[1::2] == ["offline", "offline"]
     said = "W&B: no such host; writing offline, send it with `wandb sync`."
     assert [record.getMessage() for record in caplog.records] == [said, said]

@@ -41,7 +41,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_parses_and_says_what_it_costs(recipe):
-    parsed = parse(command_parser("fit", ""), ["--config", str(recipe)])
+    parsed = parse(command_parser("fit", ""), ["--config", str(recipe)], early=lambda _: None)
     assert parsed.recipe.name == recipe.stem
     assert recipe.read_text().startswith("# ")
     assert (
@@ -55,7 +55,9 @@ def test_it_parses_and_says_what_it_costs(recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_one_batch_with_a_tiny_model(recipe, byte_llama, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = parse(command_parser("fit", ""), ["--config", str(recipe)]).recipe.data
+    data = parse(
+        command_parser("fit", ""), ["--config", str(recipe)], early=lambda _: None
+    ).recipe.data
     folder = {
         "arc_easy": "allenai/ai2_arc",
         "arc_challenge": "allenai/ai2_arc",

@@ -38,6 +38,33 @@ def values_of(items):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+@pytest.fixture
+def fit_history(project, monkeypatch, capfd):
+    """The history of a fit's run, and what it printed."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    monkeypatch.chdir(project.home)
+    recipe = project.recipe(model__target="both", trainer__max_epochs=2)
+    assert main(["fit", "--config", str(recipe)]) == 0
+    wandb.teardown()
+    [file] = (project.home / "checkpoints/toy/wandb").glob("offline-run-*/*.wandb")
+    found = [values_of(r.history.item) for r in records(file) if r.HasField("history")]
+    return found, capfd.readouterr()
+
+
+def test_a_fit_logs_means_the_learning_rate_and_a_chart_of_the_layers_per_epoch(fit_history):
+    history, printed = fit_history
+    keys = {key for row in history for key in row}
+    assert {"train/lr", "train/loss/mean", "val/kl/mean", "val/final/kl/mean"} <= keys
+    assert not [key for key in keys if "layer_" in key]
+    curves = {key for key in keys if key.startswith(("train/", "val/")) and "by layer" not in key}
+    assert len(curves) == 2 * 2 * 4 + 1  # stages, kinds of heads, metrics; the learning rate
+    charts = [row for row in history if any("KL (nats) by layer" in key for key in row)]
+    assert len(charts) == 2  # one per epoch
+    assert "wandb" not in printed.err + printed.out
+
+
 @pytest.fixture(scope="module")
 def logged(evaluated_once, tmp_path_factory):
     """Results, and the history, summary and media folder of the run they were logged to."""

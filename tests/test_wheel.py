@@ -18,7 +18,7 @@ RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.yaml"))
 
 
 def recipe(*arguments):
-    return parse(command_parser("fit", ""), list(arguments)).recipe
+    return parse(command_parser("fit", ""), list(arguments), early=lambda _: None).recipe
 
 
 @pytest.fixture(scope="session")

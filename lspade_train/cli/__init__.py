@@ -31,6 +31,7 @@ COMMANDS = {
     "pull": "heads from the Hub into a folder, checked",
     "recipes": "the recipes that come with the package",
     "info": "what a heads folder, a cache or a model is",
+    "completion": "a completion script for bash or zsh",
 }
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -180,6 +181,7 @@ def _quiet() -> None:
     for notice in NOTICES:
         warnings.filterwarnings("ignore", message=f".*{notice}.*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,18 +14,18 @@ def another(command: str, arguments: Sequence[str], *, without: Sequence[str] = 
         arguments: of the command at hand; what only `fit` reads is left out.
         without: options that only the command at hand has, such as `--plan`.
     """
-    kept = _without(arguments, lambda key: key in without or key.split(".")[0] in OF_FIT)
+    kept = without_options(arguments, lambda key: key in without or key.split(".")[0] in OF_FIT)
     return shlex.join(["lspade-train", command, *kept])
 
 
 def resumed(arguments: Sequence[str], *, from_checkpoint: bool) -> str:
     """The command that resumes a fit, from its own last checkpoint where it has one."""
-    kept = _without(arguments, lambda key: key == "--ckpt_path")
+    kept = without_options(arguments, lambda key: key == "--ckpt_path")
     last = ["--ckpt_path", "last"] if from_checkpoint else []
     return shlex.join(["lspade-train", "fit", *kept, *last])
 
 
-def _without(arguments: Sequence[str], dropped: Callable[[str], bool]) -> list[str]:
+def without_options(arguments: Sequence[str], dropped: Callable[[str], bool]) -> list[str]:
     """The words without those of some options: `--key VALUE` and `--key=VALUE` alike."""
     kept: list[str] = []
     dropping = False

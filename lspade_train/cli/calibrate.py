@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lspade_train.cli.again import another
-from lspade_train.cli.options import heads_given, heads_option
+from lspade_train.cli.options import find_heads, heads_given, heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def calibrate(arguments: list[str]) -> None:
         help="only say how many rows the budget takes and what these data can prove; loads no "
         "model and needs no heads",
     )
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=_find_what_it_reads)
 
     from lspade_train.artifacts.card import write_card
     from lspade_train.policies.selection import calibrate as choose
@@ -117,13 +117,14 @@ def calibrate(arguments: list[str]) -> None:
     write_card(folder)
     sys.stdout.write(f"{_verdict(found)}\n")
     log.info("policy: %s", folder / "policy.json")
-    log.info("next:   %s", _next(parsed))
+    heads_kept = [option for option in parsed.own if option != "--heads"]
+    log.info("next:   %s", another("evaluate", parsed.arguments, without=heads_kept))
 
 
-def _next(parsed: Parsed) -> str:
-    """The command that measures the policy, with this one's own options left out."""
-    own = (*OPTIONS, "plan")
-    return another("evaluate", parsed.arguments, without=[f"--{name}" for name in own])
+def _find_what_it_reads(parsed: Parsed) -> None:
+    """Model and heads, but for a plan, which reads neither."""
+    if not parsed.options.plan:
+        find_heads(parsed)
 
 
 def _print_plan(parsed: Parsed) -> None:

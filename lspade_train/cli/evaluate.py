@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from lspade_train.cli.again import another
-from lspade_train.cli.options import heads_given, heads_option
+from lspade_train.cli.options import find_heads, heads_given, heads_option
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def evaluate(arguments: list[str]) -> None:
         help="also change SPADE's start token, the heads' form and target, and the number of "
         "training rows, one at a time; trains heads, resumes",
     )
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=find_heads)
 
     from lspade_train.artifacts.card import write_card
     from lspade_train.cli.printing import print_ablations, print_cross_task, print_results
@@ -76,8 +76,8 @@ def evaluate(arguments: list[str]) -> None:
     log.info("figures: %s", folder / "figures")
     log.info("report:  %s", report)
     if not (folder / POLICY).exists():
-        own = ["--split", "--cross", "--ablations"]
-        log.info("next:    %s", another("calibrate", parsed.arguments, without=own))
+        heads_kept = [option for option in parsed.own if option != "--heads"]
+        log.info("next:    %s", another("calibrate", parsed.arguments, without=heads_kept))
 
 
 def _others(names: str | None) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from lspade_train.cli.again import another, resumed
-from lspade_train.cli.parsing import Parsed, command_parser, parse, refusals_named
+from lspade_train.cli.parsing import Parsed, command_parser, find_model, parse, refusals_named
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +35,15 @@ def fit(arguments: list[str]) -> None:
         "--ckpt_path", type=str, default=None,
         help="checkpoint to resume from; last: this fit's own, or a new start where it has none",
     )  # fmt: skip
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=_check_places)
 
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.cli.ending import print_fitted
     from lspade_train.cli.trainer import open_loggers
-    from lspade_train.errors import ArtifactError
-    from lspade_train.io.layout import TUNED_LENS
     from lspade_train.io.parallel import ranks
-    from lspade_train.io.storage import require_writable
-    from lspade_train.tasks import require_splits
     from lspade_train.training.callbacks import finished_groups, forget_groups
     from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
-    folder = heads_folder(parsed.recipe)
-    if parsed.recipe.model.target == "final":
-        folder /= TUNED_LENS
-    require_writable(folder, ArtifactError)
-    over_choices = parsed.recipe.model.scope == "choices"
-    require_splits(parsed.recipe.data, ("train", "validation"), choices=over_choices)
+    folder = _heads_folder(parsed)
     count, asked = parsed.recipe.model.layer_groups, parsed.options.ckpt_path
     loggers = open_loggers(parsed, folder)
     if count == 1:
@@ -70,6 +60,26 @@ def fit(arguments: list[str]) -> None:
     if not ranks()[0] and not parsed.trainer.get("fast_dev_run"):  # which exports nothing
         after = another("calibrate", parsed.arguments)
         print_fitted(parsed.recipe, folder, time.monotonic() - began, after)
+
+
+def _check_places(parsed: Parsed) -> None:
+    """The model is there, the heads folder can be written, the data have what a fit needs."""
+    from lspade_train.errors import ArtifactError
+    from lspade_train.io.storage import require_writable
+    from lspade_train.tasks import require_splits
+
+    find_model(parsed)
+    require_writable(_heads_folder(parsed), ArtifactError)
+    over_choices = parsed.recipe.model.scope == "choices"
+    require_splits(parsed.recipe.data, ("train", "validation"), choices=over_choices)
+
+
+def _heads_folder(parsed: Parsed) -> Path:
+    from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.io.layout import TUNED_LENS
+
+    folder = heads_folder(parsed.recipe)
+    return folder / TUNED_LENS if parsed.recipe.model.target == "final" else folder
 
 
 def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: str | None) -> None:

@@ -78,6 +78,10 @@ def _show_cache(path: Path, name: str) -> None:
 
 
 def _show_model(path: str) -> None:
+    from lspade_train.io.hub_names import settle_hub
+
+    settle_hub(path, data=path, key="PATH")
+
     from lspade_train.models import ModelAdapter
 
     file = Path(path)

@@ -3,9 +3,13 @@
 Imports nothing heavy, so that a mistyped key is answered at once.
 """
 
+import ast
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -38,8 +42,27 @@ KEYS: Mapping[str, Any] = _keys(Recipe)
 SECTIONS = frozenset(key for key, hint in KEYS.items() if is_dataclass(hint))
 
 
+HELP_TRAINER = "--help-trainer"
+
+
+@cache
+def trainer_keys() -> frozenset[str]:
+    """The arguments of Lightning's Trainer, read from its source: to import it takes seconds."""
+    found = importlib.util.find_spec("lightning")
+    places = [] if found is None else found.submodule_search_locations or []
+    for place in places:
+        text = (Path(place) / "pytorch/trainer/trainer.py").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                names = [*node.args.args[1:], *node.args.kwonlyargs]
+                return frozenset(f"trainer.{argument.arg}" for argument in names)
+    return frozenset()
+
+
 def is_known(key: str) -> bool:
-    """Whether a recipe has that key; below a mapping, such as `trainer`, every name is one."""
+    """Whether a recipe has that key; below a mapping every name is one, but for `trainer`."""
+    if key.startswith("trainer."):
+        return ".".join(key.split(".")[:2]).rstrip("+") in trainer_keys()
     parents = [".".join(key.split(".")[:count]) for count in range(1, key.count(".") + 1)]
     return key in KEYS or any(takes_names(parent) for parent in parents)
 
@@ -65,6 +88,14 @@ def wording(hint: Any) -> str:
     if is_dataclass(hint):
         return WORDS[dict]
     return WORDS.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def near_key(key: str) -> str:
+    """For a key that is not known: one of a like name, and where all of them are listed."""
+    known, option = (
+        (trainer_keys(), HELP_TRAINER) if key.startswith("trainer.") else (KEYS, "--help")
+    )
+    return f"{near(key, known)}\nlspade-train fit {option} lists every key."
 
 
 def near(name: str, known: Iterable[str]) -> str:

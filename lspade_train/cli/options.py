@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.parsing import Parsed
+from lspade_train.cli.again import another
+from lspade_train.cli.parsing import Parsed, find_model
 
 
 def heads_option(parser: Any) -> None:
@@ -42,6 +43,21 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
             f"Pull it (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
         )
     return local_folder(given)
+
+
+def find_heads(parsed: Parsed) -> None:
+    """Refuse a recipe whose model is nowhere, or that was not fitted; loads neither."""
+    from lspade_train.artifacts.folder import heads_folder
+    from lspade_train.errors import ArtifactError
+    from lspade_train.io.layout import CONFIG
+
+    find_model(parsed)
+    folder = heads_folder(parsed.recipe)
+    if parsed.options.heads is None and not (folder / CONFIG).exists():
+        raise ArtifactError(
+            f"No heads in {folder}: this recipe was not fitted here.\nFit it: "
+            f"{another('fit', parsed.arguments, without=parsed.own)}"
+        )
 
 
 def runtime_parts(parsed: Parsed, folder: Path) -> tuple[Any, Any, Any]:

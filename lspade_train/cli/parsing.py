@@ -3,7 +3,7 @@
 import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
@@ -16,17 +16,18 @@ from jsonargparse import (
     Namespace,
 )
 
-from lspade_train.cli.keys import KEYS, is_known, near, wording
+from lspade_train.cli.again import without_options
+from lspade_train.cli.keys import HELP_TRAINER, KEYS, is_known, near, near_key, wording
 from lspade_train.cli.recipe_file import RecipeFile, read_recipe
 from lspade_train.cli.shipped import is_shipped, locate
 from lspade_train.errors import RecipeError
+from lspade_train.io.hub_names import settle_hub
 from lspade_train.recipe import Recipe
 
-HELP_TRAINER = "--help-trainer"
 KEY_FAULT = re.compile(r'Parser key "([\w.]+)"')
 GIVEN = re.compile(r"(?:Got value|Given value): (.*)")
 MISSING = re.compile(r"Option '([\w.]+)' is required")
-STRAY = re.compile(r"Unrecognized arguments: (.*)|Group '(\w+)' does not accept option '(\w+)'")
+STRAY = re.compile(r"Unrecognized arguments: (.*)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Parsed:
     trainer: dict[str, Any]
     arguments: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The command's own options, which no other one need know, as they are typed."""
+        return tuple(f"--{name}" for name in vars(self.options))
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -83,24 +89,57 @@ def command_parser(command: str, description: str, *, with_trainer: bool = False
     return parser
 
 
-def parse(parser: CommandParser, arguments: Sequence[str]) -> Parsed:
+def parse(
+    parser: CommandParser,
+    arguments: Sequence[str],
+    *,
+    early: Callable[[Parsed], object] | None = None,
+) -> Parsed:
     """Parse a command line into a recipe.
 
     A shipped recipe may be given by name, and finds the data and model that ship with it.
 
+    Args:
+        parser: the command's.
+        arguments: its command line.
+        early: looks at what was parsed, `trainer` left out, before Lightning is imported; None
+            looks for the model.
+
     Raises:
         RecipeError: an unknown key, a missing file, a value of the wrong type.
+        UnsupportedModelError: no such model here or on the Hub.
         SystemExit: 0 for `--help`, 2 for wrong usage.
     """
     if HELP_TRAINER in arguments:
         _show_trainer_help(parser)
-    files: list[RecipeFile] = []
-    words: list[str] = []
-    if not {"-h", "--help"} & {*arguments}:
-        words, files = _with_recipes(parser, arguments)
-    _add_trainer(parser, typed=bool(files) and parser.with_trainer)
+    if {"-h", "--help"} & {*arguments}:
+        _add_trainer(parser, typed=False)
+        parser.parse_args(list(arguments))
+    words, files = _with_recipes(parser, arguments)
+    if not parser.with_trainer:
+        _add_trainer(parser, typed=False)
+        parsed = _read(parser, words, arguments, files)
+        (early or find_model)(parsed)
+        return parsed
+    # Most mistakes stand elsewhere: they need not wait for Lightning.
+    (early or find_model)(_read(parser, _without_trainer(words, files), arguments, files))
+    _add_trainer(parser, typed=True)
+    return _read(parser, words, arguments, files)
+
+
+def find_model(parsed: Parsed) -> None:
+    """Refuse a recipe whose model is nowhere."""
+    settle_hub(parsed.recipe.data.model_id, parsed.recipe.data.dataset)
+
+
+def _read(
+    parser: CommandParser,
+    words: Sequence[str],
+    arguments: Sequence[str],
+    files: Sequence[RecipeFile],
+) -> Parsed:
     try:
-        config = parser.parse_args(words or list(arguments))
+        config = parser.parse_args(list(words))
         asked = parser.instantiate_classes(config)
     except ArgumentError as error:
         _refuse(parser, str(error), arguments, files)
@@ -166,13 +205,18 @@ def _with_recipes(
     return words, files
 
 
+def _without_trainer(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
+    """The command line without Lightning's section, in the recipes too."""
+    bare = {file.text: file.without_trainer for file in files}
+    kept = without_options(words, lambda key: key.split(".")[0] == "--trainer")
+    return [bare.get(word.removeprefix("--config="), word) for word in kept]
+
+
 def _check_key(word: str) -> None:
     """Refuse `--data.colour`: a recipe has no such key."""
     key = word.removeprefix("--").split("=", 1)[0]
     if word.startswith("--") and "." in key and not is_known(key):
-        raise RecipeError(
-            f"Unknown key --{key}{near(key, KEYS)}\nlspade-train fit --help lists every key."
-        )
+        raise RecipeError(f"Unknown key --{key}{near_key(key)}")
 
 
 @contextmanager
@@ -193,12 +237,6 @@ def _refuse(
     """Say a parser's message as a user would: which key, where, what was got and expected."""
     stray, missing = STRAY.search(message), MISSING.search(message)
     known = [action.dest for action in parser._actions if action.dest != SUPPRESS]
-    if stray and stray[2]:
-        key = f"{stray[2]}.{stray[3]}"
-        raise RecipeError(
-            f"{_place(key, arguments, files)}: unknown key {key}{near(key, known)}\n"
-            f"{parser.prog} {HELP_TRAINER} lists Lightning's keys."
-        )
     if stray:
         _stray(parser, stray[1].split()[0], known)
     if missing:
@@ -217,12 +255,6 @@ def _refuse(
 
 
 def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
-    name = word.removeprefix("--").split("=", 1)[0]
-    if name.startswith("trainer."):
-        raise RecipeError(
-            f"Unknown key --{name}{near(name, known)}\n"
-            f"{parser.prog} {HELP_TRAINER} lists Lightning's keys."
-        )
     options = [name for name in known if "." not in name]
     what = "no option" if word.startswith("-") else "an argument that it does not take:"
     _usage(parser, f"{what} {word}{near(name, options)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.options import heads_given, heads_option, runtime_parts
+from lspade_train.cli.options import find_heads, heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import command_parser, parse
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def predict(arguments: list[str]) -> int:
     )  # fmt: skip
     add("--on_alarm", type=str, default="warn", help="warn, or never_exit: the full model answers")
     add("--resume", type=bool, default=False, nargs="?", const=True, help="keep existing answers")
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=find_heads)
 
     from lspade_train.errors import TaskError
     from lspade_train.policies.policy import ExitPolicy

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.options import heads_given, heads_option, runtime_parts
+from lspade_train.cli.options import find_heads, heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 from lspade_train.errors import RecipeError
 from lspade_train.recipe import DataConfig
@@ -42,7 +42,7 @@ def profile(arguments: list[str]) -> None:
     )
     add("--repeats", type=int, default=5, help="timed rounds per shape, after one that warms up")
     add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=find_heads)
     options = parsed.options
     if options.generate < 0:
         raise RecipeError(f"--generate is {options.generate}; expected 0 (off) or more tokens.")

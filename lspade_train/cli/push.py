@@ -39,7 +39,7 @@ def push(arguments: list[str]) -> int:
     add("--private", **flag, help="make a new repository private")
     add("--create_pr", **flag, help="open a pull request instead of committing")
     add("--dry_run", **flag, help="show files, sizes and card; send nothing")
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=lambda _: None)  # it needs no model
     options = parsed.options
     if options.repo is None:
         sys.stderr.write(

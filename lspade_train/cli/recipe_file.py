@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from lspade_train.cli.keys import KEYS, SECTIONS, is_known, near, takes_names
+from lspade_train.cli.keys import SECTIONS, is_known, near, near_key, takes_names
 from lspade_train.cli.shipped import find_recipe, recipes
 from lspade_train.errors import RecipeError
 from lspade_train.io.text import read_text
@@ -25,12 +25,14 @@ class RecipeFile:
         name: as it was given.
         path: where it lies.
         text: its YAML, without sections that hold nothing: those keep their defaults.
+        without_trainer: the same without Lightning's section.
         lines: dotted key -> line, from 1.
     """
 
     name: str
     path: Path
     text: str
+    without_trainer: str
     lines: dict[str, int]
 
 
@@ -54,7 +56,9 @@ def read_recipe(name: str) -> RecipeFile:
     empty = list(_check(path, node, "", lines))
     for parent, pair in empty:
         parent.value.remove(pair)
-    return RecipeFile(name, path, yaml.serialize(node) if empty else text, lines)
+    text = yaml.serialize(node) if empty else text
+    node.value = [pair for pair in node.value if pair[0].value != "trainer"]
+    return RecipeFile(name, path, text, yaml.serialize(node), lines)
 
 
 def _compose(path: Path, text: str) -> yaml.MappingNode:
@@ -93,10 +97,7 @@ def _check(
             )
         lines[key] = line
         if not is_known(key):
-            raise RecipeError(
-                f"{path}, line {line}: unknown key {key}{near(key, KEYS)}\n"
-                "lspade-train fit --help lists every key."
-            )
+            raise RecipeError(f"{path}, line {line}: unknown key {key}{near_key(key)}")
         if _is_null(value) and (key in SECTIONS or key == "trainer"):
             yield node, (key_node, value)
         elif isinstance(value, yaml.MappingNode):

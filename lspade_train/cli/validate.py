@@ -1,6 +1,6 @@
 """`validate`: metrics of fitted heads on the validation split (`test` does the same on test)."""
 
-from lspade_train.cli.options import heads_option
+from lspade_train.cli.options import find_heads, heads_option
 from lspade_train.cli.parsing import command_parser, parse, refusals_named
 
 CHECK = "Loss, KL, agreement and accuracy by layer of fitted heads on the {split} split."
@@ -15,7 +15,7 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     """Run Lightning's `command` on `split` with the heads of the command line."""
     parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
     heads_option(parser)
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=find_heads)
 
     from lspade_train.artifacts.folder import heads_folder
     from lspade_train.cli.ending import print_by_layer

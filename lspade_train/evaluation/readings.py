@@ -39,7 +39,7 @@ class Readings:
         labelled: whether the row has a label, (rows,).
         group: index into `groups`, (rows,).
         groups: names of the subgroups.
-        choice_count: choices of the row, 0 where it has none, (rows,).
+        choice_count: choices of the row, 0 where any token may be the answer, (rows,).
         over_choices: lenses whose heads were fitted over the choices.
     """
 
@@ -54,13 +54,13 @@ class Readings:
     choice_count: Tensor
     over_choices: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.answer_id)
-
     @property
     def has_choices(self) -> bool:
         """Whether any row has choices."""
         return bool(self.choice_count.any())
+
+    def __len__(self) -> int:
+        return len(self.answer_id)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lspade_train.evaluation.chance import blind_answers
 from lspade_train.evaluation.readings import Readings
 from lspade_train.probes.metrics import (
     at_coverage,
@@ -65,12 +66,11 @@ def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
             "n": len(readings),
             "n_labelled": int(readings.labelled.sum()),
             "has_choices": readings.has_choices,
-            "chance": _chance(readings),
             "layers": list(readings.layers),
             "interval": INTERVAL,
             "coverage": COVERAGE,
             "entropy_edges": edges.tolist(),
-            "full_model": {name: _only(value) for name, value in full.items()},
+            "full_model": {name: _only(value) for name, value in full.items()} | _blind(readings),
             "lenses": lenses,
             "groups": _groups(readings),
         }
@@ -154,14 +154,14 @@ def _histogram(values: Tensor, edges: Tensor) -> list[int]:
     return torch.histogram(inside, edges).hist.long().tolist()
 
 
-def _chance(readings: Readings) -> float | None:
-    """Accuracy without looking: guessing among the choices, or always the commonest answer."""
-    known = readings.labelled & (readings.choice_count > 0)
+def _blind(readings: Readings) -> dict[str, Any]:
+    """What needs no model: guessing among the choices, and the most frequent answer."""
+    known = readings.labelled
     if not known.any():
-        return None
-    guessed = float((1 / readings.choice_count[known].double()).mean())
-    commonest = int(readings.answer_id[known].bincount().max())
-    return max(guessed, commonest / int(known.sum()))
+        return {"chance": None, "majority": None}
+    answer_id, count = readings.answer_id[known], readings.choice_count[known]
+    chance, majority, _ = blind_answers(answer_id, count)
+    return {"chance": chance, "majority": majority}
 
 
 def _only(value: Any) -> Any:

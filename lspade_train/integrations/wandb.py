@@ -31,7 +31,7 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
     about = {name: results[name] for name in ("split", "part", "provenance")}
     config = {**results["recipe"], **about}
     with start_run(
-        project=PROJECT, name=results["name"], job_type="evaluate", dir=folder, config=config
+        folder, project=PROJECT, name=results["name"], job_type="evaluate", config=config
     ) as run:
         run.define_metric("eval/layer")
         run.define_metric("eval/*", step_metric="eval/layer")

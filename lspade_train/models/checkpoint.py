@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lspade_train.errors import UnsupportedModelError
+from lspade_train.io.hub_names import near_model
 from lspade_train.io.storage import read_json
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def load_failure(
     return (
         _damage(sorted(folder.iterdir()) if folder.is_dir() else [])
         or f"{found}Expected a Hub id that you can reach or a folder with {files}; "
-        "check data.model_id."
+        f"check data.model_id{near_model(place)}"
     )
 
 

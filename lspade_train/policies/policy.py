@@ -69,11 +69,11 @@ class ExitPolicy:
     reader: Reader | None = None
     decoder: Decoder | tuple[Decoder, ...] = "spade"
     positions: PositionIds = "original"
-    heads_digest: str | None = None
-    tuned_lens_digest: str | None = None
-    gate_digest: str | None = None
+    heads_digest: str | None = field(default=None, repr=False)
+    tuned_lens_digest: str | None = field(default=None, repr=False)
+    gate_digest: str | None = field(default=None, repr=False)
     gate: Gate | None = field(default=None, compare=False, repr=False)
-    calibration: dict[str, Any] = field(default_factory=dict[str, Any])
+    calibration: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

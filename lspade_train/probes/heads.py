@@ -114,6 +114,14 @@ class LSpadeHeads(nn.Module):
         """SHA-256 of the weights' file they were read from; None where they never were a file."""
         return self.metadata.get("weights_sha256")
 
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        form = f"{self.form} of rank {self.rank}" if self.form == "low_rank" else self.form
+        base = self.metadata.get("base_model", {}).get("model_id")
+        return (
+            f"layers={self.layers}, {form}, d={self.hidden_size}, target={self.target}, of={base!r}"
+        )
+
     def forward(self, hidden: Float[Tensor, "rows layers d"]) -> Float[Tensor, "rows layers d"]:
         """Translate the hidden states of all layers at once, in the heads' own precision."""
         states = hidden.to(self.bias.dtype)

@@ -17,7 +17,7 @@ from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
 from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import Value, all_tables
-from lspade_train.reporting.verdict import verdict
+from lspade_train.reporting.verdict import blind, verdict
 
 REPORT = "report.html"
 FORMAT_VERSION = 2
@@ -72,9 +72,9 @@ def summary(results: dict[str, Any]) -> list[str]:
         against = "These rows have no labels: lenses are compared with the full model."
     else:
         low, high = full["accuracy_interval"]
-        chance = results.get("chance")
+        chance = blind(full)
         against = f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-        against += "." if chance is None else f"; chance is {chance:.1%}."
+        against += "." if chance is None else f"; blind answers are right in {chance:.1%}."
     return [*verdict(results), against]
 
 

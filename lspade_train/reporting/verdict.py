@@ -23,6 +23,12 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return [first, *held, *_fixed(found), *_at_chance(results)]
 
 
+def blind(full: dict[str, Any]) -> float | None:
+    """What needs no model: the better of guessing and the most frequent answer; None if unknown."""
+    known = [full[name] for name in ("chance", "majority") if full.get(name) is not None]
+    return max(known, default=None)
+
+
 def _saves(
     results: dict[str, Any], row: dict[str, Any], found: dict[str, Any], *, exits: bool
 ) -> str:
@@ -95,12 +101,13 @@ def _near(results: dict[str, Any]) -> list[str]:
 
 
 def _at_chance(results: dict[str, Any]) -> list[str]:
-    full, chance = results["full_model"], results.get("chance")
+    full = results["full_model"]
+    chance = blind(full)
     if full["accuracy"] is None or chance is None or full["accuracy_interval"][0] > chance:
         return []
     return [
-        f"The full model itself is not shown to be better than chance ({full['accuracy']:.1%} "
-        f"against {chance:.1%}): what is saved on guesses means little."
+        "The full model itself is not shown to be better than blind answers "
+        f"({full['accuracy']:.1%} against {chance:.1%}): what is saved on guesses means little."
     ]
 
 

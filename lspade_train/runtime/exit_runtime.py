@@ -74,6 +74,14 @@ class ExitRuntime:
             Auditor(audit, self.adapter, self.heads, policy, tokens_per_batch) if audit else None
         )
 
+    def __repr__(self) -> str:
+        model = type(self.adapter.model).__name__
+        audited = ", audited" if self.auditor else ""
+        return (
+            f"ExitRuntime({model}, {self.adapter.num_layers} blocks{audited},\n"
+            f"  {self.heads!r},\n  {self.policy!r})"
+        )
+
     def decide(
         self,
         prompts: Sequence[Prompt],

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import netrc
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 SECONDS_TO_CONNECT = 20
 LAYER = "/layer_"
 """In the names of the metrics of one layer."""
+OF_LAYER = re.compile(f"val/.+{LAYER}[0-9]+")
+"""Those of a validation."""
 CHARTS = {"KL (nats)": {"kl"}, "agreement and accuracy": {"agreement", "accuracy"}}
 """Charts of a validation on W&B, and the metrics in them."""
 
@@ -28,24 +31,42 @@ def default_loggers(folder: Path, name: str) -> list[Logger]:
     return loggers
 
 
-def start_run(**settings: Any) -> Any:
-    """A W&B run of its own, offline where the service cannot be reached or refuses the key."""
+def start_run(folder: Path, **given: Any) -> Any:
+    """A W&B run of its own, offline where the service cannot be reached or refuses the key.
+
+    Args:
+        folder: its files go to `wandb/` there.
+        given: to `wandb.init`.
+    """
     import wandb
     from wandb.errors import Error
 
+    _say_where(folder)
     try:
-        return wandb.init(settings=_wandb_settings(), **settings)
+        return wandb.init(dir=folder, settings=_wandb_settings(), **given)
     except Error as error:
         _say_offline(error)
-        return wandb.init(mode="offline", settings=_wandb_settings(offline=True), **settings)
+        settings = _wandb_settings(offline=True)
+        return wandb.init(dir=folder, mode="offline", settings=settings, **given)
 
 
 def _wandb_settings(*, offline: bool = False) -> Any:
     """Quiet: online it names the run's page, offline we say ourselves how to send it."""
     import wandb
 
-    offline = offline or os.environ.get("WANDB_MODE") in {"offline", "dryrun"}
-    return wandb.Settings(init_timeout=SECONDS_TO_CONNECT, quiet=True, silent=offline)
+    return wandb.Settings(
+        init_timeout=SECONDS_TO_CONNECT, quiet=True, silent=offline or _is_offline()
+    )
+
+
+def _is_offline() -> bool:
+    return os.environ.get("WANDB_MODE") in {"offline", "dryrun"}
+
+
+def _say_where(folder: Path) -> None:
+    """Where an offline run is: W&B itself would take ten lines."""
+    if _is_offline():
+        log.info("W&B: writing offline to %s; send it with `wandb sync`", folder / "wandb")
 
 
 def _say_offline(error: Exception) -> None:
@@ -65,8 +86,10 @@ def _wandb_logger(folder: Path, name: str) -> Logger:
     class WandbLogger(loggers.WandbLogger):
         @property
         def experiment(self) -> Any:
-            self._wandb_init.pop("anonymous", None)  # which W&B warns of, whatever it is
-            folder.mkdir(parents=True, exist_ok=True)  # without it, too
+            if self._experiment is None:  # W&B warns of this key, and of a folder that is not there
+                self._wandb_init.pop("anonymous", None)
+                folder.mkdir(parents=True, exist_ok=True)
+                _say_where(folder)
             try:
                 return super().experiment
             except Error as error:
@@ -87,21 +110,23 @@ def _charts(metrics: Mapping[str, float]) -> dict[str, Any]:
     """What a validation says of every layer, as one chart for each of `CHARTS`."""
     import wandb
 
-    found: dict[str, Any] = {}
-    for title, of_chart in CHARTS.items():
-        lines: dict[str, dict[int, float]] = {}
-        for name, value in metrics.items():
-            stage, *target, metric, layer = name.split("/")[-4:] if LAYER in name else [""] * 3
-            if stage == "val" and metric in of_chart:
-                label = " ".join([metric, *target])
-                lines.setdefault(label, {})[int(layer.removeprefix("layer_"))] = value
-        if lines:
-            layers = sorted(next(iter(lines.values())))
-            values = [[line[layer] for layer in layers] for line in lines.values()]
-            found[f"val/{title} by layer"] = wandb.plot.line_series(
-                layers, values, keys=list(lines), title=f"{title} by layer", xname="layer"
-            )
-    return found
+    lines: dict[str, dict[str, dict[int, float]]] = {}  # chart -> metric, target -> layer -> value
+    for name in filter(OF_LAYER.fullmatch, metrics):
+        _, *kind, layer = name.split("/")
+        for title, of_chart in CHARTS.items():
+            if kind[-1] in of_chart:
+                line = lines.setdefault(title, {}).setdefault(" ".join(reversed(kind)), {})
+                line[int(layer.removeprefix("layer_"))] = metrics[name]
+    return {
+        f"val/{title} by layer": wandb.plot.line_series(
+            sorted(next(iter(found.values()))),
+            [[line[layer] for layer in sorted(line)] for line in found.values()],
+            keys=list(found),
+            title=f"{title} by layer",
+            xname="layer",
+        )
+        for title, found in lines.items()
+    }
 
 
 def keep_wandb_from_asking() -> None:

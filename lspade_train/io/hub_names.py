@@ -1,0 +1,114 @@
+"""A model's name before anything heavy is imported: a folder, an id, or neither.
+
+The Hub is asked once, since its client would try again for minutes where it does not answer.
+"""
+
+import logging
+import os
+import ssl
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from lspade_train.errors import UnsupportedModelError
+
+ENDPOINT = "https://huggingface.co"
+SECONDS = 10
+OFFLINE = "HF_HUB_OFFLINE"
+UNKNOWN, CLOSED = 404, 401  # without a token the Hub says 401 of a name that it does not know
+
+log = logging.getLogger(__name__)
+
+
+def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> None:
+    """Refuse a model that is nowhere; use cached copies alone where the Hub does not answer.
+
+    Asks nothing where both are paths that exist, or where `HF_HUB_OFFLINE` is set.
+
+    Args:
+        model: folder or Hub id.
+        data: path or Hub id of the data; None: a task's own, on the Hub.
+        key: what set the model, for the message.
+
+    Raises:
+        UnsupportedModelError: no such folder, and neither the Hub nor its cache has that id.
+    """
+    is_here = _exists(model)
+    offline = os.environ.get(OFFLINE, "").upper() in {"1", "ON", "YES", "TRUE"}
+    if is_here and (offline or (data is not None and _exists(data))):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
+    status, why = (
+        (None, f"{OFFLINE} is set") if offline else answer(f"{endpoint}/api/models/{model}")
+    )
+    if not is_here and not _is_cached(model):
+        if status in {UNKNOWN, CLOSED} and not (status == CLOSED and _has_token()):
+            raise UnsupportedModelError(
+                f"No model {model!r}: no such folder here, and the Hub has none that you may read"
+                f"{near_model(model)}\nCheck {key}; for a private one: hf auth login."
+            )
+        if status is None:
+            raise UnsupportedModelError(
+                f"No model {model!r}: no such folder here, not in the Hub's cache, and the Hub "
+                f"cannot be reached ({why}){near_model(model)} Check {key}."
+            )
+    if status is None and not offline:
+        log.warning("The Hub cannot be reached (%s): only what is cached here is used.", why)
+        _stay_offline()
+
+
+def answer(address: str) -> tuple[int | None, str]:
+    """The HTTP status of an address, None where nothing answers, and why not."""
+    try:
+        with urlopen(Request(address, method="HEAD"), timeout=SECONDS) as found:
+            return found.status, ""
+    except HTTPError as error:
+        return error.code, ""
+    except URLError as error:
+        # Certificates are the client's business, which may have others than Python.
+        return (0, "") if isinstance(error.reason, ssl.SSLError) else (None, _said(error.reason))
+    except (OSError, ValueError) as error:
+        return None, _said(error)
+
+
+def near_model(name: str) -> str:
+    """`; did you mean x?` for a model's folder, or an id in the Hub's cache, of a like name."""
+    places = (Path(name).parent, Path(), Path("checkpoints"))
+    folders = {str(file.parent) for place in places for file in place.glob("*/config.json")}
+    nearest = get_close_matches(name, sorted({*folders, *_cached()} - {name}), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "."
+
+
+def _exists(name: str) -> bool:
+    return "://" in name or Path(name).expanduser().exists()
+
+
+def _is_cached(name: str) -> bool:
+    return name in set(_cached())
+
+
+def _cached() -> Iterable[str]:
+    """The ids in the Hub's cache, where its client keeps it."""
+    home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return (place.name[8:].replace("--", "/") for place in cache.glob("models--*"))
+
+
+def _has_token() -> bool:
+    home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    given = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return any(map(os.environ.get, given)) or (home / "token").exists()
+
+
+def _stay_offline() -> None:
+    os.environ[OFFLINE] = "1"
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:  # it has read the environment already
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def _said(reason: object) -> str:
+    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
