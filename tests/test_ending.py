@@ -10,6 +10,7 @@ from lspade_train.cli.again import another, resumed
 from lspade_train.evaluation.verdict import judge, near_from
 from lspade_train.io.text import byte_size, duration
 from lspade_train.reporting.verdict import verdict
+from lspade_train.training.module import LSpadeModule
 
 
 def lens(*accuracy):
@@ -141,6 +142,37 @@ def test_durations_are_in_words(seconds, text):
 )
 def test_sizes_have_three_digits(count, text):
     assert byte_size(count) == text
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_ctrl_c_prints_one_command_and_it_resumes(epoch, project, monkeypatch, capsys):
+    """Before the first whole epoch a new start, whatever checkpoint an earlier fit has left."""
+    monkeypatch.chdir(project.home)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    last = project.home / "checkpoints/toy/training/last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"of an earlier fit")
+    step, taken = LSpadeModule.training_step, []
+
+    def stop(module, batch, number):
+        if module.current_epoch == epoch and number == 1:
+            raise KeyboardInterrupt
+        return step(module, batch, number)
+
+    def count(module, batch, number):
+        taken.append(number)
+        return step(module, batch, number)
+
+    recipe = str(project.recipe(trainer__max_epochs=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(LSpadeModule, "training_step", stop)
+        assert main(["fit", "--config", recipe]) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    command = told.removeprefix("interrupted; resume it with: ")
+    assert command == f"lspade-train fit --config {recipe}{' --ckpt_path last' * epoch}"
+    monkeypatch.setattr(LSpadeModule, "training_step", count)
+    assert main(shlex.split(command)[1:]) == 0
+    assert len(taken) == 3 * (3 - epoch)  # three batches an epoch
 
 
 def test_fit_ends_with_its_layers_and_the_command_to_go_on_with(project, monkeypatch, capsys):

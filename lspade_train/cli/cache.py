@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 CACHE = """\
 Run the frozen model once over the task and write its hidden states and, unless model.target is
 final, SPADE targets; a cache without them gets them later, its hidden states as they are.
-The size is printed before anything runs. A run that was stopped resumes at its first missing
-shard and ends with the same bytes. fit and evaluate do this themselves where a cache is missing.
+The size is printed before anything runs. A run that was stopped resumes where it stood and ends
+with the same bytes. fit and evaluate do this themselves where a cache is missing.
 --trainer.devices and --trainer.num_nodes distribute the shards over processes.
 
   lspade-train cache --config recipes/arc.yaml

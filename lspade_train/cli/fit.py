@@ -64,11 +64,12 @@ def fit(arguments: list[str]) -> None:
 
 def _check_places(parsed: Parsed) -> None:
     """The model is there, the heads folder can be written, the data have what a fit needs."""
+    find_model(parsed)
+
     from lspade_train.errors import ArtifactError
     from lspade_train.io.storage import require_writable
     from lspade_train.tasks import require_splits
 
-    find_model(parsed)
     require_writable(_heads_folder(parsed), ArtifactError)
     over_choices = parsed.recipe.model.scope == "choices"
     require_splits(parsed.recipe.data, ("train", "validation"), choices=over_choices)

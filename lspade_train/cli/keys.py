@@ -103,6 +103,7 @@ def near(name: str, known: Iterable[str]) -> str:
     known = list(known)
     by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     last = name.rsplit(".", 1)[-1]
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    found = [by_last[name]] if name in by_last else []
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     found = found or [by_last[k] for k in difflib.get_close_matches(last, by_last, 1, cutoff=0.75)]
     return f"; did you mean {found[0]}?" if found else ""

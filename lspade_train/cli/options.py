@@ -47,11 +47,12 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
 
 def find_heads(parsed: Parsed) -> None:
     """Refuse a recipe whose model is nowhere, or that was not fitted; loads neither."""
+    find_model(parsed)
+
     from lspade_train.artifacts.folder import heads_folder
     from lspade_train.errors import ArtifactError
     from lspade_train.io.layout import CONFIG
 
-    find_model(parsed)
     folder = heads_folder(parsed.recipe)
     if parsed.options.heads is None and not (folder / CONFIG).exists():
         raise ArtifactError(

@@ -6,6 +6,7 @@ from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import (
@@ -20,12 +21,14 @@ from lspade_train.cli.again import without_options
 from lspade_train.cli.keys import HELP_TRAINER, KEYS, is_known, near, near_key, wording
 from lspade_train.cli.recipe_file import RecipeFile, read_recipe
 from lspade_train.cli.shipped import is_shipped, locate
-from lspade_train.errors import RecipeError
-from lspade_train.io.hub_names import settle_hub
+from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.io.hub_names import near_model, settle_hub
 from lspade_train.recipe import Recipe
 
 KEY_FAULT = re.compile(r'Parser key "([\w.]+)"')
 GIVEN = re.compile(r"(?:Got value|Given value): (.*)")
+BELOW = re.compile(r"NestedArg\(key='([\w.]+)', val=(.*)\)")
+"""A key below one that takes a class of Lightning's, such as `trainer.logger.save_dir`."""
 MISSING = re.compile(r"Option '([\w.]+)' is required")
 STRAY = re.compile(r"Unrecognized arguments: (.*)")
 
@@ -129,7 +132,14 @@ def parse(
 
 def find_model(parsed: Parsed) -> None:
     """Refuse a recipe whose model is nowhere."""
-    settle_hub(parsed.recipe.data.model_id, parsed.recipe.data.dataset)
+    data = parsed.recipe.data
+    settle_hub(data.model_id, data.dataset)
+    folder = Path(data.model_id).expanduser()
+    if data.gguf_file is None and folder.is_dir() and not (folder / "config.json").exists():
+        raise UnsupportedModelError(
+            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)} "
+            "Check data.model_id, or name its file with data.gguf_file."
+        )
 
 
 def _read(
@@ -255,7 +265,8 @@ def _refuse(
 
 
 def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
-    options = [name for name in known if "." not in name]
+    name = word.removeprefix("--").split("=", 1)[0]
+    options = [*(name for name in known if "." not in name), *KEYS]
     what = "no option" if word.startswith("-") else "an argument that it does not take:"
     _usage(parser, f"{what} {word}{near(name, options)}")
 
@@ -281,7 +292,9 @@ def _wrong(parser: CommandParser, key: str, message: str) -> str:
         advice = (
             '\nYAML reads a bare yes or no as true or false: write it in quotes, as in ["yes"].'
         )
-    return f"is {value:.80}; expected {expected}.{advice}"
+    below = BELOW.fullmatch(value)
+    verb = f"is given {below[1]} {below[2]}" if below else f"is {value:.80}"
+    return f"{verb}; expected {expected}.{advice}"
 
 
 def _usage(parser: ArgumentParser, text: str) -> NoReturn:

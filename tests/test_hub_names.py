@@ -1,0 +1,94 @@
+"""A mistyped model is told at once, and a Hub that does not answer is not asked again."""
+
+import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from lspade_train.errors import UnsupportedModelError
+from lspade_train.io.hub_names import near_model, settle_hub
+
+SILENT = "http://127.0.0.1:9"  # nobody listens there
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Sets what the Hub answers; the paths asked for. An empty cache, no token."""
+    asked, status = [], [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status[0])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # put back after the test, whatever is set in it
+    monkeypatch.chdir(tmp_path)
+
+    def answers(code):
+        status[0] = code
+        return asked
+
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_id_that_the_hub_knows_is_left_to_its_client(hub):
+    asked = hub(200)
+    settle_hub("org/name", None)
+    assert asked == ["/api/models/org/name"]
+    assert not os.environ["HF_HUB_OFFLINE"]
+
+
+@pytest.mark.parametrize("code", [404, 401])
+def test_an_id_that_the_hub_does_not_know_is_refused_with_a_near_name(hub, code, tmp_path):
+    hub(code)
+    (tmp_path / "hf/hub/models--org--model").mkdir(parents=True)
+    with pytest.raises(UnsupportedModelError, match=r"may read; did you mean org/model\?") as told:
+        settle_hub("org/modle", None)
+    assert len(str(told.value).splitlines()) == 2
+
+
+def test_with_a_token_the_client_is_asked_which_may_read_more(hub, monkeypatch):
+    hub(401)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    settle_hub("org/private", None)
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch, tmp_path, caplog):
+    (tmp_path / "hf/hub/models--org--name").mkdir(parents=True)
+    monkeypatch.setenv("HF_ENDPOINT", SILENT)
+    settle_hub("org/name", None)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "The Hub cannot be reached (Connection refused)" in caplog.text
+
+
+def test_a_model_that_is_nowhere_is_refused_without_a_network(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", SILENT)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be reached \(Connection refused\)\. "):
+        settle_hub("org/name", None)
+
+
+def test_nothing_is_asked_where_model_and_data_are_here(hub, tmp_path):
+    asked = hub(404)
+    settle_hub(str(tmp_path), str(tmp_path))
+    assert asked == []
+
+
+def test_a_folder_beside_the_one_that_was_meant_is_named(hub, tmp_path):
+    (tmp_path / "models/smollm2").mkdir(parents=True)
+    (tmp_path / "models/smollm2/config.json").write_text("{}")
+    assert near_model("models/smolm2") == "; did you mean models/smollm2?"
+    assert near_model(str(Path("models/xyz"))) == "."

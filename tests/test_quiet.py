@@ -1,0 +1,39 @@
+"""An ordinary run says what it has to say and nothing else: no library's notice gets through."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+FOREIGN = re.compile(r"Warning|site-packages|wandb:|Tip|💡|\[rank|INFO|v_num|it/s|deprecat", re.I)
+COMMANDS = {
+    "fit": [],
+    "fit again": ["--model.target", "both", "--trainer.devices", "1"],
+    "validate": [],
+    "test": [],
+    "calibrate": ["--max_disagreement", "0.5"],
+    "evaluate": [],
+    "inspect w1": [],
+    "predict": ["--input", "data/test.jsonl", "--output", "answers.jsonl"],
+    "profile": ["--lengths", "[8]", "--batch_sizes", "[1]"],
+}
+
+
+@pytest.mark.slow
+def test_no_warning_and_no_foreign_line_reaches_the_terminal(project):
+    """Every warning is an error here, W&B is on, and the progress is shown."""
+    (project.home / "data").symlink_to(project.data)
+    recipe = project.recipe(trainer__enable_progress_bar=True, model__target="both")
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment.pop("WANDB_SILENT", None)
+    for command, options in COMMANDS.items():
+        words = [*command.replace(" again", "").split(), "--config", str(recipe), *options]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "lspade_train", *words],
+            capture_output=True, text=True, env=environment, cwd=project.home, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+        for line in [*done.stderr.splitlines(), *done.stdout.splitlines()]:
+            assert not FOREIGN.search(line), (command, line)
