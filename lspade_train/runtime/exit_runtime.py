@@ -1,6 +1,6 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
 from lspade_train.runtime.audit import Audit, Auditor
 from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
-from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
+from lspade_train.runtime.decide import Decision, Probe, Step, answers, decide_batch, join
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 
 if TYPE_CHECKING:
@@ -79,18 +79,22 @@ class ExitRuntime:
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
     ) -> list[Decision]:
-        """One token for each prompt, with as few blocks as the policy allows.
+        """One answer for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
         without BOS takes the prompt's first token as the start token.
 
+        A choice of several tokens is decided at the first that tells it from the others, as in
+        constrained decoding. Choices that begin alike are one option there; if it is taken, its
+        tokens join the prompt and the next step decides among them, by the same policy.
+
         Args:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
-                prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+                prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
 
         Raises:
-            TaskError: an empty prompt, one over the context, a choice that is not one token.
+            TaskError: an empty prompt, one over the context, choices that no token tells apart.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
@@ -99,15 +103,15 @@ class ExitRuntime:
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
-        found: dict[int, Decision] = {}
-        for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
-            outcome = decide_batch(probe, batch)
-            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
-            for query, decision in zip(batch.queries, decisions, strict=True):
-                found[query.index] = self._worded(decision)
+        steps = list(self._walk(probe, queries))
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            self.auditor.observe(queries, found, full=probe is not self.probe)
-        return [found[index] for index in range(len(prompts))]
+            asked = [replace(query, index=n) for n, (query, _) in enumerate(steps)]
+            found = {n: decision for n, (_, decision) in enumerate(steps)}
+            self.auditor.observe(asked, found, full=probe is not self.probe)
+        by_prompt: list[list[Step]] = [[] for _ in prompts]
+        for query, decision in steps:
+            by_prompt[query.index].append((query, decision))
+        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
     def generate(
         self,
@@ -148,6 +152,19 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _walk(self, probe: Probe, queries: list[Query]) -> Iterator[Step]:
+        """Each step of each query, the steps of a query in their order."""
+        while queries:
+            deeper: list[Query] = []
+            for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+                outcome = decide_batch(probe, batch)
+                decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
+                for query, decision in zip(batch.queries, decisions, strict=True):
+                    yield query, decision
+                    following = query.behind(decision.token_id)
+                    deeper += [] if following is None else [following]
+            queries = deeper
 
     def _require_heads(self) -> None:
         """Refuse heads that the policy needs and that are not there, before anything runs."""
