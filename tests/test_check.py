@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lspade_train.cli import main
 from lspade_train.cli.trainer import WarnAtChance
 from lspade_train.errors import RecipeError
-from lspade_train.evaluation.baseline import blind_answers, cached_baseline, wilson_interval
+from lspade_train.evaluation.chance import blind_answers, cached_accuracy, wilson_interval
 from lspade_train.evaluation.check import check_recipe
 from lspade_train.recipe import HeadConfig, Recipe, TextConfig
 
@@ -148,6 +148,6 @@ def test_fit_warns_of_a_model_at_chance_and_of_no_other(project, caplog):
     choices = rows.labels["choice_ids"].long()
     right = choices.gather(1, best.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
     rows.labels["answer_id"] = right.to(rows.labels["answer_id"].dtype)
-    assert cached_baseline(rows, data.unembed).accuracy == 1
+    assert cached_accuracy(rows, data.unembed).accuracy == 1
     WarnAtChance().on_fit_start(trainer, None)
     assert not caplog.text

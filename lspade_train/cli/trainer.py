@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lspade_train.cache import StateDataset
 from lspade_train.cli.parsing import Parsed
 from lspade_train.cli.signals import Terminated, sigterm
-from lspade_train.evaluation.baseline import cached_baseline
+from lspade_train.evaluation.chance import cached_accuracy
 from lspade_train.io.parallel import lost_peers_named
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class WarnAtChance(Callback):
         dataset = data.states("validation") if trainer.is_global_zero else None
         if not isinstance(dataset, StateDataset):  # online: rows that are computed when asked for
             return
-        found = cached_baseline(dataset, data.unembed)
+        found = cached_accuracy(dataset, data.unembed)
         if found is not None and found.at_chance:
             log.warning(
                 "On validation %s.\nHeads learn to repeat its answers: try another prompt first "

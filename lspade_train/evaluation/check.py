@@ -18,7 +18,7 @@ from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.answers import choice_logits, pick_answer
 from lspade_train.cache.extract import extract, row_count, spade_targets
 from lspade_train.errors import RecipeError
-from lspade_train.evaluation.baseline import Baseline, compare
+from lspade_train.evaluation.chance import AgainstChance, compare
 from lspade_train.evaluation.refit import fit_heads
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import Recipe
@@ -99,7 +99,7 @@ class Check:
 
     shown: Shown
     sampled: int
-    baseline: Baseline | None
+    baseline: AgainstChance | None
     on_choices: float | None
     balance: dict[str, float]
     splits: dict[Split, SplitSize]
@@ -244,7 +244,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - started
 
 
-def _baseline(batch: StateBatch, logits: Tensor) -> Baseline | None:
+def _baseline(batch: StateBatch, logits: Tensor) -> AgainstChance | None:
     known = batch.labelled
     if not known.any():
         return None

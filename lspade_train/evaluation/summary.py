@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lspade_train.evaluation.baseline import blind_answers
+from lspade_train.evaluation.chance import blind_answers
 from lspade_train.evaluation.readings import Readings
 from lspade_train.probes.metrics import (
     at_coverage,

@@ -19,7 +19,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Baseline:
+class AgainstChance:
     """The frozen model's accuracy, beside that of answers given blindly.
 
     Attributes:
@@ -96,8 +96,8 @@ def blind_answers(
 
 def compare(
     right: Bool[Tensor, " rows"], answer_id: Int[Tensor, " rows"], count: Int[Tensor, " rows"]
-) -> Baseline:
-    """The baseline of labelled rows, one or more.
+) -> AgainstChance:
+    """The comparison for labelled rows, one or more.
 
     Args:
         right: whether the model answered right.
@@ -105,11 +105,11 @@ def compare(
         count: choices of each row; 0 where any token may be the answer.
     """
     hits, n = int(right.sum()), len(right)
-    return Baseline(n, hits / n, wilson_interval(hits, n), *blind_answers(answer_id, count))
+    return AgainstChance(n, hits / n, wilson_interval(hits, n), *blind_answers(answer_id, count))
 
 
-def cached_baseline(dataset: StateDataset, unembed: Unembedding) -> Baseline | None:
-    """The baseline of cached rows, from the states in the cache: no model forward.
+def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChance | None:
+    """The comparison for cached rows, from the states in the cache: no model forward.
 
     Returns:
         None where no row has a right answer.
