@@ -97,8 +97,15 @@ def test_fitting_twice_gives_the_same_heads_bit_for_bit(project, form):
     assert any(float(value.abs().max()) > 0 for value in weights(one).values())
 
 
-@pytest.mark.parametrize("mode", ["memory", "online"])
-@pytest.mark.parametrize("shard_mb", [256, 0.01])
+@pytest.mark.parametrize(
+    ("mode", "shard_mb"),
+    [
+        ("memory", 256),
+        ("online", 0.01),
+        pytest.param("memory", 0.01, marks=pytest.mark.slow),
+        pytest.param("online", 256, marks=pytest.mark.slow),
+    ],
+)
 def test_every_mode_trains_the_same_heads(project, mode, shard_mb):
     data = project.module(shard_mb=shard_mb)
     disk, _ = fit(project, data=data)
@@ -211,8 +218,15 @@ def unreduced(project, monkeypatch, *arguments, **options):
         return fit(project, *arguments, **options)
 
 
-@pytest.mark.parametrize("target", ["spade", "final"])
-@pytest.mark.parametrize("mode", ["disk", "memory"])
+@pytest.mark.parametrize(
+    ("mode", "target"),
+    [
+        ("disk", "spade"),
+        ("memory", "final"),
+        pytest.param("disk", "final", marks=pytest.mark.slow),
+        pytest.param("memory", "spade", marks=pytest.mark.slow),
+    ],
+)
 def test_reduced_targets_train_the_heads_and_give_the_metrics_that_logits_do(
     project, monkeypatch, target, mode
 ):
