@@ -3,10 +3,13 @@
 Imports nothing heavy: with xdist this file is read by the process that only hands tests out, too.
 """
 
+import gc
+import inspect
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Before any Hugging Face import: a test never asks the Hub.
@@ -42,7 +45,7 @@ def pytest_collection_modifyitems(items):
     """Mark what uses the developers' data, and say why it is skipped where that is absent.
 
     A test that runs for every family runs for one of each kind by default, and is slow for the
-    rest: tests/test_families.py goes through all of them by default.
+    rest.
     """
     import torch
     from tiny_models import FAMILIES, KINDS
@@ -73,6 +76,15 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting():
+    """Nothing here outlives a power cut; jsonargparse needs no source of pytest's many frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(inspect, "stack", partial(inspect.stack, 0))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -161,3 +173,9 @@ def evaluated_once(toy_root: Path, made_once):
             evaluate_toy(toy_root, home)
 
     return Evaluated(toy.Project(toy_root, made_once("evaluated", make)), toy_root)
+
+
+def pytest_collection_finish():
+    """What the imports left behind is for good: no later collection of garbage goes through it."""
+    gc.collect()
+    gc.freeze()

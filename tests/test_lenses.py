@@ -74,7 +74,7 @@ def extended(evaluated_once, tmp_path_factory):
     with (
         pytest.MonkeyPatch.context() as patch,
         known(),
-        drawing(),
+        drawing("accuracy_by_layer"),
         redirect_stdout(StringIO()) as out,
     ):
         patch.setenv("WANDB_MODE", "disabled")

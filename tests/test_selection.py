@@ -223,7 +223,7 @@ def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, m
     assert "simpson ->" in capsys.readouterr().out
     policy = ExitPolicy.load(folder)
     assert (policy.measure, bool(policy.check_layers)) == ("simpson", True)
-    with drawing():
+    with drawing("exits_by_flops"):
         assert main(["evaluate", "--config", recipe]) == 0
     assert "policy.json: simpson over choices" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
