@@ -180,7 +180,10 @@ def test_rows_that_were_asked_for_by_name_are_taken_whole_and_known_to_have_chos
     policy = calibrate(without_test, heads, **LOOSE).policy
     found = measure_policy(side.states(without_test), without_test.adapter, heads, policy, side)
     assert found["chosen_on_these_rows"]
-    assert found["label"] == f"policy.json: entropy over {policy.scope}, on the rows that chose it"
+    assert (
+        found["label"]
+        == f"policy.json: {policy.measure} over {policy.scope}, on the rows that chose it"
+    )
 
 
 def test_training_rows_propose_and_rows_of_other_data_had_no_say(data, without_test):
