@@ -34,7 +34,7 @@ class Fitted:
             f"--data.model_id={ROOT / 'checkpoints/tiny-world'}",
             f"--data.dataset={ROOT / 'recipes/quickstart/data'}",
             f"--data.cache_dir={home / 'cache'}",
-            "--data.limit=400",
+            "--data.limit=250",
         ]
 
     def run(self, command, *more):
@@ -225,13 +225,13 @@ def test_predict_refuses_the_audit_of_another_policy(calibrated, capsys):
 
 def test_the_profile_of_a_policy_is_where_predict_exits_on_the_same_rows(calibrated):
     policy = ExitPolicy.load(calibrated.folder / "policy.json")
-    answers = asked(calibrated, rows_of("validation", 400))
+    answers = asked(calibrated, rows_of("validation", 250))
     found = Counter(answer["layer"] for answer in answers)
     assert {k: v for k, v in calibrated_exits(policy.calibration).items() if v} == found
 
 
 def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibrated, caplog):
-    rows = rows_of("validation", 400)
+    rows = rows_of("validation", 250)
     with caplog.at_level("WARNING"):
         answered = zip(rows, asked(calibrated, rows), strict=True)
         assert "exit elsewhere" not in caplog.text
