@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from scipy.stats import binom
 
 from lspade_train.cli.parsing import command_parser, parse
@@ -26,6 +27,7 @@ from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.search import Options, Search
 from lspade_train.policies.selection import choose
 
+show = Console(width=120, highlight=False).print
 JOINED = ("full_answer", "gold", "tokens")
 
 
@@ -114,9 +116,9 @@ def main() -> None:
             over += value > asked.budget
             saved.append(row.compute_saved)
         if seed % 20 == 19:
-            log.info(f"{seed + 1} splits: {over} over the budget")
+            show(f"{seed + 1} splits: {over} over the budget")
     most = int(binom.ppf(0.99, asked.splits, 0.05))
-    print(
+    show(
         f"{asked.splits} splits of {len(rows):,} rows ({len(proposing):,} propose, "
         f"{len(tested):,} test, {len(others):,} stand for the truth): {over} over the budget of "
         f"{asked.budget:g} ({over / asked.splits:.1%}; 5% and chance allow {most}); never exit "
