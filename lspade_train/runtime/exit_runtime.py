@@ -13,7 +13,15 @@ from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
 from lspade_train.runtime.audit import Audit, Auditor
-from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
+from lspade_train.runtime.batching import (
+    Choices,
+    Prompt,
+    Query,
+    batches,
+    encode,
+    encode_prefix,
+    shared_batches,
+)
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 
@@ -78,19 +86,26 @@ class ExitRuntime:
         self,
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
+        *,
+        prefix: Prompt | None = None,
     ) -> list[Decision]:
         """One token for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
-        without BOS takes the prompt's first token as the start token.
+        without BOS takes the prompt's first token as the start token. What prompts of a call have
+        in common at their beginning is run once where that saves some hundred tokens, and its keys
+        and values are kept for later calls with the same beginning.
 
         Args:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
                 prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+            prefix: what every prompt begins with, as text or token ids like the prompts, to be
+                run once also where a call has a single prompt; None finds it.
 
         Raises:
-            TaskError: an empty prompt, one over the context, a choice that is not one token.
+            TaskError: an empty prompt, one over the context, a choice that is not one token, a
+                prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
@@ -99,14 +114,18 @@ class ExitRuntime:
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
+        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
         found: dict[int, Decision] = {}
-        for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+        shared: dict[int, int] = {}
+        for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
             outcome = decide_batch(probe, batch)
             decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
             for query, decision in zip(batch.queries, decisions, strict=True):
                 found[query.index] = self._worded(decision)
+                shared[query.index] = batch.shared
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            self.auditor.observe(queries, found, full=probe is not self.probe)
+            full = probe is not self.probe
+            self.auditor.observe(queries, found, full=full, shared=shared)
         return [found[index] for index in range(len(prompts))]
 
     def generate(
