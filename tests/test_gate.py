@@ -6,7 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from lspade_train.errors import PolicyError
-from lspade_train.policies.gate import Gate, Reading, _logistic, features, fit_gate
+from lspade_train.policies.gate import Gate, GateFitter, Reading, features
+from lspade_train.policies.logistic import logistic, principal
 
 LAYERS, READERS = (2, 4), ("l_spade", "tuned_lens")
 
@@ -19,23 +20,32 @@ def task(rows=400, seed=0):
     return inputs, np.stack([rng.random(rows) < p for p in chance], axis=1)
 
 
+def blank(like):
+    """States that say nothing."""
+    return [np.zeros((len(x), 2), dtype=np.float32) for x in like]
+
+
+def fit_gate(inputs, wrong, hidden=None):
+    return GateFitter(LAYERS, READERS, inputs, hidden or blank(inputs)).fit(wrong)
+
+
 @pytest.mark.parametrize("penalty", [1.0, 30.0])
 def test_the_regression_is_scikit_learns(penalty):
     (inputs, _), wrong = task()
     oracle = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000)
     oracle.fit(inputs.astype(float), wrong[:, 0])
-    weight, bias = _logistic(inputs.astype(float), wrong[:, 0].astype(float), penalty)
-    np.testing.assert_allclose(weight, oracle.coef_[0], atol=1e-4)
-    assert bias == pytest.approx(oracle.intercept_[0], abs=1e-4)
+    weight, bias = logistic(inputs.astype(float), wrong[:, 0].astype(float), penalty)
+    np.testing.assert_allclose(weight, oracle.coef_[0], atol=1e-6)
+    assert bias == pytest.approx(oracle.intercept_[0], abs=1e-6)
 
 
 def test_what_a_gate_says_of_a_row_it_was_fitted_on_comes_from_the_other_folds():
     inputs, wrong = task()
     noise = np.random.default_rng(1).random(wrong.shape) < 0.5
-    found = fit_gate(LAYERS, READERS, inputs, noise)
+    found = fit_gate(inputs, noise)
     # Nothing can be learned of a coin: unseen rows get its rate, whatever the fitted rows say.
     assert np.abs(found.doubt - noise.mean(0)).mean() < 0.1
-    right = fit_gate(LAYERS, READERS, inputs, wrong)
+    right = fit_gate(inputs, wrong)
     doubtful = right.doubt[:, 0] > np.median(right.doubt[:, 0])
     assert wrong[doubtful, 0].mean() > wrong[~doubtful, 0].mean() + 0.3
 
@@ -43,8 +53,8 @@ def test_what_a_gate_says_of_a_row_it_was_fitted_on_comes_from_the_other_folds()
 def test_the_gate_says_what_its_regression_says_of_raw_features():
     inputs, wrong = task()
     scaled = [x * 7 + 3 for x in inputs]
-    gate = fit_gate(LAYERS, READERS, inputs, wrong).gate
-    other = fit_gate(LAYERS, READERS, scaled, wrong).gate
+    gate = fit_gate(inputs, wrong).gate
+    other = fit_gate(scaled, wrong).gate
     for layer, plain, moved in zip(LAYERS, inputs, scaled, strict=True):
         expected = gate.doubt(layer, torch.from_numpy(plain), None)
         got = other.doubt(layer, torch.from_numpy(moved), None)
@@ -54,18 +64,35 @@ def test_the_gate_says_what_its_regression_says_of_raw_features():
 def test_a_layer_that_is_never_wrong_has_no_doubt_and_one_that_always_is_has_no_hope():
     inputs, wrong = task()
     wrong[:, 0], wrong[:, 1] = False, True
-    gate = fit_gate(LAYERS, READERS, inputs, wrong).gate
+    gate = fit_gate(inputs, wrong).gate
     assert gate.doubt(2, torch.from_numpy(inputs[0]), None).max() < 0.01
     assert gate.doubt(4, torch.from_numpy(inputs[1]), None).min() > 0.99
 
 
 def test_the_hidden_state_is_read_where_it_was_fitted():
     inputs, wrong = task()
-    blank = [np.zeros((len(wrong), 2), dtype=np.float32) for _ in LAYERS]
-    gate = fit_gate(LAYERS, READERS, blank, wrong, hidden=inputs).gate
+    nothing = blank(inputs)
+    gate = fit_gate(nothing, wrong, hidden=inputs).gate
     assert gate.hidden.shape == (2, 6)
-    doubt = gate.doubt(2, torch.from_numpy(blank[0]), torch.from_numpy(inputs[0]))
+    doubt = gate.doubt(2, torch.from_numpy(nothing[0]), torch.from_numpy(inputs[0]))
     assert float(doubt[wrong[:, 0]].mean()) > float(doubt[~wrong[:, 0]].mean()) + 0.2
+
+
+def test_a_hidden_state_of_noise_is_left_out():
+    inputs, wrong = task(rows=150)
+    noise = np.random.default_rng(2).normal(size=(2, 150, 40)).astype(np.float32)
+    assert fit_gate(inputs, wrong, hidden=[*noise]).gate.hidden is None
+
+
+def test_the_directions_are_those_of_the_largest_variances():
+    rng = np.random.default_rng(0)
+    states = (rng.normal(size=(300, 20)) * np.geomspace(30, 0.1, 20) + 5).astype(np.float32)
+    axes = principal(states, 4)
+    seen = (states - states.mean(0)) @ axes
+    np.testing.assert_allclose(seen.std(0), 1, rtol=1e-3)
+    _, _, turn = np.linalg.svd(states - states.mean(0), full_matrices=False)
+    for axis, expected in zip(axes.T / np.linalg.norm(axes, axis=0)[:, None], turn, strict=False):
+        assert abs(axis @ expected) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_features_are_those_of_a_loop_over_rows():
@@ -108,7 +135,7 @@ def test_selected_rows_have_the_features_of_those_rows():
 
 def test_a_gate_survives_its_file_and_a_damaged_one_is_named(tmp_path):
     inputs, wrong = task()
-    gate = fit_gate(LAYERS, READERS, inputs, wrong, hidden=inputs).gate
+    gate = fit_gate(inputs, wrong, hidden=inputs).gate
     path = tmp_path / "gate.safetensors"
     digest = gate.save(path)
     back = Gate.load(path)

@@ -120,15 +120,23 @@ def _run(adapter: "ModelAdapter", plan: Plan, hidden: Tensor) -> tuple[Tensor, T
 
 
 def _slack(adapter: "ModelAdapter") -> float:
-    """A few ulps of the dtype; more where quantised products round by what shares their batch."""
+    """What rounding may change: a few ulps in fp32, and more below it.
+
+    Measured in bf16: two paths of a 28-block model differ by 0.06, and by 0.2 or more where the
+    start token is missing or misplaced. Quantised products round by what shares their batch.
+    """
     exact = adapter.dtype == torch.float32 and quantization(adapter.model) is None
-    return 256 * torch.finfo(torch.float32).eps if exact else 0.05
+    return 256 * torch.finfo(torch.float32).eps if exact else 0.1
 
 
 def _close(got: Tensor, expected: Tensor, slack: float) -> bool:
-    """Equal up to rounding: within the widest logit times `slack`."""
-    scale = float(expected.float().abs().max()) + 1e-3
-    return float((got.float() - expected.float()).abs().max()) <= slack * scale
+    """Equal up to rounding: the root mean square over each row's values, relative to theirs.
+
+    Not the largest difference: in half precision that one depends on the number of threads.
+    """
+    off = (got.float() - expected.float()).square().mean(-1).sqrt()
+    size = expected.float().square().mean(-1).sqrt() + 1e-3
+    return bool((off <= slack * size).all())
 
 
 def _refused(adapter: "ModelAdapter", why: str) -> UnsupportedModelError:

@@ -11,7 +11,7 @@ with the full model; features and fitting are ours.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 
 from lspade_train.errors import PolicyError
 from lspade_train.io.storage import file_digest, file_tag, read_tensors, write_tensors
+from lspade_train.policies.logistic import LayerFit, fit_layer, folds, principal
 from lspade_train.probes.metrics import entropy
 
 FORMAT_VERSION = 1
 STATISTICS = ("entropy", "max_prob", "margin", "logit margin", "logit norm")
-PENALTIES = (3.0, 30.0, 300.0)
-"""Strengths of the L2 penalty to choose from, in rows: a penalty of n halves what n rows say."""
-FOLDS = 5
+PENALTIES = ((3, np.inf), (30, np.inf), (3, 30), (30, 30), (30, 300))
+"""Strengths to choose from, in rows: of the features and of the hidden state; inf leaves it out."""
 DIRECTIONS = 32
 """Principal directions of the hidden state that a gate reads: few beside the rows at hand."""
 LEAST = 1e-6
@@ -186,110 +184,73 @@ class FittedGate:
     Attributes:
         gate: fitted on all rows.
         doubt: each row's value by a gate fitted on the other folds, (rows, layers).
-        log_loss: of those values, nats per row, summed over the layers.
     """
 
     gate: Gate
     doubt: Float[np.ndarray, "rows layers"]
-    log_loss: float
 
 
-def fit_gate(
-    layers: Sequence[int],
-    readers: Sequence[str],
-    features: Sequence[Float[np.ndarray, "rows features"]],
-    wrong: Bool[np.ndarray, "rows layers"],
-    *,
-    hidden: Sequence[Float[np.ndarray, "rows d"]] | None = None,
-    seed: int = 0,
-) -> FittedGate:
-    """Fit one logistic regression per check layer, its penalty chosen by cross-fitting.
+class GateFitter:
+    """Fits gates on the same rows for any answers, each layer's regression once per answer.
+
+    Whether a layer's gate reads the hidden state, and how strongly its weights are penalised, is
+    decided on rows that the regression has not seen.
 
     Args:
         layers: check layers, ascending.
         readers: lenses that the features were made of.
         features: from `features`, one per layer.
-        wrong: whether the answer given at each layer is not the full model's.
-        hidden: h_a at each layer, to be read too.
+        hidden: h_a at each layer, (rows, d).
         seed: of the folds.
     """
-    rows = len(wrong)
-    fold = np.random.default_rng(seed).permutation(rows) % FOLDS
-    axes = None if hidden is None else [_principal(one) for one in hidden]
-    inputs = [
-        one if axes is None or hidden is None else np.c_[one, hidden[k] @ axes[k]]
-        for k, one in enumerate(features)
-    ]
-    found = [_fit_layer(inputs[k], wrong[:, k], fold) for k in range(len(layers))]
-    width = features[0].shape[1]
-    weights = [weight for weight, _, _, _ in found]
-    seen = None if axes is None else [a @ w[width:] for a, w in zip(axes, weights, strict=True)]
-    gate = Gate(
-        layers=tuple(layers),
-        readers=tuple(readers),
-        weight=torch.from_numpy(np.stack([weight[:width] for weight in weights])).float(),
-        bias=torch.tensor([bias for _, bias, _, _ in found], dtype=torch.float32),
-        hidden=None if seen is None else torch.from_numpy(np.stack(seen)).float(),
-    )
-    doubt = np.stack([out for _, _, out, _ in found], axis=1)
-    return FittedGate(gate, doubt, sum(loss for _, _, _, loss in found))
 
+    def __init__(
+        self,
+        layers: Sequence[int],
+        readers: Sequence[str],
+        features: Sequence[Float[np.ndarray, "rows features"]],
+        hidden: Iterable[Float[np.ndarray, "rows d"]],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.layers, self.readers = tuple(layers), tuple(readers)
+        self._fold = folds(len(features[0]), seed)
+        self._width = features[0].shape[1]
+        self._axes: list[NDArray[np.float64]] = []
+        self._inputs: list[NDArray[np.float64]] = []
+        for seen, states in zip(features, hidden, strict=True):
+            axes = principal(states, DIRECTIONS, seed)
+            self._axes.append(axes)
+            self._inputs.append(np.c_[seen, states.astype(np.float64) @ axes])
+        self._fits: dict[tuple[int, bytes], LayerFit] = {}
 
-def _principal(hidden: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Directions in which the states vary most, each scaled to unit variance, (d, directions)."""
-    states = torch.from_numpy(np.asarray(hidden, dtype=np.float64))
-    states = states - states.mean(0)
-    count = min(DIRECTIONS, *states.shape)
-    # Of the covariance: d x d at most, however many rows there are.
-    values, vectors = torch.linalg.eigh(states.T @ states / len(states))
-    scale = values[-count:].clamp(min=1e-12).sqrt()
-    return (vectors[:, -count:] / scale).numpy()
+    def fit(self, wrong: Bool[np.ndarray, "rows layers"]) -> FittedGate:
+        """The gate for answers of which some are wrong.
 
+        Args:
+            wrong: whether the answer given at each layer is not the full model's.
+        """
+        found = [self._layer(place, wrong[:, place]) for place in range(len(self.layers))]
+        weight = np.stack([one.weight[: self._width] for one in found])
+        pairs = zip(self._axes, found, strict=True)
+        hidden = np.stack([axes @ one.weight[self._width :] for axes, one in pairs])
+        gate = Gate(
+            layers=self.layers,
+            readers=self.readers,
+            weight=torch.from_numpy(weight).float(),
+            bias=torch.tensor([one.bias for one in found], dtype=torch.float32),
+            hidden=torch.from_numpy(hidden).float() if hidden.any() else None,
+        )
+        return FittedGate(gate, np.stack([one.doubt for one in found], axis=1))
 
-def _fit_layer(
-    raw: NDArray[np.floating], wrong: NDArray[np.bool_], fold: NDArray[np.integer]
-) -> tuple[NDArray[np.float64], float, NDArray[np.float64], float]:
-    """Weights, bias, out-of-fold probabilities and their log loss, for the best penalty."""
-    raw = raw.astype(np.float64)
-    mean, scale = raw.mean(0), raw.std(0)
-    scale[scale < 1e-9] = np.inf  # a constant column says nothing
-    inputs, target = (raw - mean) / scale, wrong.astype(np.float64)
-    best: tuple[float, float, NDArray[np.float64]] | None = None
-    for penalty in PENALTIES:
-        out = np.empty(len(target))
-        for held in range(FOLDS):
-            weight, bias = _logistic(inputs[fold != held], target[fold != held], penalty)
-            out[fold == held] = expit(inputs[fold == held] @ weight + bias)
-        out = out.clip(1e-6, 1 - 1e-6)
-        loss = float(-(target * np.log(out) + (1 - target) * np.log1p(-out)).mean())
-        if best is None or loss < best[0]:
-            best = loss, penalty, out
-    assert best is not None
-    loss, penalty, out = best
-    weight, bias = _logistic(inputs, target, penalty)
-    weight = weight / scale
-    return weight, float(bias - weight @ mean), out, loss
-
-
-def _logistic(
-    inputs: NDArray[np.float64], target: NDArray[np.float64], penalty: float
-) -> tuple[NDArray[np.float64], float]:
-    """Penalised maximum likelihood; half a row of each kind keeps the bias finite."""
-    rows = len(target)
-    base = (target.sum() + 0.5) / (rows + 1)
-    start = np.r_[np.zeros(inputs.shape[1]), np.log(base / (1 - base))]
-    if target.min(initial=1) == target.max(initial=0):  # one kind only: nothing to tell apart
-        return start[:-1], float(start[-1])
-
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        score = inputs @ weights[:-1] + weights[-1]
-        value = np.logaddexp(0, score).sum() - target @ score
-        residual = expit(score) - target
-        slope = np.r_[inputs.T @ residual + penalty * weights[:-1], residual.sum()]
-        return float(value + penalty / 2 * weights[:-1] @ weights[:-1]), slope
-
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500})
-    return found.x[:-1], float(found.x[-1])
+    def _layer(self, place: int, wrong: NDArray[np.bool_]) -> LayerFit:
+        key = place, np.packbits(wrong).tobytes()
+        if key not in self._fits:
+            inputs = self._inputs[place]
+            hidden = inputs.shape[1] - self._width
+            penalties = [np.repeat(both, (self._width, hidden)) for both in PENALTIES]
+            self._fits[key] = fit_layer(inputs, wrong, self._fold, penalties)
+        return self._fits[key]
 
 
 def _statistics(logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows statistics"]:

@@ -31,7 +31,7 @@ from lspade_train.policies.exit_table import (
     evaluate_policy,
     oracle_saving,
 )
-from lspade_train.policies.gate import FittedGate, fit_gate
+from lspade_train.policies.gate import FittedGate, GateFitter
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
 from lspade_train.policies.promise import promise
 from lspade_train.policies.proposals import propose, uniform_rules
@@ -237,6 +237,7 @@ class _Search:
         if "logit_lens" in (asked.reader, asked.decoder):
             every["logit_lens"] = None
         self.heads_by_name: Readers = every
+        self._gates: GateFitter | None = None
         for word in (asked.reader, asked.decoder):
             if word not in (None, "spade", *every):
                 raise PolicyError(
@@ -271,7 +272,7 @@ class _Search:
                 if measure == FIXED:
                     yield self._design(measure, decoders, ())
                 elif measure == GATED:
-                    yield from self._gated(rows, decoders)
+                    yield self._gated(rows, decoders)
                 else:
                     for reader in [self.asked.reader] if self.asked.reader else self.heads_by_name:
                         yield self._design(measure, decoders, (reader,))
@@ -292,15 +293,14 @@ class _Search:
         every: list[tuple[Decoder, ...]] = [_repeated(word, count) for word in words]
         return [*every, *([] if best in every else [best])]
 
-    def _gated(self, rows: CachedExits, decoders: tuple[Decoder, ...]) -> Iterator[_Design]:
+    def _gated(self, rows: CachedExits, decoders: tuple[Decoder, ...]) -> _Design:
         layers, readers = self.template.layers, tuple(self.heads_by_name)
-        wrong = rows.wrong(layers, decoders).numpy()
-        inputs = [one.numpy() for one in rows.features(layers, readers)]
-        plain = fit_gate(layers, readers, inputs, wrong, seed=self.asked.seed)
-        hidden = [rows.hidden(layer).numpy() for layer in layers]
-        seeing = fit_gate(layers, readers, inputs, wrong, hidden=hidden, seed=self.asked.seed)
-        for fitted in (plain, seeing):
-            yield self._design(GATED, decoders, readers, fitted)
+        if self._gates is None:
+            features = [one.numpy() for one in rows.features(layers, readers)]
+            hidden = (rows.hidden(layer).numpy() for layer in layers)
+            self._gates = GateFitter(layers, readers, features, hidden, seed=self.asked.seed)
+        fitted = self._gates.fit(rows.wrong(layers, decoders).numpy())
+        return self._design(GATED, decoders, readers, fitted)
 
     def _design(
         self,
@@ -312,7 +312,7 @@ class _Search:
         who = decoders[0] if len(set(decoders)) == 1 else "best by layer"
         what = measure
         if fitted is not None:
-            what = "gate" if fitted.gate.hidden is None else "gate (hidden state)"
+            what = "gate"
         elif readers and len(self.heads_by_name) > 1:
             what = f"{readers[0]} {measure}"
         policy = replace(

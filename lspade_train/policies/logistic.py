@@ -1,0 +1,155 @@
+"""Logistic regressions whose penalty is chosen by cross-fitting. Arrays in, weights out.
+
+Newton's method: with some tens of columns a step costs one small product and one small solve, and
+a fit that starts near its end, as one fold's does from another's, needs two or three of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from scipy.special import expit
+
+FOLDS = 5
+STEPS = 50
+TOLERANCE = 1e-8
+"""Largest slope, per row, at which a fit ends."""
+CERTAIN = 1e-6
+"""Distance that an estimated probability keeps from 0 and 1."""
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One regression, and what it would say of its own rows without having seen them.
+
+    Attributes:
+        weight: of the raw columns, (columns,).
+        bias: of the raw columns.
+        doubt: each row's probability by a fit to the other folds, (rows,).
+        log_loss: of those probabilities, nats per row.
+    """
+
+    weight: Float[np.ndarray, " columns"]
+    bias: float
+    doubt: Float[np.ndarray, " rows"]
+    log_loss: float
+
+
+def folds(rows: int, seed: int) -> Int[np.ndarray, " rows"]:
+    """The fold of each row, as even as can be."""
+    return np.random.default_rng(seed).permutation(rows) % FOLDS
+
+
+def fit_layer(
+    raw: Float[np.ndarray, "rows columns"],
+    wrong: Bool[np.ndarray, " rows"],
+    fold: Int[np.ndarray, " rows"],
+    penalties: Sequence[float | Float[np.ndarray, " columns"]],
+) -> LayerFit:
+    """The regression of the penalty that does best on rows that it has not seen.
+
+    Args:
+        raw: what is read; every column is scaled to unit variance.
+        wrong: what is to be told.
+        fold: from `folds`.
+        penalties: strengths of the L2 penalty, in rows, one for all columns or one per column; a
+            penalty of n halves what n rows say, an infinite one leaves a column out.
+    """
+    raw = raw.astype(np.float64)
+    mean, scale = raw.mean(0), raw.std(0)
+    scale[scale < 1e-9] = np.inf  # a constant column says nothing
+    inputs, target = (raw - mean) / scale, wrong.astype(np.float64)
+    found: list[LayerFit] = []
+    for penalty in penalties:
+        strength = np.broadcast_to(np.asarray(penalty, dtype=np.float64), scale.shape)
+        used = np.isfinite(strength)
+        columns, strength = inputs[:, used], strength[used]
+        weight, bias = logistic(columns, target, strength)
+        out = np.empty(len(target))
+        for held in range(FOLDS):
+            rest = fold != held
+            part = logistic(columns[rest], target[rest], strength, start=(weight, bias))
+            out[~rest] = expit(columns[~rest] @ part[0] + part[1])
+        out = out.clip(CERTAIN, 1 - CERTAIN)
+        loss = float(-(target * np.log(out) + (1 - target) * np.log1p(-out)).mean())
+        whole = np.zeros(len(scale))
+        whole[used] = weight
+        whole /= scale
+        found.append(LayerFit(whole, float(bias - whole @ mean), out, loss))
+    return min(found, key=lambda one: one.log_loss)
+
+
+def logistic(
+    inputs: NDArray[np.float64],
+    target: NDArray[np.float64],
+    penalty: float | NDArray[np.float64],
+    *,
+    start: tuple[NDArray[np.float64], float] | None = None,
+) -> tuple[NDArray[np.float64], float]:
+    """Penalised maximum likelihood; half a row of each kind keeps the bias finite.
+
+    Args:
+        inputs: (rows, columns).
+        target: 0 or 1, (rows,).
+        penalty: strength of the L2 penalty on the weights, one or one per column.
+        start: weights and bias to begin with.
+
+    Returns:
+        Weights (columns,) and bias.
+    """
+    base = (target.sum() + 0.5) / (len(target) + 1)
+    lone = float(np.log(base / (1 - base)))
+    if target.min(initial=1) == target.max(initial=0):  # one kind only: nothing to tell apart
+        return np.zeros(inputs.shape[1]), lone
+    columns = np.c_[inputs, np.ones(len(inputs))]
+    ridge = np.r_[np.broadcast_to(penalty, inputs.shape[1]), 0.0]
+    weights = np.r_[np.zeros(inputs.shape[1]), lone] if start is None else np.r_[start]
+
+    def loss(weights: NDArray[np.float64], score: NDArray[np.float64]) -> float:
+        value = np.logaddexp(0, score).sum() - target @ score
+        return float(value + ridge @ weights**2 / 2)
+
+    score = columns @ weights
+    value = loss(weights, score)
+    for _ in range(STEPS):
+        chance = expit(score)
+        slope = columns.T @ (chance - target) + ridge * weights
+        if np.abs(slope).max() < TOLERANCE * len(target):
+            break
+        spread = (chance * (1 - chance))[:, None]
+        curve = columns.T @ (spread * columns) + np.diag(ridge)
+        step = np.linalg.solve(curve + 1e-9 * np.eye(len(ridge)), slope)
+        # Newton's step overshoots far from the minimum: halve it until it leads downhill.
+        size = 1.0
+        while size > 1e-6:
+            moved = weights - size * step
+            score = columns @ moved
+            if (lower := loss(moved, score)) <= value:
+                break
+            size /= 2
+        weights, value = moved, lower
+    return weights[:-1], float(weights[-1])
+
+
+def principal(
+    states: Float[np.ndarray, "rows d"], count: int, seed: int = 0
+) -> Float[np.ndarray, "d directions"]:
+    """Directions in which states vary most, each scaled to unit variance.
+
+    By subspace iteration (Halko et al., arXiv:0909.4061): a few products of the states with some
+    tens of directions, where the eigenvectors of a d x d matrix would take seconds per layer.
+    """
+    centred = torch.from_numpy(np.asarray(states, dtype=np.float32))
+    centred = centred - centred.mean(0)
+    count = min(count, *centred.shape)
+    generator = torch.Generator().manual_seed(seed)
+    width = min(count + 8, *centred.shape)
+    basis = torch.randn(centred.shape[1], width, generator=generator)
+    for _ in range(4):
+        basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
+    _, values, turn = torch.linalg.svd(centred @ basis, full_matrices=False)
+    scale = values[:count].double().clamp(min=1e-6) / len(centred) ** 0.5
+    return ((basis @ turn.T[:, :count]).double() / scale).numpy()
