@@ -53,14 +53,9 @@ def row_count(examples: Sequence[Example]) -> int:
     return sum(len(example.positions) for example in examples)
 
 
-def prefix_groups(
-    adapter: ModelAdapter, examples: Sequence[Example]
-) -> list[tuple[int, list[int]]]:
-    """Prompts that begin alike, with the tokens before any answer position that they share."""
-    return shared_groups(adapter, *_beginnings(examples))
-
-
-def _beginnings(examples: Sequence[Example]) -> tuple[list[Tensor], list[int]]:
+def beginnings(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of the prompts, and the first answer position of each: no later token is shared."""
+    return [e.input_ids for e in examples], [int(min(e.positions)) for e in examples]
 
 
 def extract(
@@ -95,7 +90,7 @@ def extract(
         return out | _no_states(adapter, what)
 
     def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
-        for shared, members in prefix_groups(adapter, examples):
+        for shared, members in shared_groups(adapter, *beginnings(examples)):
             lengths = [len(examples[i].input_ids) for i in members]
             for places in length_batches(lengths, tokens_per_batch, shared=shared):
                 batch = [members[place] for place in places]

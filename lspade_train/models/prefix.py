@@ -137,8 +137,9 @@ def rotation_limit(config: Any) -> int | None:
     settings = getattr(config, "rope_parameters", None) or {}
     # One for all layers, or one for each kind of them.
     each = [s for s in (settings, *settings.values()) if isinstance(s, dict)]
+    most = getattr(config, "max_position_embeddings", None) or 2**31
     limits = [
-        s.get("original_max_position_embeddings") or config.max_position_embeddings
+        min(s.get("original_max_position_embeddings") or most, most)
         for s in each
         if s.get("rope_type") in LENGTH_DEPENDENT
     ]

@@ -1,5 +1,6 @@
 """Beginnings that a model runs once for all prompts that have them, where that is exact."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from lspade_train.models.prefix import Tokens, rotation_limit, shared_prefixes
 
 if TYPE_CHECKING:
     from lspade_train.models.adapter import ModelAdapter
+
+log = logging.getLogger(__name__)
 
 
 def prefill(adapter: "ModelAdapter", tokens: Sequence[int]) -> DynamicCache:
@@ -26,7 +29,7 @@ def prefill(adapter: "ModelAdapter", tokens: Sequence[int]) -> DynamicCache:
 
 
 def prefix_refusal(adapter: "ModelAdapter", longest: int) -> str | None:
-    """Why prompts of up to `longest` tokens are not to be cut behind what they share; None: they may.
+    """Why prompts of up to `longest` tokens are not to be cut at a prefix; None: they may.
 
     Found by a probe of the model at the first question, and kept for as long as it holds.
     """
@@ -34,6 +37,8 @@ def prefix_refusal(adapter: "ModelAdapter", longest: int) -> str | None:
     with known.lock:
         if known.prefix is None:
             known.prefix = why_no_prefix(adapter)
+            if known.prefix:
+                log.info("what prompts have in common is run for each of them: %s", known.prefix)
     limit = rotation_limit(adapter.text_config)
     if not known.prefix and limit is not None and longest > limit:
         return f"its rotary angles change over {limit:,} tokens, and a prompt has {longest:,}"
