@@ -74,7 +74,7 @@ def build(
         # Rows and rounding depend on more than the identity: a resumed run may have other settings.
         tag = (
             f"{job.digest} prompts {first}:{first + len(examples)}, "
-            f"{tokens_per_batch} tokens per batch{job.compiled}"
+            f"{tokens_per_batch} tokens per batch, shared prefixes once{job.compiled}"
         )
         compute = partial(_states, job, examples, tokens_per_batch)
         path = job.folder / f"shard-{number:05d}.safetensors"

@@ -41,7 +41,7 @@ from lspade_train.policies.flops import count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
-from lspade_train.runtime.batching import Batch, Query, batches
+from lspade_train.runtime.batching import Batch, Query, shared_batches
 from lspade_train.runtime.decide import Probe, decide_batch
 
 NEVER = "never"
@@ -282,7 +282,7 @@ class LSpadeLM(HFLM):
         queries = [self._query(n, question) for n, question in enumerate(questions)]
         found: dict[int, Answer] = {}
         bar = tqdm(total=len(queries), disable=quiet, desc="Questions with early exits")
-        for batch in batches(queries, runtime.tokens_per_batch, runtime.adapter.device):
+        for batch in shared_batches(queries, runtime.tokens_per_batch, runtime.adapter):
             outcome = decide_batch(scorer, batch)
             scores = outcome.logits.log_softmax(-1, dtype=self.softmax_dtype)
             for query, row, layer in zip(

@@ -32,7 +32,7 @@ from lspade_train.policies.exit_table import take
 from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.runtime.batching import Query, batches
+from lspade_train.runtime.batching import Query, shared_batches
 from lspade_train.runtime.decide import BatchRun, Decision, Probe, answers
 
 OnAlarm = Literal["warn", "never_exit"]
@@ -129,7 +129,12 @@ class Auditor:
         return self.audit.on_alarm == "never_exit" and self.state.alarm is not None
 
     def observe(
-        self, queries: Sequence[Query], decisions: Mapping[int, Decision], *, full: bool = False
+        self,
+        queries: Sequence[Query],
+        decisions: Mapping[int, Decision],
+        *,
+        full: bool = False,
+        shared: Mapping[int, int] | None = None,
     ) -> None:
         """Count answered rows, and audit those that the coin draws.
 
@@ -139,10 +144,16 @@ class Auditor:
             queries: the rows.
             decisions: by the queries' index.
             full: whether the full model gave them, after an alarm.
+            shared: leading tokens of each row that were run once for several, by index; none:
+                whole prompts. The full model is charged as if it shared them, too.
         """
         if not queries:
             return
-        seen = Seen(unaudited=len(queries)) if full else self._audited(queries, decisions)
+        seen = (
+            Seen(unaudited=len(queries))
+            if full
+            else self._audited(queries, decisions, shared or {})
+        )
         with self._guard:
             self._waiting += seen
             due = time.monotonic() - self._written >= self.audit.seconds_between_writes
@@ -190,13 +201,18 @@ class Auditor:
         if self.audit.callback is not None:
             self.audit.callback(state)
 
-    def _audited(self, queries: Sequence[Query], decisions: Mapping[int, Decision]) -> Seen:
+    def _audited(
+        self,
+        queries: Sequence[Query],
+        decisions: Mapping[int, Decision],
+        shared: Mapping[int, int],
+    ) -> Seen:
         with self._guard:
             heads_up = self._coin.random(len(queries)) < self.audit.rate
         drawn = [query for query, coin in zip(queries, heads_up, strict=True) if coin]
         exited = [query for query in drawn if decisions[query.index].exited]
         layers = [decisions[query.index].layer for query in queries]
-        plain, spent = self._flops(queries, layers)
+        plain, spent = self._flops(queries, layers, [shared.get(q.index, 0) for q in queries])
         again = {query.index for query in exited}
         audit = sum(p for q, p in zip(queries, plain, strict=True) if q.index in again)
         return Seen(
@@ -213,7 +229,7 @@ class Auditor:
     def _failures(self, queries: Sequence[Query], decisions: Mapping[int, Decision]) -> int:
         """How many the full model answers otherwise, or cannot answer (NaN)."""
         failures = 0
-        for batch in batches(queries, self.tokens, self.adapter.device):
+        for batch in shared_batches(queries, self.tokens, self.adapter):
             outcome = BatchRun(self.full, batch).run()
             broken = (outcome.logits.isnan() | (outcome.logits == torch.inf)).any(-1).tolist()
             found = answers(outcome, batch, self.full.policy, self.adapter.num_layers)
@@ -222,20 +238,20 @@ class Auditor:
         return failures
 
     def _flops(
-        self, queries: Sequence[Query], layers: Sequence[int]
+        self, queries: Sequence[Query], layers: Sequence[int], shared: Sequence[int]
     ) -> tuple[list[float], list[float]]:
         """Each row's operations with the full model, and with the policy, without padding."""
         if self._counts is None:
             self._counts = count_flops(self.adapter, self._heads)
-        lengths = torch.tensor([len(query.ids) for query in queries])
+        lengths, before = torch.tensor([len(q.ids) for q in queries]), torch.tensor(shared)
         checks = self.policy.check_layers
         if not checks:
-            plain = self._counts.full(lengths).tolist()
+            plain = self._counts.full(lengths, before).tolist()
             return plain, plain
         width: Tensor | None = None
         if self.policy.scope == "choices":
             width = torch.tensor([len(query.choices or ()) for query in queries])
-        costs = cost_parts(self._counts, lengths, self.policy, choices=width)
+        costs = cost_parts(self._counts, lengths, self.policy, choices=width, shared=before)
         stages = [*checks, self.adapter.num_layers]
         places = np.array([stages.index(layer) for layer in layers])
         return costs.plain.tolist(), take(costs.stops(), places).tolist()

@@ -1,7 +1,9 @@
-"""Prompts to left-padded batches within a token budget. Knows nothing of exits.
+"""Prompts to padded batches within a token budget. Knows nothing of exits.
 
-The answer is then every row's last column, whatever its length. The start token is the prompt's
-first token: BOS where the tokenizer puts one, else the first token of the text.
+Padded on the left, so that the answer is every row's last column, whatever its length. Rows behind
+a shared prefix are padded on the right: a gap between prefix and row would count as distance for
+sliding windows and ALiBi. The start token is the prompt's first token: BOS where the tokenizer puts
+one, else the first token of the text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
-from lspade_train.models import ModelAdapter
+from lspade_train.models import ModelAdapter, length_batches, prefix_refusal, shared_groups
 from lspade_train.models.labels import Fork, Paths, conflict
-from lspade_train.models.tokenization import resolve_choices, tokenize
+from lspade_train.models.tokenization import resolve_choices, shared_start, tokenize
 
 MAX_ROWS = 256  # logits of short prompts are the largest tensor: rows x V in fp32
 
@@ -55,10 +57,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows.
+    """Padded rows.
 
     Attributes:
         queries: one per row.
+        shared: leading tokens that all rows have in common and that are run once for all.
         ids: token ids, (rows, tokens).
         mask: 1 for real tokens, (rows, tokens).
         choice_ids: tokens of each row's choices, (rows, choices); None where there are none.
@@ -66,6 +69,7 @@ class Batch:
     """
 
     queries: tuple[Query, ...]
+    shared: int
     ids: Int[Tensor, "rows tokens"]
     mask: Int[Tensor, "rows tokens"]
     choice_ids: Int[Tensor, "rows choices"] | None
@@ -75,6 +79,13 @@ class Batch:
     def starts(self) -> Int[Tensor, " rows"]:
         """First real token of each row."""
         return self.ids.gather(1, self.mask.argmax(-1, keepdim=True)).squeeze(1)
+
+    @property
+    def ends(self) -> Int[Tensor, " rows"]:
+        """Column of each row's answer behind the shared tokens."""
+        if self.shared:
+            return self.positions - self.shared
+        return torch.full((len(self.queries),), self.ids.shape[1] - 1, device=self.ids.device)
 
     @property
     def positions(self) -> Int[Tensor, " rows"]:
@@ -121,27 +132,75 @@ def encode(
     return queries
 
 
-def batches(queries: Sequence[Query], tokens: int, device: torch.device) -> Iterator[Batch]:
+def encode_prefix(
+    prefix: Prompt, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
+) -> list[int]:
+    """Token ids of what every prompt begins with.
+
+    Raises:
+        TaskError: a prompt does not begin with it.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prefix, str) != isinstance(prompt, str):
+            raise TaskError("Prefix and prompts are of two kinds; expected texts, or token ids.")
+        if prompt[: len(prefix)] != prefix and list(prompt[: len(prefix)]) != list(prefix):
+            raise TaskError(
+                f"Prompt {number} of {len(prompts)} does not begin with the prefix; expected whole "
+                "prompts, the prefix included."
+            )
+    return list(next(tokenize(_needed(tokenizer), [prefix])) if isinstance(prefix, str) else prefix)
+
+
+def shared_batches(
+    queries: Sequence[Query],
+    tokens: int,
+    adapter: ModelAdapter,
+    prefix: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Batches of prompts that begin alike, whose common beginning is then run once.
+
+    Args:
+        queries: the prompts.
+        tokens: padded tokens per batch.
+        adapter: the model.
+        prefix: what all of them begin with, to be kept for later calls; None: what is worth it is
+            found, from these prompts alone.
+    """
+    if prefix is None:
+        groups = shared_groups(adapter, [query.ids for query in queries])
+    else:
+        starts = (min(shared_start(prefix, query.ids), len(query.ids) - 1) for query in queries)
+        longest = max((len(query.ids) for query in queries), default=0)
+        shared = 0 if prefix_refusal(adapter, longest) else min(starts, default=0)
+        groups = [(shared, list(range(len(queries))))]
+    for shared, members in groups:
+        yield from batches([queries[i] for i in members], tokens, adapter.device, shared)
+
+
+def batches(
+    queries: Sequence[Query], tokens: int, device: torch.device, shared: int = 0
+) -> Iterator[Batch]:
     """Batches of similar length, longest first, of at most `tokens` padded tokens.
 
     A prompt over the budget goes alone. Prompts with and without choices never share a batch.
     """
-    ordered = sorted(queries, key=lambda query: (query.choices is None, -len(query.ids)))
-    group: list[Query] = []
-    for query in ordered:
-        if group and not _fits(group, query, tokens):
-            yield collate(group, device)
-            group = []
-        group.append(query)
-    if group:
-        yield collate(group, device)
+    for free in (False, True):
+        kind = [query for query in queries if (query.choices is None) == free]
+        lengths = [len(query.ids) for query in kind]
+        for batch in length_batches(lengths, tokens, shared=shared, most=MAX_ROWS):
+            yield collate([kind[i] for i in batch], device, shared)
 
 
-def collate(queries: Sequence[Query], device: torch.device) -> Batch:
-    """Pad the queries on the left into one batch."""
+def collate(queries: Sequence[Query], device: torch.device, shared: int = 0) -> Batch:
+    """Pad the queries into one batch: on the left, or on the right behind shared tokens."""
     width = max(len(query.ids) for query in queries)
-    ids = torch.tensor([[0] * (width - len(q.ids)) + list(q.ids) for q in queries])
-    mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in queries])
+
+    def padded(row: Sequence[int]) -> list[int]:
+        padding = [0] * (width - len(row))
+        return [*row, *padding] if shared else [*padding, *row]
+
+    ids = torch.tensor([padded(query.ids) for query in queries])
+    mask = torch.tensor([padded([1] * len(query.ids)) for query in queries])
     choice_ids = choice_mask = None
     if queries[0].choices is not None:
         tokens = [list((query.choices or {}).values()) for query in queries]
@@ -149,13 +208,7 @@ def collate(queries: Sequence[Query], device: torch.device) -> Batch:
         choice_ids = torch.tensor([row + row[:1] * (most - len(row)) for row in tokens]).to(device)
         sizes = torch.tensor([len(row) for row in tokens])
         choice_mask = (torch.arange(most) < sizes[:, None]).to(device)
-    return Batch(tuple(queries), ids.to(device), mask.to(device), choice_ids, choice_mask)
-
-
-def _fits(group: Sequence[Query], query: Query, tokens: int) -> bool:
-    same_kind = (group[0].choices is None) == (query.choices is None)
-    rows = len(group) + 1
-    return same_kind and rows <= MAX_ROWS and rows * len(group[0].ids) <= tokens
+    return Batch(tuple(queries), shared, ids.to(device), mask.to(device), choice_ids, choice_mask)
 
 
 def _refuse_text(prompts: object, choices: object) -> None:

@@ -177,7 +177,8 @@ class BatchRun:
         self.inside = torch.arange(rows)
         self.outside = torch.arange(0)
         # `plan.hidden` is always the state in hand, so that dropping rows drops everything at once.
-        self.plan: Plan = self.adapter.plan(batch.ids, batch.mask)
+        self.plan: Plan = self.adapter.plan(batch.ids, batch.mask, shared=batch.shared)
+        self.ends = batch.ends  # columns of the answers of the rows inside
         self.step: Plan | None = None  # single-token rows of `outside`
         self.every_step: Plan | None = None  # of the whole batch, planned at the first exit
         self.layers = torch.full((rows,), self.adapter.num_layers)
@@ -199,11 +200,20 @@ class BatchRun:
         logits = torch.cat([logits for _, logits in self.answers])[order]
         return Outcome(logits, self.layers, self.entropy)
 
+    @property
+    def _hidden(self) -> Float[Tensor, "rows d"]:
+        """State of each row inside at its answer."""
+        hidden = self.plan.hidden
+        if not self.batch.shared:
+            return hidden[:, -1]
+        ends = self.ends.to(hidden.device)
+        return hidden[torch.arange(len(ends), device=hidden.device), ends]
+
     def _apply(self, plan: Plan, block: int) -> Plan:
         return replace(plan, hidden=self.adapter.run_block(plan, block, plan.hidden))
 
     def _check(self, layer: int) -> None:
-        hidden = self.plan.hidden[:, -1]
+        hidden = self._hidden
         found = self.probe.check(hidden, layer, self.batch, self.inside, self.before)
         self.before = found.reading
         leaving = self.policy.exits(found.value, layer).cpu()
@@ -245,11 +255,12 @@ class BatchRun:
         if len(self.inside):
             places = staying.nonzero()[:, 0]
             self.plan = self.plan.select(places)
+            self.ends = self.ends[places.to(self.ends.device)]
             self.before = None if self.before is None else self.before.rows(places)
 
     def _finish(self) -> None:
         """One unembedding for the prompts that ran through and the rows that left."""
-        ends = [self.plan.hidden[:, -1]] if len(self.inside) else []
+        ends = [self._hidden] if len(self.inside) else []
         ends += [] if self.step is None else [self.step.hidden[:, 0]]
         if not ends:
             return

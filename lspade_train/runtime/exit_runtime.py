@@ -13,7 +13,15 @@ from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
 from lspade_train.runtime.audit import Audit, Auditor
-from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
+from lspade_train.runtime.batching import (
+    Choices,
+    Prompt,
+    Query,
+    batches,
+    encode,
+    encode_prefix,
+    shared_batches,
+)
 from lspade_train.runtime.decide import Decision, Probe, Step, answers, decide_batch, join
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 
@@ -78,11 +86,15 @@ class ExitRuntime:
         self,
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
+        *,
+        prefix: Prompt | None = None,
     ) -> list[Decision]:
         """One answer for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
-        without BOS takes the prompt's first token as the start token.
+        without BOS takes the prompt's first token as the start token. What prompts of a call have
+        in common at their beginning is run once where that saves some hundred tokens, and its keys
+        and values are kept for later calls with the same beginning.
 
         A choice of several tokens is decided at the first that tells it from the others, as in
         constrained decoding. Choices that begin alike are one option there; if it is taken, its
@@ -92,9 +104,12 @@ class ExitRuntime:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
                 prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
+            prefix: what every prompt begins with, as text or token ids like the prompts, to be
+                run once also where a call has a single prompt; None finds it.
 
         Raises:
-            TaskError: an empty prompt, one over the context, choices that no token tells apart.
+            TaskError: an empty prompt, one over the context, choices that no token tells apart, a
+                prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
@@ -103,11 +118,17 @@ class ExitRuntime:
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
-        steps = list(self._walk(probe, queries))
+        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
+        shared: list[int] = []
+        steps: list[Step] = []
+        for step, tokens in self._walk(probe, queries, start):
+            steps.append(step)
+            shared.append(tokens)
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
             asked = [replace(query, index=n) for n, (query, _) in enumerate(steps)]
             found = {n: decision for n, (_, decision) in enumerate(steps)}
-            self.auditor.observe(asked, found, full=probe is not self.probe)
+            full = probe is not self.probe
+            self.auditor.observe(asked, found, full=full, shared=dict(enumerate(shared)))
         by_prompt: list[list[Step]] = [[] for _ in prompts]
         for query, decision in steps:
             by_prompt[query.index].append((query, decision))
@@ -153,15 +174,17 @@ class ExitRuntime:
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
 
-    def _walk(self, probe: Probe, queries: list[Query]) -> Iterator[Step]:
-        """Each step of each query, the steps of a query in their order."""
+    def _walk(
+        self, probe: Probe, queries: list[Query], start: Sequence[int] | None
+    ) -> Iterator[tuple[Step, int]]:
+        """Each step of each query, its steps in their order, and how many tokens were shared."""
         while queries:
             deeper: list[Query] = []
-            for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+            for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
                 outcome = decide_batch(probe, batch)
                 decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
                 for query, decision in zip(batch.queries, decisions, strict=True):
-                    yield query, decision
+                    yield (query, decision), batch.shared
                     following = query.behind(decision.token_id)
                     deeper += [] if following is None else [following]
             queries = deeper
