@@ -82,6 +82,12 @@ def _within(record: Mapping[str, Any]) -> str:
             f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and not c["held"]
         ]
         plural = "s" if kind == "group" else ""
+        if out and kind == "group" and record.get("small_groups") == "never_exit":
+            words += (
+                f" Rows of other groups ({', '.join(out)}) never exit: too few rows to prove it "
+                "there."
+            )
+            out = []
         if held:
             words += f" The same holds {what}{plural if len(held) > 1 else ''} {', '.join(held)}."
         if out:

@@ -5,8 +5,12 @@ fixed layer), over what (choices or vocabulary), who answers, and which checks p
 The proposals that no other beats are tested on validation rows. Knows nothing of the command line.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+from jaxtyping import Bool
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.cached_exits import has_choices
@@ -19,9 +23,15 @@ from lspade_train.policies.calibration import (
     frontier,
     run_tests,
 )
-from lspade_train.policies.conditions import Conditions, groups_of
+from lspade_train.policies.conditions import (
+    Conditions,
+    SmallGroups,
+    groups_of,
+    without_small,
+)
 from lspade_train.policies.exit_table import PolicyRow, evaluate_policy
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
+from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
 from lspade_train.policies.search import Design, Options, Search, best_of_kinds, by_signal, widest
 from lspade_train.policies.shift import exit_profile
@@ -78,6 +88,7 @@ def calibrate(
     seed: int = 0,
     per_group: bool = False,
     per_depth: bool = False,
+    small_groups: SmallGroups | None = None,
 ) -> Selection:
     """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
 
@@ -99,6 +110,9 @@ def calibrate(
         per_group: promise the same within every group of the task that has rows enough.
         per_depth: promise the same for the rows that exit at or before each layer, where the
             training rows let expect enough of them.
+        small_groups: with `per_group`, what becomes of groups with too few rows to prove anything,
+            and of groups that are not there: `never_exit`, the full model answers their rows, or
+            `exclude`, their rows exit and the promise leaves them out. None: never_exit.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -111,6 +125,7 @@ def calibrate(
     check_budget(risk, budget, confidence)
     if measure is not None:
         find_measure(measure)
+    _check_small_groups(small_groups, per_group=per_group)
     # Refuses words that no policy knows.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
     heads = heads.bind(data.adapter)
@@ -162,19 +177,47 @@ def calibrate(
         )
     tables = [design.table(rows) for design in widest(designs)]
     shares = error_shares(fronts, budget)
+    exit_groups: list[tuple[str, ...] | None] = [None] * len(chosen_from)
+    if per_group and small_groups != "exclude":
+        levels = [(1 - confidence) * share for share in shares]
+        sequences, exit_groups = _hold_back(sequences, levels, groups, risk, budget)
     found = run_tests(sequences, tables, risk, budget, confidence, shares)
     record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
+    if per_group:
+        record |= {"small_groups": small_groups or "never_exit"}
     place = next((n for n, row in enumerate(found.curve) if row is found.chosen), None)
     policy, checked = replace(template, threshold=None), tables[0]
     if place is not None:
         chosen = [one for sequence in sequences for one in sequence][place]
         checked = chosen.table.at(chosen.rule.layers)
         policy = chosen_from[place].policy.at(chosen.rule.layers, chosen.rule.threshold)
+        policy = replace(policy, exit_groups=exit_groups[place])
     record |= {"profile": exit_profile(checked, policy.threshold)}
     policy = replace(policy, calibration=record | {"promise": promise(record)})
     never = evaluate_policy(tables[0], None)
     kinds = tuple(best_of_kinds(designs, proposed, rows, risk, budget))
     return Selection(policy=policy, calibration=found, never=never, kinds=kinds, side=side)
+
+
+def _hold_back(
+    sequences: Sequence[Sequence[Candidate]],
+    levels: Sequence[float],
+    groups: Mapping[str, Bool[np.ndarray, " rows"]],
+    risk: RiskKind,
+    budget: float,
+) -> tuple[list[list[Candidate]], list[tuple[str, ...] | None]]:
+    """The candidates with small groups' rows held back, and the groups that may exit in each.
+
+    A group's size decides, never its answers: the tests stay valid.
+    """
+    held: list[list[Candidate]] = []
+    names: list[tuple[str, ...] | None] = []
+    for sequence, level in zip(sequences, levels, strict=True):
+        needed = rows_to_prove(0, risk, budget, level) if sequence else 0
+        found = [without_small(one.table, groups, needed) for one in sequence]
+        held.append([replace(one, table=f[0]) for one, f in zip(sequence, found, strict=True)])
+        names += [large for _, large in found]
+    return held, names
 
 
 def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
@@ -188,6 +231,14 @@ def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKin
     if disagreement is not None:
         return "disagreement", disagreement
     return "accuracy_drop", DROP if drop is None else drop
+
+
+def _check_small_groups(asked: str | None, *, per_group: bool) -> None:
+    if asked is not None and (asked not in get_args(SmallGroups) or not per_group):
+        raise PolicyError(
+            f"--small_groups is {asked!r}; expected {' or '.join(get_args(SmallGroups))}, beside "
+            "--per_group."
+        )
 
 
 def _candidate_layers(

@@ -30,11 +30,13 @@ class Query:
         index: its place in the user's list.
         ids: token ids, start token first.
         choices: label -> token id; None: any token may be the answer.
+        group: subgroup of the task that the prompt belongs to; None: none, or not known.
     """
 
     index: int
     ids: tuple[int, ...]
     choices: dict[str, int] | None
+    group: str | None = None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
+        self.full = Probe(self.adapter, None, ExitPolicy(layers=(), scope=policy.scope))
         self._bound = self.adapter.refresh()
         beside = None if heads is None else heads.tuned_lens
         digest = None if heads is None else heads.digest
@@ -78,6 +79,7 @@ class ExitRuntime:
         self,
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
+        groups: Sequence[str | None] | None = None,
     ) -> list[Decision]:
         """One token for each prompt, with as few blocks as the policy allows.
 
@@ -88,8 +90,11 @@ class ExitRuntime:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
                 prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+            groups: each prompt's subgroup of the task; needed where the policy lets only some
+                groups exit (`exit_groups`). The full model answers the others.
 
         Raises:
+            PolicyError: a policy that needs groups, without any.
             TaskError: an empty prompt, one over the context, a choice that is not one token.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
@@ -98,16 +103,25 @@ class ExitRuntime:
         self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
-        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
+        queries = self._with_groups(queries, groups)
+        stopped = self.auditor is not None and self.auditor.stopped
+        may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
+        free = {query.index for query in may}
+        rest = [query for query in queries if query.index not in free]
+        found = self._decided(self.probe, may) | self._decided(self.full, rest)
+        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
+            self.auditor.observe(queries, found, full=stopped)
+        return [found[index] for index in range(len(prompts))]
+
+    def _decided(self, probe: Probe, queries: Sequence[Query]) -> dict[int, Decision]:
+        """Decisions by the prompts' index."""
         found: dict[int, Decision] = {}
         for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
             outcome = decide_batch(probe, batch)
             decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
             for query, decision in zip(batch.queries, decisions, strict=True):
                 found[query.index] = self._worded(decision)
-        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            self.auditor.observe(queries, found, full=probe is not self.probe)
-        return [found[index] for index in range(len(prompts))]
+        return found
 
     def generate(
         self,
@@ -161,6 +175,22 @@ class ExitRuntime:
         for heads in (self.probe.readers | self.probe.answerers).values():
             for layer in policy.check_layers if heads is not None else ():
                 heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _with_groups(
+        self, queries: Sequence[Query], groups: Sequence[str | None] | None
+    ) -> list[Query]:
+        """The queries with their groups."""
+        if groups is None:
+            if self.policy.exit_groups is not None:
+                raise PolicyError(
+                    "The policy lets only rows of some groups exit "
+                    f"({', '.join(self.policy.exit_groups) or 'none'}): give each prompt's group "
+                    "(groups=...), or calibrate one with --small_groups exclude."
+                )
+            return [*queries]
+        if len(groups) != len(queries):
+            raise TaskError(f"{len(groups)} groups for {len(queries)} prompts. Give one each.")
+        return [replace(query, group=g) for query, g in zip(queries, groups, strict=True)]
 
     def _follow_model(self) -> None:
         """See whether the heads still belong to the model, where it has changed."""

@@ -27,12 +27,14 @@ class Asked:
         choices: answer -> its token; None: any token may be the answer.
         texts: answers in text that the runtime is to resolve itself; None where `choices` says it.
         answer: the right answer; None where the row has none.
+        group: subgroup of the task; "" for none.
     """
 
     prompt: str | tuple[int, ...]
     choices: dict[str, int] | None = None
     texts: tuple[str, ...] | None = None
     answer: str | None = None
+    group: str = ""
 
 
 class Asker:
@@ -95,7 +97,7 @@ class Asker:
             )
         (tokens,) = tokenize(self.tokenizer, [self.prompter(question, prefix)])
         choices = dict(zip(answers, ids, strict=True)) if question.labels else None
-        return Asked(tuple(tokens), choices, answer=question.answer)
+        return Asked(tuple(tokens), choices, answer=question.answer, group=question.group)
 
     def _question(self, row: Record) -> Question:
         columns = {n: c for n, c in (self.config.columns or {}).items() if c in row}
