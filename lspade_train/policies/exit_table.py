@@ -158,9 +158,10 @@ class ExitTable:
         )
 
     def held_back(self, rows: Bool[np.ndarray, " rows"]) -> Self:
-        """The same rows, of which these go through the full model unchecked."""
+        """The same rows, of which these, too, go through the full model, unchecked."""
+        stays = rows if self.stays is None else rows | self.stays
         check = np.where(rows[:, None], 0.0, self.costs.check)
-        return replace(self, stays=rows, costs=replace(self.costs, check=check))
+        return replace(self, stays=stays, costs=replace(self.costs, check=check))
 
     def at(self, layers: Sequence[int]) -> Self:
         """The same rows with only these check layers, each of them one of `layers`."""
