@@ -241,3 +241,17 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     assert {one["name"] for one in groups} >= {"1", "2", "3"}
     assert any(one["held"] for one in groups)
     assert "The same holds within the group" in capsys.readouterr().out
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    assert policy.exit_groups == tuple(one["name"] for one in groups if one["held"])
+    rows = rows_of("validation", 60)
+    answers = asked(fitted, [{**row, "group": "unheard of"} for row in rows])
+    assert not any(answer["exited"] for answer in answers)
+    assert any(answer["exited"] for answer in asked(fitted, rows))
+
+
+def test_small_groups_are_excluded_where_that_is_asked_for(fitted, capsys):
+    more = ["--max_accuracy_drop=0.05", "--per_group", "--small_groups=exclude"]
+    assert fitted.run("calibrate", *more) == 0
+    assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None
+    assert fitted.run("calibrate", "--small_groups=exclude") == 1
+    assert "beside --per_group" in capsys.readouterr().err
