@@ -64,7 +64,7 @@ def log_audit(state: AuditState, record: Mapping[str, Any] | None, folder: Path)
     """
     with start_run(
         project=PROJECT, name=f"audit-{folder.name}", job_type="audit", dir=folder,
-        config={**asdict(state.key), "policy_calibration": dict(record or {})},
+        config=asdict(state.key),
     ) as run:  # fmt: skip
         run.log(audit_numbers(state) | _logged(audit_tables(state, record)))
         run.summary.update({"audit/verdict": " ".join(verdict(state, record))})

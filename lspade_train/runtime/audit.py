@@ -208,7 +208,7 @@ class Auditor:
         drawn = [query for query, coin in zip(queries, heads_up, strict=True) if coin]
         exited = [query for query in drawn if decisions[query.index].exited]
         layers = [decisions[query.index].layer for query in queries]
-        flops = self._flops(queries, layers)
+        plain, spent, again = self._flops(queries, layers)
         traced = {query.index for query in exited}
         places = [place for place, query in enumerate(queries) if query.index in traced]
         found, failures = self._traced(exited, decisions)
@@ -223,7 +223,6 @@ class Auditor:
             )
             for query in drawn
         ]
-        plain, spent, again = flops
         seen = Seen(
             rows=len(queries),
             exited=sum(decision.exited for decision in decisions.values()),
@@ -231,7 +230,7 @@ class Auditor:
             drawn=len(drawn),
             audited=len(exited),
             failures=failures,
-            flops=(plain.sum(), spent.sum(), again[places].sum()),
+            flops=(float(plain.sum()), float(spent.sum()), float(again[places].sum())),
         )
         return seen, rows
 
