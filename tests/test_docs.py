@@ -20,7 +20,7 @@ from lspade_train.cli import COMMANDS, main
 
 QUICKSTART = "recipes/quickstart.yaml"
 HERE = {QUICKSTART, "recipes/quickstart_open.yaml", "recipes/quickstart_text.yaml", "reviews.yaml"}
-SLOW = {"evaluate", "profile", "compare"}
+SLOW = {"evaluate", "profile", "compare", "check"}
 WITHOUT_RECIPE = {"init", "recipes", "info", "compare", "pull", "audit"}
 SHORT = {
     "max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,

@@ -60,6 +60,23 @@ class CachedExits:
     def __len__(self) -> int:
         return len(self.full_answer)
 
+    def rows(self, index: Int[Tensor, " kept"]) -> "CachedExits":
+        """The rows at `index`."""
+        return replace(
+            self,
+            readings={
+                name: [one.rows(index) for one in several]
+                for name, several in self.readings.items()
+            },
+            signals={key: values[index] for key, values in self.signals.items()},
+            answers={word: values[index] for word, values in self.answers.items()},
+            full_answer=self.full_answer[index],
+            gold=None if self.gold is None else self.gold[index],
+            tokens=self.tokens[index],
+            choices=None if self.choices is None else self.choices[index],
+            dataset=self.dataset.select(index),
+        )
+
     def features(self, layers: Sequence[int], readers: Sequence[str]) -> list[Tensor]:
         """What a gate that checks `layers` looks at, (n, features) per layer."""
         found: list[Tensor] = []

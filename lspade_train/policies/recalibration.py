@@ -23,12 +23,12 @@ from lspade_train.policies.calibration import (
     run_tests,
 )
 from lspade_train.policies.conditions import Conditions, without_small
+from lspade_train.policies.designs import with_history
 from lspade_train.policies.exit_table import ExitRule, ExitTable
 from lspade_train.policies.flops import FlopCounts, cost_parts
 from lspade_train.policies.policy import NO_GROUP, ExitPolicy
 from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
-from lspade_train.policies.search import with_history
 from lspade_train.policies.shift import exit_profile
 from lspade_train.probes.measures import FIXED, find_measure
 
