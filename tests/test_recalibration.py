@@ -108,7 +108,7 @@ def test_a_policy_that_passes_as_it_is_stays():
 def test_where_nothing_passes_the_policy_never_exits():
     rows = rows_of(1500, np.random.default_rng(3), wrong=(1.0, 1.0))
     rows = [r if r.values is None else replace(r, agrees=(False, False)) for r in rows]
-    found = recalibrate(POLICY, file_of(rows), BUDGET)
+    found = recalibrate(POLICY, file_of(rows), 0.003)  # not one failure may be among them
     assert found.policy.threshold is None
     assert "never exits" in found.policy.calibration["promise"]
 

@@ -66,7 +66,9 @@ def _options(arguments: list[str]) -> Any:
         "it by what you know of the prompts, not by what gives the better policy",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    given = [n for n in ("max_disagreement", "confidence", "since") if getattr(options, n)]
+    given = [
+        n for n in ("max_disagreement", "confidence", "since") if getattr(options, n) is not None
+    ]
     if given and not options.recalibrate:
         parser.error(f"--{given[0]} goes with --recalibrate")
     return options
@@ -109,21 +111,24 @@ def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
     """Choose a policy from the audited rows, print what it promises, and write it."""
     from lspade_train.artifacts.audited import adopt
     from lspade_train.errors import AuditError
+    from lspade_train.policies.audit import LEVEL
     from lspade_train.policies.audited_rows import load, rows_file
-    from lspade_train.policies.recalibration import recalibrate, since
+    from lspade_train.policies.recalibration import limits_of, recalibrate, since
 
     if policy is None:
         raise AuditError(f"The policy that {path} audits is not beside it. Give it with --policy.")
     place: Path = options.policy or path.parent
     folder = place if place.is_dir() else place.parent
     audited = since(load(rows_file(path)), state.key.policy, options.since)
-    budget = options.max_disagreement or state.key.budget
-    found = recalibrate(policy, audited, budget, options.confidence or 0.95)
+    given = options.max_disagreement is not None
+    budget = options.max_disagreement if given else state.key.budget
+    confidence = LEVEL if options.confidence is None else options.confidence
+    found = recalibrate(policy, audited, budget, confidence)
     chosen, result = found.policy, found.calibration
     say = sys.stdout.write
     say(
         f"\nRecalibrated on {found.rows:,} audited rows, for a disagreement of at most "
-        f"{budget:.2%} ({'given' if options.max_disagreement else 'the budget of the audit'}).\n"
+        f"{budget:.2%} ({'given' if given else 'the budget of the audit'}).\n"
     )
     if any(one["kind"] == "depth" for one in policy.calibration.get("conditions") or ()):
         say("The promise by depth is not kept: audited rows cannot renew it.\n")
@@ -134,7 +139,7 @@ def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
     if chosen.threshold is None:
         say(f"{result.reason}\n")
     else:
-        limits = ", ".join(f"{x:.4g}" for x in chosen.threshold)
+        limits = ", ".join(f"{x:.4g}" for x in limits_of(chosen))
         say(
             f"Chosen: checks at {', '.join(map(str, chosen.layers))}, thresholds {limits}; "
             f"{result.chosen.compute_saved:.1%} of the FLOPs saved on these rows.\n"

@@ -181,7 +181,7 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
 def _tightened(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
     """All thresholds, tightened alike; last the policy itself."""
     if policy.measure == FIXED:
-        return [ExitRule(layers=policy.layers, threshold=_limits(policy))]
+        return [ExitRule(layers=policy.layers, threshold=limits_of(policy))]
     return [
         ExitRule(
             layers=policy.layers, threshold=_scaled(policy, table, [factor] * len(table.layers))
@@ -205,7 +205,8 @@ def _from_the_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
     return found
 
 
-def _limits(policy: ExitPolicy) -> tuple[float, ...]:
+def limits_of(policy: ExitPolicy) -> tuple[float, ...]:
+    """The threshold of each check layer of a policy that may exit."""
     limits = policy.threshold
     assert limits is not None
     return limits if isinstance(limits, tuple) else (limits,) * len(policy.layers)
@@ -213,7 +214,7 @@ def _limits(policy: ExitPolicy) -> tuple[float, ...]:
 
 def _scaled(policy: ExitPolicy, table: ExitTable, factors: Sequence[float]) -> tuple[float, ...]:
     certain = table.bounds[0]
-    pairs = zip(_limits(policy), factors, strict=True)
+    pairs = zip(limits_of(policy), factors, strict=True)
     # The policy's own threshold is kept to the last bit.
     return tuple(x if f == 1 else certain + (x - certain) * f for x, f in pairs)
 
@@ -230,4 +231,4 @@ def _same(before: ExitPolicy, after: ExitPolicy) -> bool:
     """Whether both do the same."""
     if after.threshold is None or before.exit_groups != after.exit_groups:
         return False
-    return before.layers == after.layers and _limits(before) == _limits(after)
+    return before.layers == after.layers and limits_of(before) == limits_of(after)
