@@ -47,6 +47,12 @@ def never(prompts):
     return runtime_of(tiny("llama"), ExitPolicy.never()).decide(prompts)
 
 
+@pytest.fixture(autouse=True)
+def _without_wandb(monkeypatch):
+    """`audit` logs a run of its own where W&B is on, which takes seconds."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
 # What is counted ----------------------------------------------------------------------------
 
 

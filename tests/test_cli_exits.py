@@ -185,7 +185,8 @@ def asked(fitted, rows, *more):
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
-def test_predict_audits_its_answers_and_audit_shows_them(fitted, capsys):
+def test_predict_audits_its_answers_and_audit_shows_them(fitted, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
     rows = rows_of("test", 40)
     plain = asked(fitted, rows)

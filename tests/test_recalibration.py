@@ -66,6 +66,12 @@ def disagreement(policy, rows):
     return lost / len(rows)
 
 
+@pytest.fixture(autouse=True)
+def _without_wandb(monkeypatch):
+    """`audit` logs a run of its own where W&B is on, which takes seconds."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
 # The choice ---------------------------------------------------------------------------------
 
 
@@ -297,7 +303,6 @@ def test_a_state_is_logged_to_wandb_where_that_is_on(folder, monkeypatch):
     monkeypatch.setattr(
         "lspade_train.integrations.wandb.start_run", lambda **settings: nullcontext(run)
     )
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     assert not wandb_is_on()
     assert main(["audit", str(folder)]) == 0
     assert not logged
