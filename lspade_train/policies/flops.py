@@ -68,8 +68,9 @@ class FlopCounts:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """What `to_json` gave."""
-        tables = {n: torch.tensor(value[n], dtype=torch.float64) for n in ("prompt", "step")}
-        return cls(**{**value, **tables})
+        kept: dict[str, Any] = dict(value)
+        kept |= {n: torch.tensor(kept[n], dtype=torch.float64) for n in ("prompt", "step")}
+        return cls(**kept)
 
     def full(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
         """The full model, which unembeds the answer position only (`logits_to_keep=1`)."""
