@@ -24,9 +24,10 @@ from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.cli.predict import PREDICT
 from lspade_train.errors import CacheError
 from lspade_train.io.storage import default_cache_root
+from lspade_train.io.tracking import start_run
 from lspade_train.models import ModelAdapter
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.training.loggers import default_loggers, start_run
+from lspade_train.training.loggers import default_loggers
 
 CODE = "import sys; from lspade_train.cli import main; sys.exit(main())"
 

@@ -197,7 +197,8 @@ def asked(fitted, rows, *more):
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
-def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys):
+def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     rows = rows_of("test", 40)
     plain = asked(calibrated, rows)
     assert asked(calibrated, rows, "--audit=1.0") == plain
@@ -210,7 +211,12 @@ def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys):
     printed = capsys.readouterr().out
     assert "percentage points below the full model's" in printed
     assert main(["info", str(calibrated.folder)]) == 0
-    assert "40 of 40 rows in use were drawn" in capsys.readouterr().out
+    words = "40 of 40 rows in use were drawn"
+    assert words in capsys.readouterr().out
+    promise = ExitPolicy.load(calibrated.folder).calibration["promise"]
+    card = " ".join((calibrated.folder / "README.md").read_text().split())
+    for text in (promise, card):
+        assert words in text
     (calibrated.folder / "audit.json").unlink()
 
 
@@ -249,3 +255,17 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     assert {one["name"] for one in groups} >= {"1", "2", "3"}
     assert any(one["held"] for one in groups)
     assert "The same holds within the group" in capsys.readouterr().out
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    assert policy.exit_groups == tuple(one["name"] for one in groups if one["held"])
+    rows = rows_of("validation", 60)
+    answers = asked(fitted, [{**row, "group": "unheard of"} for row in rows])
+    assert not any(answer["exited"] for answer in answers)
+    assert any(answer["exited"] for answer in asked(fitted, rows))
+
+
+def test_small_groups_are_excluded_where_that_is_asked_for(fitted, capsys):
+    more = ["--max_accuracy_drop=0.05", "--per_group", "--small_groups=exclude"]
+    assert fitted.run("calibrate", *more) == 0
+    assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None
+    assert fitted.run("calibrate", "--small_groups=exclude") == 1
+    assert "beside --per_group" in capsys.readouterr().err

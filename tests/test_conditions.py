@@ -7,10 +7,11 @@ from test_calibration import on_every_layer, realistic
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.calibration import learn_then_test
-from lspade_train.policies.conditions import Conditions, groups_of
-from lspade_train.policies.exit_table import pick
+from lspade_train.policies.conditions import Conditions, groups_of, without_small
+from lspade_train.policies.exit_table import evaluate_policy, pick
 from lspade_train.policies.promise import promise
 from lspade_train.policies.pvalues import disagreement_p_value
+from lspade_train.policies.shift import exit_profile
 
 BUDGET, ROWS = 0.06, 600
 SPLITS = pytest.mark.parametrize("splits", [40, pytest.param(200, marks=pytest.mark.slow)])
@@ -121,6 +122,28 @@ def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(populatio
     words = promise(found.to_json())
     assert "The same holds within the group usual (590 rows)." in words
     assert "It is NOT promised within the group rare (10 rows): too few rows" in words
+
+
+def test_rows_of_small_groups_are_held_back_and_cost_no_check(population):
+    tested, few = population.rows(np.arange(ROWS)), np.arange(ROWS) < 10
+    table, large = without_small(tested, {"rare": few, "usual": ~few}, needed=60)
+    assert large == ("usual",)
+    loosest = tested.grid()[-1]
+    assert (table.exits(loosest)[:10] == len(table.layers)).all()
+    assert (table.exits(loosest)[10:] == tested.exits(loosest)[10:]).all()
+    everywhere = evaluate_policy(table.rows(few), loosest)
+    assert everywhere.disagreement == 0
+    assert everywhere.compute_saved == pytest.approx(0)
+    profile = exit_profile(table, loosest)
+    assert profile["exit_counts"][str(table.num_layers)] >= 10
+
+
+def test_the_promise_says_that_small_groups_never_exit(population):
+    few = np.arange(ROWS) < 10
+    found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
+    words = promise(found.to_json() | {"small_groups": "never_exit"})
+    assert "Rows of other groups (rare (10 rows)) never exit: too few rows" in words
+    assert "NOT promised" not in words
 
 
 def test_rows_without_groups_are_refused(project):

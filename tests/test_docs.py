@@ -40,6 +40,7 @@ def project(fitted, tmp_path, monkeypatch) -> Path:
     without = shutil.ignore_patterns("training")
     shutil.copytree(fitted, tmp_path / "project", symlinks=True, ignore=without)
     monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path / "project"
 
 

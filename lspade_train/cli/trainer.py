@@ -115,7 +115,8 @@ def open_modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any
 
 def open_loggers(parsed: Parsed, folder: Path) -> Any:
     """The recipe's loggers, or the default ones, which write below `folder`."""
-    from lspade_train.training.loggers import default_loggers, keep_wandb_from_asking
+    from lspade_train.io.tracking import keep_wandb_from_asking
+    from lspade_train.training.loggers import default_loggers
 
     logger = parsed.trainer.get("logger")
     if logger is None or logger is True:

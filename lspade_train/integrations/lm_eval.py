@@ -342,7 +342,7 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
     """The policy asked for, or the one beside the heads.
 
     Raises:
-        PolicyError: there is none, or it answers from its choices alone.
+        PolicyError: there is none, it answers from its choices alone, or it needs groups.
     """
     if name == NEVER:
         return ExitPolicy.never()
@@ -352,6 +352,7 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
             f"{POLICY}, or policy={NEVER} for the full model."
         )
     policy = ExitPolicy.load(name if name is not None else folder or "")
+    policy.require_no_groups("lm-eval")
     if policy.scope == "choices" and policy.decoder != "spade" and policy.check_layers:
         raise PolicyError(
             f"A policy of scope choices and decoder {policy.decoder} has no log-likelihoods over "

@@ -7,7 +7,7 @@ one, else the first token of the text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,12 +36,14 @@ class Query:
         choices: label -> token id; None: any token may be the answer. Labels that go on with the
             same token stand under the first of them.
         fork: where labels of several tokens part; None where each choice is one token.
+        group: subgroup of the task that the prompt belongs to; None: none, or not known.
     """
 
     index: int
     ids: tuple[int, ...]
     choices: dict[str, int] | None
     fork: Fork | None = None
+    group: str | None = None
 
     @classmethod
     def at(cls, index: int, ids: Sequence[int], fork: Fork) -> "Query":
@@ -52,7 +54,9 @@ class Query:
     def behind(self, token: int) -> "Query | None":
         """The next step, where `token` leaves several labels to decide among."""
         fork = None if self.fork is None else self.fork.behind(token)
-        return None if fork is None else Query.at(self.index, (*self.ids, token), fork)
+        if fork is None:
+            return None
+        return replace(Query.at(self.index, (*self.ids, token), fork), group=self.group)
 
 
 @dataclass(frozen=True)

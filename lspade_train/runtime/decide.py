@@ -295,11 +295,7 @@ def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> lis
         policy: whose scope the logits are over.
         top: L.
     """
-    logits = outcome.logits.float()
-    if batch.choice_ids is not None and policy.scope == "vocabulary":
-        ids = batch.choice_ids.to(logits.device)
-        real = batch.choice_mask.to(logits.device)  # type: ignore[union-attr]
-        logits = logits.gather(1, ids).masked_fill(~real, -torch.inf)
+    logits = answer_logits(outcome.logits, batch, policy)
     best = logits.argmax(-1).tolist()
     scores = logits.softmax(-1).tolist() if batch.choice_ids is not None else [None] * len(best)
     layers, entropies = outcome.layers.tolist(), outcome.entropy.tolist()
@@ -338,6 +334,29 @@ def _shares(steps: Sequence[Step]) -> dict[str, float]:
     return shares
 
 
+def answer_logits(
+    logits: Float[Tensor, "rows tokens"], batch: Batch, policy: ExitPolicy
+) -> Float[Tensor, "rows answers"]:
+    """What may be answered: each row's choices where it has some, else the vocabulary; fp32.
+
+    Args:
+        logits: over the policy's scope.
+        batch: the rows.
+        policy: whose scope it is.
+    """
+    logits = logits.float()
+    if batch.choice_ids is None or policy.scope == "choices":
+        return logits
+    ids = batch.choice_ids.to(logits.device)
+    real = batch.choice_mask.to(logits.device)  # type: ignore[union-attr]
+    return logits.gather(1, ids).masked_fill(~real, -torch.inf)
+
+
+def answered(query: Query, place: int) -> int:
+    """The token that a place among the answers stands for."""
+    return place if query.choices is None else [*query.choices.values()][place]
+
+
 def _decision(
     query: Query, best: int, scores: list[float] | None, layer: int, nats: float, *, top: int
 ) -> Decision:
@@ -346,7 +365,7 @@ def _decision(
         return Decision(best, None, layer, nats, exited, None)
     label = list(query.choices)[best]
     named = dict(zip(query.choices, scores, strict=False))  # padding follows the choices
-    return Decision(query.choices[label], label, layer, nats, exited, named)
+    return Decision(answered(query, best), label, layer, nats, exited, named)
 
 
 def _translated(

@@ -72,6 +72,7 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
+        self.full = Probe(self.adapter, None, ExitPolicy(layers=(), scope=policy.scope))
         self._bound = self.adapter.refresh()
         beside = None if heads is None else heads.tuned_lens
         digest = None if heads is None else heads.digest
@@ -87,6 +88,7 @@ class ExitRuntime:
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
         *,
+        groups: Sequence[str | None] | None = None,
         prefix: Prompt | None = None,
     ) -> list[Decision]:
         """One answer for each prompt, with as few blocks as the policy allows.
@@ -104,10 +106,13 @@ class ExitRuntime:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
                 prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
+            groups: each prompt's subgroup of the task; needed where the policy lets only some
+                groups exit (`exit_groups`). The full model answers the others.
             prefix: what every prompt begins with, as text or token ids like the prompts, to be
                 run once also where a call has a single prompt; None finds it.
 
         Raises:
+            PolicyError: a policy that needs groups, without any.
             TaskError: an empty prompt, one over the context, choices that no token tells apart, a
                 prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
@@ -117,20 +122,21 @@ class ExitRuntime:
         self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
-        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
+        queries = self._with_groups(queries, groups)
+        stopped = self.auditor is not None and self.auditor.stopped
         start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
-        shared: list[int] = []
-        steps: list[Step] = []
-        for step, tokens in self._walk(probe, queries, start):
-            steps.append(step)
-            shared.append(tokens)
+        may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
+        free = {query.index for query in may}
+        rest = [query for query in queries if query.index not in free]
+        walked = [*self._walk(self.probe, may, start), *self._walk(self.full, rest, start)]
+        walked.sort(key=lambda one: one[0][0].index)  # stable: a prompt's steps stay in order
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            asked = [replace(query, index=n) for n, (query, _) in enumerate(steps)]
-            found = {n: decision for n, (_, decision) in enumerate(steps)}
-            full = probe is not self.probe
-            self.auditor.observe(asked, found, full=full, shared=dict(enumerate(shared)))
+            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(walked)]
+            found = {n: decision for n, ((_, decision), _) in enumerate(walked)}
+            shared = {n: tokens for n, (_, tokens) in enumerate(walked)}
+            self.auditor.observe(asked, found, full=stopped, shared=shared)
         by_prompt: list[list[Step]] = [[] for _ in prompts]
-        for query, decision in steps:
+        for (query, decision), _ in walked:
             by_prompt[query.index].append((query, decision))
         return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
@@ -201,6 +207,22 @@ class ExitRuntime:
         for heads in (self.probe.readers | self.probe.answerers).values():
             for layer in policy.check_layers if heads is not None else ():
                 heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _with_groups(
+        self, queries: Sequence[Query], groups: Sequence[str | None] | None
+    ) -> list[Query]:
+        """The queries with their groups."""
+        if groups is None:
+            if self.policy.exit_groups is not None:
+                raise PolicyError(
+                    "The policy lets only rows of some groups exit "
+                    f"({', '.join(self.policy.exit_groups) or 'none'}): give each prompt's group "
+                    "(groups=...), or calibrate one with --small_groups exclude."
+                )
+            return [*queries]
+        if len(groups) != len(queries):
+            raise TaskError(f"{len(groups)} groups for {len(queries)} prompts. Give one each.")
+        return [replace(query, group=g) for query, g in zip(queries, groups, strict=True)]
 
     def _follow_model(self) -> None:
         """See whether the heads still belong to the model, where it has changed."""

@@ -13,6 +13,7 @@ from lspade_train.io.text import parse_object, require_text
 from lspade_train.runtime.decide import Decision
 from lspade_train.runtime.exit_runtime import ExitRuntime
 from lspade_train.tasks.asking import Asked
+from lspade_train.tasks.base import group_of
 
 Row = dict[str, Any]
 
@@ -56,7 +57,12 @@ class RawPrompts:
         texts = None if choices is None else tuple(choices)
         if isinstance(answer, int) and texts and answer in range(len(texts)):
             answer = texts[answer]
-        return Asked(prompt, texts=texts, answer=None if answer is None else str(answer))
+        return Asked(
+            prompt,
+            texts=texts,
+            answer=None if answer is None else str(answer),
+            group=group_of(row),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,8 @@ def _decide(asked: list[Asked], runtime: ExitRuntime) -> list[Decision | LSpadeE
         return []
     try:
         choices = [one.texts if one.choices is None else one.choices for one in asked]
-        return [*runtime.decide([one.prompt for one in asked], choices)]
+        groups = [one.group for one in asked]
+        return [*runtime.decide([one.prompt for one in asked], choices, groups=groups)]
     except LSpadeError as cause:
         if len(asked) == 1:
             return [cause]

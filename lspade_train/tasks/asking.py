@@ -28,12 +28,14 @@ class Asked:
         choices: answer -> its tokens behind the prompt; None: any token may be the answer.
         texts: answers in text that the runtime is to resolve itself; None where `choices` says it.
         answer: the right answer; None where the row has none.
+        group: subgroup of the task; "" for none.
     """
 
     prompt: str | tuple[int, ...]
     choices: Paths | None = None
     texts: tuple[str, ...] | None = None
     answer: str | None = None
+    group: str = ""
 
 
 class Asker:
@@ -97,10 +99,10 @@ class Asker:
             )
         (tokens,) = tokenize(self.tokenizer, [self.prompter(question, prefix)])
         if not question.labels:
-            return Asked(tuple(tokens), answer=question.answer)
+            return Asked(tuple(tokens), answer=question.answer, group=question.group)
         shared = Fork.of(paths).shared
         rest = {label: path[len(shared) :] for label, path in paths.items()}
-        return Asked((*tokens, *shared), rest, answer=question.answer)
+        return Asked((*tokens, *shared), rest, answer=question.answer, group=question.group)
 
     def _question(self, row: Record) -> Question:
         columns = {n: c for n, c in (self.config.columns or {}).items() if c in row}

@@ -36,6 +36,12 @@ class Question:
         return self.fields.get("question") or self.fields["prompt"]
 
 
+def group_of(row: Record) -> str:
+    """The subgroup that a row names under `group`, or else `difficulty`; "" for none."""
+    group = row.get("difficulty") if row.get("group") is None else row["group"]
+    return "" if group is None else str(group)
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set's columns, and how a row of them becomes a question.
