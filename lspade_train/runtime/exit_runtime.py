@@ -110,23 +110,8 @@ class ExitRuntime:
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
         """
-        self._follow_model()
-        queries = encode(prompts, choices, self.adapter, self.tokenizer)
-        self._check_scope(queries)
-        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
-        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
-        found: dict[int, Decision] = {}
-        shared: dict[int, int] = {}
-        for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
-            outcome = decide_batch(probe, batch)
-            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
-            for query, decision in zip(batch.queries, decisions, strict=True):
-                found[query.index] = self._worded(decision)
-                shared[query.index] = batch.shared
-        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            full = probe is not self.probe
-            self.auditor.observe(queries, found, full=full, shared=shared)
-        return [found[index] for index in range(len(prompts))]
+        with self.adapter.steady():
+            return self._decide(prompts, choices, prefix)
 
     def generate(
         self,
@@ -167,6 +152,30 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _decide(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Choices | Sequence[Choices | None] | None,
+        prefix: Prompt | None,
+    ) -> list[Decision]:
+        self._follow_model()
+        queries = encode(prompts, choices, self.adapter, self.tokenizer)
+        self._check_scope(queries)
+        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
+        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
+        found: dict[int, Decision] = {}
+        shared: dict[int, int] = {}
+        for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
+            outcome = decide_batch(probe, batch)
+            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
+            for query, decision in zip(batch.queries, decisions, strict=True):
+                found[query.index] = self._worded(decision)
+                shared[query.index] = batch.shared
+        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
+            full = probe is not self.probe
+            self.auditor.observe(queries, found, full=full, shared=shared)
+        return [found[index] for index in range(len(prompts))]
 
     def _require_heads(self) -> None:
         """Refuse heads that the policy needs and that are not there, before anything runs."""
