@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import toy
+from results import drawing
 from tiny_models import LAYERS, WIDTH
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, calibrate
@@ -225,7 +226,8 @@ def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, m
     assert "simpson ->" in capsys.readouterr().out
     policy = ExitPolicy.load(folder)
     assert (policy.measure, bool(policy.check_layers)) == ("simpson", True)
-    assert main(["evaluate", "--config", recipe]) == 0
+    with drawing("exits_by_flops"):
+        assert main(["evaluate", "--config", recipe]) == 0
     assert "policy.json: simpson over choices" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
     row, chosen = results["exits"]["policy"]["row"], policy.calibration["chosen"]

@@ -34,6 +34,7 @@ MARK = "> "
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
     *("interval", "scope", "measure", "reader", "decoder", "paper", "per_group", "per_depth"),
+    "small_groups",
 )
 """The command's own options, by their names in `policies.selection.calibrate`."""
 
@@ -84,6 +85,12 @@ def calibrate(arguments: list[str]) -> None:
     add(
         "--per_depth", type=bool, default=False, nargs="?", const=True,
         help="promise the same for the rows that exit at or before each layer",
+    )  # fmt: skip
+    add(
+        "--small_groups", type=str | None, default=None,
+        help="with --per_group, what becomes of groups with too few rows to prove anything: "
+        "never_exit (the full model answers their rows, and predict then needs each row's group) "
+        "or exclude (the promise leaves them out); null: never_exit",
     )  # fmt: skip
     add(
         "--plan",

@@ -5,25 +5,36 @@ fixed layer), over what (choices or vocabulary), who answers, and which checks p
 The proposals that no other beats are tested on validation rows. Knows nothing of the command line.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+from jaxtyping import Bool
+from numpy.typing import NDArray
 
 from lspade_train.errors import PolicyError
-from lspade_train.policies.cached_exits import has_choices
+from lspade_train.policies.cached_exits import CachedExits, has_choices
 from lspade_train.policies.calibration import (
     Calibration,
     Candidate,
     RiskKind,
     check_budget,
     error_shares,
-    frontier,
     run_tests,
 )
-from lspade_train.policies.conditions import Conditions, groups_of
-from lspade_train.policies.exit_table import PolicyRow, evaluate_policy
+from lspade_train.policies.conditions import (
+    Conditions,
+    SmallGroups,
+    groups_of,
+    without_small,
+)
+from lspade_train.policies.designs import Proposals
+from lspade_train.policies.exit_table import ExitTable, PolicyRow, evaluate_policy
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
+from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
-from lspade_train.policies.search import Design, Options, Search, best_of_kinds, by_signal, widest
+from lspade_train.policies.search import Options, Search
 from lspade_train.policies.shift import exit_profile
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
@@ -78,6 +89,7 @@ def calibrate(
     seed: int = 0,
     per_group: bool = False,
     per_depth: bool = False,
+    small_groups: SmallGroups | None = None,
 ) -> Selection:
     """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
 
@@ -99,6 +111,9 @@ def calibrate(
         per_group: promise the same within every group of the task that has rows enough.
         per_depth: promise the same for the rows that exit at or before each layer, where the
             training rows let expect enough of them.
+        small_groups: with `per_group`, what becomes of groups with too few rows to prove anything,
+            and of groups that are not there: `never_exit`, the full model answers their rows, or
+            `exclude`, their rows exit and the promise leaves them out. None: never_exit.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -111,6 +126,7 @@ def calibrate(
     check_budget(risk, budget, confidence)
     if measure is not None:
         find_measure(measure)
+    _check_small_groups(small_groups, per_group=per_group)
     # Refuses words that no policy knows.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
     heads = heads.bind(data.adapter)
@@ -132,49 +148,122 @@ def calibrate(
         heads_digest=heads.digest,
         tuned_lens_digest=heads.tuned_lens.digest if heads.tuned_lens is not None else None,
     )
-    search = Search(data, heads, template, asked)
+    search = Search(data.adapter, heads, template, asked)
     search.check_scope()
     proposing = search.read(data.stored("train", DESIGN_ROWS))
-    designs = [*search.designs(proposing)]
-    proposed = [design.candidates(proposing, uniform=asked.uniform) for design in designs]
     rows = search.read(tested)
     groups = groups_of(tested) if per_group else {}
-    fronts: list[list[Candidate]] = []
-    sequences: list[list[Candidate]] = []
-    chosen_from: list[Design] = []
-    for members in by_signal(designs):
-        kept = {id(one): place for place in members for one in proposed[place]}
-        front = frontier([one for place in members for one in proposed[place]])
-        origins = [designs[kept[id(one)]] for one in front]
-        fronts.append(front)
-        chosen_from += origins
-        sequences.append(
-            [
-                replace(
-                    one,
-                    table=design.table(rows),
-                    conditions=Conditions(groups=groups, proposing=one.table if per_depth else None)
-                    if per_group or per_depth
-                    else None,
-                )
-                for design, one in zip(origins, front, strict=True)
-            ]
-        )
-    tables = [design.table(rows) for design in widest(designs)]
-    shares = error_shares(fronts, budget)
-    found = run_tests(sequences, tables, risk, budget, confidence, shares)
-    record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
-    place = next((n for n, row in enumerate(found.curve) if row is found.chosen), None)
-    policy, checked = replace(template, threshold=None), tables[0]
-    if place is not None:
-        chosen = [one for sequence in sequences for one in sequence][place]
-        checked = chosen.table.at(chosen.rule.layers)
-        policy = chosen_from[place].policy.at(chosen.rule.layers, chosen.rule.threshold)
-    record |= {"profile": exit_profile(checked, policy.threshold)}
+    chosen = choose(
+        search.propose(proposing), rows, risk, budget, confidence,
+        groups=groups, by_depth=per_depth, hold_back=small_groups != "exclude",
+    )  # fmt: skip
+    record = chosen.calibration.to_json()
+    record |= {"rows": side.to_json(), "proposed_by": len(proposing)}
+    if per_group:
+        record |= {"small_groups": small_groups or "never_exit"}
+    policy = chosen.policy or replace(template, threshold=None)
+    record |= {"profile": exit_profile(chosen.table, policy.threshold)}
     policy = replace(policy, calibration=record | {"promise": promise(record)})
-    never = evaluate_policy(tables[0], None)
-    kinds = tuple(best_of_kinds(designs, proposed, rows, risk, budget))
-    return Selection(policy=policy, calibration=found, never=never, kinds=kinds, side=side)
+    return Selection(
+        policy=policy,
+        calibration=chosen.calibration,
+        never=evaluate_policy(chosen.widest[0], None),
+        kinds=tuple(chosen.proposals.best_of_kinds(rows, risk, budget)),
+        side=side,
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a test has chosen among proposals.
+
+    Attributes:
+        policy: None where the full model is to answer.
+        calibration: the test.
+        table: of the tested rows, over the chosen policy's check layers.
+        widest: tables of the tested rows over all layers, one per set of decoders.
+        proposals: what was proposed.
+    """
+
+    policy: ExitPolicy | None
+    calibration: Calibration
+    table: ExitTable
+    widest: Sequence[ExitTable]
+    proposals: Proposals
+
+
+def choose(
+    proposals: Proposals,
+    rows: CachedExits,
+    risk: RiskKind,
+    budget: float,
+    confidence: float,
+    *,
+    groups: Mapping[str, NDArray[np.bool_]] | None = None,
+    by_depth: bool = False,
+    hold_back: bool = False,
+) -> Choice:
+    """Test proposals on rows that did not make them.
+
+    Args:
+        proposals: from `Search.propose`.
+        rows: others, drawn like those that the promise is about.
+        risk: what the budget is about.
+        budget: largest risk.
+        confidence: probability that the promise holds.
+        groups: rows of each group within which the budget must hold, too.
+        by_depth: it must hold for the rows that exit at or before each layer, too.
+        hold_back: rows of groups with too few rows to prove anything never exit.
+    """
+    tables: dict[int, ExitTable] = {}
+    sequences: list[list[Candidate]] = []
+    for sequence in proposals.sequences:
+        tested: list[Candidate] = []
+        for place, one in sequence:
+            if place not in tables:
+                tables[place] = proposals.designs[place].table(rows)
+            conditions = None
+            if groups or by_depth:
+                depths = one.table if by_depth else None
+                conditions = Conditions(groups=groups or {}, proposing=depths)
+            tested.append(replace(one, table=tables[place], conditions=conditions))
+        sequences.append(tested)
+    widest = [design.table(rows) for design in proposals.widest()]
+    shares = error_shares([[one for _, one in each] for each in proposals.sequences], budget)
+    may_exit: list[tuple[str, ...] | None] = [None for each in sequences for _ in each]
+    if groups and hold_back:
+        levels = [(1 - confidence) * share for share in shares]
+        sequences, may_exit = _hold_back(sequences, levels, groups, risk, budget)
+    found = run_tests(sequences, widest, risk, budget, confidence, shares)
+    places = [place for sequence in proposals.sequences for place, _ in sequence]
+    every = [one for sequence in sequences for one in sequence]
+    for place, one, names, row in zip(places, every, may_exit, found.curve, strict=True):
+        if row is found.chosen:
+            policy = proposals.designs[place].policy.at(one.rule.layers, one.rule.threshold)
+            policy = replace(policy, exit_groups=names)
+            return Choice(policy, found, one.table.at(one.rule.layers), widest, proposals)
+    return Choice(None, found, widest[0], widest, proposals)
+
+
+def _hold_back(
+    sequences: Sequence[Sequence[Candidate]],
+    levels: Sequence[float],
+    groups: Mapping[str, Bool[np.ndarray, " rows"]],
+    risk: RiskKind,
+    budget: float,
+) -> tuple[list[list[Candidate]], list[tuple[str, ...] | None]]:
+    """The candidates with small groups' rows held back, and the groups that may exit in each.
+
+    A group's size decides, never its answers: the tests stay valid.
+    """
+    held: list[list[Candidate]] = []
+    names: list[tuple[str, ...] | None] = []
+    for sequence, level in zip(sequences, levels, strict=True):
+        needed = rows_to_prove(0, risk, budget, level) if sequence else 0
+        found = [without_small(one.table, groups, needed) for one in sequence]
+        held.append([replace(one, table=f[0]) for one, f in zip(sequence, found, strict=True)])
+        names += [large for _, large in found]
+    return held, names
 
 
 def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
@@ -188,6 +277,14 @@ def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKin
     if disagreement is not None:
         return "disagreement", disagreement
     return "accuracy_drop", DROP if drop is None else drop
+
+
+def _check_small_groups(asked: str | None, *, per_group: bool) -> None:
+    if asked is not None and (asked not in get_args(SmallGroups) or not per_group):
+        raise PolicyError(
+            f"--small_groups is {asked!r}; expected {' or '.join(get_args(SmallGroups))}, beside "
+            "--per_group."
+        )
 
 
 def _candidate_layers(
