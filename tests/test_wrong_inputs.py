@@ -22,9 +22,7 @@ JARGON = re.compile(
 )
 SECONDS, WITH_LIGHTNING = 5.0, 12.0
 """Of CPU; more where Lightning's own types or the model are needed to tell."""
-LATE = re.compile(
-    r"trainer\.(max_epochs|precision)|layers \[9\]|split tset|template|ckpt_path|\[tset"
-)
+LATE = re.compile(r"trainer\.(max_epochs|precision)|layers \[9\]|template|ckpt_path|\[tset")
 LONGEST = 4
 
 RECIPE = "--config recipe.yaml"

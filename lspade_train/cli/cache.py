@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lspade_train.cli.parsing import command_parser, parse, refusals_named
+from lspade_train.cli.parsing import Parsed, command_parser, find_model, parse, refusals_named
 from lspade_train.cli.signals import sigterm
 from lspade_train.recipe import DataConfig
 
@@ -39,22 +39,13 @@ def cache(arguments: list[str]) -> int:
     parser.add_argument(
         "--overwrite", type=bool, default=False, nargs="?", const=True, help="rebuild from scratch"
     )
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, arguments, early=_check_splits)
 
-    from lspade_train.errors import RecipeError
-    from lspade_train.tasks import SPLITS, require_splits
+    from lspade_train.tasks import require_splits
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe = parsed.recipe
     asked: list[Any] = parsed.options.splits
-    wrong = [split for split in asked if split not in SPLITS]
-    if wrong or not asked:
-        named = f"No split {wrong[0]!r}" if wrong else "--splits is empty"
-        raise RecipeError(f"{named}; expected some of {', '.join(SPLITS)}.")
-    if recipe.data.mode != "disk":
-        raise RecipeError(
-            f"data.mode is {recipe.data.mode}: that mode stores nothing. Set data.mode to disk."
-        )
     data = HiddenStateDataModule(
         _launched(recipe.data, parsed.trainer),
         recipe.model.layers,
@@ -68,6 +59,23 @@ def cache(arguments: list[str]) -> int:
         data.states(split)
         log.info("%s: complete in %s", split, data.folder(split))
     return 0
+
+
+def _check_splits(parsed: Parsed) -> None:
+    """The model is there, and what is asked for can be stored."""
+    find_model(parsed)
+
+    from lspade_train.errors import RecipeError
+    from lspade_train.tasks import SPLITS
+
+    asked: list[Any] = parsed.options.splits
+    wrong = [split for split in asked if split not in SPLITS]
+    if wrong or not asked:
+        named = f"No split {wrong[0]!r}" if wrong else "--splits is empty"
+        raise RecipeError(f"{named}; expected some of {', '.join(SPLITS)}.")
+    mode = parsed.recipe.data.mode
+    if mode != "disk":
+        raise RecipeError(f"data.mode is {mode}: that mode stores nothing. Set data.mode to disk.")
 
 
 def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:

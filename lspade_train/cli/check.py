@@ -72,8 +72,8 @@ def _lines(found: "Check") -> Iterator[tuple[str, str]]:
         )
     yield (
         "disk",
-        f"{byte_size(found.cache_bytes)} of cache for fit, {byte_size(found.test_bytes)} more for test, "
-        f"{byte_size(found.heads_bytes)} of heads",
+        f"{byte_size(found.cache_bytes)} of cache for fit, {byte_size(found.test_bytes)} more for "
+        f"test, {byte_size(found.heads_bytes)} of heads",
     )
     fit = "until you stop it (trainer.max_epochs and max_steps are off)"
     if found.fit_seconds is not None:
