@@ -75,8 +75,8 @@ lint: $(DEV)  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(DEV)  ## speed and memory as ratios against baselines timed in the same process
-	$(BIN)/python tests/bench.py
+bench: $(DEV)  ## speed and memory as ratios against baselines timed in turn; BENCH=--quick is short
+	$(BIN)/python tests/bench.py $(BENCH)
 
 docs: $(DOCS)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -3,7 +3,6 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,22 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from bench_timing import Row, interleaved, peak_memory, ratio, seconds
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_shape import (
+    DEVICE,
+    DTYPE,
+    GPU,
+    LAYERS,
+    QUICK,
+    ROUNDS,
+    TOKENS_PER_BATCH,
+    VOCAB,
+    WIDTH,
+    llama,
+    prompts,
+    shape,
+    untouched_llama,
+)
+from bench_timing import Part, Row, interleaved, peak_memory, seconds, versus
 
 from lspade_train import cache
 from lspade_train.cache import Extraction, Manifest, StateDataset
@@ -22,39 +35,7 @@ from lspade_train.io.storage import read_tensors, write_tensors
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Encoded, Example
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16 if GPU else torch.float32
-WIDTH, LAYERS, VOCAB = (4096, 32, 32_000) if GPU else (512, 16, 32_000)
-PROMPTS = 256 if GPU else 64
-TOKENS_PER_BATCH = 32_768 if GPU else 8192
-
-
-def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> ModelAdapter:
-    """A random Llama, driven block by block; on a GPU the shape of the 7B one in bf16."""
-    return ModelAdapter(untouched_llama(width, layers, vocab))
-
-
-def untouched_llama(
-    width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB
-) -> LlamaForCausalLM:
-    """The same weights as a user's own model: the baseline of times."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
-        intermediate_size=11_008 if width == 4096 else width * 43 // 16,
-        num_attention_heads=max(width // 128, 4), max_position_embeddings=512,
-    )  # fmt: skip
-    with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(DTYPE).eval()
-
-
-def prompts(count: int, tokens: int, vocab: int = VOCAB) -> list[Example]:
-    """Random prompts of one length, behind the same first token, with four choices."""
-    ids = np.random.default_rng(0).integers(3, vocab, (count, tokens), dtype=np.int32)
-    ids[:, 0] = 1
-    last, answer = np.array([tokens - 1]), np.array([4])
-    return [Example(prompt, last, answer, (4, 5, 6, 7), row) for row, prompt in enumerate(ids)]
+PROMPTS = 256 if GPU else 16 if QUICK else 64
 
 
 def build(
@@ -81,7 +62,7 @@ def row_bytes() -> int:
     return 2 * LAYERS * WIDTH * torch.empty(0, dtype=DTYPE).element_size()
 
 
-def extraction(rounds: int = 3) -> list[Row]:
+def extraction(rounds: int = ROUNDS) -> list[Row]:
     """Extraction with writing against an untouched model's forward over the same batches."""
     adapter, plain, rows = llama(), untouched_llama(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -107,9 +88,9 @@ def extraction(rounds: int = 3) -> list[Row]:
             rows.append(
                 (
                     f"extraction and writing / plain forward, T={tokens}",
-                    f"{ratio(taken, 'extraction', 'forward'):.3f}",
+                    versus(taken, "extraction", "forward"),
                     f"at most {most:.2f}; {times[0]:.2f} s / {times[1]:.2f} s, {PROMPTS} prompts "
-                    f"({PROMPTS / times[0]:.1f}/s), d={WIDTH}, L={LAYERS}, V={VOCAB:,}, {DTYPE}; "
+                    f"({PROMPTS / times[0]:.1f}/s), {shape()}; "
                     "the forward unembeds the last position only",
                 )
             )
@@ -129,7 +110,7 @@ def extraction(rounds: int = 3) -> list[Row]:
     ]
 
 
-def every_position(rounds: int = 3, count: int = 16, tokens: int = 128) -> list[Row]:
+def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> list[Row]:
     """All positions of running text, for the model's own answer as target, against the forward."""
     adapter, plain = llama(), untouched_llama()
     places = np.arange(tokens)
@@ -155,13 +136,13 @@ def every_position(rounds: int = 3, count: int = 16, tokens: int = 128) -> list[
     return [
         (
             "every position of running text, target final / plain forward",
-            f"{ratio(taken, 'extraction', 'forward'):.3f}",
+            versus(taken, "extraction", "forward"),
             f"at most 1.20; {times[0]:.2f} s / {times[1]:.2f} s, {count} x {tokens} tokens",
         )
     ]
 
 
-def compiled(rounds: int = 3, tokens: int = 256) -> list[Row]:
+def compiled(rounds: int = ROUNDS, tokens: int = 256) -> list[Row]:
     """Extraction with writing through compiled blocks against the same blocks as they are."""
     examples = prompts(TOKENS_PER_BATCH // tokens, tokens)
     with tempfile.TemporaryDirectory() as name, patch.dict(os.environ):
@@ -181,14 +162,16 @@ def compiled(rounds: int = 3, tokens: int = 256) -> list[Row]:
     return [
         (
             f"extraction, compiled / eager, T={tokens}",
-            f"{ratio(taken, 'compiled', 'eager'):.3f}",
+            versus(taken, "compiled", "eager"),
             f"{times[0]:.2f} s / {times[1]:.2f} s, {len(examples)} prompts; compiling takes "
             f"{first - times[0]:.0f} s once, with torch's own cache empty",
         )
     ]
 
 
-def reading(rounds: int = 7, rows: int = 4096, shards: int = 4) -> list[Row]:
+def reading(
+    rounds: int = ROUNDS, rows: int = 1024 if QUICK else 4096, shards: int = 4
+) -> list[Row]:
     """A shuffled epoch from mapped shards against copying the same bytes."""
     per_shard = rows // shards
     with tempfile.TemporaryDirectory() as name:
@@ -223,12 +206,12 @@ def reading(rounds: int = 7, rows: int = 4096, shards: int = 4) -> list[Row]:
     return [
         (
             "shuffled cache reading / memory copy, rate",
-            f"{1 / ratio(taken, 'shuffled', 'copy'):.2f}",
+            versus(taken, "copy", "shuffled"),
             f"at least 0.70; {rate['shuffled']:.2f} GB/s / {rate['copy']:.2f} GB/s, {where}",
         ),
         (
             "shuffled cache reading / copy in batches, rate",
-            f"{1 / ratio(taken, 'shuffled', 'pieces'):.2f}",
+            versus(taken, "pieces", "shuffled"),
             f"{rate['shuffled']:.2f} GB/s / {rate['pieces']:.2f} GB/s; the copies stay in the "
             "processor's cache",
         ),
@@ -267,10 +250,10 @@ def memory() -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {
-    "extraction": extraction,
-    "positions": every_position,
-    "compile": compiled,
-    "reading": reading,
-    "memory": memory,
+PARTS = {
+    "extraction": Part(extraction, 100, quick=15),
+    "positions": Part(every_position, 30),
+    "compile": Part(compiled, 120),
+    "reading": Part(reading, 20, quick=5),
+    "memory": Part(memory, 60),
 }

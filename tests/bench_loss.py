@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_cache import DEVICE, DTYPE, VOCAB, WIDTH
-from bench_timing import Row, interleaved, peak_memory, ratio, seconds
+from bench_shape import DEVICE, DTYPE, ROUNDS, VOCAB, WIDTH
+from bench_timing import Part, Row, interleaved, peak_memory, seconds, versus
 from torch import Tensor, nn
 
 from lspade_train.models import Unembedding
@@ -61,7 +61,7 @@ def warmed(
     return student, goal, unembed
 
 
-def loss(rounds: int = 3) -> list[Row]:
+def loss(rounds: int = ROUNDS) -> list[Row]:
     """Time of one step, and its peak memory over its inputs."""
     inputs = setting()
     cases = {way.__name__: partial(way, *inputs) for way in (chunked, naive, products)}
@@ -74,12 +74,12 @@ def loss(rounds: int = 3) -> list[Row]:
     return [
         (
             "loss: time, chunked / naive",
-            f"{ratio(taken, 'chunked', 'naive'):.2f}",
+            versus(taken, "chunked", "naive"),
             f"{time['chunked']} / {time['naive']}, {ROWS:,} rows, d={WIDTH}, V={VOCAB:,}, {DTYPE}",
         ),
         (
             "loss: time, chunked / its three products",
-            f"{ratio(taken, 'chunked', 'products'):.2f}",
+            versus(taken, "chunked", "products"),
             f"{time['chunked']} / {time['products']}",
         ),
         (
@@ -90,4 +90,4 @@ def loss(rounds: int = 3) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"loss": loss}
+PARTS = {"loss": Part(loss, 150)}

@@ -2,24 +2,24 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_cache import (
+from bench_cache import build
+from bench_shape import (
     DEVICE,
     GPU,
     LAYERS,
+    ROUNDS,
     TOKENS_PER_BATCH,
     VOCAB,
     WIDTH,
-    build,
     llama,
     prompts,
     untouched_llama,
 )
-from bench_timing import Row, interleaved, peak_memory, ratio, seconds
+from bench_timing import Part, Row, interleaved, peak_memory, seconds, versus
 
 from lspade_train import cache
 from lspade_train.cache import Extraction, Manifest, OnlineDataset
@@ -74,7 +74,7 @@ def peak_of(epoch: str) -> float:
         return peak_memory("bench_online", f"Setting(Path({folder!r}))", f"it.{epoch}()")
 
 
-def online(rounds: int = 3) -> list[Row]:
+def online(rounds: int = ROUNDS) -> list[Row]:
     """Time, memory and bytes of an online epoch."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder))
@@ -87,12 +87,12 @@ def online(rounds: int = 3) -> list[Row]:
     return [
         (
             "online epoch of fit / plain forward",
-            f"{ratio(taken, 'online_epoch', 'forward'):.2f}",
+            versus(taken, "online_epoch", "forward"),
             f"{epoch:.2f} s / {forward:.2f} s, {where}; states, targets and steps on all layers",
         ),
         (
             "online epoch of fit / epoch from the cache",
-            f"{ratio(taken, 'online_epoch', 'cached_epoch'):.2f}",
+            versus(taken, "online_epoch", "cached_epoch"),
             f"{epoch:.2f} s / {read:.2f} s; the cache takes an extraction once",
         ),
         (
@@ -104,4 +104,4 @@ def online(rounds: int = 3) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"online": online}
+PARTS = {"online": Part(online, 150)}

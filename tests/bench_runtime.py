@@ -4,8 +4,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_cache import DEVICE, DTYPE, LAYERS, VOCAB, WIDTH, llama, untouched_llama
-from bench_timing import Row, interleaved, ratio, seconds
+from bench_shape import (
+    DEVICE,
+    LAYERS,
+    QUICK,
+    ROUNDS,
+    VOCAB,
+    WIDTH,
+    llama,
+    shape,
+    untouched_llama,
+)
+from bench_timing import Part, Row, interleaved, seconds, versus
 
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
@@ -13,10 +23,10 @@ from lspade_train.runtime import ExitRuntime
 from lspade_train.runtime.batching import Query, collate
 from lspade_train.runtime.decide import decide_batch
 
-TOKENS, ROWS = 256, 8
+TOKENS, ROWS = (128, 4) if QUICK else (256, 8)
 
 
-def runtime(rounds: int = 5) -> list[Row]:
+def runtime(rounds: int = ROUNDS) -> list[Row]:
     """Exits at a quarter, half and three quarters of the blocks; checks that no row exits at."""
     adapter, plain = llama(), untouched_llama()
     ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
@@ -42,16 +52,16 @@ def runtime(rounds: int = 5) -> list[Row]:
         probe = ExitRuntime(adapter, heads, policy=policy).probe
         cases[name] = partial(decide_batch, probe, batch)
     taken = interleaved(cases, rounds)
-    where = f"{ROWS} x {TOKENS} tokens, d={WIDTH}, L={LAYERS}, V={VOCAB:,}, {DTYPE}"
+    where = f"{ROWS} x {TOKENS} tokens, {shape()}"
     times = {name: f"{seconds(taken, name):.2f} s" for name in cases}
     return [
         (
             f"runtime: {name} / forward",
-            f"{ratio(taken, name, 'forward'):.3f}",
+            versus(taken, name, "forward"),
             f"at most {most:.2f}; {times[name]} / {times['forward']}, {where}",
         )
         for name, most in zip(policies, limits, strict=True)
     ]
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"runtime": runtime}
+PARTS = {"runtime": Part(runtime, 60, quick=10)}

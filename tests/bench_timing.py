@@ -1,22 +1,40 @@
 """Timing and memory for the benchmarks: cases in turn, ratios of medians, peaks of processes."""
 
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 Row = tuple[str, str, str]
-"""Figure, its value, and what it was measured on."""
+"""Figure, its ratio with the range over the rounds, and what it was measured on."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark that is run by name.
+
+    Attributes:
+        run: gives its rows.
+        seconds: what it takes on two idle cores.
+        quick: the same for the smaller sizes of `--quick`; None leaves it out there.
+    """
+
+    run: Callable[[], list[Row]]
+    seconds: int
+    quick: int | None = None
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each case, taken in turn so that a slow minute slows all; the first round warms.
 
-    On a GPU the times are those between two CUDA events around the case.
+    On a GPU the times are those between two CUDA events around the case; on a CPU wall time, or
+    with BENCH_CPU_TIME=1 the processor's time of this process.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
@@ -25,9 +43,11 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: seconds[1:] for name, seconds in taken.items()}
 
 
-def ratio(taken: dict[str, list[float]], case: str, base: str) -> float:
-    """A case's median time over another's: the ratio of the two times that are printed."""
-    return seconds(taken, case) / seconds(taken, base)
+def versus(taken: dict[str, list[float]], case: str, base: str) -> str:
+    """A case's median time over another's, and the range of the ratios within one round."""
+    paired = [one / other for one, other in zip(taken[case], taken[base], strict=True)]
+    middle = seconds(taken, case) / seconds(taken, base)
+    return f"{middle:.2f} ({min(paired):.2f}-{max(paired):.2f})"
 
 
 def seconds(taken: dict[str, list[float]], case: str) -> float:
@@ -82,9 +102,10 @@ def _seconds(run: Callable[[], object]) -> float:
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last) / 1000
-    start = time.perf_counter()
+    clock = time.process_time if os.environ.get("BENCH_CPU_TIME") == "1" else time.perf_counter
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _resident(field: str) -> int:

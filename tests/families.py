@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from test_adapters import padded_batch, positions_of, run_all
+from test_prefix import SHARED, alike
+from test_prefix import batch_of as prefix_batch
 from test_runtime import batch_of, prompts_of, runtime_of
 from test_spade import naive_spade
 from tiny_models import FAMILIES, LAYERS, tiny
 from transformers import PreTrainedModel
 
 from lspade_train import ExitPolicy, ModelAdapter, spade_logits
+from lspade_train.models import prefix_refusal
 from lspade_train.runtime.decide import decide_batch
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
@@ -77,6 +80,18 @@ def padding(model: PreTrainedModel) -> bool:
     return close(left, alone) and close(right, alone)
 
 
+def prefix(model: PreTrainedModel) -> bool:
+    """Rows behind a prefix that is run once, longer than every window, give the model's logits."""
+    adapter, batch = ModelAdapter.of(model), prefix_batch(alike())
+    expected = model(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions_of(batch.mask),
+        use_cache=False,
+    ).logits[:, SHARED:]  # fmt: skip
+    got = adapter.unembed(run_all(adapter, adapter.plan(batch.ids, batch.mask, shared=SHARED)))
+    real = batch.mask[:, SHARED:].bool()
+    return prefix_refusal(adapter, batch.ids.shape[1]) is None and close(got[real], expected[real])
+
+
 def positions(model: PreTrainedModel) -> str:
     """Whether `positions` changes SPADE: ALiBi and learned positions leave it nothing to set."""
     batch = padded_batch("left")
@@ -93,6 +108,7 @@ FEATURES: dict[str, Callable[[PreTrainedModel], bool | str]] = {
     "runtime": runtime,
     "generate": generate,
     "padding": padding,
+    "shared prefix": prefix,
 }
 
 

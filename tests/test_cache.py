@@ -22,7 +22,7 @@ from tiny_models import LAYERS, VOCAB
 from lspade_train import cache
 from lspade_train.cache import StateDataset, open_cache, verify
 from lspade_train.cache.buffers import BufferPool
-from lspade_train.cache.extract import length_buckets
+from lspade_train.cache.extract import beginnings
 from lspade_train.cache.manifest import Manifest
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, NumericsError
@@ -30,7 +30,7 @@ from lspade_train.io.storage import file_digest, read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
 from lspade_train.training.datamodule import HiddenStateDataModule
 
-extraction = sys.modules[length_buckets.__module__]  # `cache.extract` is its function
+extraction = sys.modules[beginnings.__module__]  # `cache.extract` is its function
 TINY_SHARDS = 0.01  # MB: a handful of prompts per shard
 TEXT = {
     "task": "text",
@@ -197,15 +197,6 @@ def test_gathering_across_shards_keeps_the_asked_order():
     asked = torch.tensor([11, 0, 5, 4, 5, 7])
     assert dataset.gather(asked).final[:, 0].tolist() == [11, 0, 5, 4, 5, 7]
     assert dataset.gather(torch.tensor([3, 1])).hidden[:, 0, 0].tolist() == [3, 1]
-
-
-def test_length_buckets_hold_every_prompt_once_within_the_budget(project):
-    examples = encoded_of(project.module())
-    batches = list(length_buckets(examples, 50))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
-    for batch in batches:
-        padded = max(len(examples[i].input_ids) for i in batch) * len(batch)
-        assert padded <= 50 or len(batch) == 1
 
 
 @pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])

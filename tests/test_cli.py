@@ -178,9 +178,9 @@ REFUSED = {
         lambda p: {"data__task": "text", "data__dataset": p.texts, "data__text__column": "body"},
         r"'body'.*data\.text\.column",
     ),
-    "a choice that is not one token": (
-        lambda p: {"data__dataset": rows(p, answers("A", "w1 w2"))},
-        r"' w1 w2' is 2 tokens \['w1', 'w2'\]",
+    "a choice that begins another": (
+        lambda p: {"data__dataset": rows(p, answers("w1", "w1 w2"))},
+        r"'w1' is the beginning of 'w1 w2'.*\n.*--data\.prompt\.labels",
     ),
     "an empty split": (
         lambda p: {"data__dataset": rows(p, lambda d: d.clear())},
@@ -683,10 +683,10 @@ def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
     assert {name: getattr(found, name) for name in expected} == expected
 
 
-def test_init_says_which_answer_is_not_one_token(project, monkeypatch, capsys):
-    rows = [{"text": f"w{n}", "label": ["A", "w1 w2"][n % 2]} for n in range(60)]
+def test_init_says_which_answer_no_token_tells_apart(project, monkeypatch, capsys):
+    rows = [{"text": f"w{n}", "label": ["w1", "w1 w2"][n % 2]} for n in range(60)]
     assert initialised(project.home, monkeypatch, rows, project.model) == 0
-    assert "first:  An answer must be one token" in capsys.readouterr().err
+    assert "first:  An answer must have tokens of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def rows_of(n, rng, *, wrong=(0.4, 0.1), group=None):
         agrees = tuple(bool(rng.random() > rate * v) for rate, v in zip(wrong, values, strict=True))
         found.append(
             AuditedRow(
-                tokens=8, choices=None, group=group, time=TIME,
+                tokens=8, choices=None, shared=0, group=group, time=TIME,
                 values=None if stays else tuple(values.tolist()), agrees=None if stays else agrees,
             )
         )  # fmt: skip

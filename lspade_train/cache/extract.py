@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lspade_train.errors import NumericsError
-from lspade_train.models import ModelAdapter
+from lspade_train.models import ModelAdapter, length_batches, shared_groups
 from lspade_train.probes.spade import collect_states, continue_states
 from lspade_train.recipe import PositionIds, TargetKind
 from lspade_train.tasks import Example
@@ -53,18 +53,9 @@ def row_count(examples: Sequence[Example]) -> int:
     return sum(len(example.positions) for example in examples)
 
 
-def length_buckets(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of about equal length, each batch within a budget of padded tokens."""
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
-    batch: list[int] = []
-    for index in order:
-        longest = len(examples[batch[0]].input_ids) if batch else 0
-        if batch and longest * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def beginnings(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of the prompts, and the first answer position of each: no later token is shared."""
+    return [e.input_ids for e in examples], [int(min(e.positions)) for e in examples]
 
 
 def extract(
@@ -76,6 +67,9 @@ def extract(
     to_host: bool = True,
 ) -> dict[str, Tensor]:
     """Hidden states and labels of `examples`, one row per answer position, in their order.
+
+    What the prompts have in common at their beginning is run once. Their bytes are a function of
+    `examples` and `tokens_per_batch` alone.
 
     Args:
         adapter: the frozen model.
@@ -96,10 +90,12 @@ def extract(
         return out | _no_states(adapter, what)
 
     def batches() -> Iterator[tuple[list[int], Callable[[], dict[str, Tensor]]]]:
-        for batch in length_buckets(examples, tokens_per_batch):
-            chosen = [examples[i] for i in batch]
-            parts = _forward(adapter, chosen, what)
-            yield batch, _to_host(parts) if to_host else partial(dict, parts)
+        for shared, members in shared_groups(adapter, *beginnings(examples)):
+            lengths = [len(examples[i].input_ids) for i in members]
+            for places in length_batches(lengths, tokens_per_batch, shared=shared):
+                batch = [members[place] for place in places]
+                parts = _forward(adapter, [examples[i] for i in batch], what, shared)
+                yield batch, _to_host(parts) if to_host else partial(dict, parts)
 
     for batch, arrived in _one_behind(batches()):
         place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
@@ -203,10 +199,10 @@ def _to_host(parts: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
 
 
 def _forward(
-    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction
+    adapter: ModelAdapter, examples: Sequence[Example], what: Extraction, shared: int
 ) -> dict[str, Tensor]:
     ids, mask, positions, real = _pad(examples, adapter.device)
-    states = collect_states(adapter, ids, mask, positions, what.layers)
+    states = collect_states(adapter, ids, mask, positions, what.layers, shared=shared)
     # A prompt with fewer positions than the widest repeats one; those rows go.
     keep = real.to(states.final.device)
     hidden, final = states.hidden[keep], states.final[keep]

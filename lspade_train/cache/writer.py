@@ -74,7 +74,7 @@ def build(
         # Rows and rounding depend on more than the identity: a resumed run may have other settings.
         tag = (
             f"{job.digest} prompts {first}:{first + len(examples)}, "
-            f"{tokens_per_batch} tokens per batch{job.compiled}"
+            f"{tokens_per_batch} tokens per batch, shared prefixes once{job.compiled}"
         )
         compute = partial(_states, job, examples, tokens_per_batch)
         path = job.folder / f"shard-{number:05d}.safetensors"
@@ -143,7 +143,7 @@ def _finish(
         shards=tuple(shards),
         targets=(),
         starts_sha256=file_digest(folder / STARTS, CacheError),
-        provenance=provenance,
+        provenance=provenance | ({"labels_decided": encoded.labels} if encoded.labels else {}),
     )
     manifest.write(folder)
     # These files were hashed while they were written: they are not read again.

@@ -78,7 +78,7 @@ def _show_cache(path: Path, name: str) -> None:
 
 
 def _show_model(path: str) -> None:
-    from lspade_train.models import ModelAdapter
+    from lspade_train.models import ModelAdapter, prefix_refusal
 
     file = Path(path)
     adapter = (
@@ -86,6 +86,7 @@ def _show_model(path: str) -> None:
         if file.suffix == ".gguf"
         else ModelAdapter.from_pretrained(path)
     )
+    refused = prefix_refusal(adapter, adapter.max_length or 0)
     parameters = sum(p.numel() for p in adapter.model.parameters())
     _show(
         {
@@ -98,6 +99,9 @@ def _show_model(path: str) -> None:
             "context": str(adapter.max_length),
             "revision": str(adapter.revision or "local files"),
             **adapter.identity,
+            "shared prefixes": "not run once: " + refused
+            if refused
+            else "run once for all prompts",
             "check": "passed: replay, unembedding and start-token cache give the model's numbers",
         }
     )

@@ -184,7 +184,7 @@ class Counts:
             self.first_error = self.first_error or f"line {answer['line']}: {answer['error']}"
             return
         self.exited += answer["exited"]
-        self.layers[answer["layer"]] += 1
+        self.layers.update(answer.get("steps", [answer["layer"]]))  # as calibrate counts them
         self.labelled += "correct" in answer
         self.correct += answer.get("correct", False)
 

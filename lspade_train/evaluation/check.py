@@ -193,7 +193,7 @@ def _tokenised(data: HiddenStateDataModule, split: Split, draw: np.random.Genera
     scale = count / len(places)
     size = SplitSize(
         rows=count,
-        over_context=encoded.skipped / (encoded.skipped + len(examples)),
+        over_context=encoded.skipped / len(places),
         positions=round(row_count(examples) * scale),
         tokens=round(sum(lengths) * scale),
         longest=max(lengths),

@@ -8,6 +8,7 @@ tasks.
 """
 
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -24,6 +25,7 @@ from lspade_train.models.loading import hub_commit, load_model
 from lspade_train.models.plan import Plan, StartCache, token_mask
 from lspade_train.models.recorder import Recorder
 from lspade_train.models.shadow import without_checkpointing
+from lspade_train.models.sharing import prefill
 from lspade_train.models.snapshot import snapshot
 from lspade_train.models.structure import (
     Signature,
@@ -241,15 +243,20 @@ class ModelAdapter:
         self,
         input_ids: Int[Tensor, "rows tokens"],
         attention_mask: Int[Tensor, "rows tokens"] | None = None,
+        *,
+        shared: int = 0,
     ) -> Plan:
         """Let the decoder plan a forward over whole prompts; no block runs.
 
         Args:
-            input_ids: prompts, padded on either side.
+            input_ids: prompts, padded on either side; on the right where they share tokens.
             attention_mask: 1 or True for real tokens; None where nothing is padded.
+            shared: leading tokens that all prompts have in common and that are run once, now or
+                in an earlier call; fewer than the shortest prompt has. `shared_groups` finds
+                them.
 
         Returns:
-            The plan; its `hidden` is h^0.
+            The plan; its `hidden` is h^0 of the tokens behind the shared ones.
 
         Raises:
             TaskError: a token id that the model has no embedding for, or a mask of another shape.
@@ -258,7 +265,12 @@ class ModelAdapter:
         self._check_ids(input_ids)
         mask = token_mask(input_ids, attention_mask)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self._record(input_ids, mask, positions, None)
+        if not shared:
+            return self._record(input_ids, mask, positions, None)
+        start = tuple(input_ids[0, :shared].tolist())
+        rows = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        cache = StartCache([self.start_cache(*start)], rows)
+        return self._record(input_ids[:, shared:], mask, positions[:, shared:], cache)
 
     @torch.no_grad()
     def plan_step(self, start_ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Plan:
@@ -341,21 +353,13 @@ class ModelAdapter:
             )
 
     @torch.no_grad()
-    def start_cache(self, token: int) -> DynamicCache:
-        """Keys and values of one start token at every block, kept for as long as they hold.
+    def start_cache(self, *tokens: int) -> DynamicCache:
+        """Keys and values of a start token, or of a longer beginning, at every block.
 
-        Always alone: in a batch their last bits would depend on the other tokens.
+        Kept for as long as they hold and there is room. Always alone: in a batch their last bits
+        would depend on the other rows.
         """
         known = self._known
         assert known is not None
 
-        def make() -> DynamicCache:
-            cache = DynamicCache(config=self.model.config)
-            ids = torch.tensor([[token]], device=self.device)
-            plan = self._record(ids, torch.ones_like(ids), torch.zeros_like(ids), cache)
-            hidden = plan.hidden
-            for block in range(self.num_layers):
-                hidden = self.run_block(plan, block, hidden)
-            return cache
-
-        return known.start(token, self.device, make)
+        return known.start(tokens, self.device, partial(prefill, self, tokens))

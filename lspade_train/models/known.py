@@ -21,6 +21,13 @@ START_TOKENS = 128
 """Start tokens whose keys and values are kept, the least recently used dropped first. A model with
 BOS has one; without, each distinct first token of a prompt is one (0.5 MB each for Llama-2-7B)."""
 
+PREFIX_BYTES = 1 << 30
+"""Keys and values of shared prefixes that are kept, the least recently used dropped first; the
+newest is kept whatever its size (0.5 MB a token for Llama-2-7B, 23 kB for SmolLM2-135M)."""
+
+
+Kept = OrderedDict[tuple[Any, ...], DynamicCache]
+
 
 @dataclass(eq=False)
 class Known:
@@ -30,6 +37,8 @@ class Known:
         snapshot: the state.
         signature: how its blocks are called; None until it is needed.
         identity: digests; None until they are needed.
+        prefix: why no beginning of a prompt may be run once for all; "" where it may, None until
+            it is needed.
         checked: the load-time checks that it has passed: of plain blocks (False), of compiled ones.
         lock: held while a check or the signature is being worked out.
     """
@@ -37,21 +46,36 @@ class Known:
     snapshot: Snapshot
     signature: Signature | None = None
     identity: dict[str, str] | None = None
+    prefix: str | None = None
     checked: set[bool] = field(default_factory=set[bool])
     lock: Any = field(default_factory=threading.RLock)
-    _starts: "OrderedDict[tuple[Any, ...], DynamicCache]" = field(default_factory=OrderedDict)
+    _starts: Kept = field(default_factory=OrderedDict)
+    _prefixes: Kept = field(default_factory=OrderedDict)
 
-    def start(self, token: int, device: torch.device, make: Callable[[], DynamicCache]) -> Any:
-        """Keys and values of a start token, made once per token and precision of autocast."""
+    def start(
+        self, tokens: tuple[int, ...], device: torch.device, make: Callable[[], DynamicCache]
+    ) -> DynamicCache:
+        """Keys and values of a beginning, made once per precision of autocast while it is kept."""
         kind = device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (*tokens, auto)
+        kept = self._starts if len(tokens) == 1 else self._prefixes
         with self.lock:
-            if (token, auto) not in self._starts:
-                self._starts[token, auto] = make()
-            self._starts.move_to_end((token, auto))
-            if len(self._starts) > START_TOKENS:
+            if key not in kept:
+                kept[key] = make()
+            kept.move_to_end(key)
+            while len(self._starts) > START_TOKENS:
                 self._starts.popitem(last=False)
-            return self._starts[token, auto]
+            while (
+                len(self._prefixes) > 1 and sum(map(_bytes, self._prefixes.values())) > PREFIX_BYTES
+            ):
+                self._prefixes.popitem(last=False)
+            return kept[key]
+
+
+def _bytes(cache: DynamicCache) -> int:
+    layers: list[Any] = cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, Known]" = weakref.WeakKeyDictionary()

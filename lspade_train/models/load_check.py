@@ -75,6 +75,36 @@ def _compare(adapter: "ModelAdapter", ids: Tensor, mask: Tensor, expected: Tenso
         raise _refused(adapter, "rows behind a start token change when others are dropped halfway")
 
 
+@torch.no_grad()
+def why_no_prefix(adapter: "ModelAdapter") -> str:
+    """Compare rows behind a beginning that was run once with the same rows run whole.
+
+    Returns:
+        What differs; nothing where the model gives the same numbers.
+    """
+    ids = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 9, 2], [3, 4, 5, 6, 0], [3, 4, 5, 7, 8]])
+    ids = (ids % adapter.vocab_size).to(adapter.device)
+    mask = torch.ones_like(ids)
+    mask[2, 4] = 0
+    plain = adapter.plan(ids, mask)
+    whole, _ = _run(adapter, plain, plain.hidden)
+    try:
+        rest = adapter.plan(ids, mask, shared=3)
+        behind, fewer = _run(adapter, rest, rest.hidden)
+    except Exception as cause:  # whatever a family's code says to a cache of several tokens
+        return f"its blocks fail behind one ({type(cause).__name__})"
+    real, kept = mask[:, 3:].bool(), torch.tensor(KEPT, device=mask.device)
+    # Products of other heights round otherwise, and large states that cancel in a model's last
+    # blocks make that a few times 1e-5 of its logits; a wrong mask or position changes them all.
+    slack = max(_slack(adapter), 1e-3)
+    logits, others = adapter.unembed(behind), adapter.unembed(fewer)
+    if not _close(logits[real], adapter.unembed(whole[:, 3:])[real], slack):
+        return "its key-value cache does not continue one"
+    if not _close(others[real[kept]], logits[kept][real[kept]], slack):
+        return "the rows that stay change when others are dropped halfway"
+    return ""
+
+
 def _run(adapter: "ModelAdapter", plan: Plan, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Output of the last block for all rows, and for `KEPT` alone from the middle on."""
     middle = adapter.num_layers // 2

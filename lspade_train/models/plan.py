@@ -34,18 +34,19 @@ def token_mask(
 
 
 class StartCache(DynamicCache):
-    """Keys and values of start tokens alone, read by any row and written by none.
+    """Keys and values of what rows begin with, read by any row and written by none.
 
-    Causal attention makes a start token's states depend on that token only, so they are constants
-    of the model: the same ones serve every row and every block of a sweep.
+    Causal attention makes the states of a beginning, be it a start token alone or a prefix that
+    prompts share, depend on nothing behind it, so they are constants of the model: the same ones
+    serve every row and every block of a sweep.
     """
 
     def __init__(self, starts: Sequence[DynamicCache], rows: Int[Tensor, " rows"]) -> None:
-        """Keep one prefilled cache per distinct start token; `rows` says which one a row uses."""
+        """Keep prefilled caches of one length; `rows` says which one a row uses."""
         super().__init__()
         self.starts = starts
         self.rows = rows
-        # What the decoder asks when it builds masks: one token has been seen at every layer.
+        # What the decoder asks when it builds masks: so many tokens have been seen at every layer.
         self.layers = starts[0].layers
         self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -56,7 +57,12 @@ class StartCache(DynamicCache):
         return other
 
     def at(self, block: int) -> "BlockStart":
-        """What one block is given: its rows' start tokens."""
+        """What one block is given: its rows' beginnings."""
+        if len(self.starts) == 1:
+            only: Any = self.starts[0].layers[block]
+            count = len(self.rows)
+            shared = (it.expand(count, *it.shape[1:]) for it in (only.keys, only.values))
+            return BlockStart(self.layers, *shared)  # a view: `update` is the only copy
         if block not in self._stacked:
             layers: list[Any] = [start.layers[block] for start in self.starts]
             keys, values = [it.keys for it in layers], [it.values for it in layers]
@@ -67,10 +73,10 @@ class StartCache(DynamicCache):
 
 
 class BlockStart(DynamicCache):
-    """One block's start tokens; knows no block number, so that all blocks compile to one thing."""
+    """One block's beginnings; knows no block number, so that all blocks compile to one thing."""
 
     def __init__(self, layers: list[Any], keys: Tensor, values: Tensor) -> None:
-        """Keep what `update` puts in front, (rows, heads, 1, d); `layers` tell that one is seen."""
+        """Keep what `update` puts in front, (rows, heads, seen, d); `layers` say what is seen."""
         super().__init__()
         self.layers = layers
         self.keys, self.values = keys, values
@@ -78,7 +84,7 @@ class BlockStart(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Start token's keys and values in front of the row's own, (rows, heads, 2, d)."""
+        """The beginning's keys and values in front of the row's own, (rows, heads, tokens, d)."""
         return (
             torch.cat([self.keys, key_states], dim=-2),
             torch.cat([self.values, value_states], dim=-2),

@@ -24,6 +24,9 @@ from lspade_train.probes.measures import FIXED, GATED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Shared = int | Int[Tensor, " prompts"]
+"""Leading tokens of prompts that are run once for all of them."""
+
 PROBES = (2, 3, 4)  # prompt lengths that are counted: the three points of a parabola
 
 
@@ -51,10 +54,21 @@ class FlopCounts:
     maps: Mapping[str, float]
     width: int
 
-    def prefix(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, "prompts stages"]:
-        """Operations until h^0, h^1, ... h^L of prompts alone of those lengths."""
-        n = tokens.double()
-        basis = torch.stack([torch.ones_like(n), n - 2, (n - 2) * (n - 3) / 2], dim=-1)
+    def reach(
+        self, tokens: Int[Tensor, " prompts"], shared: Shared = 0
+    ) -> Float[Tensor, "prompts stages"]:
+        """Operations until h^0, h^1, ... h^L of prompts alone of those lengths.
+
+        Args:
+            tokens: length of each prompt.
+            shared: leading tokens of each that were run before: the rest attends to them, too.
+                That earlier run costs what a prompt of so many tokens costs, once for all.
+        """
+        n = (tokens - shared).double()
+        square = (n - 2) * (
+            n - 3
+        ) / 2 + n * shared / 2  # attention's n x n becomes n x (n + shared)
+        basis = torch.stack([torch.ones_like(n), n - 2, square], dim=-1)
         return (basis @ self.prompt.T).cumsum(-1)
 
     def readout(self, choices: "int | Tensor | None" = None) -> "float | Tensor":
@@ -72,9 +86,16 @@ class FlopCounts:
         kept |= {n: torch.tensor(kept[n], dtype=torch.float64) for n in ("prompt", "step")}
         return cls(**kept)
 
-    def full(self, tokens: Int[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
-        """The full model, which unembeds the answer position only (`logits_to_keep=1`)."""
-        return self.prefix(tokens)[:, -1] + self.readout()
+    def full(
+        self, tokens: Int[Tensor, " prompts"], shared: Shared = 0
+    ) -> Float[Tensor, " prompts"]:
+        """The full model, which unembeds the answer position only (`logits_to_keep=1`).
+
+        Args:
+            tokens: length of each prompt.
+            shared: leading tokens of each that were run before, as servers that keep prefixes do.
+        """
+        return self.reach(tokens, shared)[:, -1] + self.readout()
 
 
 def counter() -> FlopCounterMode:
@@ -130,6 +151,7 @@ def cost_parts(
     policy: ExitPolicy,
     *,
     choices: Int[Tensor, " prompts"] | None = None,
+    shared: Shared = 0,
 ) -> ExitCosts:
     """Operations of each prompt by parts, for any choice of check layers among the policy's.
 
@@ -140,6 +162,7 @@ def cost_parts(
         tokens: length of each prompt.
         policy: decides layers, scope, what a check reads and who answers; not its threshold.
         choices: number of choices of each prompt, for `scope: choices`.
+        shared: leading tokens of each prompt that are run once for all, by the plain model, too.
     """
     lengths = torch.as_tensor(tokens).cpu()
     price, layers = _Price(counts, policy, choices), policy.layers
@@ -150,11 +173,11 @@ def cost_parts(
 
     top = len(counts.step)
     return ExitCosts(
-        reach=counts.prefix(lengths)[:, [*layers, top]].numpy(),
+        reach=counts.reach(lengths, shared)[:, [*layers, top]].numpy(),
         check=columns([price.check] * len(layers)),
         answer=columns([price.answer(layer, checked=True) for layer in (*layers, top)]),
         unchecked=columns([price.answer(layer, checked=False) for layer in layers]),
-        plain=counts.full(lengths).numpy(),
+        plain=counts.full(lengths, shared).numpy(),
     )
 
 
@@ -166,12 +189,14 @@ def exit_flops(
     *,
     choices: int | None = None,
     checks: Sequence[int] | None = None,
+    shared: Shared = 0,
 ) -> Float[Tensor, "prompts layers"]:
     """Operations of each prompt if it stopped at each layer.
 
     Charged: the prompt's blocks up to the exit, every check on the way (map, norm, unembedding
     over the policy's scope), the single-token continuation, the answer's unembedding. The start
-    token's keys and values are constants of the model and charged to nobody.
+    token's keys and values are constants of the model and charged to nobody; those of a shared
+    prefix cost what a prompt of its length costs, once, and are not in here.
 
     Args:
         counts: of the model and its heads.
@@ -180,6 +205,7 @@ def exit_flops(
         policy: decides scope, decoder and check layers.
         choices: number of choices, for `scope: choices`.
         checks: check layers charged instead of the policy's; () charges none (the oracle).
+        shared: leading tokens of each prompt that are run once for all.
 
     Returns:
         float64, on the CPU.
@@ -193,7 +219,7 @@ def exit_flops(
         + price.answer(exit_layer, checked=exit_layer in asked)
         for exit_layer in layers
     ]
-    reached = counts.prefix(lengths)[:, [min(layer, top) for layer in layers]]
+    reached = counts.reach(lengths, shared)[:, [min(layer, top) for layer in layers]]
     return reached + torch.tensor(extra, dtype=torch.float64)
 
 
@@ -205,13 +231,17 @@ def exit_costs(
     *,
     choices: int | None = None,
     checks: Sequence[int] | None = None,
+    shared: Shared = 0,
 ) -> Float[Tensor, "prompts layers"]:
     """`exit_flops` as a fraction of the full model's operations for the same prompt.
 
-    No exit costs a little over 1: the checks, which the full model does without.
+    No exit costs a little over 1: the checks, which the full model does without. What is shared is
+    shared by both: a server that keeps prefixes runs the full model behind them, too.
     """
-    flops = exit_flops(counts, tokens, layers, policy, choices=choices, checks=checks)
-    return flops / counts.full(torch.as_tensor(tokens).cpu())[:, None]
+    flops = exit_flops(
+        counts, tokens, layers, policy, choices=choices, checks=checks, shared=shared
+    )
+    return flops / counts.full(torch.as_tensor(tokens).cpu(), shared)[:, None]
 
 
 class _Price:

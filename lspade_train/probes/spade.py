@@ -65,6 +65,8 @@ def collect_states(
     attention_mask: Int[Tensor, "prompts tokens"] | None,
     positions: Int[Tensor, "prompts positions"],
     layers: Sequence[int],
+    *,
+    shared: int = 0,
 ) -> States:
     """Run whole prompts block by block and keep the residual stream at the answer positions.
 
@@ -74,13 +76,15 @@ def collect_states(
         attention_mask: 1 for real tokens; None where nothing is padded.
         positions: columns of `input_ids` to keep.
         layers: layers to keep, 0..L.
+        shared: leading tokens that are run once for all prompts, as `ModelAdapter.plan` says; no
+            position is among them.
     """
     mask = token_mask(input_ids, attention_mask)
-    plan = adapter.plan(input_ids, mask)
+    plan = adapter.plan(input_ids, mask, shared=shared)
     rows = torch.arange(len(input_ids), device=input_ids.device)
 
     def at_answers(hidden: Tensor) -> Tensor:
-        return hidden[rows.to(hidden.device)[:, None], positions.to(hidden.device)]
+        return hidden[rows.to(hidden.device)[:, None], positions.to(hidden.device) - shared]
 
     hidden = plan.hidden
     kept = {0: at_answers(hidden)} if 0 in layers else {}

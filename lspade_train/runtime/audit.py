@@ -35,7 +35,7 @@ from lspade_train.policies.exit_table import take
 from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.runtime.batching import Query, batches
+from lspade_train.runtime.batching import Query, shared_batches
 from lspade_train.runtime.decide import Decision, Probe, answered
 from lspade_train.runtime.trace import trace, trace_flops
 
@@ -134,7 +134,12 @@ class Auditor:
         return self.audit.on_alarm == "never_exit" and self.state.alarm is not None
 
     def observe(
-        self, queries: Sequence[Query], decisions: Mapping[int, Decision], *, full: bool = False
+        self,
+        queries: Sequence[Query],
+        decisions: Mapping[int, Decision],
+        *,
+        full: bool = False,
+        shared: Mapping[int, int] | None = None,
     ) -> None:
         """Count answered rows, and audit those that the coin draws.
 
@@ -144,12 +149,14 @@ class Auditor:
             queries: the rows.
             decisions: by the queries' index.
             full: whether the full model gave them, after an alarm.
+            shared: leading tokens of each row that were run once for several, by index; none:
+                whole prompts. The full model is charged as if it shared them, too.
         """
         if not queries:
             return
         seen, rows = Seen(unaudited=len(queries)), []
         if not full:
-            seen, rows = self._audited(queries, decisions)
+            seen, rows = self._audited(queries, decisions, shared or {})
         with self._guard:
             self._waiting += seen
             self._rows += rows
@@ -200,7 +207,10 @@ class Auditor:
             self.audit.callback(state)
 
     def _audited(
-        self, queries: Sequence[Query], decisions: Mapping[int, Decision]
+        self,
+        queries: Sequence[Query],
+        decisions: Mapping[int, Decision],
+        shared: Mapping[int, int],
     ) -> tuple[Seen, list[AuditedRow]]:
         """The rows' counts, and what was learnt of the drawn ones."""
         with self._guard:
@@ -208,7 +218,9 @@ class Auditor:
         drawn = [query for query, coin in zip(queries, heads_up, strict=True) if coin]
         exited = [query for query in drawn if decisions[query.index].exited]
         layers = [decisions[query.index].layer for query in queries]
-        plain, spent, again = self._flops(queries, layers)
+        plain, spent, again = self._flops(
+            queries, layers, [shared.get(query.index, 0) for query in queries]
+        )
         traced = {query.index for query in exited}
         places = [place for place, query in enumerate(queries) if query.index in traced]
         found, failures = self._traced(exited, decisions)
@@ -217,6 +229,7 @@ class Auditor:
             AuditedRow(
                 tokens=len(query.ids),
                 choices=None if query.choices is None else len(query.choices),
+                shared=shared.get(query.index, 0),
                 group=query.group,
                 time=now,
                 **found.get(query.index, {}),
@@ -246,7 +259,7 @@ class Auditor:
         failures = 0
         # Every check layer's answer may be one more row beside each prompt.
         tokens = max(1, self.tokens // (1 + len(self.policy.check_layers)))
-        for batch in batches(queries, tokens, self.adapter.device):
+        for batch in shared_batches(queries, tokens, self.adapter):
             seen = trace(self.probe, batch)
             same = (seen.answers[:, :-1] == seen.answers[:, -1:]) & ~seen.broken[:, None]
             values = [[v if math.isfinite(v) else None for v in r] for r in seen.values.tolist()]
@@ -259,7 +272,7 @@ class Auditor:
         return found, failures
 
     def _flops(
-        self, queries: Sequence[Query], layers: Sequence[int]
+        self, queries: Sequence[Query], layers: Sequence[int], shared: Sequence[int]
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Each row's operations with the full model, with the policy, and in the audit's trace.
 
@@ -267,15 +280,15 @@ class Auditor:
         """
         if self._counts is None:
             self._counts = count_flops(self.adapter, self._heads)
-        lengths = torch.tensor([len(query.ids) for query in queries])
+        lengths, before = torch.tensor([len(q.ids) for q in queries]), torch.tensor(shared)
         checks = self.policy.check_layers
         if not checks:
-            plain = self._counts.full(lengths).numpy()
+            plain = self._counts.full(lengths, before).numpy()
             return plain, plain, plain
         width: Tensor | None = None
         if self.policy.scope == "choices":
             width = torch.tensor([len(query.choices or ()) for query in queries])
-        costs = cost_parts(self._counts, lengths, self.policy, choices=width)
+        costs = cost_parts(self._counts, lengths, self.policy, choices=width, shared=before)
         stages = [*checks, self.adapter.num_layers]
         places = np.array([stages.index(layer) for layer in layers])
         held = np.array([not self.policy.may_exit(query.group) for query in queries])

@@ -1,11 +1,13 @@
-"""Prompts to left-padded batches within a token budget. Knows nothing of exits.
+"""Prompts to padded batches within a token budget. Knows nothing of exits.
 
-The answer is then every row's last column, whatever its length. The start token is the prompt's
-first token: BOS where the tokenizer puts one, else the first token of the text.
+Padded on the left, so that the answer is every row's last column, whatever its length. Rows behind
+a shared prefix are padded on the right: a gap between prefix and row would count as distance for
+sliding windows and ALiBi. The start token is the prompt's first token: BOS where the tokenizer puts
+one, else the first token of the text.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,13 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
-from lspade_train.models import ModelAdapter
-from lspade_train.models.tokenization import resolve_choices, tokenize
+from lspade_train.models import ModelAdapter, length_batches, prefix_refusal, shared_groups
+from lspade_train.models.labels import Fork, Paths, conflict
+from lspade_train.models.tokenization import resolve_choices, shared_start, tokenize
 
 MAX_ROWS = 256  # logits of short prompts are the largest tensor: rows x V in fp32
 
 Prompt = str | Sequence[int]
-Choices = Sequence[str] | Sequence[int]
+Choices = Sequence[str] | Sequence[int] | Mapping[str, Sequence[int]]
+"""Texts, token ids, or label -> its tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,40 @@ class Query:
 
     Attributes:
         index: its place in the user's list.
-        ids: token ids, start token first.
-        choices: label -> token id; None: any token may be the answer.
+        ids: token ids, start token first, up to where the choices part.
+        choices: label -> token id; None: any token may be the answer. Labels that go on with the
+            same token stand under the first of them.
+        fork: where labels of several tokens part; None where each choice is one token.
         group: subgroup of the task that the prompt belongs to; None: none, or not known.
     """
 
     index: int
     ids: tuple[int, ...]
     choices: dict[str, int] | None
+    fork: Fork | None = None
     group: str | None = None
+
+    @classmethod
+    def at(cls, index: int, ids: Sequence[int], fork: Fork) -> "Query":
+        """The query that decides which of a fork's options follows `ids`."""
+        choices = {next(iter(labels)): token for token, labels in fork.options.items()}
+        return cls(index, (*ids, *fork.shared), choices, fork)
+
+    def behind(self, token: int) -> "Query | None":
+        """The next step, where `token` leaves several labels to decide among."""
+        fork = None if self.fork is None else self.fork.behind(token)
+        if fork is None:
+            return None
+        return replace(Query.at(self.index, (*self.ids, token), fork), group=self.group)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows.
+    """Padded rows.
 
     Attributes:
         queries: one per row.
+        shared: leading tokens that all rows have in common and that are run once for all.
         ids: token ids, (rows, tokens).
         mask: 1 for real tokens, (rows, tokens).
         choice_ids: tokens of each row's choices, (rows, choices); None where there are none.
@@ -52,6 +73,7 @@ class Batch:
     """
 
     queries: tuple[Query, ...]
+    shared: int
     ids: Int[Tensor, "rows tokens"]
     mask: Int[Tensor, "rows tokens"]
     choice_ids: Int[Tensor, "rows choices"] | None
@@ -61,6 +83,13 @@ class Batch:
     def starts(self) -> Int[Tensor, " rows"]:
         """First real token of each row."""
         return self.ids.gather(1, self.mask.argmax(-1, keepdim=True)).squeeze(1)
+
+    @property
+    def ends(self) -> Int[Tensor, " rows"]:
+        """Column of each row's answer behind the shared tokens."""
+        if self.shared:
+            return self.positions - self.shared
+        return torch.full((len(self.queries),), self.ids.shape[1] - 1, device=self.ids.device)
 
     @property
     def positions(self) -> Int[Tensor, " rows"]:
@@ -80,14 +109,14 @@ def encode(
 
     Args:
         prompts: texts, or token ids with the start token first.
-        choices: the same for all prompts, one list per prompt, or None. A choice is a text that
-            is one token behind its prompt, or a token id.
+        choices: the same for all prompts, one list per prompt, or None. A choice is a text, or a
+            token id; or they are label -> its tokens.
         adapter: the model.
         tokenizer: needed for texts.
         new_tokens: tokens to be generated, which the context must hold too.
 
     Raises:
-        TaskError: an empty prompt, one over the context, or a choice that is not one token.
+        TaskError: an empty prompt, one over the context, or choices that no token tells apart.
     """
     _refuse_text(prompts, choices)
     per_prompt = _choices_of_each(prompts, choices)
@@ -98,32 +127,84 @@ def encode(
         name = "The prompt" if len(prompts) == 1 else f"Prompt {index + 1} of {len(prompts)}"
         ids = tuple(next(tokenized) if isinstance(prompt, str) else map(int, prompt))
         _check_ids(name, () if prompt == "" else ids, adapter, new_tokens)
-        found = None if labels is None else _resolve(name, prompt, labels, tokenizer)
-        queries.append(Query(index, ids, found))
+        if labels is None:
+            queries.append(Query(index, ids, None))
+            continue
+        paths = _resolve(name, prompt, labels, tokenizer)
+        _check_ids(name, ids, adapter, max(map(len, paths.values())) - 1)
+        queries.append(Query.at(index, ids, Fork.of(paths)))
     return queries
 
 
-def batches(queries: Sequence[Query], tokens: int, device: torch.device) -> Iterator[Batch]:
+def encode_prefix(
+    prefix: Prompt, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None
+) -> list[int]:
+    """Token ids of what every prompt begins with.
+
+    Raises:
+        TaskError: a prompt does not begin with it.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prefix, str) != isinstance(prompt, str):
+            raise TaskError("Prefix and prompts are of two kinds; expected texts, or token ids.")
+        if prompt[: len(prefix)] != prefix and list(prompt[: len(prefix)]) != list(prefix):
+            raise TaskError(
+                f"Prompt {number} of {len(prompts)} does not begin with the prefix; expected whole "
+                "prompts, the prefix included."
+            )
+    return list(next(tokenize(_needed(tokenizer), [prefix])) if isinstance(prefix, str) else prefix)
+
+
+def shared_batches(
+    queries: Sequence[Query],
+    tokens: int,
+    adapter: ModelAdapter,
+    prefix: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Batches of prompts that begin alike, whose common beginning is then run once.
+
+    Args:
+        queries: the prompts.
+        tokens: padded tokens per batch.
+        adapter: the model.
+        prefix: what all of them begin with, to be kept for later calls; None: what is worth it is
+            found, from these prompts alone.
+    """
+    if prefix is None:
+        groups = shared_groups(adapter, [query.ids for query in queries])
+    else:
+        starts = (min(shared_start(prefix, query.ids), len(query.ids) - 1) for query in queries)
+        longest = max((len(query.ids) for query in queries), default=0)
+        shared = 0 if prefix_refusal(adapter, longest) else min(starts, default=0)
+        groups = [(shared, list(range(len(queries))))]
+    for shared, members in groups:
+        yield from batches([queries[i] for i in members], tokens, adapter.device, shared)
+
+
+def batches(
+    queries: Sequence[Query], tokens: int, device: torch.device, shared: int = 0
+) -> Iterator[Batch]:
     """Batches of similar length, longest first, of at most `tokens` padded tokens.
 
     A prompt over the budget goes alone. Prompts with and without choices never share a batch.
     """
-    ordered = sorted(queries, key=lambda query: (query.choices is None, -len(query.ids)))
-    group: list[Query] = []
-    for query in ordered:
-        if group and not _fits(group, query, tokens):
-            yield collate(group, device)
-            group = []
-        group.append(query)
-    if group:
-        yield collate(group, device)
+    for free in (False, True):
+        kind = [query for query in queries if (query.choices is None) == free]
+        lengths = [len(query.ids) for query in kind]
+        for batch in length_batches(lengths, tokens, shared=shared, most=MAX_ROWS):
+            yield collate([kind[i] for i in batch], device, shared)
 
 
-def collate(queries: Sequence[Query], device: torch.device) -> Batch:
-    """Pad the queries on the left into one batch."""
+def collate(queries: Sequence[Query], device: torch.device, shared: int = 0) -> Batch:
+    """Pad the queries into one batch: on the left, or on the right behind shared tokens."""
     width = max(len(query.ids) for query in queries)
-    ids = torch.tensor([[0] * (width - len(q.ids)) + list(q.ids) for q in queries])
-    mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in queries])
+
+    def padded(row: Sequence[int]) -> list[int]:
+        padding = [0] * (width - len(row))
+        return [*row, *padding] if shared else [*padding, *row]
+
+    ids = torch.tensor([padded(query.ids) for query in queries])
+    mask = torch.tensor([padded([1] * len(query.ids)) for query in queries])
     choice_ids = choice_mask = None
     if queries[0].choices is not None:
         tokens = [list((query.choices or {}).values()) for query in queries]
@@ -131,13 +212,7 @@ def collate(queries: Sequence[Query], device: torch.device) -> Batch:
         choice_ids = torch.tensor([row + row[:1] * (most - len(row)) for row in tokens]).to(device)
         sizes = torch.tensor([len(row) for row in tokens])
         choice_mask = (torch.arange(most) < sizes[:, None]).to(device)
-    return Batch(tuple(queries), ids.to(device), mask.to(device), choice_ids, choice_mask)
-
-
-def _fits(group: Sequence[Query], query: Query, tokens: int) -> bool:
-    same_kind = (group[0].choices is None) == (query.choices is None)
-    rows = len(group) + 1
-    return same_kind and rows <= MAX_ROWS and rows * len(group[0].ids) <= tokens
+    return Batch(tuple(queries), shared, ids.to(device), mask.to(device), choice_ids, choice_mask)
 
 
 def _refuse_text(prompts: object, choices: object) -> None:
@@ -161,7 +236,7 @@ def _choices_of_each(
 ) -> Sequence[Choices | None]:
     if choices is None:
         return [None] * len(prompts)
-    if choices and isinstance(choices[0], str | int):
+    if isinstance(choices, Mapping) or (choices and isinstance(choices[0], str | int)):
         return [choices] * len(prompts)  # type: ignore[list-item]
     if len(choices) != len(prompts):
         raise TaskError(
@@ -189,21 +264,31 @@ def _check_ids(name: str, ids: tuple[int, ...], adapter: ModelAdapter, new_token
 
 def _resolve(
     name: str, prompt: Prompt, labels: Choices, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, int]:
+) -> Paths:
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise TaskError(f"{name} has choices {list(labels)}; expected two or more, each once.")
+    if isinstance(labels, Mapping):
+        return _checked(name, {label: tuple(map(int, path)) for label, path in labels.items()})
     if isinstance(labels[0], int):
         # Ids are their own labels: two tokens may decode to one text.
-        return {str(token): token for token in labels}  # type: ignore[misc]
+        return {str(token): (token,) for token in labels}  # type: ignore[misc]
     known = _needed(tokenizer)
     text = (
         prompt if isinstance(prompt, str) else known.decode(list(prompt), skip_special_tokens=True)
     )
     try:
-        found = resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
+        return resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
     except TaskError as cause:
         raise TaskError(f"{name}: {str(cause).splitlines()[0]}") from cause
-    return dict(zip(labels, found, strict=True))  # type: ignore[arg-type]
+
+
+def _checked(name: str, paths: Paths) -> Paths:
+    """Labels given as tokens, each with some, and none of which begins another."""
+    bare = next((f"{label!r} has no tokens" for label, path in paths.items() if not path), None)
+    fault = bare or conflict([*paths], paths)
+    if fault is not None:
+        raise TaskError(f"{name}: {fault}; expected tokens that tell its choices apart.")
+    return paths
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

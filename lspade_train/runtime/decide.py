@@ -27,13 +27,16 @@ class Decision:
     """The answer to one prompt.
 
     Attributes:
-        token_id: the answer, the most probable choice or token.
+        token_id: the answer, the most probable choice or token; of a label of several tokens the
+            one that decided.
         text: its label, or its text; None without a tokenizer.
-        layer: where the prompt stopped; L is the full model.
+        layer: where the prompt stopped; L is the full model. Of several steps the highest.
         entropy: nats over the policy's scope: the check's where the prompt stopped, the model's
-            own where it ran through.
-        exited: whether it stopped below L.
-        scores: label -> probability among the choices; None without choices.
+            own where it ran through. Of several steps the largest.
+        exited: whether it, or every step of it, stopped below L.
+        scores: label -> probability among the choices; None without choices. Labels that begin
+            alike, and that the steps passed by, share the probability of their beginning evenly.
+        steps: where each step stopped, if there were several.
     """
 
     token_id: int
@@ -42,6 +45,7 @@ class Decision:
     entropy: float
     exited: bool
     scores: dict[str, float] | None
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ class BatchRun:
         self.inside = torch.arange(rows)
         self.outside = torch.arange(0)
         # `plan.hidden` is always the state in hand, so that dropping rows drops everything at once.
-        self.plan: Plan = self.adapter.plan(batch.ids, batch.mask)
+        self.plan: Plan = self.adapter.plan(batch.ids, batch.mask, shared=batch.shared)
+        self.ends = batch.ends  # columns of the answers of the rows inside
         self.step: Plan | None = None  # single-token rows of `outside`
         self.every_step: Plan | None = None  # of the whole batch, planned at the first exit
         self.layers = torch.full((rows,), self.adapter.num_layers)
@@ -190,11 +195,20 @@ class BatchRun:
         logits = torch.cat([logits for _, logits in self.answers])[order]
         return Outcome(logits, self.layers, self.entropy)
 
+    @property
+    def _hidden(self) -> Float[Tensor, "rows d"]:
+        """State of each row inside at its answer."""
+        hidden = self.plan.hidden
+        if not self.batch.shared:
+            return hidden[:, -1]
+        ends = self.ends.to(hidden.device)
+        return hidden[torch.arange(len(ends), device=hidden.device), ends]
+
     def _apply(self, plan: Plan, block: int) -> Plan:
         return replace(plan, hidden=self.adapter.run_block(plan, block, plan.hidden))
 
     def _check(self, layer: int) -> None:
-        hidden = self.plan.hidden[:, -1]
+        hidden = self._hidden
         found = self.probe.check(hidden, layer, self.batch, self.inside, self.before)
         self.before = found.reading
         leaving = self.policy.exits(found.value, layer).cpu()
@@ -236,11 +250,12 @@ class BatchRun:
         if len(self.inside):
             places = staying.nonzero()[:, 0]
             self.plan = self.plan.select(places)
+            self.ends = self.ends[places.to(self.ends.device)]
             self.before = None if self.before is None else self.before.rows(places)
 
     def _finish(self) -> None:
         """One unembedding for the prompts that ran through and the rows that left."""
-        ends = [self.plan.hidden[:, -1]] if len(self.inside) else []
+        ends = [self._hidden] if len(self.inside) else []
         ends += [] if self.step is None else [self.step.hidden[:, 0]]
         if not ends:
             return

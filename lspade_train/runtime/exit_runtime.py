@@ -1,6 +1,6 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,18 @@ from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
 from lspade_train.runtime.audit import Audit, Auditor
-from lspade_train.runtime.batching import Choices, Prompt, Query, batches, encode
+from lspade_train.runtime.batching import (
+    Choices,
+    Prompt,
+    Query,
+    batches,
+    encode,
+    encode_prefix,
+    shared_batches,
+)
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
+from lspade_train.runtime.steps import Step, join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,23 +88,34 @@ class ExitRuntime:
         self,
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
+        *,
+        prefix: Prompt | None = None,
         groups: Sequence[str | None] | None = None,
     ) -> list[Decision]:
-        """One token for each prompt, with as few blocks as the policy allows.
+        """One answer for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
-        without BOS takes the prompt's first token as the start token.
+        without BOS takes the prompt's first token as the start token. What prompts of a call have
+        in common at their beginning is run once where that saves some hundred tokens, and its keys
+        and values are kept for later calls with the same beginning.
+
+        A choice of several tokens is decided at the first that tells it from the others, as in
+        constrained decoding. Choices that begin alike are one option there; if it is taken, its
+        tokens join the prompt and the next step decides among them, by the same policy.
 
         Args:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
-                prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+                prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
+            prefix: what every prompt begins with, as text or token ids like the prompts, to be
+                run once also where a call has a single prompt; None finds it.
             groups: each prompt's subgroup of the task; needed where the policy lets only some
                 groups exit (`exit_groups`). The full model answers the others.
 
         Raises:
             PolicyError: a policy that needs groups, without any.
-            TaskError: an empty prompt, one over the context, a choice that is not one token.
+            TaskError: an empty prompt, one over the context, choices that no token tells apart, a
+                prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
@@ -104,24 +124,25 @@ class ExitRuntime:
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
         self._check_scope(queries)
         queries = self._with_groups(queries, groups)
+        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
         stopped = self.auditor is not None and self.auditor.stopped
         may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
         free = {query.index for query in may}
         rest = [query for query in queries if query.index not in free]
-        found = self._decided(self.probe, may) | self._decided(self.full, rest)
+        shared: list[int] = []
+        steps: list[Step] = []
+        for probe, part in ((self.probe, may), (self.full, rest)):
+            for step, tokens in self._walk(probe, part, start):
+                steps.append(step)
+                shared.append(tokens)
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            self.auditor.observe(queries, found, full=stopped)
-        return [found[index] for index in range(len(prompts))]
-
-    def _decided(self, probe: Probe, queries: Sequence[Query]) -> dict[int, Decision]:
-        """Decisions by the prompts' index."""
-        found: dict[int, Decision] = {}
-        for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
-            outcome = decide_batch(probe, batch)
-            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
-            for query, decision in zip(batch.queries, decisions, strict=True):
-                found[query.index] = self._worded(decision)
-        return found
+            asked = [replace(query, index=n) for n, (query, _) in enumerate(steps)]
+            found = {n: decision for n, (_, decision) in enumerate(steps)}
+            self.auditor.observe(asked, found, full=stopped, shared=dict(enumerate(shared)))
+        by_prompt: list[list[Step]] = [[] for _ in prompts]
+        for query, decision in steps:
+            by_prompt[query.index].append((query, decision))
+        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
     def generate(
         self,
@@ -162,6 +183,21 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _walk(
+        self, probe: Probe, queries: list[Query], start: Sequence[int] | None
+    ) -> Iterator[tuple[Step, int]]:
+        """Each step of each query, its steps in their order, and how many tokens were shared."""
+        while queries:
+            deeper: list[Query] = []
+            for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
+                outcome = decide_batch(probe, batch)
+                decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
+                for query, decision in zip(batch.queries, decisions, strict=True):
+                    yield (query, decision), batch.shared
+                    following = query.behind(decision.token_id)
+                    deeper += [] if following is None else [following]
+            queries = deeper
 
     def _require_heads(self) -> None:
         """Refuse heads that the policy needs and that are not there, before anything runs."""

@@ -275,7 +275,7 @@ class HiddenStateDataModule(LightningDataModule):
         for other, known in self._prefixes.items():
             if known != prefix:
                 raise TaskError(
-                    f"Answers are single tokens behind {known!r} in the {other} split and behind "
+                    f"Answers stand behind {known!r} in the {other} split and behind "
                     f"{prefix!r} in the {split} split; one text must serve both.\n"
                     "Set it with --data.prompt.answer_prefix, or use other labels "
                     "(--data.prompt.labels)."

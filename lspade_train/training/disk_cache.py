@@ -14,12 +14,13 @@ import torch
 
 from lspade_train import cache
 from lspade_train.cache import Extraction, Manifest, StateDataset
+from lspade_train.cache.extract import beginnings
 from lspade_train.cache.manifest import MANIFEST
 from lspade_train.cache.shards import LocalStore
 from lspade_train.io.parallel import first_alone, ranks, together
 from lspade_train.io.progress import track
 from lspade_train.io.remote import Mirror
-from lspade_train.models import ModelAdapter
+from lspade_train.models import ModelAdapter, sharing_told
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks import Encoded, Example
 
@@ -118,6 +119,7 @@ class DiskCache:
                 "model_id": self.config.model_id,
                 "dataset": self.config.dataset,
                 "compiled": self.config.compile,
+                "run once": sharing_told(adapter, *beginnings(encoded.examples)),
                 "lspade_train": version("lspade-train"),
                 "torch": torch.__version__,
                 "transformers": version("transformers"),

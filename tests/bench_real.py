@@ -1,0 +1,22 @@
+"""A real model, from a folder: single prompts, and prompts that begin alike."""
+
+from pathlib import Path
+
+import bench_prefix
+import bench_single
+from bench_shape import ROUNDS
+from bench_subject import real_subject
+from bench_timing import Part, Row
+
+
+def parts(folder: Path) -> dict[str, Part]:
+    """The parts that take a model's folder."""
+
+    def real() -> list[Row]:
+        subject = real_subject(folder)
+        return [
+            *bench_single.rows_of(subject, 3 * ROUNDS),
+            *bench_prefix.rows_of(subject, max(ROUNDS - 1, 1)),
+        ]
+
+    return {"real": Part(real, 600)}

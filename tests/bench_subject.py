@@ -1,0 +1,76 @@
+"""What the runtime is timed on: the random model, or a real one that is loaded twice.
+
+The baseline is never the adapter's own model, which may be slower for what was done to it.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_shape import DEVICE, llama, shape, untouched_llama
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.policy import ExitPolicy
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.runtime import ExitRuntime
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model twice.
+
+    Attributes:
+        name: in words.
+        adapter: driven by the package.
+        plain: as transformers loads it, and untouched.
+    """
+
+    name: str
+    adapter: ModelAdapter
+    plain: PreTrainedModel
+
+    def runtime(self, policy: ExitPolicy) -> ExitRuntime:
+        """The package's own runtime; heads that are fresh cost what fitted ones cost."""
+        return ExitRuntime(self.adapter, self._heads(), policy=policy)
+
+    def _heads(self) -> LSpadeHeads:
+        top, width = self.adapter.num_layers, self.adapter.hidden_size
+        with torch.device(self.adapter.device):
+            return LSpadeHeads(range(1, top), width).to(self.adapter.dtype).requires_grad_(False)
+
+    def tokens(self, rows: int, tokens: int) -> Tensor:
+        """Random prompts."""
+        seeded = torch.Generator().manual_seed(0)
+        return torch.randint(3, self.adapter.vocab_size, (rows, tokens), generator=seeded)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """The untouched model on whole prompts: the strictest, it unembeds the last position only.
+
+        Returns:
+            Its answers, as someone who asks for one token needs them, on the host.
+        """
+        mask = torch.ones_like(ids)
+        found: Any = self.plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        return found.logits[:, -1].argmax(-1).cpu()
+
+
+@cache
+def random_subject() -> Subject:
+    """The benchmarks' random model."""
+    return Subject(shape(), llama(), untouched_llama())
+
+
+@cache
+def real_subject(folder: Path) -> Subject:
+    """A transformers folder, in bfloat16."""
+
+    def load() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.to(DEVICE).eval()
+
+    return Subject(f"{folder.name}, bfloat16", ModelAdapter(load()), load())
