@@ -169,7 +169,7 @@ def test_a_traced_row_says_what_every_check_reads_and_would_have_answered(tmp_pa
     model = tiny("llama")
     policy = mixed_policy(model, prompts, decoder=decoder)
     runtime = audited(tmp_path, policy, budget=0.99)
-    decisions = runtime.decide(prompts)
+    decisions = [runtime.decide([prompt])[0] for prompt in prompts]  # rows are kept batch by batch
     runtime.auditor.flush()
     file = load(rows_file(tmp_path / "audit.json"))
     full = never(prompts)
