@@ -1,5 +1,7 @@
 """Other rules of when to stop, against loops over rows and scikit-learn."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from sklearn.svm import LinearSVC
 from tiny_models import WIDTH
 
 from lspade_train import LSpadeHeads
+from lspade_train.cli import main
 from lspade_train.evaluation import baselines
 from lspade_train.evaluation.baselines import linear_probe, measure_baselines, support_vectors
+from lspade_train.io.layout import read_results
+from lspade_train.reporting.tables import baselines_table
 
 
 def test_a_streak_counts_equal_answers_up_to_each_check():
@@ -89,3 +94,22 @@ def test_a_rule_that_no_setting_keeps_within_the_budget_is_shown_as_such(found):
     fixed = rows[0]
     assert fixed["within_budget"] == (fixed["row"]["drop"] <= 1e-9)
     assert any(not row["within_budget"] for row in rows)
+
+
+def test_evaluate_prints_the_rules_beside_the_policy_and_keeps_them(
+    toy_root, tmp_path, capsys, monkeypatch
+):
+    project = toy.Project(toy_root, tmp_path)
+    monkeypatch.setattr("lspade_train.reporting.plots.write_figures", lambda *_: [])
+    folder = str(tmp_path / "heads")
+    with torch.no_grad():
+        heads = LSpadeHeads(project.module().layers, WIDTH)
+    heads.save_pretrained(folder)
+    asked = ["--config", str(project.recipe()), "--heads", folder, "--baselines", "true"]
+    assert main(["evaluate", *asked]) == 0
+    printed = capsys.readouterr().out
+    results = read_results(Path(folder))
+    rules = [rule["name"] for rule in results["baselines"]["rules"]]
+    assert "patience" in rules
+    assert all(rule in printed for rule in rules)
+    assert [row[0] for row in baselines_table(results).rows] == rules

@@ -374,9 +374,9 @@ def test_evaluate_after_fit_runs_the_model_once_more_and_then_never(project, mon
     monkeypatch.chdir(project.home)
     prompts = []
 
-    def counting(adapter, ids, *rest):
+    def counting(adapter, ids, *rest, **options):
         prompts.append(len(ids))
-        return collect_states(adapter, ids, *rest)
+        return collect_states(adapter, ids, *rest, **options)
 
     # By its name: the package has a function that is called like this module.
     extract = importlib.import_module("lspade_train.cache.extract")

@@ -16,6 +16,7 @@ if it is missing, and writes results.json, figures/ and report.html into the hea
 
   lspade-train evaluate --config recipes/arc.yaml
   lspade-train evaluate --config recipes/arc.yaml --cross recipes/boolq.yaml,recipes/text.yaml
+  lspade-train evaluate --config recipes/arc.yaml --baselines true
   lspade-train evaluate --config recipes/arc.yaml --ablations true"""
 
 
@@ -38,6 +39,13 @@ def evaluate(arguments: list[str]) -> None:
         "threshold of every task are used on every task",
     )
     add(
+        "--baselines",
+        type=bool,
+        default=False,
+        help="also measure other rules of when to stop (a fixed layer, a linear probe, one entropy "
+        "threshold, patience, an SVM over statistics); reads the training and validation rows",
+    )
+    add(
         "--ablations",
         type=bool,
         default=False,
@@ -47,7 +55,12 @@ def evaluate(arguments: list[str]) -> None:
     parsed = parse(parser, arguments)
 
     from lspade_train.artifacts.card import write_card
-    from lspade_train.cli.printing import print_ablations, print_cross_task, print_results
+    from lspade_train.cli.printing import (
+        print_ablations,
+        print_baselines,
+        print_cross_task,
+        print_results,
+    )
     from lspade_train.evaluation.run import FittedRecipe, evaluate_recipe
     from lspade_train.integrations.wandb import log_results
     from lspade_train.io.layout import write_results
@@ -58,8 +71,10 @@ def evaluate(arguments: list[str]) -> None:
     folder = heads_given(parsed, written_by="evaluate")
     fitted = FittedRecipe(recipe, folder, options.split)
     others = _others(options.cross)
-    results = evaluate_recipe(fitted)
+    results = evaluate_recipe(fitted, baselines=options.baselines)
     print_results(results)
+    if results["baselines"]:
+        print_baselines(results)
     if others:
         results["cross_task"] = _cross(fitted, others)
         print_cross_task(results["cross_task"])

@@ -32,6 +32,28 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(_exits_table(results))
 
 
+def print_baselines(results: dict[str, Any]) -> None:
+    """Other rules of when to stop, and the policy, on the same rows."""
+    found = results["baselines"]
+    title = (
+        f"other rules on the same rows, each set on {found['n']:,} others to a risk of "
+        f"{found['budget']:g}, untested; *: over it there at every setting"
+    )
+    table = _table("rule", "setting", "drop", "differs", "FLOPs saved", "of oracle", title=title)
+    rules = [(r["name"] + ("" if r["within_budget"] else FLATTERED), r) for r in found["rules"]]
+    policy = (results["exits"] or {}).get("policy")
+    if policy and policy["row"]:
+        rules.append(("policy.json", {"setting": "tested", "row": policy["row"]}))
+    for name, rule in rules:
+        row = rule["row"]
+        shares = ("compute_saved", "efficiency")
+        saved = ("-" if row[key] is None else f"{row[key]:.1%}" for key in shares)
+        cells = (_number(row["drop"]), _number(row["disagreement"]), *saved)
+        table.add_row(name, rule["setting"], *cells)
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)
+
+
 def print_cross_task(cross: dict[str, Any]) -> None:
     """Heads and threshold of each task (rows) used on each task (columns)."""
     tasks = [

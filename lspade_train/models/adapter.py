@@ -7,6 +7,8 @@ stops where it likes, drops rows, or substitutes hidden states. Knows nothing of
 tasks.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 
 _CHECKING: ContextVar[bool] = ContextVar("lspade_checking", default=False)
+_STEADY: ContextVar["ModelAdapter | None"] = ContextVar("lspade_steady", default=None)
 
 
 class ModelAdapter:
@@ -158,6 +161,8 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: it can no longer be driven.
         """
+        if _STEADY.get() is self and self._known is not None:
+            return self._known
         quantised = quantization(self.model) is not None
         known = known_of(self.model, snapshot(self.model), keeps_identity=quantised)
         if known is not self._known:
@@ -171,6 +176,16 @@ class ModelAdapter:
                 if self.compiled not in known.checked:
                     known = self._check(known)
         return known
+
+    @contextmanager
+    def steady(self) -> Generator[None]:
+        """See the model once for everything that is done inside, on this thread."""
+        self.refresh()
+        outer = _STEADY.set(self)
+        try:
+            yield
+        finally:
+            _STEADY.reset(outer)
 
     def _check(self, known: Known) -> Known:
         checking = _CHECKING.set(True)  # the check itself plans runs

@@ -23,6 +23,9 @@ without counting it in `Tensor._version`; only the values tell."""
 CONFIGURED = ("_attn_implementation", "logit_scale", "logits_scaling", "final_logit_softcapping")
 """Settings of a configuration that are looked at when a model is first used."""
 
+_SAMPLED = (SAMPLES,)
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
 _OWN_NAMES = frozenset(vars(nn.Module()))
 
 
@@ -153,12 +156,18 @@ def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
 
 
 def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # For 30 blocks most of a snapshot's time: hence few calls for each tensor.
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         # Other classes are quantised tensors, which need not allow this.
-        if type(tensor) in (nn.Parameter, Tensor) and tensor.is_contiguous():
-            count = tensor.numel()
-            size = min(count, SAMPLES)
-            step = count // size if size else 1
-            groups[tensor.device, tensor.dtype].append(tensor.as_strided((size,), (step,)))
-    return [torch.cat(group) for group in groups.values()]
+        if type(tensor) in _PLAIN_TENSORS and tensor.is_contiguous():
+            step = tensor.numel() // SAMPLES
+            few = tensor.as_strided(_SAMPLED, (step,)) if step else tensor.reshape(-1)
+            groups[tensor.dtype].append(few)
+    return [torch.cat(part) for group in groups.values() for part in _by_device(group)]
+
+
+def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Those of each device, nearly always of one."""
+    devices = {tensor.device for tensor in tensors}
+    return [[t for t in tensors if t.device == device] for device in sorted(devices, key=str)]

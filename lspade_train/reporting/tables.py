@@ -51,7 +51,12 @@ def exit_lens(results: dict[str, Any]) -> str:
 def all_tables(results: dict[str, Any]) -> list[Table]:
     """Every table that the results can fill."""
     found = [layer_table(results, metric) for metric in METRICS]
-    extra = [full_model_table(results), exits_table(results), cross_task_table(results)]
+    extra = [
+        full_model_table(results),
+        exits_table(results),
+        baselines_table(results),
+        cross_task_table(results),
+    ]
     tables = [*found, *extra, *ablation_tables(results)]
     return [table for table in tables if table.rows]
 
@@ -92,6 +97,27 @@ def exits_table(results: dict[str, Any]) -> Table:
     columns = ("threshold", "accuracy", "low", "high", "drop", "disagreement",
                "mean exit layer", "FLOPs saved")  # fmt: skip
     return Table("exits", "SPADE-EXIT", columns, tuple(rows))
+
+
+def baselines_table(results: dict[str, Any]) -> Table:
+    """Other rules of when to stop on the same rows, and the saved policy under them."""
+    found = results.get("baselines")
+    columns = ("rule", "source", "setting", "accuracy", "drop", "disagreement", "mean exit layer",
+               "FLOPs saved", "of the oracle", "within the budget where it was set")  # fmt: skip
+    keys = ("accuracy", "drop", "disagreement", "mean_exit_layer", "compute_saved", "efficiency")
+    rows: list[tuple[Value, ...]] = []
+    for rule in found["rules"] if found else ():
+        within = "yes" if rule["within_budget"] else "no"
+        values = [rule["row"][key] for key in keys]
+        rows.append((rule["name"], rule["source"], rule["setting"], *values, within))
+    policy = (results["exits"] or {}).get("policy")
+    if rows and policy and policy["row"]:
+        values = [policy["row"].get(key) for key in keys]
+        rows.append(("policy.json", "calibrate, with a promise", "", *values, "tested"))
+    title = "Other rules on the same rows"
+    if found:
+        title += f"; each set on {found['n']:,} rows to a risk of {found['budget']:g}, unproven"
+    return Table("baselines", title, columns, tuple(rows))
 
 
 def cross_task_table(results: dict[str, Any]) -> Table:

@@ -35,7 +35,7 @@ from lspade_train.policies.exit_table import take
 from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.runtime.batching import Query, shared_batches
+from lspade_train.runtime.batching import Query, batches
 from lspade_train.runtime.decide import Decision, Probe, answered
 from lspade_train.runtime.trace import trace, trace_flops
 
@@ -259,7 +259,7 @@ class Auditor:
         failures = 0
         # Every check layer's answer may be one more row beside each prompt.
         tokens = max(1, self.tokens // (1 + len(self.policy.check_layers)))
-        for batch in shared_batches(queries, tokens, self.adapter):
+        for batch in batches(queries, tokens, self.adapter.device):
             seen = trace(self.probe, batch)
             same = (seen.answers[:, :-1] == seen.answers[:, -1:]) & ~seen.broken[:, None]
             values = [[v if math.isfinite(v) else None for v in r] for r in seen.values.tolist()]
@@ -276,7 +276,7 @@ class Auditor:
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Each row's operations with the full model, with the policy, and in the audit's trace.
 
-        Without padding.
+        Without padding. The trace runs whole prompts.
         """
         if self._counts is None:
             self._counts = count_flops(self.adapter, self._heads)
@@ -284,7 +284,7 @@ class Auditor:
         checks = self.policy.check_layers
         if not checks:
             plain = self._counts.full(lengths, before).numpy()
-            return plain, plain, plain
+            return plain, plain, self._counts.full(lengths).numpy()
         width: Tensor | None = None
         if self.policy.scope == "choices":
             width = torch.tensor([len(query.choices or ()) for query in queries])
@@ -293,4 +293,5 @@ class Auditor:
         places = np.array([stages.index(layer) for layer in layers])
         held = np.array([not self.policy.may_exit(query.group) for query in queries])
         spent = np.where(held, costs.plain, take(costs.stops(), places))
-        return costs.plain, spent, trace_flops(costs)
+        whole = cost_parts(self._counts, lengths, self.policy, choices=width)
+        return costs.plain, spent, trace_flops(whole)

@@ -270,8 +270,10 @@ def decide_batch(probe: Probe, batch: Batch) -> Outcome:
     Raises:
         NumericsError: a row's logits are NaN or Inf.
     """
-    outcome = BatchRun(probe, batch).run()
-    broken = (outcome.logits.isnan() | (outcome.logits == torch.inf)).any(-1)
+    with probe.adapter.steady():
+        outcome = BatchRun(probe, batch).run()
+    top = outcome.logits.amax(-1)  # NaN where one of them is
+    broken = top.isnan() | (top == torch.inf)
     if broken.any():
         prompt = batch.queries[int(broken.nonzero()[0, 0])].index
         raise NumericsError(

@@ -89,8 +89,8 @@ class ExitRuntime:
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
         *,
-        prefix: Prompt | None = None,
         groups: Sequence[str | None] | None = None,
+        prefix: Prompt | None = None,
     ) -> list[Decision]:
         """One answer for each prompt, with as few blocks as the policy allows.
 
@@ -107,10 +107,10 @@ class ExitRuntime:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
                 prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
-            prefix: what every prompt begins with, as text or token ids like the prompts, to be
-                run once also where a call has a single prompt; None finds it.
             groups: each prompt's subgroup of the task; needed where the policy lets only some
                 groups exit (`exit_groups`). The full model answers the others.
+            prefix: what every prompt begins with, as text or token ids like the prompts, to be
+                run once also where a call has a single prompt; None finds it.
 
         Raises:
             PolicyError: a policy that needs groups, without any.
@@ -120,29 +120,8 @@ class ExitRuntime:
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
         """
-        self._follow_model()
-        queries = encode(prompts, choices, self.adapter, self.tokenizer)
-        self._check_scope(queries)
-        queries = self._with_groups(queries, groups)
-        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
-        stopped = self.auditor is not None and self.auditor.stopped
-        may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
-        free = {query.index for query in may}
-        rest = [query for query in queries if query.index not in free]
-        shared: list[int] = []
-        steps: list[Step] = []
-        for probe, part in ((self.probe, may), (self.full, rest)):
-            for step, tokens in self._walk(probe, part, start):
-                steps.append(step)
-                shared.append(tokens)
-        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            asked = [replace(query, index=n) for n, (query, _) in enumerate(steps)]
-            found = {n: decision for n, (_, decision) in enumerate(steps)}
-            self.auditor.observe(asked, found, full=stopped, shared=dict(enumerate(shared)))
-        by_prompt: list[list[Step]] = [[] for _ in prompts]
-        for query, decision in steps:
-            by_prompt[query.index].append((query, decision))
-        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
+        with self.adapter.steady():
+            return self._decide(prompts, choices, groups, prefix)
 
     def generate(
         self,
@@ -183,6 +162,34 @@ class ExitRuntime:
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
+
+    def _decide(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Choices | Sequence[Choices | None] | None,
+        groups: Sequence[str | None] | None,
+        prefix: Prompt | None,
+    ) -> list[Decision]:
+        self._follow_model()
+        queries = encode(prompts, choices, self.adapter, self.tokenizer)
+        self._check_scope(queries)
+        queries = self._with_groups(queries, groups)
+        stopped = self.auditor is not None and self.auditor.stopped
+        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
+        may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
+        free = {query.index for query in may}
+        rest = [query for query in queries if query.index not in free]
+        walked = [*self._walk(self.probe, may, start), *self._walk(self.full, rest, start)]
+        walked.sort(key=lambda one: one[0][0].index)  # stable: a prompt's steps stay in order
+        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
+            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(walked)]
+            found = {n: decision for n, ((_, decision), _) in enumerate(walked)}
+            shared = {n: tokens for n, (_, tokens) in enumerate(walked)}
+            self.auditor.observe(asked, found, full=stopped, shared=shared)
+        by_prompt: list[list[Step]] = [[] for _ in prompts]
+        for (query, decision), _ in walked:
+            by_prompt[query.index].append((query, decision))
+        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
     def _walk(
         self, probe: Probe, queries: list[Query], start: Sequence[int] | None
