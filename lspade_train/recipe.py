@@ -25,7 +25,7 @@ class PromptConfig:
         template: Python format string over the task's fields, such as `{question}` and `{choices}`;
             null takes the task's own (`lspade_train/tasks/` shows them).
         labels: answer strings in the order of the choices, such as `[A, B, C, D]`; null takes the
-            task's own. Each must be one token in the prompt's context.
+            task's own. One of several tokens is decided at the first that tells it from the others.
         shots: solved examples put in front of every prompt, drawn from the training split.
         chat: wrap the prompt in a chat template, for instruction-tuned models.
         chat_template: Jinja chat template, only with `chat`; null takes the tokenizer's own. For
@@ -33,7 +33,7 @@ class PromptConfig:
         system: system message, only with `chat`.
         answer_prefix: text between the prompt and its answer; null tries a space, then nothing
             (nothing first where the prompt ends in white space), and takes the first that makes
-            every label one token.
+            every label one token, else the first that decides every label in one step.
     """
 
     template: str | None = None

@@ -1,15 +1,25 @@
-"""How often an audit rings without a reason, and how many rows a shift takes: prints two tables.
+"""How often an audit rings without a reason, how many rows a shift takes, and what an audit costs.
 
     python tests/bench_audit.py
+    python tests/bench_audit.py --overhead --config recipes/quickstart.yaml
 
-Draws only the coins and the losses of a stream, as the runtime does: no model is needed.
+The first draws only the coins and the losses of a stream, as the runtime does: no model is needed.
+The second answers a recipe's test rows with and without an audit in turn, and gives the ratio of
+the CPU seconds (a shared machine's wall time says little) beside the FLOPs, which are exact.
 """
 
+import argparse
 import math
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from lspade_train import Audit, ExitPolicy, ExitRuntime
+from lspade_train.cli.options import runtime_parts
+from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.policies.sequential import add_to_blocks, log_evidence
 
 ALPHA, BUDGET, CALIBRATED = 0.05, 0.02, 0.01
@@ -58,8 +68,69 @@ def delays(rng, disagreement, audit, history, streams):
     return np.quantile(found, [0.5, 0.9]), early
 
 
+def overhead(config, heads, rate, rounds, window):
+    """CPU seconds with the audit over those without, and the FLOPs that the audit took."""
+    from lspade_train import tasks
+    from lspade_train.tasks.asking import Asker
+
+    parsed = parse(command_parser("predict", ""), ["--config", config])
+    recipe = parsed.recipe
+    folder = heads or Path("checkpoints") / recipe.name
+    loaded, adapter, tokenizer = runtime_parts(parsed, folder)
+    policy = ExitPolicy.load(folder)
+    prefix = loaded.metadata.get("training", {}).get("data", {}).get("answer_prefix")
+    ask = Asker(recipe.data, tokenizer, prefix)
+    records = tasks.load_rows(recipe.data, tasks.evaluation_split(recipe.data)).records
+    asked = [ask(records[place]) for place in range(min(len(records), rounds * window))]
+    with tempfile.TemporaryDirectory() as place:
+        audit = Audit(state=Path(place) / "audit.json", rate=rate, budget=0.5, seed=0)
+        both = [
+            ExitRuntime(adapter, loaded, policy=policy, tokenizer=tokenizer, audit=one)
+            for one in (None, audit)
+        ]
+        spent = [[], []]
+        for start in range(-window, len(asked), window):  # the first window is a warm-up
+            part = asked[max(start, 0) : max(start, 0) + window]
+            prompts, choices = (
+                [one.prompt for one in part],
+                [one.texts if one.choices is None else [*one.choices.values()] for one in part],
+            )
+            groups = [one.group for one in part]
+            for which in (0, 1) if start % (2 * window) else (1, 0):
+                begin = time.process_time()
+                both[which].decide(prompts, choices, groups)
+                spent[which].append(time.process_time() - begin)
+        seen = both[1].auditor.flush().seen
+    plain, audited = (np.array(times[1:]) for times in spent)
+    model, used, audit = seen.flops
+    show(
+        f"{seen.rows:,} rows in windows of {window}, {seen.exited / seen.rows:.1%} exited, "
+        f"{seen.drawn:,} drawn ({rate:.0%}), {seen.audited:,} finished by the full model"
+    )
+    show(
+        f"  FLOPs of the audit: {audit / model:.3%} of the full model's, "
+        f"{audit / used:.3%} of the policy's (which saves {1 - used / model:.1%})"
+    )
+    ratios = audited / plain
+    show(
+        f"  CPU seconds, with audit over without, in turn: {audited.sum() / plain.sum():.3f} in "
+        f"all ({plain.sum():.2f} s); median of windows {np.median(ratios):.3f}"
+    )
+
+
 def main():
     """Print the tables."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--overhead", action="store_true")
+    options.add_argument("--config", default="recipes/quickstart.yaml")
+    options.add_argument("--heads", type=Path, help="default: checkpoints/NAME")
+    options.add_argument("--rate", type=float, default=0.02)
+    options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--window", type=int, default=256)
+    asked = options.parse_args()
+    if asked.overhead:
+        overhead(asked.config, asked.heads, asked.rate, asked.rounds, asked.window)
+        return
     rng = np.random.default_rng(0)
     show(f"budget {BUDGET:.0%}, alpha {ALPHA:.0%}, {STREAMS} streams of {ROWS:,} rows, 2% audited")
     for level in (CALIBRATED, BUDGET):

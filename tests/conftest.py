@@ -1,7 +1,15 @@
-"""What every test shares: no network, seeded randomness, and the developers' data where present."""
+"""What every test shares: no network, seeded randomness, and the developers' data where present.
 
+Imports nothing heavy: with xdist this file is read by the process that only hands tests out, too.
+"""
+
+import gc
+import inspect
 import os
+import shutil
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Before any Hugging Face import: a test never asks the Hub.
@@ -11,20 +19,16 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
+# Before torch is imported; the processes that tests start and Lightning look there, too.
+os.environ |= dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
+
 import pytest
 import pytest_socket
-import torch
-from tiny_models import FAMILIES, KINDS
-
-# Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; Lightning looks there
+from filelock import FileLock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-MANY = 2 * len(KINDS)
-"""Families that a test has more than where it runs for all of them."""
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def _is_varied(item) -> bool:
@@ -41,12 +45,16 @@ def pytest_collection_modifyitems(items):
     """Mark what uses the developers' data, and say why it is skipped where that is absent.
 
     A test that runs for every family runs for one of each kind by default, and is slow for the
-    rest: tests/test_families.py goes through all of them by default.
+    rest.
     """
+    import torch
+    from tiny_models import FAMILIES, KINDS
+
     families = [(item, item.callspec.params.get("family")) for item in items if _is_varied(item)]
     variants = Counter(item.function for item, family in families if family in FAMILIES)
     for item, family in families:
-        if variants[item.function] > MANY and family not in KINDS:
+        # More than twice the kinds: it runs for all families.
+        if variants[item.function] > 2 * len(KINDS) and family not in KINDS:
             item.add_marker("slow")
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
@@ -57,13 +65,44 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Also for what had imported torch before this file was read."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting():
+    """Nothing here outlives a power cut; jsonargparse needs no source of pytest's many frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(inspect, "stack", partial(inspect.stack, 0))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Nothing is kept under the home of whoever runs the tests."""
     os.environ["LSPADE_CACHE"] = str(tmp_path_factory.mktemp("user-cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_are_drawn_once():
+    """Drawing is most of what `evaluate` costs: a test of figures asks for `results.drawing`."""
+    from results import draw_again
+
+    from lspade_train.reporting.plots import static
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "draw", draw_again)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +120,36 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_root(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder by name, made by the first worker that asks for it and read by all; read only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if WORKER else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place = base / f"once-{name}"
+        finished = Path(f"{place}.finished")
+        with FileLock(f"{place}.lock"):
+            if not finished.exists():
+                shutil.rmtree(place, ignore_errors=True)  # where making it failed for another
+                place.mkdir()
+                make(place)
+                finished.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_root(made_once) -> Path:
     """A tiny saved model with its tokenizer, questions and texts; read only."""
     import toy
 
-    root = tmp_path_factory.mktemp("toy")
-    toy.save_model(root / "model")
-    toy.write_data(root / "data")
-    toy.write_texts(root / "texts")
-    return root
+    def make(root: Path) -> None:
+        toy.save_model(root / "model")
+        toy.write_data(root / "data")
+        toy.write_texts(root / "texts")
+
+    return made_once("toy", make)
 
 
 @pytest.fixture
@@ -101,12 +161,21 @@ def project(toy_root: Path, tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def evaluated_once(toy_root: Path, tmp_path_factory):
+def evaluated_once(toy_root: Path, made_once):
     """A toy project fitted and evaluated; read only: a test that writes takes a `copy`."""
-    from results import evaluate_toy
+    import toy
+    from results import Evaluated, evaluate_toy
 
-    home = tmp_path_factory.mktemp("evaluated-once")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.chdir(home)
-        return evaluate_toy(toy_root, home)
+    def make(home: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WANDB_MODE", "disabled")
+            patch.chdir(home)
+            evaluate_toy(toy_root, home)
+
+    return Evaluated(toy.Project(toy_root, made_once("evaluated", make)), toy_root)
+
+
+def pytest_collection_finish():
+    """What the imports left behind is for good: no later collection of garbage goes through it."""
+    gc.collect()
+    gc.freeze()

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -121,10 +121,10 @@ def row(family: str) -> list[str]:
     return [f"`{family}`", *({True: "yes", False: "no"}.get(cell, str(cell)) for cell in found)]
 
 
-def table() -> str:
-    """The whole block between the page's markers."""
+def table(families: Sequence[str] = FAMILIES) -> str:
+    """The block between the page's markers, or that of some of the families."""
     head = ["family", *FEATURES, "bf16"]
-    lines = [head, ["---"] * len(head), *map(row, FAMILIES)]
+    lines = [head, ["---"] * len(head), *map(row, families)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

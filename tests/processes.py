@@ -104,7 +104,7 @@ def recipe(project: toy.Project, **changes) -> list[str]:
     """Paths in it are relative, so that the recipe recorded with the heads is the same one."""
     settings = {
         "data__cache_dir": "cache", "data__shard_mb": 0.01, "data__tokens_per_batch": 128,
-        "data__batch_size": 4, "trainer__max_epochs": 3,
+        "data__batch_size": 4, "trainer__max_epochs": 3, "trainer__log_every_n_steps": 1,
     }  # fmt: skip
     path = project.recipe(**settings | changes)
     return ["--config", path.name]

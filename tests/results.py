@@ -2,13 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import toy
 
 from lspade_train.cli import main
+from lspade_train.io.storage import atomic_path
+from lspade_train.reporting.plots import static
+from lspade_train.reporting.plots.charts import Figure
+
+DRAW = static.draw
+DRAWN: list[bytes] = []
 
 
 @dataclass(frozen=True)
@@ -18,12 +28,20 @@ class Evaluated:
     Attributes:
         project: its recipe is in `home/recipe.yaml`, its heads in `home/checkpoints/toy`.
         root: the model and data that all projects share.
-        cards: the model card after `fit` and after `evaluate`.
     """
 
     project: toy.Project
     root: Path
-    cards: dict[str, str]
+
+    @property
+    def cards(self) -> dict[str, str]:
+        """The model card after `fit` and after `evaluate`."""
+        return json.loads((self.project.home / "cards.json").read_text(encoding="utf-8"))
+
+    @property
+    def printed(self) -> str:
+        """What the commands printed, `evaluate` at the end."""
+        return (self.project.home / "printed.txt").read_text(encoding="utf-8")
 
     @property
     def folder(self) -> Path:
@@ -40,14 +58,41 @@ class Evaluated:
         shutil.copytree(self.project.home, home, dirs_exist_ok=True)
         project = toy.Project(self.root, home)
         project.recipe()
-        return Evaluated(project, self.root, self.cards)
+        return Evaluated(project, self.root)
 
 
-def evaluate_toy(root: Path, home: Path) -> Evaluated:
+def draw_again(figure: Figure, stem: Path) -> tuple[Path, Path]:
+    """The PNG and SVG of the first figure that was to be drawn, under this one's name."""
+    paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+    if not DRAWN:
+        DRAW(figure, stem)
+        DRAWN.extend(path.read_bytes() for path in paths)
+    for path, content in zip(paths, DRAWN, strict=True):
+        with atomic_path(path) as unfinished:
+            unfinished.write_bytes(content)
+    return paths
+
+
+@contextmanager
+def drawing(*names: str) -> Iterator[None]:
+    """The figures of these names are drawn as in use; all of them where none is named."""
+
+    def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
+        return (DRAW if not names or stem.name in names else draw_again)(figure, stem)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static, "draw", draw)
+        yield
+
+
+def evaluate_toy(root: Path, home: Path) -> None:
     """Fit L-SPADE and a tuned lens for two epochs, then evaluate; the process must be in `home`."""
     project, cards = toy.Project(root, home), {}
-    made = Evaluated(project, root, cards)
+    folder = Evaluated(project, root).folder
+    printed = StringIO()
     for command, *more in (["fit"], ["fit", "--model.target=final"], ["evaluate"]):
-        assert main([command, "--config", str(project.recipe()), *more]) == 0
-        cards[command] = (made.folder / "README.md").read_text(encoding="utf-8")
-    return made
+        with drawing(), redirect_stdout(printed):
+            assert main([command, "--config", str(project.recipe()), *more]) == 0
+        cards[command] = (folder / "README.md").read_text(encoding="utf-8")
+    (home / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+    (home / "cards.json").write_text(json.dumps(cards), encoding="utf-8")

@@ -82,7 +82,7 @@ def test_each_folder_records_the_metrics_that_its_own_fit_would(apart, project):
 
 
 def test_the_log_names_the_metrics_of_the_tuned_lens_final(apart, project):
-    assert fit(project, cache=apart.cache) == 0
+    assert fit(project, cache=apart.cache, trainer__log_every_n_steps=1) == 0
     (log,) = project.home.glob("checkpoints/toy/logs/*/metrics.csv")
     names = set(log.read_text().splitlines()[0].split(","))
     for stage in ("train", "val"):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.cli.predict import PREDICT
 from lspade_train.errors import CacheError
 from lspade_train.io.storage import default_cache_root
+from lspade_train.io.tracking import start_run
 from lspade_train.models import ModelAdapter
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.training.loggers import default_loggers, start_run
+from lspade_train.training.loggers import default_loggers
 
 CODE = "import sys; from lspade_train.cli import main; sys.exit(main())"
 
@@ -43,6 +45,24 @@ def run(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [sys.executable, "-c", CODE, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def loaded_by(*commands):
+    """Top-level modules that a real process has loaded after these commands."""
+    code = f"""
+import sys
+from lspade_train.cli import main
+for words in {list(commands)}:
+    try:
+        main(words)
+    except SystemExit:
+        pass
+print("loaded", *{{name.split(".")[0] for name in sys.modules}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split("loaded ")[-1].split())
+    assert "lspade_train" in found
+    return found
 
 
 def refused(capsys, *arguments):
@@ -158,9 +178,9 @@ REFUSED = {
         lambda p: {"data__task": "text", "data__dataset": p.texts, "data__text__column": "body"},
         r"'body'.*data\.text\.column",
     ),
-    "a choice that is not one token": (
-        lambda p: {"data__dataset": rows(p, answers("A", "w1 w2"))},
-        r"' w1 w2' is 2 tokens \['w1', 'w2'\]",
+    "a choice that begins another": (
+        lambda p: {"data__dataset": rows(p, answers("w1", "w1 w2"))},
+        r"'w1' is the beginning of 'w1 w2'.*\n.*--data\.prompt\.labels",
     ),
     "an empty split": (
         lambda p: {"data__dataset": rows(p, lambda d: d.clear())},
@@ -391,6 +411,7 @@ def test_a_full_disk_is_a_named_error(fitted, project, capsys, what, size, setti
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_real_process_prints_the_error_and_nothing_else(project):
     done = run("fit", "--config", project.recipe(data__model_id=str(project.home / "nowhere")))
     assert done.returncode == 1
@@ -542,13 +563,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_a_near_one(
 
 
 def test_a_recipe_that_is_not_there_is_told_before_anything_heavy_is_imported():
-    code = (
-        "import sys\nfrom lspade_train.cli import main\n"
-        "assert main(['fit', '--config', 'nosuch']) == 1\n"
-        "print('loaded', *{n.split('.')[0] for n in sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "lightning", "transformers"} & set(done.stdout.split())
+    assert not {"torch", "lightning", "transformers"} & loaded_by(["fit", "--config", "nosuch"])
 
 
 def test_trainer_keys_are_listed_apart_and_near_ones_are_named(project, capsys):
@@ -668,10 +683,10 @@ def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
     assert {name: getattr(found, name) for name in expected} == expected
 
 
-def test_init_says_which_answer_is_not_one_token(project, monkeypatch, capsys):
-    rows = [{"text": f"w{n}", "label": ["A", "w1 w2"][n % 2]} for n in range(60)]
+def test_init_says_which_answer_no_token_tells_apart(project, monkeypatch, capsys):
+    rows = [{"text": f"w{n}", "label": ["w1", "w1 w2"][n % 2]} for n in range(60)]
     assert initialised(project.home, monkeypatch, rows, project.model) == 0
-    assert "first:  An answer must be one token" in capsys.readouterr().err
+    assert "first:  An answer must have tokens of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -807,16 +822,9 @@ def test_every_command_explains_itself(command, capsys):
     assert len(printed.splitlines()) > 5
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_does_not_wait_for_torch(command):
-    code = (
-        "import sys\nfrom lspade_train.cli import main\n"
-        f"try: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
-        "print('loaded', *{n.split('.')[0] for n in sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split("loaded ")[-1].split()
-    assert not {"torch", "lightning", "transformers", "datasets"} & set(loaded)
+def test_help_of_no_command_waits_for_torch():
+    asked = [[command, "--help"] for command in COMMANDS]
+    assert not {"torch", "lightning", "transformers", "datasets"} & loaded_by(*asked)
 
 
 def test_version(capsys):
@@ -937,37 +945,48 @@ def test_cache_builds_the_splits_that_it_is_asked_for(project, caplog):
     assert "test: caching 12 rows x " in caplog.text
 
 
+# In a group, values that can be set together.
 VALUES = [
-    {"data__positions": "compact"},
-    {"data__targets": "logits"},
-    {"data__targets": "topk", "data__topk": 8},
-    {"data__mode": "memory"},
-    {"data__mode": "online"},
-    {"data__dtype": "float32"},
-    {"data__dtype": "bfloat16"},
-    {"data__dtype": "float16"},
-    {"data__overlong": "skip"},
-    {"data__device": "cpu"},
-    {"data__limit": 20},
-    {"data__shard_mb": 0.01, "data__tokens_per_batch": 50},
-    {"data__prompt__shots": 1, "data__overlong": "skip"},
-    {"model__layers": [0, 2]},
-    {"model__form": "low_rank", "model__rank": 2},
-    {"model__form": "bias"},
-    {"model__target": "final"},
-    {"model__weight_decay": 0.0, "model__warmup": 0.0, "model__lr": 0.1},
-    {"seed_everything": 7},
-    {"trainer__logger": False},
-    {"trainer__logger": True},
-    {"trainer__precision": "bf16-true"},
-    {"trainer__fast_dev_run": True},
+    [
+        {"data__positions": "compact"},
+        {"data__dtype": "float32"},
+        {"data__overlong": "skip"},
+        {"model__layers": [0, 2]},
+    ],
+    [
+        {"data__targets": "logits"},
+        {"data__dtype": "bfloat16"},
+        {"model__form": "low_rank", "model__rank": 2},
+        {"trainer__logger": True},
+    ],
+    [
+        {"data__targets": "topk", "data__topk": 8},
+        {"data__dtype": "float16"},
+        {"data__limit": 20},
+        {"model__form": "bias"},
+    ],
+    [
+        {"data__mode": "memory"},
+        {"data__device": "cpu"},
+        {"data__shard_mb": 0.01, "data__tokens_per_batch": 50},
+        {"model__weight_decay": 0.0, "model__warmup": 0.0, "model__lr": 0.1},
+    ],
+    [
+        {"data__mode": "online"},
+        {"data__prompt__shots": 1, "data__overlong": "skip"},
+        {"seed_everything": 7},
+        {"trainer__logger": False},
+    ],
+    [{"model__target": "final"}],
+    [{"trainer__precision": "bf16-true"}],
+    [{"trainer__fast_dev_run": True}],
 ]
+TOGETHER = [dict(ChainMap(*group)) for group in VALUES]
+ALONE = [pytest.param(value, marks=pytest.mark.slow) for group in VALUES[:5] for value in group]
 
 
-@pytest.mark.parametrize("change", VALUES, ids=str)
-def test_every_value_of_every_option_fits_and_evaluates(project, monkeypatch, change):
-    # No option changes how figures are drawn (test_plots does that), and drawing is what is slow.
-    monkeypatch.setattr("lspade_train.reporting.plots.write_figures", lambda results, folder: [])
+@pytest.mark.parametrize("change", [*TOGETHER, *ALONE], ids=str)
+def test_every_value_of_every_option_fits_and_evaluates(project, change):
     recipe = project.recipe(trainer__max_epochs=1, **change)
     assert main(["fit", "--config", str(recipe)]) == 0
     if "trainer__fast_dev_run" in change:
@@ -986,6 +1005,7 @@ def test_overrides_go_before_the_recipe(project):
     assert config["training"]["recipe"]["trainer"]["max_epochs"] == 1
 
 
+@pytest.mark.slow
 def test_a_recipe_fits_in_a_real_process_and_its_heads_are_those_of_this_one(fitted, project):
     recipe = project.recipe(data__cache_dir=str(project.cache))
     done = run("fit", "--config", recipe)
@@ -1030,14 +1050,7 @@ def test_info_on_nothing_is_a_named_error(tmp_path, capsys):
 
 def test_info_on_heads_and_caches_loads_no_lightning(fitted):
     paths = [str(heads_of(fitted)), str(fitted.cache)]
-    code = (
-        "import sys\nfrom lspade_train.cli import main\n"
-        f"for path in {paths}: main(['info', path])\n"
-        "print('loaded', *{n.split('.')[0] for n in sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split("loaded ")[-1].split()
-    assert not {"lightning", "datasets", "wandb"} & set(loaded)
+    assert not {"lightning", "datasets", "wandb"} & loaded_by(*(["info", path] for path in paths))
 
 
 # W&B out of reach

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ class Fitted:
             f"--data.model_id={ROOT / 'checkpoints/tiny-world'}",
             f"--data.dataset={ROOT / 'recipes/quickstart/data'}",
             f"--data.cache_dir={home / 'cache'}",
-            "--data.limit=400",
+            "--data.limit=250",
         ]
 
     def run(self, command, *more):
@@ -50,6 +51,20 @@ def fitted(tmp_path_factory):
     assert made.run("fit", *quick) == 0
     yield made
     os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def policy(fitted, tmp_path_factory):
+    """What `calibrate --max_accuracy_drop 0.05` wrote."""
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+    return shutil.copy(fitted.folder / "policy.json", tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def calibrated(fitted, policy):
+    """The heads with that policy, whatever another test has put beside them."""
+    shutil.copy(policy, fitted.folder / "policy.json")
+    return fitted
 
 
 def data_of(fitted):
@@ -130,21 +145,19 @@ def test_heads_of_a_tuned_lens_answer_by_themselves(fitted):
     assert ExitPolicy.load(heads / "policy.json").decoder == "tuned_lens"
 
 
-def test_profile_prints_and_writes_what_the_policy_gains(fitted, capsys):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
-    capsys.readouterr()
+def test_profile_prints_and_writes_what_the_policy_gains(calibrated, capsys):
     shapes = ["--lengths=[16,32]", "--batch_sizes=[2]", "--repeats=1", "--generate=2"]
-    assert fitted.run("profile", *shapes) == 0
+    assert calibrated.run("profile", *shapes) == 0
     printed = capsys.readouterr().out
-    written = json.loads((fitted.folder / "profile.json").read_text())
-    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    written = json.loads((calibrated.folder / "profile.json").read_text())
+    policy = ExitPolicy.load(calibrated.folder / "policy.json")
     assert [(row["tokens"], row["rows"]) for row in written["results"]] == [(16, 2)] * 2 + [
         (32, 2)
     ] * 2
     assert [row["threshold"] for row in written["results"][:2]] == [None, [*policy.threshold]]
     assert written["prompts"] == "given"
     assert "greedy decoding of 2 tokens" in printed
-    assert (fitted.folder / "figures/speedup.svg").exists()
+    assert (calibrated.folder / "figures/speedup.svg").exists()
 
 
 def test_profile_takes_thresholds_and_refuses_a_length_over_the_context(fitted, capsys):
@@ -157,12 +170,11 @@ def test_profile_takes_thresholds_and_refuses_a_length_over_the_context(fitted, 
     assert "this model takes 2 to 128 tokens" in capsys.readouterr().err
 
 
-def test_predict_answers_with_the_calibrated_policy(fitted, capsys):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+def test_predict_answers_with_the_calibrated_policy(calibrated, capsys):
     rows = (ROOT / "recipes/quickstart/data/test.jsonl").read_text().splitlines()[:20]
-    source, target = fitted.folder / "in.jsonl", fitted.folder / "out.jsonl"
+    source, target = calibrated.folder / "in.jsonl", calibrated.folder / "out.jsonl"
     source.write_text("\n".join(rows) + "\n")
-    assert fitted.run("predict", f"--input={source}", f"--output={target}") == 0
+    assert calibrated.run("predict", f"--input={source}", f"--output={target}") == 0
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     right = [
         answer["text"] == json.loads(row)["answer"]
@@ -185,50 +197,52 @@ def asked(fitted, rows, *more):
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
-def test_predict_audits_its_answers_and_audit_shows_them(fitted, capsys):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
+def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     rows = rows_of("test", 40)
-    plain = asked(fitted, rows)
-    assert asked(fitted, rows, "--audit=1.0") == plain
-    state = AuditState.load(fitted.folder / "audit.json")
+    plain = asked(calibrated, rows)
+    assert asked(calibrated, rows, "--audit=1.0") == plain
+    state = AuditState.load(calibrated.folder / "audit.json")
     assert (state.seen.rows, state.seen.drawn) == (40, 40)
     assert state.seen.exited == state.seen.audited == sum(answer["exited"] for answer in plain)
     assert state.alarm is None
     capsys.readouterr()
-    assert main(["audit", str(fitted.folder)]) == 0
+    assert main(["audit", str(calibrated.folder)]) == 0
     printed = capsys.readouterr().out
     assert "percentage points below the full model's" in printed
-    assert main(["info", str(fitted.folder)]) == 0
-    assert "40 of 40 rows in use were drawn" in capsys.readouterr().out
-    (fitted.folder / "audit.json").unlink()
+    assert main(["info", str(calibrated.folder)]) == 0
+    words = "40 of 40 rows in use were drawn"
+    assert words in capsys.readouterr().out
+    promise = ExitPolicy.load(calibrated.folder).calibration["promise"]
+    card = " ".join((calibrated.folder / "README.md").read_text().split())
+    for text in (promise, card):
+        assert words in text
+    (calibrated.folder / "audit.json").unlink()
 
 
-def test_predict_refuses_the_audit_of_another_policy(fitted, capsys):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
-    asked(fitted, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
-    assert fitted.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
+def test_predict_refuses_the_audit_of_another_policy(calibrated, capsys):
+    asked(calibrated, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
+    assert calibrated.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
     assert "audits another policy" in capsys.readouterr().err
-    assert fitted.run("predict", "--audit_budget=0.5") == 1
+    assert calibrated.run("predict", "--audit_budget=0.5") == 1
     assert "such as --audit 0.02" in capsys.readouterr().err
-    (fitted.folder / "audit.json").unlink()
+    (calibrated.folder / "audit.json").unlink()
 
 
-def test_the_profile_of_a_policy_is_where_predict_exits_on_the_same_rows(fitted):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
-    policy = ExitPolicy.load(fitted.folder / "policy.json")
-    answers = asked(fitted, rows_of("validation", 400))
+def test_the_profile_of_a_policy_is_where_predict_exits_on_the_same_rows(calibrated):
+    policy = ExitPolicy.load(calibrated.folder / "policy.json")
+    answers = asked(calibrated, rows_of("validation", 250))
     found = Counter(answer["layer"] for answer in answers)
     assert {k: v for k, v in calibrated_exits(policy.calibration).items() if v} == found
 
 
-def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(fitted, caplog):
-    assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
-    rows = rows_of("validation", 400)
+def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibrated, caplog):
+    rows = rows_of("validation", 250)
     with caplog.at_level("WARNING"):
-        answered = zip(rows, asked(fitted, rows), strict=True)
+        answered = zip(rows, asked(calibrated, rows), strict=True)
         assert "exit elsewhere" not in caplog.text
         deepest = sorted(answered, key=lambda pair: -pair[1]["layer"])
-        asked(fitted, [row for row, _ in deepest[:100]])
+        asked(calibrated, [row for row, _ in deepest[:100]])
     assert caplog.text.count("these prompts exit elsewhere") == 1
 
 
@@ -241,3 +255,17 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     assert {one["name"] for one in groups} >= {"1", "2", "3"}
     assert any(one["held"] for one in groups)
     assert "The same holds within the group" in capsys.readouterr().out
+    policy = ExitPolicy.load(fitted.folder / "policy.json")
+    assert policy.exit_groups == tuple(one["name"] for one in groups if one["held"])
+    rows = rows_of("validation", 60)
+    answers = asked(fitted, [{**row, "group": "unheard of"} for row in rows])
+    assert not any(answer["exited"] for answer in answers)
+    assert any(answer["exited"] for answer in asked(fitted, rows))
+
+
+def test_small_groups_are_excluded_where_that_is_asked_for(fitted, capsys):
+    more = ["--max_accuracy_drop=0.05", "--per_group", "--small_groups=exclude"]
+    assert fitted.run("calibrate", *more) == 0
+    assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None
+    assert fitted.run("calibrate", "--small_groups=exclude") == 1
+    assert "beside --per_group" in capsys.readouterr().err

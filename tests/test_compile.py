@@ -102,6 +102,20 @@ NO_COMPILER = r"data\.compile needs a C\+\+ compiler: install g\+\+.*\nOr set it
 BROKEN = r"torch\.compile fails on LlamaDecoderLayer: .*\n.*set data\.compile to false"
 
 
+def test_a_compiler_that_is_not_there_is_an_error_that_says_what_to_install(monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fails(*_):
+        raise BackendCompilerFailed(compile, InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    with pytest.raises(RecipeError) as error:
+        ModelAdapter(tiny("llama"), compile=True)
+    assert re.match(NO_COMPILER, str(error.value))
+
+
+@pytest.mark.slow
 def test_without_a_compiler_the_error_says_what_to_install(fresh, tmp_path, monkeypatch):
     from torch._inductor import config
 

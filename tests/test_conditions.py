@@ -7,12 +7,14 @@ from test_calibration import on_every_layer, realistic
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.calibration import learn_then_test
-from lspade_train.policies.conditions import Conditions, groups_of
-from lspade_train.policies.exit_table import pick
+from lspade_train.policies.conditions import Conditions, groups_of, without_small
+from lspade_train.policies.exit_table import evaluate_policy, pick
 from lspade_train.policies.promise import promise
 from lspade_train.policies.pvalues import disagreement_p_value
+from lspade_train.policies.shift import exit_profile
 
-BUDGET, ROWS, SPLITS = 0.06, 600, 200
+BUDGET, ROWS = 0.06, 600
+SPLITS = pytest.mark.parametrize("splits", [40, pytest.param(200, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -47,37 +49,42 @@ def chosen_on(population, rows, conditions):
     return learn_then_test([(tested, rules)], "disagreement", BUDGET, conditions=conditions)
 
 
-def splits(population):
+def drawn(population, splits):
     rng = np.random.default_rng(2)
-    return [rng.integers(0, len(population), ROWS) for _ in range(SPLITS)]
+    return [rng.integers(0, len(population), ROWS) for _ in range(splits)]
 
 
-def over_in_group(population, losses, group, *, conditional):
+def over_in_group(population, losses, group, splits, *, conditional):
     over = exits = 0
-    for rows in splits(population):
+    for rows in drawn(population, splits):
         masks = {"hard": group[rows], "easy": ~group[rows]}
         found = chosen_on(population, rows, Conditions(groups=masks) if conditional else None)
         if found.chosen.threshold is not None:
             exits += 1
             over += losses(found.chosen)[0][group].mean() > BUDGET
-    assert exits > SPLITS / 2
+    assert exits > splits / 2
     return over
 
 
-def test_within_groups_the_promise_is_broken_in_at_most_5_percent_of_200_splits(
-    population, losses, group
+@SPLITS
+def test_within_groups_the_promise_is_broken_in_at_most_5_percent_of_splits(
+    population, losses, group, splits
 ):
-    over = over_in_group(population, losses, group, conditional=True)
-    assert over <= binom.ppf(0.99, SPLITS, 0.05)
+    over = over_in_group(population, losses, group, splits, conditional=True)
+    assert over <= binom.ppf(0.99, splits, 0.05)
 
 
-def test_without_the_condition_a_group_is_over_the_budget_in_most_splits(population, losses, group):
-    assert over_in_group(population, losses, group, conditional=False) > SPLITS / 2
+@SPLITS
+def test_without_the_condition_a_group_is_over_the_budget_in_most_splits(
+    population, losses, group, splits
+):
+    assert over_in_group(population, losses, group, splits, conditional=False) > splits / 2
 
 
-def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_200_splits(population, losses):
+@SPLITS
+def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_splits(population, losses, splits):
     proposing, over, exits = realistic(2000, seed=5, checks=4), 0, 0
-    for rows in splits(population):
+    for rows in drawn(population, splits):
         found = chosen_on(population, rows, Conditions(groups={}, proposing=proposing))
         if found.chosen.threshold is None:
             continue
@@ -88,8 +95,8 @@ def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_200_splits(popul
             for place, one in enumerate(found.conditions)
             if one.held
         )
-    assert exits > SPLITS / 2
-    assert over <= binom.ppf(0.99, SPLITS, 0.05)
+    assert exits > splits / 2
+    assert over <= binom.ppf(0.99, splits, 0.05)
 
 
 def test_each_condition_is_the_same_test_on_its_rows(population, losses, group):
@@ -115,6 +122,28 @@ def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(populatio
     words = promise(found.to_json())
     assert "The same holds within the group usual (590 rows)." in words
     assert "It is NOT promised within the group rare (10 rows): too few rows" in words
+
+
+def test_rows_of_small_groups_are_held_back_and_cost_no_check(population):
+    tested, few = population.rows(np.arange(ROWS)), np.arange(ROWS) < 10
+    table, large = without_small(tested, {"rare": few, "usual": ~few}, needed=60)
+    assert large == ("usual",)
+    loosest = tested.grid()[-1]
+    assert (table.exits(loosest)[:10] == len(table.layers)).all()
+    assert (table.exits(loosest)[10:] == tested.exits(loosest)[10:]).all()
+    everywhere = evaluate_policy(table.rows(few), loosest)
+    assert everywhere.disagreement == 0
+    assert everywhere.compute_saved == pytest.approx(0)
+    profile = exit_profile(table, loosest)
+    assert profile["exit_counts"][str(table.num_layers)] >= 10
+
+
+def test_the_promise_says_that_small_groups_never_exit(population):
+    few = np.arange(ROWS) < 10
+    found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
+    words = promise(found.to_json() | {"small_groups": "never_exit"})
+    assert "Rows of other groups (rare (10 rows)) never exit: too few rows" in words
+    assert "NOT promised" not in words
 
 
 def test_rows_without_groups_are_refused(project):

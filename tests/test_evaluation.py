@@ -347,18 +347,15 @@ def test_no_start_is_the_answers_token_alone_and_noise_has_the_starts_length(sub
 # What is printed and written -------------------------------------------------------------------
 
 
-def test_the_printed_numbers_are_those_of_results_json(fitted, monkeypatch, capsys):
-    monkeypatch.chdir(fitted.home)
-    capsys.readouterr()
-    run("evaluate", fitted.home / "recipe.yaml")
-    printed = capsys.readouterr().out
-    results, words = results_of(fitted), set(printed.split())
+def test_the_printed_numbers_are_those_of_results_json(evaluated_once):
+    printed, results = evaluated_once.printed, evaluated_once.results
+    words = set(printed.split())
     for lens in results["lenses"].values():
         for metric in ("accuracy", "agrees_model"):
             assert {f"{value:.3f}" for value in lens[metric]} <= words
     for row in results["exits"]["paper"]:
         assert {f"{row['accuracy']:.3f}", f"{row['compute_saved']:.1%}"} <= words
-    assert "n = 40" in printed
+    assert "n = 12" in printed
     assert "seed 0" in printed
     assert "95% intervals" in printed
     lines = printed.splitlines()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
-from tiny_models import KINDS, LAYERS, VOCAB, WIDTH, tiny
+from tiny_models import LAYERS, VOCAB, WIDTH, crossed, tiny
 
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.flops import cost_parts, count_flops, counter, exit_costs, exit_flops
@@ -20,8 +20,7 @@ def counted(runtime, batch):
     return outcome, found.get_total_flops()
 
 
-@pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens"])
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("family", "decoder"), crossed(["spade", "l-spade", "logit_lens"]))
 def test_the_formula_counts_what_a_real_run_counts(family, decoder):
     model, prompts = tiny(family), prompts_of([9, 4, 7, 9, 6, 8])
     policy = mixed_policy(model, prompts, decoder=decoder)

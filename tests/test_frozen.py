@@ -238,6 +238,7 @@ print(alone - before, peak() - alone)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see the peak")
 def test_the_blocks_weights_are_not_read(project, tmp_path):
     tiny("llama", intermediate_size=100_000).save_pretrained(tmp_path / "large")

@@ -10,9 +10,9 @@ from tiny_models import WIDTH
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, calibrate
 from lspade_train.errors import PolicyError
 from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.designs import with_history
 from lspade_train.policies.exit_table import ExitRule, evaluate_policy
 from lspade_train.policies.flops import counter
-from lspade_train.policies.selection import with_history
 
 
 def both_heads(data) -> LSpadeHeads:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_adapters import padded_batch
 from test_runtime import mixed_policy, prompts_of, random_heads, runtime_of
-from tiny_models import FAMILIES, KINDS, LAYERS, tiny
+from tiny_models import FAMILIES, LAYERS, crossed, tiny
 
 from lspade_train.errors import NumericsError, PolicyError, TaskError
 from lspade_train.policies.policy import ExitPolicy
@@ -56,8 +56,7 @@ def by_hand(runtime, prompt, layer, count):
     return tuple(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("family", "layer"), crossed([1, 0, 2, 3]))
 @torch.no_grad()
 def test_behind_an_exit_upper_blocks_see_the_start_and_the_answer_alone(family, layer):
     prompts = prompts_of([7, 3, 5])

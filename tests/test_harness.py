@@ -5,12 +5,14 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -230,6 +232,28 @@ def test_a_first_word_that_choices_share_is_not_white_space(lspade, hf):
     assert early.loglikelihood(shared, True) == hf.loglikelihood(shared, True)
 
 
+def test_short_labels_are_decided_and_scored_at_the_first_token_that_differs(
+    model, heads, tmp_path
+):
+    ExitPolicy.always(LAYER).save(tmp_path)
+    early = LSpadeLM(
+        pretrained=model, heads=str(heads), policy=str(tmp_path), device="cpu", label_tokens=3
+    )
+    labels = ("w1 A", "w1 B C")
+    requests = questions(3, labels)
+    for request, (score, best) in zip(requests, early.loglikelihood(requests, True), strict=True):
+        context, choice = request.args
+        ids = torch.tensor([early.tokenizer(context + " w1")["input_ids"]])
+        expected = spade_logits(early.model, ids, layers=[LAYER])[0, 0].log_softmax(-1)
+        token = early.tokenizer.convert_tokens_to_ids(choice.split()[1])
+        assert score == pytest.approx(float(expected[token]), abs=1e-5)
+        assert best == (token == int(expected.argmax()))
+    early.loglikelihood(questions(2, ("w1 A", "w1 B", "w2")), True)
+    facts = early.get_model_info()["lspade"]
+    assert facts["questions"] == 3
+    assert facts["full_model_requests"] == {"continuations": 6}
+
+
 def test_a_question_with_one_longer_choice_is_the_full_models_as_a_whole(lspade, hf):
     early = lspade(ExitPolicy.always(LAYER))
     mixed = questions(5, ("A", "B C"))
@@ -294,11 +318,20 @@ def test_a_task_of_the_harness_scores_the_same_with_never_as_with_hf(monkeypatch
     assert scores["lspade"]["config"]["lspade"]["full_model_requests"]["continuations"] > 48
 
 
-def test_the_harness_command_finds_the_model_and_other_programs_do_not_load_this_package():
+def test_the_harness_finds_the_model_by_its_name():
+    [entry] = entry_points(group="lm_eval.models", name="lspade")
+    assert entry.load() is get_model("lspade") is LSpadeLM
+
+
+def test_other_programs_do_not_load_this_package():
+    assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
+
+
+@pytest.mark.slow
+def test_the_harness_command_finds_the_model():
     command = [sys.executable, "-m", "lspade_train.integrations.lm_eval", "--model", "lspade"]
     done = subprocess.run([*command, "--tasks", "no_such"], capture_output=True, text=True)
     assert "no_such" in done.stdout + done.stderr
-    assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
 
 
 def printed(code: str) -> str:

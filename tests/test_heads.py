@@ -59,6 +59,17 @@ def test_every_form_can_learn_from_its_start(form):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_heads_give_the_same_logits_when_they_are_loaded(tmp_path, form):
+    adapter, hidden, heads = ModelAdapter(tiny("llama")), torch.randn(4, WIDTH), trained(form)
+    heads.save_pretrained(tmp_path)
+    loaded = LSpadeHeads.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = heads.bind(adapter).logits(hidden, 2)
+        assert torch.equal(loaded.bind(adapter).logits(hidden, 2), expected)
+
+
+@pytest.mark.slow  # test_cli holds for `info` that heads are read without Lightning
 def test_saved_heads_give_the_same_logits_in_a_new_process_without_lightning(tmp_path):
     adapter = ModelAdapter(tiny("llama"))
     adapter.model.save_pretrained(tmp_path / "model")

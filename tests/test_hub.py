@@ -130,6 +130,7 @@ def test_an_hf_url_reads_a_repository_and_downloads_what_is_the_same_once(
         assert bool(asked) == bool(downloads)
 
 
+@pytest.mark.slow
 def test_commands_push_and_pull_with_only_the_environment_set(folder, recipe, tmp_path):
     """A real process, so that endpoint and token are read as a user's are."""
     push = ["push", "--config", str(recipe), "--repo", REPO, "--license", "mit"]

@@ -7,6 +7,7 @@ from io import StringIO
 
 import pytest
 import torch
+from results import drawing
 from tiny_models import tiny
 
 from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter
@@ -70,7 +71,12 @@ def extended(evaluated_once, tmp_path_factory):
     (made.folder / "second").mkdir()
     for name in ("config.json", "heads.safetensors"):
         shutil.copy(made.folder / name, made.folder / "second" / name)
-    with pytest.MonkeyPatch.context() as patch, known(), redirect_stdout(StringIO()) as out:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        known(),
+        drawing("accuracy_by_layer"),
+        redirect_stdout(StringIO()) as out,
+    ):
         patch.setenv("WANDB_MODE", "disabled")
         patch.setenv("COLUMNS", "250")
         patch.chdir(made.project.home)

@@ -29,7 +29,6 @@ def trainer(project, epochs=2, **options):
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "log_every_n_steps": 1,
         "default_root_dir": project.home,
     }
     return Trainer(**known | options)
@@ -88,7 +87,9 @@ def test_training_lowers_the_kl_on_rows_it_has_not_seen(project):
     assert float(runs[1].logged_metrics["val/kl/mean"]) < 0.8 * start
 
 
-@pytest.mark.parametrize("form", ["full", "low_rank", "bias"])
+@pytest.mark.parametrize(
+    "form", ["full", *(pytest.param(f, marks=pytest.mark.slow) for f in ("low_rank", "bias"))]
+)
 def test_fitting_twice_gives_the_same_heads_bit_for_bit(project, form):
     config = HeadConfig(form=form, rank=4)
     one, _ = fit(project, config)
@@ -97,8 +98,15 @@ def test_fitting_twice_gives_the_same_heads_bit_for_bit(project, form):
     assert any(float(value.abs().max()) > 0 for value in weights(one).values())
 
 
-@pytest.mark.parametrize("mode", ["memory", "online"])
-@pytest.mark.parametrize("shard_mb", [256, 0.01])
+@pytest.mark.parametrize(
+    ("mode", "shard_mb"),
+    [
+        ("memory", 256),
+        ("online", 0.01),
+        pytest.param("memory", 0.01, marks=pytest.mark.slow),
+        pytest.param("online", 256, marks=pytest.mark.slow),
+    ],
+)
 def test_every_mode_trains_the_same_heads(project, mode, shard_mb):
     data = project.module(shard_mb=shard_mb)
     disk, _ = fit(project, data=data)
@@ -211,8 +219,15 @@ def unreduced(project, monkeypatch, *arguments, **options):
         return fit(project, *arguments, **options)
 
 
-@pytest.mark.parametrize("target", ["spade", "final"])
-@pytest.mark.parametrize("mode", ["disk", "memory"])
+@pytest.mark.parametrize(
+    ("mode", "target"),
+    [
+        ("disk", "spade"),
+        ("memory", "final"),
+        pytest.param("disk", "final", marks=pytest.mark.slow),
+        pytest.param("memory", "spade", marks=pytest.mark.slow),
+    ],
+)
 def test_reduced_targets_train_the_heads_and_give_the_metrics_that_logits_do(
     project, monkeypatch, target, mode
 ):
@@ -339,7 +354,7 @@ def test_a_loss_that_is_no_number_stops_with_its_remedy(project):
 
 
 def test_csv_has_a_column_for_every_metric_of_every_layer(project):
-    fit(project, logger=CSVLogger(project.home, name="logs"))
+    fit(project, logger=CSVLogger(project.home, name="logs"), log_every_n_steps=1)
     header = next(project.home.glob("logs/*/metrics.csv")).read_text().splitlines()[0].split(",")
     for stage in ("train", "val"):
         for metric in ("loss", "kl", "agreement", "accuracy"):

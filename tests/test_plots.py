@@ -143,13 +143,20 @@ def test_no_two_series_of_a_figure_differ_by_colour_alone(results):
         assert len({(one.marker, one.dash) for one in styles}) == len(styles)
 
 
-def test_they_are_written_as_png_and_svg_and_replace_those_of_before(results, tmp_path):
-    (tmp_path / "of_an_earlier_run.png").write_bytes(b"old")
-    (tmp_path / "kept.txt").write_text("mine")
-    paths = write_figures(with_extras(results), tmp_path)
-    names = set(by_name(results))
-    assert {path.name for path in paths} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
-    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in paths} | {"kept.txt"}
+def test_evaluate_has_written_each_as_png_and_svg(evaluated_once, results):
+    paths = [*(evaluated_once.folder / "figures").iterdir()]
+    assert {p.name for p in paths} == {f"{n}.{s}" for n in by_name(results) for s in ("png", "svg")}
+    assert_drawn(paths)
+
+
+def test_those_of_ablations_and_of_other_tasks_are_drawn(results, tmp_path):
+    usual = set(by_name(results))
+    more = [f for name, f in by_name(with_extras(results)).items() if name not in usual]
+    assert {"cross_task", "learning_curve"} <= {figure.name for figure in more}
+    assert_drawn([path for figure in more for path in draw(figure, tmp_path / figure.name)])
+
+
+def assert_drawn(paths):
     for path in paths:
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -157,6 +164,13 @@ def test_they_are_written_as_png_and_svg_and_replace_those_of_before(results, tm
                 assert len(image.convert("L").getcolors(1 << 16)) > 20  # not blank
         else:
             assert path.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_they_replace_those_of_before(results, tmp_path):
+    (tmp_path / "of_an_earlier_run.png").write_bytes(b"old")
+    (tmp_path / "kept.txt").write_text("mine")
+    paths = write_figures(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in paths} | {"kept.txt"}
 
 
 def test_equal_results_give_equal_files(results, tmp_path):
@@ -232,8 +246,13 @@ def test_reduced_results_give_reduced_figures_and_say_why(results, reduce):
         json.dumps(plotly(figure), allow_nan=False)
 
 
-def test_one_layer_without_labels_can_still_be_drawn(results, tmp_path):
-    assert len(write_figures(one_layer(unlabelled(results)), tmp_path)) > 8
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_layer_without_labels_can_still_be_drawn(results, tmp_path, every):
+    figures = [*by_name(one_layer(unlabelled(results))).values()]
+    assert len(figures) > 4
+    one_of_each = {type(figure): figure for figure in figures}.values()
+    for figure in figures if every else one_of_each:
+        assert_drawn(draw(figure, tmp_path / figure.name))
 
 
 def test_without_labels_the_answers_are_compared_with_the_models(results):

@@ -1,5 +1,6 @@
 """Every recipe parses, and runs one batch on the CPU with a tiny model in its model's place."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,16 @@ def test_it_parses_and_says_what_it_costs(recipe):
     assert parsed.recipe.data.revision is None  # resolved at run time, never made up
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def one_per_task():
+    """All recipes; those whose task another has are slow: without their model they are alike."""
+    seen = set()
+    for path in RECIPES:
+        task = re.search(r"task: *(\w+)", path.read_text())[1]
+        yield pytest.param(path, id=path.stem, marks=pytest.mark.slow if task in seen else ())
+        seen.add(task)
+
+
+@pytest.mark.parametrize("recipe", [*one_per_task()])
 def test_it_runs_one_batch_with_a_tiny_model(recipe, byte_llama, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = parse(command_parser("fit", ""), ["--config", str(recipe)]).recipe.data

@@ -192,8 +192,8 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
     prompts = ["Once upon a time there was a little", "Tom and his"]
     decisions = runtime.decide(prompts, ["a", "e"])
     assert all(d.text in ("a", "e") and d.exited and d.layer == 3 for d in decisions)
-    with pytest.raises(TaskError, match="must be one token"):
-        runtime.decide(prompts, ["elephantine", "b"])
+    with pytest.raises(TaskError, match="'a' is the beginning of 'a b'"):
+        runtime.decide(prompts, ["a", "a b"])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,9 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], [[4, 5], [6, 7]], "2 lists of choices for 1 prompts"),
         (["text"], None, "need a tokenizer"),
         ("text", None, "The prompts are one text; expected a list"),
+        ([[1, 5]], {"x": [4], "y": [4]}, "'y' is the same token as 'x'"),
+        ([[1, 5]], {"x": [4], "y": []}, "'y' has no tokens"),
+        ([[1] * 63], {"x": [4, 5, 6], "y": [7]}, "63 tokens and 2 new ones"),
         ([[1, 5]], "AB", "The choices are one text; expected a list"),
     ],
 )

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import toy
+from results import drawing
 from tiny_models import LAYERS, WIDTH
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, calibrate
@@ -179,7 +180,10 @@ def test_rows_that_were_asked_for_by_name_are_taken_whole_and_known_to_have_chos
     policy = calibrate(without_test, heads, **LOOSE).policy
     found = measure_policy(side.states(without_test), without_test.adapter, heads, policy, side)
     assert found["chosen_on_these_rows"]
-    assert found["label"] == f"policy.json: entropy over {policy.scope}, on the rows that chose it"
+    assert (
+        found["label"]
+        == f"policy.json: {policy.measure} over {policy.scope}, on the rows that chose it"
+    )
 
 
 def test_training_rows_propose_and_rows_of_other_data_had_no_say(data, without_test):
@@ -222,7 +226,8 @@ def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, m
     assert "simpson ->" in capsys.readouterr().out
     policy = ExitPolicy.load(folder)
     assert (policy.measure, bool(policy.check_layers)) == ("simpson", True)
-    assert main(["evaluate", "--config", recipe]) == 0
+    with drawing("exits_by_flops"):
+        assert main(["evaluate", "--config", recipe]) == 0
     assert "policy.json: simpson over choices" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
     row, chosen = results["exits"]["policy"]["row"], policy.calibration["chosen"]

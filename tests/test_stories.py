@@ -8,6 +8,8 @@ import pytest
 
 from lspade_train.cli import main
 
+pytestmark = pytest.mark.slow  # half a minute; test_spade and test_module have its parts
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 

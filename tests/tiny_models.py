@@ -1,7 +1,9 @@
 """Tiny random models of every supported family. A config that is ignored would be a large model."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama4 import Llama4ForConditionalGeneration
@@ -94,6 +96,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(CONFIGS)
 # One of each kind, for tests that go through many settings: the table of families has them all.
 KINDS = ("llama", "gpt2", "bloom", "mpt", "falcon_alibi", "gemma2", "deepseek_v3", "gpt_oss")
+
+
+def crossed(values: Sequence[Any]) -> list[Any]:
+    """Parameters (family of `KINDS`, value): each family and each value once, other pairs slow."""
+    return [
+        pytest.param(family, value, marks=[pytest.mark.slow] if place and later else [])
+        for place, value in enumerate(values)
+        for later, family in enumerate(KINDS)
+    ]
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:

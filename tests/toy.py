@@ -127,7 +127,6 @@ class Project:
             "data.cache_dir": str(self.cache),
             "data.batch_size": 16,
             "trainer.max_epochs": 2,
-            "trainer.log_every_n_steps": 1,
             "trainer.accelerator": "cpu",
             "trainer.enable_progress_bar": False,
         } | {key.replace("__", "."): value for key, value in changes.items()}

@@ -187,7 +187,10 @@ def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
     record = policy.get("calibration", {})
     if record.get("chosen"):
         rows = record.get("rows", {"split": "validation"})
-        found.append(_Measured(rows["split"], rows_measured(rows), True, record["chosen"]))
+        split, where = rows["split"], rows_measured(rows)
+        if record.get("audited"):  # lspade-train audit --recalibrate
+            split, where = "audited", "rows drawn in use"
+        found.append(_Measured(split, where, True, record["chosen"]))
     return found
 
 

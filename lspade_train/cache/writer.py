@@ -143,7 +143,7 @@ def _finish(
         shards=tuple(shards),
         targets=(),
         starts_sha256=file_digest(folder / STARTS, CacheError),
-        provenance=provenance,
+        provenance=provenance | ({"labels_decided": encoded.labels} if encoded.labels else {}),
     )
     manifest.write(folder)
     # These files were hashed while they were written: they are not read again.

@@ -16,6 +16,7 @@ from lspade_train.requirements import check_versions
 
 COMMANDS = {
     "init": "a commented recipe for your own data, after a look at it",
+    "check": "a recipe before it costs anything: prompt, base accuracy, labels, disk, time",
     "fit": "train the heads; builds a missing cache first; export to checkpoints/NAME/",
     "validate": "loss, KL, agreement and accuracy of fitted heads on validation",
     "test": "the same on the test split",

@@ -1,7 +1,8 @@
-"""`audit`: what an audit has seen of a policy in use."""
+"""`audit`: what an audit has seen of a policy in use, and a stricter policy from its rows."""
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,71 @@ log = logging.getLogger(__name__)
 AUDIT = """\
 What an audit has seen of a policy in use: rows, exits by layer against calibration, disagreement
 with the full model with a confidence sequence, alarm or not, and how many rows it would take to
-notice a shift. predict --audit and ExitRuntime(..., audit=Audit(...)) write the state."""
+notice a shift. predict --audit and ExitRuntime(..., audit=Audit(...)) write the state. Where it
+lies beside its policy, policy.json and the model card are made to say until when it was audited.
+
+--recalibrate tests the policy, and stricter ones, on the rows that the audit has drawn, and puts
+the one that saves most within the budget into policy.json; the old one is kept beside it."""
 
 
 def audit(arguments: list[str]) -> None:
-    """Print an audit's state."""
-    parser = argparse.ArgumentParser(prog="lspade-train audit", description=AUDIT)
-    parser.add_argument("state", type=Path, help="JSON file, or a heads folder with audit.json")
-    parser.add_argument(
-        "--policy", type=Path, default=None,
-        help="the policy.json that is audited, or its folder; default: the one beside the state",
-    )  # fmt: skip
-    parser.add_argument("--html", type=Path, default=None, help="write this page, too")
-    options = parser.parse_args(arguments)
+    """Print an audit's state, and choose a stricter policy where that is asked for."""
+    options = _options(arguments)
 
+    from lspade_train.io.tracking import wandb_is_on
     from lspade_train.policies.audit import STATE, AuditState
     from lspade_train.reporting.audit import audit_tables, verdict, write_html
 
     path = options.state / STATE if options.state.is_dir() else options.state
     state = AuditState.load(path)
-    record = _calibration(options.policy, path, state)
+    policy = _policy(options.policy, path, state)
+    record = None if policy is None else policy.calibration
     _print(audit_tables(state, record), verdict(state, record))
     if options.html is not None:
         log.info("page: %s", write_html(state, record, options.html))
+    if wandb_is_on():
+        from lspade_train.integrations.wandb import log_audit
+
+        log_audit(state, record, path.parent)
+    _restate(path)
+    if options.recalibrate:
+        _recalibrate(options, path, state, policy)
 
 
-def _calibration(given: Path | None, path: Path, state: Any) -> dict[str, Any] | None:
-    """How the audited policy was calibrated; None where it is not at hand."""
+def _options(arguments: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="lspade-train audit", description=AUDIT)
+    add = parser.add_argument
+    add("state", type=Path, help="JSON file, or a heads folder with audit.json")
+    add(
+        "--policy", type=Path, default=None,
+        help="the policy.json that is audited, or its folder; default: the one beside the state",
+    )  # fmt: skip
+    add("--html", type=Path, default=None, help="write this page, too")
+    add("--recalibrate", action="store_true", help="choose a stricter policy from the audited rows")
+    add(
+        "--max_disagreement", type=float, default=None,
+        help="with --recalibrate, the budget; default: the audit's",
+    )  # fmt: skip
+    add(
+        "--confidence", type=float, default=None,
+        help="with --recalibrate, probability that the promise holds; default: 0.95",
+    )  # fmt: skip
+    add(
+        "--since", default=None,
+        help="with --recalibrate, leave out rows before this time, such as 2026-03-01 (UTC); fix "
+        "it by what you know of the prompts, not by what gives the better policy",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    given = [
+        n for n in ("max_disagreement", "confidence", "since") if getattr(options, n) is not None
+    ]
+    if given and not options.recalibrate:
+        parser.error(f"--{given[0]} goes with --recalibrate")
+    return options
+
+
+def _policy(given: Path | None, path: Path, state: Any) -> Any:
+    """The audited policy; None where it is not at hand."""
     from lspade_train.errors import AuditError
     from lspade_train.io.layout import POLICY
     from lspade_train.policies.audit import policy_digest
@@ -47,10 +86,68 @@ def _calibration(given: Path | None, path: Path, state: Any) -> dict[str, Any] |
         return None
     policy = ExitPolicy.load(place)
     if policy_digest(policy) == state.key.policy:
-        return policy.calibration
+        return policy
     if given is None:
         return None
     raise AuditError(f"{path} audits another policy than {given}. Give that one with --policy.")
+
+
+def _restate(path: Path) -> None:
+    """Have the policy beside a state say until when it was audited."""
+    from lspade_train.artifacts.audited import restate
+    from lspade_train.errors import LSpadeError
+    from lspade_train.policies.audit import STATE
+
+    if path.name != STATE:
+        return
+    try:
+        if restate(path.parent):
+            log.info("%s: policy.json and the card state this audit now", path.parent)
+    except LSpadeError as cause:  # a folder that may only be read, say
+        log.warning("policy.json does not state this audit: %s", cause)
+
+
+def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
+    """Choose a policy from the audited rows, print what it promises, and write it."""
+    from lspade_train.artifacts.audited import adopt
+    from lspade_train.errors import AuditError
+    from lspade_train.policies.audit import LEVEL
+    from lspade_train.policies.audited_rows import load, rows_file
+    from lspade_train.policies.recalibration import limits_of, recalibrate, since
+
+    if policy is None:
+        raise AuditError(f"The policy that {path} audits is not beside it. Give it with --policy.")
+    place: Path = options.policy or path.parent
+    folder = place if place.is_dir() else place.parent
+    audited = since(load(rows_file(path)), state.key.policy, options.since)
+    given = options.max_disagreement is not None
+    budget = options.max_disagreement if given else state.key.budget
+    confidence = LEVEL if options.confidence is None else options.confidence
+    found = recalibrate(policy, audited, budget, confidence)
+    chosen, result = found.policy, found.calibration
+    say = sys.stdout.write
+    say(
+        f"\nRecalibrated on {found.rows:,} audited rows, for a disagreement of at most "
+        f"{budget:.2%} ({'given' if given else 'the budget of the audit'}).\n"
+    )
+    if any(one["kind"] == "depth" for one in policy.calibration.get("conditions") or ()):
+        say("The promise by depth is not kept: audited rows cannot renew it.\n")
+    if found.unchanged:
+        say("The policy itself passes the test, and nothing stricter is needed: it stays.\n")
+        say(f"On these rows: {chosen.calibration['promise']}\n")
+        return
+    if chosen.threshold is None:
+        say(f"{result.reason}\n")
+    else:
+        limits = ", ".join(f"{x:.4g}" for x in limits_of(chosen))
+        say(
+            f"Chosen: checks at {', '.join(map(str, chosen.layers))}, thresholds {limits}; "
+            f"{result.chosen.compute_saved:.1%} of the FLOPs saved on these rows.\n"
+        )
+    kept = adopt(chosen, folder, path)
+    say(f"Promise: {chosen.calibration['promise']}\n")
+    log.info("policy: %s; before: %s", folder / "policy.json", ", ".join(p.name for p in kept))
+    log.info("What runs with the old policy must be started anew.")
 
 
 def _print(tables: list[Any], lines: list[str]) -> None:

@@ -25,12 +25,13 @@ heads and prints the trade-off. Where nothing qualifies the policy is: never exi
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
   lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
-  lspade-train calibrate --config recipes/arc.yaml --measure entropy --decoder spade  (the paper)
+  lspade-train calibrate --config recipes/arc.yaml --paper   (the paper's rule)
   lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)"""
 
 OPTIONS = (
     *("max_accuracy_drop", "max_disagreement", "confidence"),
-    *("interval", "scope", "measure", "reader", "decoder", "per_group", "per_depth"),
+    *("interval", "scope", "measure", "reader", "decoder", "paper", "per_group", "per_depth"),
+    "small_groups",
 )
 """The command's own options, by their names in `policies.selection.calibrate`."""
 
@@ -71,12 +72,22 @@ def calibrate(arguments: list[str]) -> None:
         "spade and the heads, which may differ from layer to layer",
     )
     add(
+        "--paper", type=bool, default=False, nargs="?", const=True,
+        help="the paper's rule: one entropy threshold of the L-SPADE heads, SPADE answers",
+    )  # fmt: skip
+    add(
         "--per_group", type=bool, default=False, nargs="?", const=True,
         help="promise the same within every group of the task that has rows enough",
     )  # fmt: skip
     add(
         "--per_depth", type=bool, default=False, nargs="?", const=True,
         help="promise the same for the rows that exit at or before each layer",
+    )  # fmt: skip
+    add(
+        "--small_groups", type=str | None, default=None,
+        help="with --per_group, what becomes of groups with too few rows to prove anything: "
+        "never_exit (the full model answers their rows, and predict then needs each row's group) "
+        "or exclude (the promise leaves them out); null: never_exit",
     )  # fmt: skip
     add(
         "--plan",

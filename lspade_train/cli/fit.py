@@ -71,7 +71,7 @@ def fit(arguments: list[str]) -> None:
 def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: str | None) -> None:
     """Train one group of layers; the last one exports them all."""
     from lspade_train.artifacts.export import ExportHeads
-    from lspade_train.cli.trainer import early_end_named, open_modules, open_trainer
+    from lspade_train.cli.trainer import WarnAtChance, early_end_named, open_modules, open_trainer
     from lspade_train.training.callbacks import LAST, LastCheckpoint, group_folder
     from lspade_train.training.module import check_rank
 
@@ -80,6 +80,8 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
     module, data = open_modules(parsed, group=group)
     check_rank(parsed.recipe.model, data.hidden_size)  # before a cache is built for it
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
+    if not group.number:
+        callbacks.append(WarnAtChance())
     if parsed.trainer.get("enable_checkpointing") is not False:
         callbacks.append(LastCheckpoint(last.parent))
     with refusals_named():

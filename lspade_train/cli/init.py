@@ -156,7 +156,7 @@ def _prompt(config: "DataConfig", found: "Survey") -> Iterator[str]:
     own = json.dumps(config.prompt.template, ensure_ascii=False)
     yield f"    {'# ' if config.prompt.template is None else ''}template: {own}"
     if found.labels:
-        yield "    # One token each behind the prompt; an integer answer counts them from 0."
+        yield "    # Decided at their first tokens; an integer answer counts them from 0."
         yield f"    labels: {_texts(found.labels)}"
     yield "    # chat: true  # for an instruction-tuned model: its chat format"
     yield "    # shots: 4  # solved examples in front of every prompt"

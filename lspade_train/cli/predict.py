@@ -84,6 +84,11 @@ def predict(arguments: list[str]) -> int:
             positions=data.positions,
         )
     )
+    if policy.exit_groups is not None:
+        log.info(
+            "policy: rows of groups other than %s never exit",
+            ", ".join(policy.exit_groups) or "(none may)",
+        )
     audit = _audit(options, folder, parsed.recipe.seed_everything)
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer, audit=audit)
     ask = RawPrompts() if options.raw else Asker(data, tokenizer, _fitted_prefix(heads))
@@ -179,7 +184,7 @@ class Counts:
             self.first_error = self.first_error or f"line {answer['line']}: {answer['error']}"
             return
         self.exited += answer["exited"]
-        self.layers[answer["layer"]] += 1
+        self.layers.update(answer.get("steps", [answer["layer"]]))  # as calibrate counts them
         self.labelled += "correct" in answer
         self.correct += answer.get("correct", False)
 

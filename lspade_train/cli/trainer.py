@@ -1,5 +1,6 @@
 """Lightning's Trainer for `fit`, `validate` and `test`, and how its loops end early."""
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,9 +10,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lspade_train.cache import StateDataset
 from lspade_train.cli.parsing import Parsed
 from lspade_train.cli.signals import Terminated, sigterm
+from lspade_train.evaluation.chance import cached_accuracy
 from lspade_train.io.parallel import lost_peers_named
+
+log = logging.getLogger(__name__)
 
 
 class StopTogether(Callback):
@@ -40,6 +45,23 @@ class StopTogether(Callback):
         """Agree on whether this step was the last."""
         if trainer.strategy.reduce_boolean_decision(sigterm.noted, all=False):
             _signals(trainer).received_sigterm = True
+
+
+class WarnAtChance(Callback):
+    """Says before a fit trains on answers that are no better than guesses."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the cached validation rows; computes no states for it."""
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        dataset = data.states("validation") if trainer.is_global_zero else None
+        if not isinstance(dataset, StateDataset):  # online: rows that are computed when asked for
+            return
+        found = cached_accuracy(dataset, data.unembed)
+        if found is not None and found.at_chance:
+            log.warning(
+                "On validation %s.\nHeads learn to repeat its answers: try another prompt first "
+                "(lspade-train check --config RECIPE).", found.verdict,
+            )  # fmt: skip
 
 
 def _signals(trainer: Trainer) -> Any:
@@ -93,7 +115,8 @@ def open_modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any
 
 def open_loggers(parsed: Parsed, folder: Path) -> Any:
     """The recipe's loggers, or the default ones, which write below `folder`."""
-    from lspade_train.training.loggers import default_loggers, keep_wandb_from_asking
+    from lspade_train.io.tracking import keep_wandb_from_asking
+    from lspade_train.training.loggers import default_loggers
 
     logger = parsed.trainer.get("logger")
     if logger is None or logger is True:

@@ -39,7 +39,7 @@ class Readings:
         labelled: whether the row has a label, (rows,).
         group: index into `groups`, (rows,).
         groups: names of the subgroups.
-        has_choices: whether any row has choices.
+        choice_count: choices of the row, 0 where any token may be the answer, (rows,).
         over_choices: lenses whose heads were fitted over the choices.
     """
 
@@ -51,8 +51,13 @@ class Readings:
     labelled: Tensor
     group: Tensor
     groups: tuple[str, ...]
-    has_choices: bool
+    choice_count: Tensor
     over_choices: tuple[str, ...] = ()
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether any row has choices."""
+        return bool(self.choice_count.any())
 
     def __len__(self) -> int:
         return len(self.answer_id)
@@ -102,7 +107,7 @@ def read_lenses(
         labelled=joined["labelled"],
         group=joined["group"],
         groups=dataset.groups,
-        has_choices=bool(joined["choice_count"].any()),
+        choice_count=joined["choice_count"],
         over_choices=tuple(k for k, h in lenses.items() if h is not None and h.scope == "choices"),
     )
 

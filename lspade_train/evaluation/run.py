@@ -13,15 +13,17 @@ from typing import Any
 from lspade_train import tasks
 from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
+from lspade_train.evaluation.baselines import measure_baselines
 from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
-from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.cached_exits import exit_table, has_choices
 from lspade_train.policies.policy import ExitPolicy
-from lspade_train.policies.sides import Side, evaluation_side
+from lspade_train.policies.selection import DESIGN_ROWS, DROP
+from lspade_train.policies.sides import Side, calibration_side, evaluation_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LENSES, HeadsSource, Lens, lens_of_target
 from lspade_train.recipe import Recipe
@@ -99,11 +101,12 @@ class FittedRecipe:
         return heads
 
 
-def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
+def evaluate_recipe(fitted: FittedRecipe, *, baselines: bool = False) -> dict[str, Any]:
     """Lenses, exits and equal compute of one recipe, as `results.json` holds them.
 
     Args:
         fitted: what is measured.
+        baselines: other rules of when to stop, too: reads the training and validation rows.
     """
     adapter = fitted.data.adapter
     dataset = fitted.states()
@@ -115,6 +118,7 @@ def evaluate_recipe(fitted: FittedRecipe) -> dict[str, Any]:
         )  # fmt: skip
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
     results["exits"] = _measured_exits(fitted)
+    results["baselines"] = _baselines(fitted) if baselines else None
     results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
     return plain(results | {"cross_task": None, "ablations": None})
 
@@ -139,6 +143,26 @@ def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
         else None
     )
     return found
+
+
+def _baselines(fitted: FittedRecipe) -> dict[str, Any]:
+    """Other rules within the budget of the saved policy, or of the default one."""
+    data, saved = fitted.data, fitted.folder / POLICY
+    policy = ExitPolicy.load(saved) if saved.exists() else None
+    calibration = {} if policy is None else policy.calibration
+    side, budget = calibration_side(data), calibration.get("budget", DROP)
+    calibrating = side.states(data)
+    found = measure_baselines(
+        data.stored("train", DESIGN_ROWS),
+        calibrating,
+        fitted.states(),
+        data.adapter,
+        fitted.heads,
+        layers=fitted.layers,
+        scope="choices" if has_choices(calibrating) else "vocabulary",
+        budget=budget,
+    )
+    return {"budget": budget, "rows": side.to_json(), "n": len(calibrating), "rules": found}
 
 
 def _header(fitted: FittedRecipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lspade_train.evaluation.chance import blind_answers
 from lspade_train.evaluation.readings import Readings
 from lspade_train.probes.metrics import (
     at_coverage,
@@ -69,7 +70,7 @@ def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
             "interval": INTERVAL,
             "coverage": COVERAGE,
             "entropy_edges": edges.tolist(),
-            "full_model": {name: _only(value) for name, value in full.items()},
+            "full_model": {name: _only(value) for name, value in full.items()} | _blind(readings),
             "lenses": lenses,
             "groups": _groups(readings),
         }
@@ -151,6 +152,16 @@ def _histogram(values: Tensor, edges: Tensor) -> list[int]:
     """Rows per bin; entropies that rounding pushed past an end are clamped, NaN is not counted."""
     inside = values[values.isfinite()].double().clamp(edges[0], edges[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
+
+
+def _blind(readings: Readings) -> dict[str, Any]:
+    """What needs no model: guessing among the choices, and the most frequent answer."""
+    known = readings.labelled
+    if not known.any():
+        return {"chance": None, "majority": None}
+    answer_id, count = readings.answer_id[known], readings.choice_count[known]
+    chance, majority, _ = blind_answers(answer_id, count)
+    return {"chance": chance, "majority": majority}
 
 
 def _only(value: Any) -> Any:

@@ -9,10 +9,12 @@ up to 0.4.13) find it from plain `lm_eval` too.
 A question whose continuations are all single tokens goes through SPADE-EXIT once, and its choices
 share the answer. The harness moves white space at the end of a context, such as the newline that a
 chat template ends in, into the continuations; for a question it is read as part of the prompt
-again, and its log-likelihood, one term for all choices, is left out of their scores. Longer
-continuations, rolling likelihoods and generated text are the full model's, by the harness's own
-`hf` model, and are counted. With a policy that never exits every request is, so that the scores
-are those of `--model hf` bit for bit.
+again, and its log-likelihood, one term for all choices, is left out of their scores. With
+`label_tokens=N` continuations of up to N tokens, such as "entailment", are labels: the first token
+in which they differ decides and is scored. Longer continuations, labels of which only some begin
+alike, rolling likelihoods and generated text are the full model's, by the harness's own `hf`
+model, and are counted. With a policy that never exits every request is: the scores are those of
+`--model hf` bit for bit.
 """
 
 import logging
@@ -34,6 +36,7 @@ from lspade_train.errors import PolicyError, UnsupportedModelError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import POLICY
 from lspade_train.models.checkpoint import load_checkpoint
+from lspade_train.models.labels import Fork, conflict
 from lspade_train.policies.flops import count_flops, exit_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
@@ -51,11 +54,11 @@ Request = tuple[Any, list[int], list[int]]
 
 @dataclass(frozen=True)
 class Question:
-    """Requests that share a context and differ in one last token.
+    """Requests that share a context and are told apart by one token.
 
     Args:
-        context: token ids up to the answer.
-        tokens: place among the requests -> its answer's token.
+        context: token ids up to that token.
+        tokens: place among the requests -> that token of it.
         texts: the same -> the harness's own texts.
         moved: whether white space that the harness had moved is part of the context again.
     """
@@ -148,6 +151,8 @@ class LSpadeLM(HFLM):
             the one beside the heads.
         heads_revision: branch, tag or commit of heads on the Hub.
         tokens_per_batch: padded tokens per batch of questions; other requests go by `batch_size`.
+        label_tokens: most tokens of a continuation that is a label, decided at the first token in
+            which it differs from the others; 1 leaves longer ones to the full model.
         **settings: everything else is the harness's `hf` model's.
 
     Raises:
@@ -163,6 +168,7 @@ class LSpadeLM(HFLM):
         policy: str | None = None,
         heads_revision: str | None = None,
         tokens_per_batch: int = 8192,
+        label_tokens: int = 1,
         **settings: Any,
     ) -> None:
         super().__init__(pretrained, **settings)
@@ -172,6 +178,7 @@ class LSpadeLM(HFLM):
                 "Expected a decoder-only model; use --model hf for this one."
             )
         self.tally = Tally()
+        self.label_tokens = int(label_tokens)
         self.runtime: ExitRuntime | None = None
         folder = None if heads is None else local_folder(heads, heads_revision)
         chosen = _policy(policy, folder)
@@ -225,24 +232,33 @@ class LSpadeLM(HFLM):
             contexts[tuple(context)].append(place)
         needed = 2 if self.runtime.policy.scope == "choices" else 1
         for context, places in contexts.items():
-            moved = self._moved([requests[place] for place in places])
-            if moved is None:
+            asked = [requests[place] for place in places]
+            shared = self._shared(asked)
+            if shared is None:
                 continue
-            tokens = {place: requests[place][2][-1] for place in places}
+            tokens = {place: requests[place][2][len(shared)] for place in places}
             texts = {place: requests[place][0] for place in places}
             # A start token alone is its own answer position: there is nothing to leave early.
-            if len(context) + len(moved) > 1 and len({*tokens.values()}) >= needed:
-                yield Question((*context, *moved), tokens, texts, bool(moved))
+            if len(context) + len(shared) > 1 and len({*tokens.values()}) >= needed:
+                moved = bool(shared) and _spaced(asked)
+                yield Question((*context, *shared), tokens, texts, moved)
 
-    def _moved(self, asked: Sequence[Request]) -> tuple[int, ...] | None:
-        """The tokens of white space before every continuation's one token; None for longer ones."""
-        starts = {tuple(tokens[:-1]) for _, _, tokens in asked}
-        if len(starts) > 1 or not all(text and tokens for text, _, tokens in asked):
+    def _shared(self, asked: Sequence[Request]) -> tuple[int, ...] | None:
+        """The tokens before the one that tells the continuations apart; None where none does."""
+        paths = {str(tokens): tuple(tokens) for _, _, tokens in asked}
+        if not all(text and tokens for text, _, tokens in asked) or conflict([*paths], paths):
             return None
-        (moved,) = starts
-        # Where it stood in the context, and nothing but white space: not a shared first word.
-        spaced = all(text[0] != text[0].rstrip() for text, _, _ in asked)
-        return moved if not moved or (spaced and self.tok_decode(moved).isspace()) else None
+        fork = Fork.of(paths) if len(paths) > 1 else None
+        shared = fork.shared if fork else tuple(asked[0][2][:-1])
+        longest = max(map(len, paths.values()))
+        if fork and fork.walked:
+            return None
+        if longest <= self.label_tokens:
+            return shared
+        # Else one token each, behind white space that stood in the context: no shared first word.
+        single = all(len(path) == len(shared) + 1 for path in paths.values())
+        white = not shared or (_spaced(asked) and self.tok_decode(shared).isspace())
+        return shared if single and white else None
 
     def _warn_of_none(self, questions: Sequence[Question], requests: Sequence[Request]) -> None:
         """Say it where a policy is there and no request was asked through it."""
@@ -253,7 +269,8 @@ class LSpadeLM(HFLM):
         told = ", ".join(f"{count:,} of {n} tokens" for n, count in sorted(lengths.items()))
         log.warning(
             "NO REQUEST WENT THROUGH EARLY EXITS: all %s were answered by the full model, since "
-            "their continuations are not single tokens (%s).", f"{len(asked):,}", told,
+            "their continuations are not single tokens (%s). Short labels are decided at the first "
+            "token in which they differ with label_tokens=N.", f"{len(asked):,}", told,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -304,6 +321,11 @@ class LSpadeLM(HFLM):
         self.tally.layers.append(layer)
 
 
+def _spaced(asked: Sequence[Request]) -> bool:
+    """Whether every context ends in white space, which the harness has moved."""
+    return all(text[0] != text[0].rstrip() for text, _, _ in asked)
+
+
 def _kind(request: Request) -> str:
     return "continuations" if request[0] else "rolling windows"
 
@@ -320,7 +342,7 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
     """The policy asked for, or the one beside the heads.
 
     Raises:
-        PolicyError: there is none, or it answers from its choices alone.
+        PolicyError: there is none, it answers from its choices alone, or it needs groups.
     """
     if name == NEVER:
         return ExitPolicy.never()
@@ -330,6 +352,7 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
             f"{POLICY}, or policy={NEVER} for the full model."
         )
     policy = ExitPolicy.load(name if name is not None else folder or "")
+    policy.require_no_groups("lm-eval")
     if policy.scope == "choices" and policy.decoder != "spade" and policy.check_layers:
         raise PolicyError(
             f"A policy of scope choices and decoder {policy.decoder} has no log-likelihoods over "

@@ -1,13 +1,16 @@
-"""An evaluation in Weights & Biases: the numbers, tables and figures of `results.json`."""
+"""Evaluations and audits in Weights & Biases: the numbers, tables and figures of the reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lspade_train.io.layout import RESULTS
+from lspade_train.io.tracking import start_run, wandb_is_on
+from lspade_train.policies.audit import AuditState
+from lspade_train.reporting.audit import audit_tables, verdict
 from lspade_train.reporting.page import REPORT
-from lspade_train.reporting.tables import METRICS, all_tables
-from lspade_train.training.loggers import start_run, wandb_is_on
+from lspade_train.reporting.tables import METRICS, Table, all_tables
 
 PROJECT = "lspade-train"
 
@@ -38,10 +41,7 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
         for row in layer_rows(results):
             run.log(row)
         run.summary.update(summary(results))
-        tables = {
-            f"tables/{table.name}": wandb.Table(list(table.columns), [list(r) for r in table.rows])
-            for table in all_tables(results)
-        }
+        tables = _logged(all_tables(results))
         drawn = [path for path in images if path.suffix == ".png"]
         run.log(tables | {f"figures/{path.stem}": wandb.Image(str(path)) for path in drawn})
         artifact = wandb.Artifact(f"{results['name']}-evaluation", type="evaluation")
@@ -49,6 +49,57 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
             if (folder / name).exists():
                 artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
+
+
+def log_audit(state: AuditState, record: Mapping[str, Any] | None, folder: Path) -> None:
+    """Log what an audit has seen as a run of its own.
+
+    One step: `audit/NAME` of each number of `audit_numbers`, and `tables/NAME` of each table that
+    the command prints. `audit/verdict` of the summary holds its sentences.
+
+    Args:
+        state: the audit's.
+        record: `calibration` of its policy; None where that is not at hand.
+        folder: the run's files are written to `wandb/` there.
+    """
+    with start_run(
+        project=PROJECT, name=f"audit-{folder.name}", job_type="audit", dir=folder,
+        config=asdict(state.key),
+    ) as run:  # fmt: skip
+        run.log(audit_numbers(state) | _logged(audit_tables(state, record)))
+        run.summary.update({"audit/verdict": " ".join(verdict(state, record))})
+
+
+def audit_numbers(state: AuditState) -> dict[str, float]:
+    """The numbers of an audit, and `audit/exits/layer_LAYER` for every exit layer seen."""
+    seen, (low, high) = state.seen, state.bounds
+    model, policy, audit = seen.flops
+    found: dict[str, float] = {
+        **{f"audit/{name}": getattr(seen, name) for name in ("rows", "exited", "drawn")},
+        "audit/failures": seen.failures,
+        "audit/disagreement_low": low,
+        "audit/disagreement_high": high,
+        "audit/budget": state.key.budget,
+        "audit/log_evidence": state.log_evidence,
+        "audit/alarm": float(state.alarm is not None),
+        **{f"audit/exits/layer_{layer:02d}": rows for layer, rows in seen.exits.items()},
+    }
+    if state.disagreement is not None:
+        found["audit/disagreement"] = state.disagreement
+    if model:
+        found |= {"audit/flops_saved": 1 - policy / model, "audit/flops_of_audit": audit / model}
+    return found
+
+
+def _logged(tables: Sequence[Table]) -> dict[str, Any]:
+    """Tables under the names that W&B shows them by."""
+    import wandb
+
+    return {
+        f"tables/{table.name}": wandb.Table(list(table.columns), [list(r) for r in table.rows])
+        for table in tables
+        if table.rows
+    }
 
 
 def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:

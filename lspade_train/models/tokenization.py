@@ -1,4 +1,4 @@
-"""Prompts to token ids, and answers to the single tokens they are in a prompt's context.
+"""Prompts to token ids, and answers to the tokens that they are in a prompt's context.
 
 Knows nothing of tasks or data sets: the runtime resolves its choices here too.
 """
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
 from lspade_train.io.text import require_text
+from lspade_train.models.labels import Fork, conflict, shared_start
 
 BATCH = 1000
 
@@ -45,87 +46,120 @@ def resolve_choices(
     prompt: str,
     labels: Sequence[str],
     prefix: str | None = None,
-) -> tuple[int, ...]:
-    """The one token that each label is when it follows `prompt + prefix`.
+) -> dict[str, tuple[int, ...]]:
+    """The tokens that each label is when it follows `prompt + prefix`.
 
     Args:
         tokenizer: the model's.
         prompt: text that ends where the answer begins.
-        labels: answer strings.
-        prefix: text between prompt and answer; None takes the first that works of a space and
-            nothing (nothing and a space where the prompt ends in white space).
+        labels: answer strings to choose from.
+        prefix: text between prompt and answer; None takes a space or nothing, as `choose_prefix`.
 
     Raises:
-        TaskError: a label is not a token of its own there; names it and its pieces.
+        TaskError: a label has no tokens of its own there, or no token tells it from another.
     """
-    return choose_prefix(tokenizer, lambda _: prompt, labels, prefix)[1]
+    return choose_prefix(tokenizer, lambda _: prompt, [labels], prefix)[1]
 
 
 def choose_prefix(
     tokenizer: PreTrainedTokenizerBase,
     render: Callable[[str], str],
-    labels: Sequence[str],
+    lists: Sequence[Sequence[str]],
     prefix: str | None,
-) -> tuple[str, tuple[int, ...]]:
+) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The prefix to use and the labels' tokens behind it.
+
+    A space and nothing are tried (nothing and a space where the prompt ends in white space). The
+    first with which every label is one token is taken; else the first with which every label is
+    decided in one step; else the first that works.
 
     Args:
         tokenizer: the model's.
         render: prefix -> prompt; solved examples in the prompt are written with the prefix.
-        labels: answer strings.
+        lists: the answers that are chosen among, list by list; a free answer is one of its own.
         prefix: the only one to try; None tries a space and nothing.
 
     Raises:
-        TaskError: a label is not a token of its own with any of them.
+        TaskError: with each of them a label has no tokens of its own, no token tells it from
+            another of its list, or a free answer is not one token.
     """
     if prefix is not None:
         candidates = (prefix,)
     else:
         candidates = ("", " ") if render("")[-1:].isspace() else (" ", "")
     problems: list[str] = []
+    found: list[tuple[int, str, dict[str, tuple[int, ...]]]] = []
     for candidate in candidates:
-        found = single_tokens(tokenizer, render(candidate), labels, candidate)
-        if not isinstance(found, str):
-            return candidate, found
-        problems.append(found)
+        paths = label_tokens(tokenizer, render(candidate), lists, candidate)
+        if isinstance(paths, str):
+            problems.append(paths)
+            continue
+        found.append((_steps(lists, paths), candidate, paths))
+        if found[-1][0] == 0:
+            break
+    if found:
+        return min(found, key=lambda one: one[0])[1:]
     raise TaskError(
-        f"An answer must be one token, and its own, behind the prompt: {', '.join(problems)}.\n"
-        "Choose answers that are (--data.prompt.labels), or other text before them "
+        f"An answer must have tokens of its own behind the prompt: {', '.join(problems)}.\n"
+        "Choose other answers (--data.prompt.labels), or other text before them "
         "(--data.prompt.answer_prefix)."
     )
 
 
-def single_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, labels: Sequence[str], prefix: str
-) -> tuple[int, ...] | str:
+def label_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, lists: Sequence[Sequence[str]], prefix: str
+) -> dict[str, tuple[int, ...]] | str:
     """The labels' tokens behind `prompt + prefix`, or what is wrong with the first that fails.
 
     Whole texts are compared, since a tokenizer may merge across the border or split a word
     differently at the start of a text.
     """
-    texts = [prompt, *(prompt + prefix + label for label in labels)]
-    before, *after = tokenize(tokenizer, texts)
-    found: dict[int, str] = {}
+    labels = list(dict.fromkeys(label for labels in lists for label in labels))
+    before, *after = tokenize(tokenizer, [prompt, *(prompt + prefix + label for label in labels)])
+    paths: dict[str, tuple[int, ...]] = {}
     for label, ids in zip(labels, after, strict=True):
         text = prefix + label
         same = shared_start(before, ids)
         pieces = tokenizer.convert_ids_to_tokens(ids[same:])
         if same < len(before):
             return f"{text!r} merges with the end of the prompt into {pieces}"
-        if len(pieces) != 1:
-            return f"{text!r} is {len(pieces)} tokens {pieces}"
-        if ids[-1] == tokenizer.unk_token_id:
+        if not pieces:
+            return f"{text!r} is 0 tokens"
+        if tokenizer.unk_token_id in ids[same:]:
             return f"{text!r} is the unknown token {pieces}"
-        if ids[-1] in found:
-            return f"{text!r} is the same token as {found[ids[-1]]!r}"
-        found[ids[-1]] = text
-    return tuple(found)
+        paths[label] = tuple(ids[same:])
+    return _fault(tokenizer, lists, paths, prefix) or paths
 
 
-def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def _fault(
+    tokenizer: PreTrainedTokenizerBase,
+    lists: Sequence[Sequence[str]],
+    paths: dict[str, tuple[int, ...]],
+    prefix: str,
+) -> str | None:
+    """What is wrong with the first list whose labels cannot be decided."""
+    for labels in lists:
+        if len(labels) > 1:
+            found = conflict(labels, paths)
+        else:
+            free = next((label for label in labels if len(paths[label]) > 1), None)
+            found = None if free is None else _too_long(tokenizer, prefix + free, paths[free])
+        if found is not None:
+            return found
+    return None
+
+
+def _too_long(tokenizer: PreTrainedTokenizerBase, text: str, path: Sequence[int]) -> str:
+    pieces = tokenizer.convert_ids_to_tokens(list(path))
+    return f"{text!r} is {len(path)} tokens {pieces}, and an answer without choices is one"
+
+
+def _steps(lists: Sequence[Sequence[str]], paths: dict[str, tuple[int, ...]]) -> int:
+    """0 where every label is one token, 1 where each is decided in one step, else 2."""
+    if all(len(path) == 1 for path in paths.values()):
+        return 0
+    chosen = ({label: paths[label] for label in labels} for labels in lists if len(labels) > 1)
+    return 2 if any(Fork.of(one).walked for one in chosen) else 1
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

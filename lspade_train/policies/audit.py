@@ -3,11 +3,11 @@
 Counts only, never prompts or answers. Knows nothing of models or of how rows are drawn.
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,13 @@ from lspade_train.io.storage import (
     require_kinds,
     require_writable,
     write_json,
+)
+from lspade_train.policies.audited_rows import (
+    AuditedRow,
+    append,
+    require_policy,
+    rows_file,
+    utc_now,
 )
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.sequential import (
@@ -36,6 +43,8 @@ STATE = "audit.json"
 
 LEVEL = 0.95
 """Confidence of the bound that stands in where a policy promises nothing about disagreement."""
+
+log = logging.getLogger(__name__)
 
 ELSEWHERE = "Give another state file, or move this one away to begin a new audit."
 
@@ -149,7 +158,7 @@ class AuditState:
 
     def plus(self, seen: Seen) -> Self:
         """With further rows; raises the alarm where the evidence now suffices."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = utc_now()
         found = replace(
             self,
             seen=self.seen + seen,
@@ -210,9 +219,20 @@ class AuditFile:
         self.path, self.key = Path(path).expanduser(), key
         require_writable(self.path.parent, AuditError)
         self.state = self._read()
+        self._failing = False
+        if rows_file(self.path).exists():
+            require_policy(rows_file(self.path), key.policy)
 
-    def add(self, seen: Seen) -> AuditState:
+    def add(
+        self, seen: Seen, rows: Sequence[AuditedRow] = (), flops: Mapping[str, Any] | None = None
+    ) -> AuditState:
         """Add counts to what all processes have seen, and return that.
+
+        Args:
+            seen: further counts.
+            rows: the drawn ones among them, kept in a file beside the state. Where that cannot be
+                written they are lost, with a word in the log: the counts alone are the audit.
+            flops: what the model's parts cost, as `AuditedRows` keeps it; needed for rows.
 
         Raises:
             AuditError: the file is damaged or is about something else, or cannot be written.
@@ -226,9 +246,19 @@ class AuditFile:
         try:
             self.state = self._read().plus(seen)
             write_json(self.path, self.state.to_json(), AuditError)
+            if rows:
+                self._keep(rows, flops or {})
         finally:
             lock.release()
         return self.state
+
+    def _keep(self, rows: Sequence[AuditedRow], flops: Mapping[str, Any]) -> None:
+        try:
+            append(rows_file(self.path), self.key.policy, flops, rows)
+        except (OSError, AuditError) as cause:
+            if not self._failing:
+                log.warning("The audited rows are counted but not kept: %s", cause)
+            self._failing = True
 
     def _read(self) -> AuditState:
         if not self.path.exists():

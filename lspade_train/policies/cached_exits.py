@@ -16,6 +16,7 @@ from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.answers import choice_mask, chunks, pick_answer
 from lspade_train.errors import PolicyError
 from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.policies.conditions import may_not_exit
 from lspade_train.policies.exit_table import ExitTable
 from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.gate import Gate, Reading, features
@@ -58,6 +59,23 @@ class CachedExits:
 
     def __len__(self) -> int:
         return len(self.full_answer)
+
+    def rows(self, index: Int[Tensor, " kept"]) -> "CachedExits":
+        """The rows at `index`."""
+        return replace(
+            self,
+            readings={
+                name: [one.rows(index) for one in several]
+                for name, several in self.readings.items()
+            },
+            signals={key: values[index] for key, values in self.signals.items()},
+            answers={word: values[index] for word, values in self.answers.items()},
+            full_answer=self.full_answer[index],
+            gold=None if self.gold is None else self.gold[index],
+            tokens=self.tokens[index],
+            choices=None if self.choices is None else self.choices[index],
+            dataset=self.dataset.select(index),
+        )
 
     def features(self, layers: Sequence[int], readers: Sequence[str]) -> list[Tensor]:
         """What a gate that checks `layers` looks at, (n, features) per layer."""
@@ -190,7 +208,7 @@ def exit_table(
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads of the policy's layers.
-        policy: layers, measure, scope and decoders; its threshold is not read.
+        policy: layers, measure, scope, decoders and exit groups; its threshold is not read.
 
     Raises:
         PolicyError: no rows, no layers, heads that the policy needs and that are not there, or a
@@ -207,7 +225,10 @@ def exit_table(
         scope=policy.scope,
         measures=[policy.measure],
     )
-    return found.table(policy, tuple(checked))
+    table = found.table(policy, tuple(checked))
+    if policy.exit_groups is None:
+        return table
+    return table.held_back(may_not_exit(dataset, policy))
 
 
 def has_choices(dataset: StateDataset) -> bool:

@@ -24,8 +24,10 @@ from lspade_train.policies.exit_table import (
     pick,
 )
 from lspade_train.policies.power import RiskKind, rows_to_prove
-from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value, drop_score
+from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
+LEAD = 2 / 3
+"""Share of the error probability for the most promising sequence."""
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
 
 
@@ -70,12 +72,14 @@ class Candidate:
         table: of the rows in hand, over all layers that its kind of policy could check.
         rule: which of them it checks, and its thresholds.
         conditions: groups and depths within which it is to be within the budget, too.
+        expected: share of the answers that it is expected to change, from the proposing rows.
     """
 
     name: str
     table: ExitTable
     rule: ExitRule
     conditions: Conditions | None = None
+    expected: float = 0.0
 
 
 def learn_then_test(
@@ -115,6 +119,7 @@ def run_tests(
     risk: RiskKind,
     budget: float,
     confidence: float = 0.95,
+    shares: Sequence[float] | None = None,
 ) -> Calibration:
     """`learn_then_test` for sequences whose policies may differ in anything.
 
@@ -124,6 +129,8 @@ def run_tests(
         risk: as for `learn_then_test`.
         budget: as for `learn_then_test`.
         confidence: as for `learn_then_test`.
+        shares: of the error probability, one per sequence, together at most 1 (`error_shares`);
+            None: equal ones.
 
     Raises:
         PolicyError: budget or confidence out of range.
@@ -132,12 +139,14 @@ def run_tests(
     Source: fixed-sequence testing, arXiv:2110.01052; of a Pareto frontier, arXiv:2210.07913.
     """
     check_budget(risk, budget, confidence)
-    level = (1 - confidence) / max(sum(map(bool, sequences)), 1)
+    if shares is None:
+        shares = [1 / max(sum(map(bool, sequences)), 1)] * len(sequences)
+    levels = [(1 - confidence) * share for share in shares]
     ideal = max(map(oracle_saving, tables))
-    needed = rows_to_prove(0, risk, budget, level)
     curve: list[PolicyRow] = []
     found: list[list[Finding]] = []
-    for sequence in sequences:
+    for sequence, level in zip(sequences, levels, strict=True):
+        needed = rows_to_prove(0, risk, budget, level) if sequence else 0
         passed = True
         for candidate in sequence:
             checked = candidate.table.at(candidate.rule.layers)
@@ -156,7 +165,7 @@ def run_tests(
     place = next((n for n, row in enumerate(curve) if row is chosen), None)
     return Calibration(
         chosen=chosen,
-        reason=_reason(chosen, curve, budget, level, len(tables[0])),
+        reason=_reason(chosen, curve, budget, max(levels, default=1 - confidence), len(tables[0])),
         risk=risk,
         budget=budget,
         confidence=confidence,
@@ -167,29 +176,18 @@ def run_tests(
     )
 
 
-def frontier(candidates: "Sequence[Candidate]", risk: RiskKind, budget: float) -> "list[Candidate]":
-    """The candidates that no other beats in both risk and saving on the rows that propose.
+def frontier(candidates: "Sequence[Candidate]") -> "list[Candidate]":
+    """The candidates that no other beats in both expected risk and saving on the proposing rows.
 
     Args:
         candidates: with tables of rows that are not tested later.
-        risk: as for `learn_then_test`.
-        budget: as for `learn_then_test`.
 
     Returns:
         Safest first: the order in which they are tested on other rows.
 
     Source: Pareto Testing, arXiv:2210.07913.
     """
-    measured: list[tuple[float, float, Candidate]] = []
-    for candidate in candidates:
-        checked = candidate.table.at(candidate.rule.layers)
-        row = evaluate_policy(checked, candidate.rule.threshold, oracle=1.0)
-        stops = checked.exits(candidate.rule.threshold)
-        answers = pick(checked.answers, checked.full_answer, stops)
-        danger = row.disagreement
-        if risk == "accuracy_drop" and checked.gold is not None:
-            danger = drop_score(*_changes(checked, answers), len(checked), budget)
-        measured.append((danger, row.compute_saved, candidate))
+    measured = [(one.expected, saving(one), one) for one in candidates]
     found: list[Candidate] = []
     most = 0.0
     for _, saved, candidate in sorted(measured, key=lambda one: (one[0], -one[1])):
@@ -197,6 +195,37 @@ def frontier(candidates: "Sequence[Candidate]", risk: RiskKind, budget: float) -
             found.append(candidate)
             most = saved
     return found
+
+
+def saving(candidate: Candidate) -> float:
+    """Share of the plain model's compute that a candidate saves on its table's rows."""
+    checked = candidate.table.at(candidate.rule.layers)
+    return evaluate_policy(checked, candidate.rule.threshold, oracle=1.0).compute_saved
+
+
+def error_shares(sequences: "Sequence[Sequence[Candidate]]", budget: float) -> list[float]:
+    """How much of the error probability each sequence gets; an empty one gets none.
+
+    Two thirds for the one that is expected to save most within the budget, from the rows that
+    propose; the others share the rest. Any split that does not look at the tested rows is valid.
+
+    Args:
+        sequences: with tables of the proposing rows.
+        budget: largest share of changed answers.
+    """
+    within = [
+        max((saving(one) for one in sequence if one.expected <= budget), default=0.0)
+        for sequence in sequences
+    ]
+    some = [place for place, sequence in enumerate(sequences) if sequence]
+    if len(some) <= 1:
+        return [float(bool(sequence)) for sequence in sequences]
+    lead = max(some, key=lambda place: within[place])
+    rest = (1 - LEAD) / (len(some) - 1)
+    return [
+        LEAD if place == lead else rest if sequence else 0.0
+        for place, sequence in enumerate(sequences)
+    ]
 
 
 def check_budget(risk: RiskKind, budget: float, confidence: float) -> None:
@@ -208,26 +237,6 @@ def check_budget(risk: RiskKind, budget: float, confidence: float) -> None:
     for name, value in ((FLAGS[risk], budget), ("--confidence", confidence)):
         if not 0 < value < 1:
             raise PolicyError(f"{name} {value} is out of range: expected over 0 and under 1.")
-
-
-def most_promising(
-    designs: Sequence[tuple[ExitTable, Sequence[ExitRule]]], risk: RiskKind, budget: float
-) -> int:
-    """Position of the table whose own rules save most at half the budget.
-
-    Args:
-        designs: the same rows measured in several ways, such as both scopes, with the rules
-            proposed there; not tested later.
-        risk: as for `learn_then_test`.
-        budget: as for `learn_then_test`.
-    """
-
-    def saving(table: ExitTable, rules: Sequence[ExitRule]) -> float:
-        rows = [evaluate_policy(table.at(rule.layers), rule.threshold) for rule in rules]
-        fine = (row.compute_saved for row in rows if _risk(row, risk) <= budget / 2)
-        return max(fine, default=0.0)
-
-    return max(range(len(designs)), key=lambda place: saving(*designs[place]))
 
 
 def rows_needed(budget: float, confidence: float, sequences: int = 1) -> int:

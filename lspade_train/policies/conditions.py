@@ -16,12 +16,16 @@ from jaxtyping import Bool
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.exit_table import ExitRule, ExitTable
+from lspade_train.policies.policy import NO_GROUP, ExitPolicy
 
 if TYPE_CHECKING:
     from lspade_train.cache import StateDataset
 
 MARGIN = 1.5
 """A depth is tested where this many times the rows are expected there that prove it at best."""
+
+SmallGroups = Literal["never_exit", "exclude"]
+"""What becomes of a group with too few rows to prove anything."""
 
 Measured = Callable[[ExitTable, ExitRule], tuple[float, float]]
 """Risk and p-value of a rule on a table of its check layers."""
@@ -100,7 +104,29 @@ def groups_of(rows: "StateDataset") -> dict[str, Bool[np.ndarray, " rows"]]:
             "--per_group needs rows of several groups, and these have none: give each a "
             "'group' or 'difficulty'."
         )
-    return {name or "(none)": index == place for place, name in enumerate(rows.groups)}
+    return {name or NO_GROUP: index == place for place, name in enumerate(rows.groups)}
+
+
+def may_not_exit(rows: "StateDataset", policy: ExitPolicy) -> Bool[np.ndarray, " rows"]:
+    """Which rows belong to groups that the policy hands to the full model."""
+    held = np.array([not policy.may_exit(name) for name in rows.groups], dtype=bool)
+    return held[rows.labels["group"].numpy()]
+
+
+def without_small(
+    table: ExitTable, groups: Mapping[str, Bool[np.ndarray, " rows"]], needed: int
+) -> tuple[ExitTable, tuple[str, ...]]:
+    """The table with the rows of small groups held back, and the names of the other groups.
+
+    Args:
+        table: the tested rows.
+        groups: as in `Conditions`.
+        needed: fewest rows that can prove the budget, without a loss.
+    """
+    small = np.zeros(len(table), dtype=bool)
+    for mask in groups.values():
+        small |= mask if mask.sum() < needed else False
+    return table.held_back(small), tuple(n for n, mask in groups.items() if mask.sum() >= needed)
 
 
 def _finding(

@@ -95,6 +95,7 @@ class ExitTable:
         full_answer: the full model's answer, (n,).
         gold: the right answer, (n,), or None where it is not known.
         costs: what stopping costs, and what the model costs that never checks.
+        stays: rows that never stop, whatever the threshold, (n,); None: there are none.
 
     Raises:
         PolicyError: no rows, no layers, or shapes that do not fit together.
@@ -109,6 +110,7 @@ class ExitTable:
     full_answer: Int[np.ndarray, " rows"]
     gold: Int[np.ndarray, " rows"] | None
     costs: ExitCosts
+    stays: Bool[np.ndarray, " rows"] | None = None
 
     def __post_init__(self) -> None:
         n, checks = len(self.full_answer), len(self.layers)
@@ -120,7 +122,7 @@ class ExitTable:
         expected = {
             **dict.fromkeys(("confidence", "answers", "check", "unchecked"), (n, checks)),
             **dict.fromkeys(("reach", "answer"), (n, checks + 1)),
-            **dict.fromkeys(("full_answer", "gold", "plain"), (n,)),
+            **dict.fromkeys(("full_answer", "gold", "plain", "stays"), (n,)),
         }
         arrays = vars(self) | vars(self.costs)
         for name, shape in expected.items():
@@ -152,7 +154,14 @@ class ExitTable:
             full_answer=self.full_answer[index],
             gold=None if self.gold is None else self.gold[index],
             costs=self.costs.rows(index),
+            stays=None if self.stays is None else self.stays[index],
         )
+
+    def held_back(self, rows: Bool[np.ndarray, " rows"]) -> Self:
+        """The same rows, of which these, too, go through the full model, unchecked."""
+        stays = rows if self.stays is None else rows | self.stays
+        check = np.where(rows[:, None], 0.0, self.costs.check)
+        return replace(self, stays=stays, costs=replace(self.costs, check=check))
 
     def at(self, layers: Sequence[int]) -> Self:
         """The same rows with only these check layers, each of them one of `layers`."""
@@ -179,7 +188,8 @@ class ExitTable:
         Returns:
             0..K-1, or K for a row that never stops.
         """
-        return first_true(self.sure(threshold))
+        stops = first_true(self.sure(threshold))
+        return stops if self.stays is None else np.where(self.stays, len(self.layers), stops)
 
     def grid(self, points: int = GRID_POINTS) -> list[float]:
         """Thresholds for all layers, strict to loose, from the bounds alone: no row is looked at.

@@ -6,7 +6,7 @@ count for all lengths, whatever the family. Knows nothing of policies' choice or
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +74,17 @@ class FlopCounts:
     def readout(self, choices: "int | Tensor | None" = None) -> "float | Tensor":
         """Final norm and unembedding of one row over so many choices; None: the vocabulary."""
         return self.norm + self.token * (self.vocab if choices is None else choices)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists and dictionaries."""
+        return vars(self) | {"prompt": self.prompt.tolist(), "step": self.step.tolist()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        kept: dict[str, Any] = dict(value)
+        kept |= {n: torch.tensor(kept[n], dtype=torch.float64) for n in ("prompt", "step")}
+        return cls(**kept)
 
     def full(
         self, tokens: Int[Tensor, " prompts"], shared: Shared = 0

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lspade_train import tasks
 from lspade_train.errors import PolicyError, TaskError
-from lspade_train.policies.calibration import RiskKind, check_budget
+from lspade_train.policies.calibration import LEAD, RiskKind, check_budget
 from lspade_train.policies.power import most_losses, rows_to_prove, smallest_budget
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.tasks.held_out import held_out
@@ -14,9 +14,6 @@ from lspade_train.tasks.rows import to_questions
 
 if TYPE_CHECKING:
     from lspade_train.training.datamodule import HiddenStateDataModule
-
-SEQUENCES = 2
-"""Sequences of policies that `calibrate` tests, which share the error probability."""
 
 LOSSES = (0, 1, 2)
 
@@ -70,7 +67,7 @@ def plan(
         )
     side = calibration_side(data)
     rows = _count(data, side, risk)
-    level = (1 - confidence) / SEQUENCES
+    level = (1 - confidence) * LEAD  # of the most promising signal
     return Plan(
         risk=risk,
         budget=budget,

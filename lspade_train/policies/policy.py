@@ -25,6 +25,9 @@ from lspade_train.recipe import PositionIds
 FORMAT_VERSION = 1
 REMEDY = "Choose one with lspade-train calibrate."
 
+NO_GROUP = "(none)"
+"""The name of rows without a group."""
+
 Scope = Literal["vocabulary", "choices"]
 Decoder = Literal["spade", "l-spade", "logit_lens", "tuned_lens"]
 Reader = Literal["l-spade", "tuned_lens", "logit_lens"]
@@ -54,6 +57,8 @@ class ExitPolicy:
         tuned_lens_digest: the same of the tuned lens beside them, where the policy reads it.
         gate_digest: SHA-256 of `gate.safetensors`; None where the measure is not `gate`.
         gate: the learned gate itself; not a part of `policy.json`.
+        exit_groups: groups of the task whose rows may exit; every other row is answered by the full
+            model, unchecked. None: any row may exit.
         calibration: free-form record of how it was chosen, with the curve behind the choice.
 
     Raises:
@@ -73,11 +78,12 @@ class ExitPolicy:
     tuned_lens_digest: str | None = None
     gate_digest: str | None = None
     gate: Gate | None = field(default=None, compare=False, repr=False)
+    exit_groups: tuple[str, ...] | None = None
     calibration: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("threshold", "decoder"):
+        for name in ("threshold", "decoder", "exit_groups"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_words(self)
@@ -113,6 +119,25 @@ class ExitPolicy:
     def check_layers(self) -> tuple[int, ...]:
         """Layers where a check is computed: none with threshold None."""
         return self.layers if self.threshold is not None else ()
+
+    def may_exit(self, group: str | None) -> bool:
+        """Whether a row of that group may exit at all."""
+        return self.exit_groups is None or (group or NO_GROUP) in self.exit_groups
+
+    def require_no_groups(self, user: str) -> None:
+        """Refuse to serve what does not know the rows' groups.
+
+        Args:
+            user: who asks, in words.
+
+        Raises:
+            PolicyError: only rows of some groups may exit.
+        """
+        if self.exit_groups is not None:
+            raise PolicyError(
+                f"The policy lets only rows of some groups exit, and {user} does not know the "
+                "groups.\nCalibrate one with --small_groups exclude, or without --per_group."
+            )
 
     def decoder_at(self, layer: int) -> Decoder:
         """Who answers a row that stops at check layer `layer`."""
@@ -265,6 +290,10 @@ def _check_words(policy: ExitPolicy) -> None:
     record: Any = policy.calibration
     if not isinstance(digest, str | None) or not isinstance(record, dict):
         raise PolicyError(f"heads_digest must be text or null, calibration an object. {REMEDY}")
+    groups: Any = policy.exit_groups
+    named = isinstance(groups, tuple) and all(isinstance(group, str) for group in groups)
+    if groups is not None and not named:
+        raise PolicyError(f"exit_groups must be a list of names or null. {REMEDY}")
 
 
 def _check_layers(layers: Sequence[Any]) -> None:

@@ -27,18 +27,25 @@ def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str
 
 def audited(audit: "AuditState") -> str:
     """What the audit has seen, in a sentence or two."""
-    seen, until = audit.seen, (audit.updated or "")[:10]
+    seen = audit.seen
     if audit.disagreement is None:
         return f"An audit is on, without a drawn row among {seen.rows:,} so far."
     high = audit.bounds[1]
     words = (
-        f"Audited until {until}: {seen.drawn:,} of {seen.rows:,} rows in use were drawn, "
-        f"{seen.failures:,} disagreed with the full model ({audit.disagreement:.2%}; at most "
+        f"Audited {_days(audit.began, audit.updated)}: {seen.drawn:,} of {seen.rows:,} rows in "
+        f"use were drawn, {seen.failures:,} disagreed with the full model "
+        f"({audit.disagreement:.2%}; at most "
         f"{high:.2%} with {1 - audit.key.alpha:.0%} confidence; budget {audit.key.budget:.2%})."
     )
     if audit.alarm is None:
         return f"{words} No alarm."
     return f"{words} ALARM on {audit.alarm['time'][:10]}: it no longer holds for these prompts."
+
+
+def _days(first: str | None, last: str | None) -> str:
+    """Such as `from 2026-03-01 to 2026-03-05`, of two times."""
+    begin, end = (first or last or "")[:10], (last or "")[:10]
+    return f"on {end}" if begin == end else f"from {begin} to {end}"
 
 
 def _what(record: Mapping[str, Any]) -> str:
@@ -60,6 +67,14 @@ def _points(share: float) -> str:
 
 
 def _where(record: Mapping[str, Any]) -> str:
+    if record.get("audited"):
+        days = _days(record["audited"]["first"], record["audited"]["last"])
+        if _never_exits(record):
+            return f"Chosen on {record['n']:,} rows in use, which an audit drew {days}."
+        return (
+            f"for prompts drawn like the {record['n']:,} rows in use that an audit drew {days} and "
+            "that it was tested on. Nothing is promised about other prompts."
+        )
     rows = record.get("rows") or {}
     split = rows.get("split", "validation")
     half = "" if rows.get("part", "all") == "all" else f", {rows['part'].replace('_', '-')} half"
@@ -82,6 +97,12 @@ def _within(record: Mapping[str, Any]) -> str:
             f"{c['name']} ({c['n']:,} rows)" for c in found if c["kind"] == kind and not c["held"]
         ]
         plural = "s" if kind == "group" else ""
+        if out and kind == "group" and record.get("small_groups") == "never_exit":
+            words += (
+                f" Rows of other groups ({', '.join(out)}) never exit: too few rows to prove it "
+                "there."
+            )
+            out = []
         if held:
             words += f" The same holds {what}{plural if len(held) > 1 else ''} {', '.join(held)}."
         if out:

@@ -7,26 +7,120 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.optimize import isotonic_regression
 
-from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold
+from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold, pick
+from lspade_train.policies.logistic import fit_layer, folds
 
-RATES = tuple(float(rate) for rate in np.geomspace(1e-3, 0.5, 56))
+PRICES = tuple(float(price) for price in np.geomspace(2000, 0.5, 100))
+"""What one wrong answer may be worth, in forwards of the plain model."""
+SWEEPS = 4
+PENALTIES = (0.1, 3.0)
 
 
-def propose(table: ExitTable, rates: Sequence[float] = RATES) -> list[ExitRule]:
-    """One rule per rate, strict to loose, each with only the checks that pay for themselves.
-
-    At rate r every check layer stops the rows, among those that reach it, whose chance to answer
-    unlike the full model is at most r, by an isotonic fit over the confidence: all layers then
-    pay the same price at the margin, which one threshold for all of them cannot arrange.
+def propose(
+    table: ExitTable,
+    chance: Float[np.ndarray, "rows checks"],
+    prices: Sequence[float] = PRICES,
+) -> list[ExitRule]:
+    """The rule that is cheapest for each price of a wrong answer, strict to loose.
 
     Args:
-        table: rows of another split, or one half of the split (`ExitTable.rows`), as in LTT's
-            split fixed-sequence testing; the order it proposes is tested on the other rows.
-        rates: 0..1, ascending.
+        table: rows of another split than the one that is tested.
+        chance: probability that the answer at each check layer is not the full model's, as far as
+            can be told from what is checked (`chance_wrong`, or a gate's own). Not whether it is:
+            among a few thousand rows the few wrong ones leave large steps between the rules.
+        prices: of a wrong answer, in forwards of the plain model.
     """
-    return paying_rules(table, [_equal_rate(table, rate) for rate in rates])
+    rules = (cheapest(table, chance, price) for price in prices)
+    return [*dict.fromkeys(rule for rule in rules if rule is not None)]
+
+
+def cheapest(
+    table: ExitTable, chance: Float[np.ndarray, "rows checks"], price: float
+) -> ExitRule | None:
+    """Thresholds that minimise the cost of the rows and of their wrong answers.
+
+    Coordinate descent, from the last check layer down: given the others, the best threshold of
+    one layer is where the sum, over the rows that reach it in order of their doubt, of what
+    stopping saves is largest; a layer whose largest sum does not pay for its checks has none.
+
+    Args:
+        table: as for `propose`.
+        chance: as for `propose`.
+        price: of a wrong answer, in forwards of the plain model.
+
+    Returns:
+        None where no check pays.
+    """
+    costs, count = table.costs, len(table.layers)
+    unit = costs.plain.mean()
+    ends, check = (costs.reach + costs.answer) / unit, costs.check / unit
+    stop = ends[:, :count] + price * chance
+    sign = 1 if table.lower_is_sure else -1  # so that low is certain
+    doubt = sign * table.confidence
+    order = np.argsort(doubt, axis=0, kind="stable")
+    limits = np.full(count, -np.inf, dtype=doubt.dtype)
+    for _ in range(SWEEPS):
+        before = limits.copy()
+        passed = ~np.logical_or.accumulate(doubt <= limits, axis=1)
+        reached = np.column_stack([np.ones(len(table), dtype=bool), passed[:, :-1]])
+        onward = ends[:, count]
+        for place in reversed(range(count)):
+            rows = order[reached[order[:, place], place], place]
+            saved = (onward - stop[:, place])[rows]
+            limits[place] = _best_limit(doubt[rows, place], saved, check[rows, place].sum())
+            if np.isfinite(limits[place]):
+                stops = doubt[:, place] <= limits[place]
+                onward = np.where(stops, stop[:, place], onward) + check[:, place]
+        if (limits == before).all():
+            break
+    kept = np.flatnonzero(np.isfinite(limits))
+    # Rounding may take a measure past its bounds by a hair, where no policy can have a limit.
+    low, high = sorted(sign * end for end in table.bounds)
+    inside = np.clip(limits[kept], low, high)
+    if not len(kept):
+        return None
+    return ExitRule(
+        layers=tuple(table.layers[place] for place in kept),
+        threshold=tuple(float(sign * limit) for limit in inside),
+    )
+
+
+def chance_wrong(table: ExitTable, seed: int = 0) -> Float[np.ndarray, "rows checks"]:
+    """Probability that a row's answer is not the full model's, given its confidence.
+
+    A logistic regression per check layer over the measure, its root and its logarithm, each row's
+    value fitted on other rows.
+
+    Args:
+        table: rows whose full answers are known.
+        seed: of the folds.
+    """
+    certain, undecided = table.bounds
+    doubt = np.clip((table.confidence.astype(np.float64) - certain) / (undecided - certain), 0, 1)
+    wrong = table.answers != table.full_answer[:, None]
+    fold = folds(len(table), seed)
+    columns = np.stack([doubt, np.sqrt(doubt), np.log(doubt + 1e-4)], axis=-1)
+    fits = (
+        fit_layer(columns[:, place], wrong[:, place], fold, PENALTIES)
+        for place in range(len(table.layers))
+    )
+    return np.stack([fit.doubt for fit in fits], axis=1)
+
+
+def expected_risk(
+    table: ExitTable, rule: ExitRule, chance: Float[np.ndarray, "rows checks"]
+) -> float:
+    """Share of the rows whose answer a rule is expected to change.
+
+    Args:
+        table: as for `propose`, over all layers.
+        rule: over some of them.
+        chance: as for `propose`.
+    """
+    places = [table.layers.index(layer) for layer in rule.layers]
+    stops = table.at(rule.layers).exits(rule.threshold)
+    return float(pick(chance[:, places], np.zeros(len(table)), stops).mean())
 
 
 def uniform_rules(table: ExitTable) -> list[ExitRule]:
@@ -101,21 +195,19 @@ def _gains_without(
     return spared - np.bincount(at, weights=dearer, minlength=len(check))
 
 
-def _equal_rate(table: ExitTable, rate: float) -> tuple[float, ...]:
-    sign = 1 if table.lower_is_sure else -1  # so that low is certain
-    low, high = sorted(sign * end for end in table.bounds)
-    doubt = sign * table.confidence
-    thresholds: list[float] = []
-    inside = np.ones(len(table), dtype=bool)
-    for check in range(len(table.layers)):
-        signal = doubt[inside, check]
-        wrong = (table.answers[inside, check] != table.full_answer[inside]).astype(float)
-        order = np.argsort(signal, kind="stable")
-        # One more wrong row, the surest of all: a few lucky rows do not prove a rate of zero.
-        chance = np.asarray(isotonic_regression(np.r_[1.0, wrong[order]]).x)[1:]
-        sure = signal[order][chance <= rate]
-        # Rounding may take a measure past its bounds by a hair, where no policy can have a limit.
-        limit = min(max(float(sure[-1]), low), high) if len(sure) else low
-        thresholds.append(sign * limit)
-        inside &= doubt[:, check] > limit
-    return tuple(thresholds)
+def _best_limit(
+    doubt: Float[np.ndarray, " rows"], saved: Float[np.ndarray, " rows"], price: float
+) -> float:
+    """The doubt up to which to stop, -inf where nothing that is saved pays for the checks.
+
+    Args:
+        doubt: ascending.
+        saved: by stopping each row.
+        price: of the checks.
+    """
+    if not len(doubt):
+        return -np.inf
+    total = saved.cumsum()
+    total[:-1][doubt[1:] == doubt[:-1]] = -np.inf  # equal doubts stop together
+    best = int(total.argmax())
+    return float(doubt[best]) if total[best] > price else -np.inf

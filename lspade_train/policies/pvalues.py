@@ -74,18 +74,6 @@ def drop_p_value(losses: int, gains: int, n: int, budget: float) -> float:
         left, right = np.concatenate([left, middle]), np.concatenate([middle, right])
 
 
-def drop_score(losses: int, gains: int, n: int, budget: float) -> float:
-    """The statistic that `drop_p_value` rests on: the lower, the safer. Cheap, for sorting.
-
-    Args:
-        losses: as for `drop_p_value`.
-        gains: as for `drop_p_value`.
-        n: rows.
-        budget: drop tested against.
-    """
-    return float(_score(np.array(losses), np.array(gains), n, budget))
-
-
 def _score(losses: NDArray[Any], gains: NDArray[Any], n: int, budget: float) -> NDArray[Any]:
     """Tango's statistic: negative where the drop is under the budget."""
     # The gains' most likely rate if the drop were the budget: root of a quadratic.

@@ -5,41 +5,40 @@ fixed layer), over what (choices or vocabulary), who answers, and which checks p
 The proposals that no other beats are tested on validation rows. Knows nothing of the command line.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import torch
+from jaxtyping import Bool
+from numpy.typing import NDArray
 
-from lspade_train.cache import StateDataset
 from lspade_train.errors import PolicyError
-from lspade_train.policies.cached_exits import CachedExits, has_choices, read_exits
+from lspade_train.policies.cached_exits import CachedExits, has_choices
 from lspade_train.policies.calibration import (
     Calibration,
     Candidate,
     RiskKind,
     check_budget,
-    frontier,
+    error_shares,
     run_tests,
 )
-from lspade_train.policies.conditions import Conditions, groups_of
-from lspade_train.policies.exit_table import (
-    ExitRule,
-    ExitTable,
-    PolicyRow,
-    evaluate_policy,
-    oracle_saving,
+from lspade_train.policies.conditions import (
+    Conditions,
+    SmallGroups,
+    groups_of,
+    without_small,
 )
-from lspade_train.policies.gate import FittedGate, GateFitter
+from lspade_train.policies.designs import Proposals
+from lspade_train.policies.exit_table import ExitTable, PolicyRow, evaluate_policy
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
+from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
-from lspade_train.policies.proposals import propose, uniform_rules
-from lspade_train.policies.readers import Readers, available, check_readers, own_name
+from lspade_train.policies.search import Options, Search
 from lspade_train.policies.shift import exit_profile
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.measures import FIXED, GATED, find_measure
+from lspade_train.probes.measures import find_measure
 
 if TYPE_CHECKING:
     from lspade_train.training.datamodule import HiddenStateDataModule
@@ -50,8 +49,8 @@ DESIGN_ROWS = 4_000
 DROP = 0.01
 """Accuracy that may be lost where no budget is given. Ours."""
 
-SEARCHED = ("entropy", GATED, FIXED)
-"""Measures that are tried where none is asked for."""
+PAPER = Options(measure="entropy", reader="l-spade", decoder="spade", uniform=True)
+"""The paper's rule: one entropy threshold of the L-SPADE heads, SPADE answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +73,6 @@ class Selection:
     side: Side
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `calibrate` may search, as it was asked for; None searches all there is."""
-
-    measure: str | None
-    scope: Scope | None
-    reader: Reader | None
-    decoder: Decoder | None
-    seed: int
-
-
 def calibrate(
     data: "HiddenStateDataModule",
     heads: LSpadeHeads,
@@ -96,10 +84,12 @@ def calibrate(
     scope: Scope | None = None,
     reader: Reader | None = None,
     decoder: Decoder | None = None,
+    paper: bool = False,
     interval: int = 1,
     seed: int = 0,
     per_group: bool = False,
     per_depth: bool = False,
+    small_groups: SmallGroups | None = None,
 ) -> Selection:
     """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
 
@@ -114,11 +104,16 @@ def calibrate(
         scope: what a check looks at; None: the choices where every row has some.
         reader: whose logits a measure is of: l-spade or tuned_lens; None searches what is there.
         decoder: who answers at an exit; None searches spade and the heads, also layer by layer.
+        paper: the paper's rule: one entropy threshold of the L-SPADE heads for all check layers,
+            SPADE answers. In the place of `measure`, `reader` and `decoder`.
         interval: candidate check layers are every n-th layer that has a head.
         seed: of the gate's folds.
         per_group: promise the same within every group of the task that has rows enough.
         per_depth: promise the same for the rows that exit at or before each layer, where the
             training rows let expect enough of them.
+        small_groups: with `per_group`, what becomes of groups with too few rows to prove anything,
+            and of groups that are not there: `never_exit`, the full model answers their rows, or
+            `exclude`, their rows exit and the promise leaves them out. None: never_exit.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -131,13 +126,21 @@ def calibrate(
     check_budget(risk, budget, confidence)
     if measure is not None:
         find_measure(measure)
+    _check_small_groups(small_groups, per_group=per_group)
     # Refuses words that no policy knows.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
     heads = heads.bind(data.adapter)
     layers = _candidate_layers(data, heads, interval)
     side = calibration_side(data)
     tested = side.states(data)
-    asked = Options(measure=measure, scope=scope, reader=reader, decoder=decoder, seed=seed)
+    asked = Options(measure=measure, reader=reader, decoder=decoder, seed=seed)
+    if paper:
+        if asked != Options(seed=seed):
+            raise PolicyError(
+                "--paper sets the measure, the reader and the decoder itself: give it alone, or "
+                "leave it out."
+            )
+        asked = replace(PAPER, seed=seed)
     template = ExitPolicy(
         layers=layers,
         scope=scope or ("choices" if has_choices(tested) else "vocabulary"),
@@ -145,246 +148,122 @@ def calibrate(
         heads_digest=heads.digest,
         tuned_lens_digest=heads.tuned_lens.digest if heads.tuned_lens is not None else None,
     )
-    search = _Search(data, heads, template, asked)
+    search = Search(data.adapter, heads, template, asked)
     search.check_scope()
     proposing = search.read(data.stored("train", DESIGN_ROWS))
-    designs = [*search.designs(proposing)]
-    proposed = [design.candidates(proposing) for design in designs]
     rows = search.read(tested)
     groups = groups_of(tested) if per_group else {}
-    sequences: list[list[Candidate]] = []
-    chosen_from: list[_Design] = []
-    for members in _by_signal(designs):
-        kept = {id(one): place for place in members for one in proposed[place]}
-        front = frontier([one for place in members for one in proposed[place]], risk, budget)
-        origins = [designs[kept[id(one)]] for one in front]
-        chosen_from += origins
-        sequences.append(
-            [
-                Candidate(
-                    one.name,
-                    design.table(rows),
-                    one.rule,
-                    Conditions(groups=groups, proposing=one.table if per_depth else None)
-                    if per_group or per_depth
-                    else None,
-                )
-                for design, one in zip(origins, front, strict=True)
-            ]
-        )
-    tables = [design.table(rows) for design in _widest(designs)]
-    found = run_tests(sequences, tables, risk, budget, confidence)
-    record = found.to_json() | {"rows": side.to_json(), "proposed_by": len(proposing)}
-    place = next((n for n, row in enumerate(found.curve) if row is found.chosen), None)
-    policy, checked = replace(template, threshold=None), tables[0]
-    if place is not None:
-        chosen = [one for sequence in sequences for one in sequence][place]
-        checked = chosen.table.at(chosen.rule.layers)
-        policy = chosen_from[place].policy.at(chosen.rule.layers, chosen.rule.threshold)
-    record |= {"profile": exit_profile(checked, policy.threshold)}
+    chosen = choose(
+        search.propose(proposing), rows, risk, budget, confidence,
+        groups=groups, by_depth=per_depth, hold_back=small_groups != "exclude",
+    )  # fmt: skip
+    record = chosen.calibration.to_json()
+    record |= {"rows": side.to_json(), "proposed_by": len(proposing)}
+    if per_group:
+        record |= {"small_groups": small_groups or "never_exit"}
+    policy = chosen.policy or replace(template, threshold=None)
+    record |= {"profile": exit_profile(chosen.table, policy.threshold)}
     policy = replace(policy, calibration=record | {"promise": promise(record)})
-    never = evaluate_policy(tables[0], None)
-    kinds = tuple(_best_of_kinds(designs, proposed, rows, risk, budget))
-    return Selection(policy=policy, calibration=found, never=never, kinds=kinds, side=side)
+    return Selection(
+        policy=policy,
+        calibration=chosen.calibration,
+        never=evaluate_policy(chosen.widest[0], None),
+        kinds=tuple(chosen.proposals.best_of_kinds(rows, risk, budget)),
+        side=side,
+    )
 
 
 @dataclass(frozen=True)
-class _Design:
-    """One kind of policy: everything but which layers it checks and its thresholds.
+class Choice:
+    """What a test has chosen among proposals.
 
     Attributes:
-        name: in words.
-        policy: over all candidate layers.
-        readers: what its checks read.
-        fitted: its gate, with what it says of the rows that it was fitted on.
+        policy: None where the full model is to answer.
+        calibration: the test.
+        table: of the tested rows, over the chosen policy's check layers.
+        widest: tables of the tested rows over all layers, one per set of decoders.
+        proposals: what was proposed.
     """
 
-    name: str
-    policy: ExitPolicy
-    readers: tuple[str, ...]
-    fitted: FittedGate | None = None
-
-    def table(self, rows: CachedExits) -> ExitTable:
-        """What these rows, which the gate has not seen, would answer and cost."""
-        return rows.table(self.policy, self.readers)
-
-    def candidates(self, rows: CachedExits) -> list[Candidate]:
-        """Policies of this kind that the proposing rows speak for."""
-        seen = None if self.fitted is None else torch.from_numpy(self.fitted.doubt).float()
-        table = rows.table(self.policy, self.readers, seen)
-        if self.policy.measure == FIXED:
-            rules = [ExitRule(layers=(layer,), threshold=0.0) for layer in table.layers]
-        elif self.fitted is not None:
-            rules = [with_history(rule, table.layers) for rule in propose(table)]
-        else:
-            rules = [*uniform_rules(table), *propose(table)]
-        return [Candidate(self.name, table, rule) for rule in rules]
+    policy: ExitPolicy | None
+    calibration: Calibration
+    table: ExitTable
+    widest: Sequence[ExitTable]
+    proposals: Proposals
 
 
-class _Search:
-    """The kinds of policies that a task's rows and heads allow."""
-
-    def __init__(
-        self,
-        data: "HiddenStateDataModule",
-        heads: LSpadeHeads,
-        template: ExitPolicy,
-        asked: Options,
-    ) -> None:
-        self.data, self.heads, self.template, self.asked = data, heads, template, asked
-        every = available(heads)
-        del every["logit_lens"]
-        if "logit_lens" in (asked.reader, asked.decoder):
-            every["logit_lens"] = None
-        self.heads_by_name: Readers = every
-        self._gates: GateFitter | None = None
-        for word in (asked.reader, asked.decoder):
-            if word not in (None, "spade", *every):
-                raise PolicyError(
-                    f"{word} heads are not here; the given ones are {own_name(heads)}.\n"
-                    "Fit both kinds: lspade-train fit --model.target both."
-                )
-
-    def check_scope(self) -> None:
-        """Refuse heads that were fitted over the choices where the vocabulary is looked at."""
-        for word in self.heads_by_name:
-            reader = replace(self.template, reader=cast(Reader, word), decoder=cast(Decoder, word))
-            check_readers(reader, self.heads)
-
-    def read(self, rows: StateDataset) -> CachedExits:
-        """Everything that the search looks at, of some rows."""
-        measures = [self.asked.measure] if self.asked.measure else [*SEARCHED]
-        return read_exits(
-            rows,
-            self.data.adapter,
-            self.heads_by_name,
-            ("spade", *cast(list[Decoder], [*self.heads_by_name])),
-            layers=self.template.layers,
-            scope=self.template.scope,
-            measures=measures,
-        )
-
-    def designs(self, rows: CachedExits) -> Iterator[_Design]:
-        """Every kind of policy to be proposed."""
-        measures = [self.asked.measure] if self.asked.measure else SEARCHED
-        for measure in measures:
-            for decoders in self._decoders(rows):
-                if measure == FIXED:
-                    yield self._design(measure, decoders, ())
-                elif measure == GATED:
-                    yield self._gated(rows, decoders)
-                else:
-                    for reader in [self.asked.reader] if self.asked.reader else self.heads_by_name:
-                        yield self._design(measure, decoders, (reader,))
-
-    def _decoders(self, rows: CachedExits) -> list[tuple[Decoder, ...]]:
-        """Who may answer: one for all layers, or at each layer whoever agrees most."""
-        count = len(self.template.layers)
-        if self.asked.decoder is not None:
-            return [_repeated(self.asked.decoder, count)]
-        words: list[Decoder] = ["spade", *cast(list[Decoder], [*self.heads_by_name])]
-        right = np.stack(
-            [(rows.answers[word] == rows.full_answer[:, None]).double().mean(0) for word in words]
-        )
-        # Of equals the cheapest: an answer from a head runs no block above the exit.
-        best: tuple[Decoder, ...] = tuple(
-            words[len(words) - 1 - int(place)] for place in right[::-1].argmax(0)
-        )
-        every: list[tuple[Decoder, ...]] = [_repeated(word, count) for word in words]
-        return [*every, *([] if best in every else [best])]
-
-    def _gated(self, rows: CachedExits, decoders: tuple[Decoder, ...]) -> _Design:
-        layers, readers = self.template.layers, tuple(self.heads_by_name)
-        if self._gates is None:
-            features = [one.numpy() for one in rows.features(layers, readers)]
-            hidden = (rows.hidden(layer).numpy() for layer in layers)
-            self._gates = GateFitter(layers, readers, features, hidden, seed=self.asked.seed)
-        fitted = self._gates.fit(rows.wrong(layers, decoders).numpy())
-        return self._design(GATED, decoders, readers, fitted)
-
-    def _design(
-        self,
-        measure: str,
-        decoders: tuple[Decoder, ...],
-        readers: tuple[str, ...],
-        fitted: FittedGate | None = None,
-    ) -> _Design:
-        who = decoders[0] if len(set(decoders)) == 1 else "best by layer"
-        what = measure
-        if fitted is not None:
-            what = "gate"
-        elif readers and len(self.heads_by_name) > 1:
-            what = f"{readers[0]} {measure}"
-        policy = replace(
-            self.template,
-            measure=measure,
-            reader=readers[0] if len(readers) == 1 and fitted is None else None,  # pyright: ignore[reportArgumentType]
-            decoder=decoders[0] if len(set(decoders)) == 1 else decoders,
-            gate=None if fitted is None else fitted.gate,
-        )
-        return _Design(f"{what} -> {who}", policy, readers, fitted)
-
-
-def _repeated(word: Decoder, count: int) -> tuple[Decoder, ...]:
-    return tuple(word for _ in range(count))
-
-
-def with_history(rule: ExitRule, layers: Sequence[int]) -> ExitRule:
-    """Keep the check before each one of a gate, whose values it reads, with a threshold of 0.
-
-    Args:
-        rule: thresholds per layer, of the checks that pay for themselves.
-        layers: all layers that the gate was fitted for.
-    """
-    assert isinstance(rule.threshold, tuple)
-    limits = dict(zip(rule.layers, rule.threshold, strict=True))
-    for layer in rule.layers:
-        place = layers.index(layer)
-        if place:
-            limits.setdefault(layers[place - 1], 0.0)
-    kept = sorted(limits)
-    return ExitRule(layers=tuple(kept), threshold=tuple(limits[layer] for layer in kept))
-
-
-def _by_signal(designs: "Sequence[_Design]") -> list[list[int]]:
-    """Places of the designs that decide by the same signal, each group to be tested for itself.
-
-    Heads know the rows they were trained on too well, and a signal that suffers from it can head
-    the frontier of all: in a sequence of its own it spoils only that.
-    """
-    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for place, design in enumerate(designs):
-        groups.setdefault((design.policy.measure, design.readers), []).append(place)
-    return [*groups.values()]
-
-
-def _best_of_kinds(
-    designs: "Sequence[_Design]",
-    proposed: Sequence[Sequence[Candidate]],
+def choose(
+    proposals: Proposals,
     rows: CachedExits,
     risk: RiskKind,
     budget: float,
-) -> Iterator[PolicyRow]:
-    """Of every kind, what saves most within half the budget on the proposing rows."""
-    for design, candidates in zip(designs, proposed, strict=True):
-        fine: list[tuple[float, ExitRule]] = []
-        for one in candidates:
-            seen = evaluate_policy(one.table.at(one.rule.layers), one.rule.threshold, oracle=1.0)
-            cost = seen.drop if risk == "accuracy_drop" and seen.drop is not None else None
-            if (seen.disagreement if cost is None else cost) <= budget / 2:
-                fine.append((seen.compute_saved, one.rule))
-        saved, rule = max(fine, key=lambda one: one[0], default=(0.0, None))
-        if rule is not None and saved > 0:
-            table = design.table(rows)
-            row = evaluate_policy(
-                table.at(rule.layers), rule.threshold, oracle=oracle_saving(table)
-            )
-            yield replace(row, name=design.name)
+    confidence: float,
+    *,
+    groups: Mapping[str, NDArray[np.bool_]] | None = None,
+    by_depth: bool = False,
+    hold_back: bool = False,
+) -> Choice:
+    """Test proposals on rows that did not make them.
+
+    Args:
+        proposals: from `Search.propose`.
+        rows: others, drawn like those that the promise is about.
+        risk: what the budget is about.
+        budget: largest risk.
+        confidence: probability that the promise holds.
+        groups: rows of each group within which the budget must hold, too.
+        by_depth: it must hold for the rows that exit at or before each layer, too.
+        hold_back: rows of groups with too few rows to prove anything never exit.
+    """
+    tables: dict[int, ExitTable] = {}
+    sequences: list[list[Candidate]] = []
+    for sequence in proposals.sequences:
+        tested: list[Candidate] = []
+        for place, one in sequence:
+            if place not in tables:
+                tables[place] = proposals.designs[place].table(rows)
+            conditions = None
+            if groups or by_depth:
+                depths = one.table if by_depth else None
+                conditions = Conditions(groups=groups or {}, proposing=depths)
+            tested.append(replace(one, table=tables[place], conditions=conditions))
+        sequences.append(tested)
+    widest = [design.table(rows) for design in proposals.widest()]
+    shares = error_shares([[one for _, one in each] for each in proposals.sequences], budget)
+    may_exit: list[tuple[str, ...] | None] = [None for each in sequences for _ in each]
+    if groups and hold_back:
+        levels = [(1 - confidence) * share for share in shares]
+        sequences, may_exit = _hold_back(sequences, levels, groups, risk, budget)
+    found = run_tests(sequences, widest, risk, budget, confidence, shares)
+    places = [place for sequence in proposals.sequences for place, _ in sequence]
+    every = [one for sequence in sequences for one in sequence]
+    for place, one, names, row in zip(places, every, may_exit, found.curve, strict=True):
+        if row is found.chosen:
+            policy = proposals.designs[place].policy.at(one.rule.layers, one.rule.threshold)
+            policy = replace(policy, exit_groups=names)
+            return Choice(policy, found, one.table.at(one.rule.layers), widest, proposals)
+    return Choice(None, found, widest[0], widest, proposals)
 
 
-def _widest(designs: Sequence[_Design]) -> list[_Design]:
-    """One design per set of decoders: whose oracle may answer by them."""
-    return [*{design.policy.decoders: design for design in designs}.values()]
+def _hold_back(
+    sequences: Sequence[Sequence[Candidate]],
+    levels: Sequence[float],
+    groups: Mapping[str, Bool[np.ndarray, " rows"]],
+    risk: RiskKind,
+    budget: float,
+) -> tuple[list[list[Candidate]], list[tuple[str, ...] | None]]:
+    """The candidates with small groups' rows held back, and the groups that may exit in each.
+
+    A group's size decides, never its answers: the tests stay valid.
+    """
+    held: list[list[Candidate]] = []
+    names: list[tuple[str, ...] | None] = []
+    for sequence, level in zip(sequences, levels, strict=True):
+        needed = rows_to_prove(0, risk, budget, level) if sequence else 0
+        found = [without_small(one.table, groups, needed) for one in sequence]
+        held.append([replace(one, table=f[0]) for one, f in zip(sequence, found, strict=True)])
+        names += [large for _, large in found]
+    return held, names
 
 
 def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
@@ -398,6 +277,14 @@ def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKin
     if disagreement is not None:
         return "disagreement", disagreement
     return "accuracy_drop", DROP if drop is None else drop
+
+
+def _check_small_groups(asked: str | None, *, per_group: bool) -> None:
+    if asked is not None and (asked not in get_args(SmallGroups) or not per_group):
+        raise PolicyError(
+            f"--small_groups is {asked!r}; expected {' or '.join(get_args(SmallGroups))}, beside "
+            "--per_group."
+        )
 
 
 def _candidate_layers(

@@ -25,17 +25,20 @@ def exit_profile(table: ExitTable, threshold: Threshold | None) -> dict[str, Any
 
     Returns:
         `exit_counts`, exit layer -> rows (L: none exited), and `signal_quantiles`, check layer ->
-        the measure's values at `quantiles`, over all rows.
+        the measure's values at `quantiles`, over all rows that are checked.
     """
     layers = [*table.layers, table.num_layers]
     never = np.full(len(table), len(table.layers))
     stops = never if threshold is None else table.exits(threshold)
     counts = np.bincount(stops, minlength=len(layers)).tolist()
-    values = np.quantile(table.confidence.astype(float), QUANTILES, axis=0).T.tolist()
+    checked = table.confidence if table.stays is None else table.confidence[~table.stays]
+    values = np.quantile(checked.astype(float), QUANTILES, axis=0).T if len(checked) else []
     return {
         "exit_counts": dict(zip(map(str, layers), counts, strict=True)),
         "quantiles": list(QUANTILES),
-        "signal_quantiles": dict(zip(map(str, table.layers), values, strict=True)),
+        "signal_quantiles": {
+            str(layer): row.tolist() for layer, row in zip(table.layers, values, strict=False)
+        },
     }
 
 

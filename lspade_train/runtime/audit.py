@@ -7,15 +7,17 @@ and the test of `policies/sequential.py` may be looked at after each of them.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lspade_train.errors import AuditError
@@ -28,12 +30,14 @@ from lspade_train.policies.audit import (
     default_budget,
     policy_digest,
 )
+from lspade_train.policies.audited_rows import AuditedRow, utc_now
 from lspade_train.policies.exit_table import take
 from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.runtime.batching import Query, shared_batches
-from lspade_train.runtime.decide import BatchRun, Decision, Probe, answers
+from lspade_train.runtime.batching import Query, batches
+from lspade_train.runtime.decide import Decision, Probe, answered
+from lspade_train.runtime.trace import trace, trace_flops
 
 OnAlarm = Literal["warn", "never_exit"]
 
@@ -100,7 +104,7 @@ class Auditor:
     ) -> None:
         self.audit, self.adapter, self.policy = audit, adapter, policy
         self.tokens = tokens_per_batch
-        self.full = Probe(adapter, None, ExitPolicy(layers=(), scope=policy.scope))
+        self.probe = Probe(adapter, heads, policy)
         key = AuditKey(
             policy=policy_digest(policy),
             heads=heads.digest if heads is not None else None,
@@ -114,6 +118,7 @@ class Auditor:
         self._coin = np.random.default_rng(entropy)
         self._guard = threading.RLock()  # the callback may ask for the state
         self._waiting = Seen()
+        self._rows: list[AuditedRow] = []
         self._written = time.monotonic()
         self._told = self._failing = False
         self._tell(self.file.state)
@@ -149,13 +154,12 @@ class Auditor:
         """
         if not queries:
             return
-        seen = (
-            Seen(unaudited=len(queries))
-            if full
-            else self._audited(queries, decisions, shared or {})
-        )
+        seen, rows = Seen(unaudited=len(queries)), []
+        if not full:
+            seen, rows = self._audited(queries, decisions, shared or {})
         with self._guard:
             self._waiting += seen
+            self._rows += rows
             due = time.monotonic() - self._written >= self.audit.seconds_between_writes
             if not seen.drawn and not due:
                 return
@@ -177,8 +181,9 @@ class Auditor:
 
     def _flush(self) -> AuditState:
         if self._waiting != Seen():
-            state = self.file.add(self._waiting)
-            self._waiting, self._failing = Seen(), False
+            flops = self._counts.to_json() if self._counts else None
+            state = self.file.add(self._waiting, self._rows, flops)
+            self._waiting, self._rows, self._failing = Seen(), [], False
             self._tell(state)
         self._written = time.monotonic()
         return self.file.state
@@ -206,52 +211,86 @@ class Auditor:
         queries: Sequence[Query],
         decisions: Mapping[int, Decision],
         shared: Mapping[int, int],
-    ) -> Seen:
+    ) -> tuple[Seen, list[AuditedRow]]:
+        """The rows' counts, and what was learnt of the drawn ones."""
         with self._guard:
             heads_up = self._coin.random(len(queries)) < self.audit.rate
         drawn = [query for query, coin in zip(queries, heads_up, strict=True) if coin]
         exited = [query for query in drawn if decisions[query.index].exited]
         layers = [decisions[query.index].layer for query in queries]
-        plain, spent = self._flops(queries, layers, [shared.get(q.index, 0) for q in queries])
-        again = {query.index for query in exited}
-        audit = sum(p for q, p in zip(queries, plain, strict=True) if q.index in again)
-        return Seen(
+        plain, spent, again = self._flops(
+            queries, layers, [shared.get(query.index, 0) for query in queries]
+        )
+        traced = {query.index for query in exited}
+        places = [place for place, query in enumerate(queries) if query.index in traced]
+        found, failures = self._traced(exited, decisions)
+        now = utc_now()
+        rows = [
+            AuditedRow(
+                tokens=len(query.ids),
+                choices=None if query.choices is None else len(query.choices),
+                group=query.group,
+                time=now,
+                **found.get(query.index, {}),
+            )
+            for query in drawn
+        ]
+        seen = Seen(
             rows=len(queries),
             exited=sum(decision.exited for decision in decisions.values()),
             exits={layer: layers.count(layer) for layer in sorted(set(layers))},
             drawn=len(drawn),
             audited=len(exited),
-            failures=self._failures(exited, decisions),
-            flops=(sum(plain), sum(spent), audit),
+            failures=failures,
+            flops=(float(plain.sum()), float(spent.sum()), float(again[places].sum())),
         )
+        return seen, rows
 
-    @torch.no_grad()
-    def _failures(self, queries: Sequence[Query], decisions: Mapping[int, Decision]) -> int:
-        """How many the full model answers otherwise, or cannot answer (NaN)."""
+    def _traced(
+        self, queries: Sequence[Query], decisions: Mapping[int, Decision]
+    ) -> tuple[dict[int, dict[str, Any]], int]:
+        """What each row's checks read and whether its answers agree, by its index; failures.
+
+        A failure is a row that the full model answers otherwise, or cannot answer (NaN). All
+        answers of such a row count as disagreeing where the model cannot answer.
+        """
+        found: dict[int, dict[str, Any]] = {}
         failures = 0
-        for batch in shared_batches(queries, self.tokens, self.adapter):
-            outcome = BatchRun(self.full, batch).run()
-            broken = (outcome.logits.isnan() | (outcome.logits == torch.inf)).any(-1).tolist()
-            found = answers(outcome, batch, self.full.policy, self.adapter.num_layers)
-            for query, bad, one in zip(batch.queries, broken, found, strict=True):
-                failures += bad or one.token_id != decisions[query.index].token_id
-        return failures
+        # Every check layer's answer may be one more row beside each prompt.
+        tokens = max(1, self.tokens // (1 + len(self.policy.check_layers)))
+        for batch in batches(queries, tokens, self.adapter.device):
+            seen = trace(self.probe, batch)
+            same = (seen.answers[:, :-1] == seen.answers[:, -1:]) & ~seen.broken[:, None]
+            values = [[v if math.isfinite(v) else None for v in r] for r in seen.values.tolist()]
+            for place, query in enumerate(batch.queries):
+                agrees = tuple(map(bool, same[place].tolist()))
+                found[query.index] = {"values": tuple(values[place]), "agrees": agrees}
+                full = answered(query, int(seen.answers[place, -1]))
+                broken = bool(seen.broken[place])
+                failures += broken or full != decisions[query.index].token_id
+        return found, failures
 
     def _flops(
         self, queries: Sequence[Query], layers: Sequence[int], shared: Sequence[int]
-    ) -> tuple[list[float], list[float]]:
-        """Each row's operations with the full model, and with the policy, without padding."""
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Each row's operations with the full model, with the policy, and in the audit's trace.
+
+        Without padding. The trace runs whole prompts.
+        """
         if self._counts is None:
             self._counts = count_flops(self.adapter, self._heads)
         lengths, before = torch.tensor([len(q.ids) for q in queries]), torch.tensor(shared)
         checks = self.policy.check_layers
         if not checks:
-            plain = self._counts.full(lengths, before).tolist()
-            return plain, plain
+            plain = self._counts.full(lengths, before).numpy()
+            return plain, plain, self._counts.full(lengths).numpy()
         width: Tensor | None = None
         if self.policy.scope == "choices":
             width = torch.tensor([len(query.choices or ()) for query in queries])
         costs = cost_parts(self._counts, lengths, self.policy, choices=width, shared=before)
         stages = [*checks, self.adapter.num_layers]
         places = np.array([stages.index(layer) for layer in layers])
-        return costs.plain.tolist(), take(costs.stops(), places).tolist()
+        held = np.array([not self.policy.may_exit(query.group) for query in queries])
+        spent = np.where(held, costs.plain, take(costs.stops(), places))
+        whole = cost_parts(self._counts, lengths, self.policy, choices=width)
+        return costs.plain, spent, trace_flops(whole)

@@ -6,8 +6,8 @@ sliding windows and ALiBi. The start token is the prompt's first token: BOS wher
 one, else the first token of the text.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
 from lspade_train.models import ModelAdapter, length_batches, prefix_refusal, shared_groups
+from lspade_train.models.labels import Fork, Paths, conflict
 from lspade_train.models.tokenization import resolve_choices, shared_start, tokenize
 
 MAX_ROWS = 256  # logits of short prompts are the largest tensor: rows x V in fp32
 
 Prompt = str | Sequence[int]
-Choices = Sequence[str] | Sequence[int]
+Choices = Sequence[str] | Sequence[int] | Mapping[str, Sequence[int]]
+"""Texts, token ids, or label -> its tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,31 @@ class Query:
 
     Attributes:
         index: its place in the user's list.
-        ids: token ids, start token first.
-        choices: label -> token id; None: any token may be the answer.
+        ids: token ids, start token first, up to where the choices part.
+        choices: label -> token id; None: any token may be the answer. Labels that go on with the
+            same token stand under the first of them.
+        fork: where labels of several tokens part; None where each choice is one token.
+        group: subgroup of the task that the prompt belongs to; None: none, or not known.
     """
 
     index: int
     ids: tuple[int, ...]
     choices: dict[str, int] | None
+    fork: Fork | None = None
+    group: str | None = None
+
+    @classmethod
+    def at(cls, index: int, ids: Sequence[int], fork: Fork) -> "Query":
+        """The query that decides which of a fork's options follows `ids`."""
+        choices = {next(iter(labels)): token for token, labels in fork.options.items()}
+        return cls(index, (*ids, *fork.shared), choices, fork)
+
+    def behind(self, token: int) -> "Query | None":
+        """The next step, where `token` leaves several labels to decide among."""
+        fork = None if self.fork is None else self.fork.behind(token)
+        if fork is None:
+            return None
+        return replace(Query.at(self.index, (*self.ids, token), fork), group=self.group)
 
 
 @dataclass(frozen=True)
@@ -89,14 +109,14 @@ def encode(
 
     Args:
         prompts: texts, or token ids with the start token first.
-        choices: the same for all prompts, one list per prompt, or None. A choice is a text that
-            is one token behind its prompt, or a token id.
+        choices: the same for all prompts, one list per prompt, or None. A choice is a text, or a
+            token id; or they are label -> its tokens.
         adapter: the model.
         tokenizer: needed for texts.
         new_tokens: tokens to be generated, which the context must hold too.
 
     Raises:
-        TaskError: an empty prompt, one over the context, or a choice that is not one token.
+        TaskError: an empty prompt, one over the context, or choices that no token tells apart.
     """
     _refuse_text(prompts, choices)
     per_prompt = _choices_of_each(prompts, choices)
@@ -107,8 +127,12 @@ def encode(
         name = "The prompt" if len(prompts) == 1 else f"Prompt {index + 1} of {len(prompts)}"
         ids = tuple(next(tokenized) if isinstance(prompt, str) else map(int, prompt))
         _check_ids(name, () if prompt == "" else ids, adapter, new_tokens)
-        found = None if labels is None else _resolve(name, prompt, labels, tokenizer)
-        queries.append(Query(index, ids, found))
+        if labels is None:
+            queries.append(Query(index, ids, None))
+            continue
+        paths = _resolve(name, prompt, labels, tokenizer)
+        _check_ids(name, ids, adapter, max(map(len, paths.values())) - 1)
+        queries.append(Query.at(index, ids, Fork.of(paths)))
     return queries
 
 
@@ -212,7 +236,7 @@ def _choices_of_each(
 ) -> Sequence[Choices | None]:
     if choices is None:
         return [None] * len(prompts)
-    if choices and isinstance(choices[0], str | int):
+    if isinstance(choices, Mapping) or (choices and isinstance(choices[0], str | int)):
         return [choices] * len(prompts)  # type: ignore[list-item]
     if len(choices) != len(prompts):
         raise TaskError(
@@ -240,21 +264,31 @@ def _check_ids(name: str, ids: tuple[int, ...], adapter: ModelAdapter, new_token
 
 def _resolve(
     name: str, prompt: Prompt, labels: Choices, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, int]:
+) -> Paths:
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise TaskError(f"{name} has choices {list(labels)}; expected two or more, each once.")
+    if isinstance(labels, Mapping):
+        return _checked(name, {label: tuple(map(int, path)) for label, path in labels.items()})
     if isinstance(labels[0], int):
         # Ids are their own labels: two tokens may decode to one text.
-        return {str(token): token for token in labels}  # type: ignore[misc]
+        return {str(token): (token,) for token in labels}  # type: ignore[misc]
     known = _needed(tokenizer)
     text = (
         prompt if isinstance(prompt, str) else known.decode(list(prompt), skip_special_tokens=True)
     )
     try:
-        found = resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
+        return resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
     except TaskError as cause:
         raise TaskError(f"{name}: {str(cause).splitlines()[0]}") from cause
-    return dict(zip(labels, found, strict=True))  # type: ignore[arg-type]
+
+
+def _checked(name: str, paths: Paths) -> Paths:
+    """Labels given as tokens, each with some, and none of which begins another."""
+    bare = next((f"{label!r} has no tokens" for label, path in paths.items() if not path), None)
+    fault = bare or conflict([*paths], paths)
+    if fault is not None:
+        raise TaskError(f"{name}: {fault}; expected tokens that tell its choices apart.")
+    return paths
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

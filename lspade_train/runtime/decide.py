@@ -4,6 +4,7 @@ Paper v2 calls it SimExit. Every block runs at most twice per batch: once on the
 once on all rows that have left, a single token each. Knows nothing of text or files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,13 +28,16 @@ class Decision:
     """The answer to one prompt.
 
     Attributes:
-        token_id: the answer, the most probable choice or token.
+        token_id: the answer, the most probable choice or token; of a label of several tokens the
+            one that decided.
         text: its label, or its text; None without a tokenizer.
-        layer: where the prompt stopped; L is the full model.
+        layer: where the prompt stopped; L is the full model. Of several steps the highest.
         entropy: nats over the policy's scope: the check's where the prompt stopped, the model's
-            own where it ran through.
-        exited: whether it stopped below L.
-        scores: label -> probability among the choices; None without choices.
+            own where it ran through. Of several steps the largest.
+        exited: whether it, or every step of it, stopped below L.
+        scores: label -> probability among the choices; None without choices. Labels that begin
+            alike, and that the steps passed by, share the probability of their beginning evenly.
+        steps: where each step stopped, if there were several.
     """
 
     token_id: int
@@ -42,6 +46,11 @@ class Decision:
     entropy: float
     exited: bool
     scores: dict[str, float] | None
+    steps: tuple[int, ...] = ()
+
+
+Step = tuple[Query, Decision]
+"""What a step of an answer asked, and what it decided."""
 
 
 @dataclass(frozen=True)
@@ -288,16 +297,66 @@ def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> lis
         policy: whose scope the logits are over.
         top: L.
     """
-    logits = outcome.logits.float()
-    if batch.choice_ids is not None and policy.scope == "vocabulary":
-        ids = batch.choice_ids.to(logits.device)
-        real = batch.choice_mask.to(logits.device)  # type: ignore[union-attr]
-        logits = logits.gather(1, ids).masked_fill(~real, -torch.inf)
+    logits = answer_logits(outcome.logits, batch, policy)
     best = logits.argmax(-1).tolist()
     scores = logits.softmax(-1).tolist() if batch.choice_ids is not None else [None] * len(best)
     layers, entropies = outcome.layers.tolist(), outcome.entropy.tolist()
     rows = zip(batch.queries, best, scores, layers, entropies, strict=True)
     return [_decision(*row, top=top) for row in rows]
+
+
+def join(steps: Sequence[Step]) -> Decision:
+    """One decision of the steps of a prompt's answer, in their order."""
+    last = steps[-1][1]
+    scores = last.scores
+    if any(query.fork is not None and query.fork.walked for query, _ in steps):
+        scores = _shares(steps)
+    if len(steps) == 1:
+        return replace(last, scores=scores)
+    layers = tuple(decision.layer for _, decision in steps)
+    return replace(
+        last,
+        layer=max(layers),
+        entropy=max(decision.entropy for _, decision in steps),
+        exited=all(decision.exited for _, decision in steps),
+        scores=scores,
+        steps=layers,
+    )
+
+
+def _shares(steps: Sequence[Step]) -> dict[str, float]:
+    """Probability of every label: of its steps as far as they were taken."""
+    shares: dict[str, float] = {}
+    reached = 1.0
+    for query, decision in steps:
+        assert query.fork is not None and decision.scores is not None  # noqa: PT018
+        for labels, p in zip(query.fork.options.values(), decision.scores.values(), strict=True):
+            shares |= dict.fromkeys(labels, reached * p / len(labels))
+        reached *= decision.scores[decision.text or ""]
+    return shares
+
+
+def answer_logits(
+    logits: Float[Tensor, "rows tokens"], batch: Batch, policy: ExitPolicy
+) -> Float[Tensor, "rows answers"]:
+    """What may be answered: each row's choices where it has some, else the vocabulary; fp32.
+
+    Args:
+        logits: over the policy's scope.
+        batch: the rows.
+        policy: whose scope it is.
+    """
+    logits = logits.float()
+    if batch.choice_ids is None or policy.scope == "choices":
+        return logits
+    ids = batch.choice_ids.to(logits.device)
+    real = batch.choice_mask.to(logits.device)  # type: ignore[union-attr]
+    return logits.gather(1, ids).masked_fill(~real, -torch.inf)
+
+
+def answered(query: Query, place: int) -> int:
+    """The token that a place among the answers stands for."""
+    return place if query.choices is None else [*query.choices.values()][place]
 
 
 def _decision(
@@ -308,7 +367,7 @@ def _decision(
         return Decision(best, None, layer, nats, exited, None)
     label = list(query.choices)[best]
     named = dict(zip(query.choices, scores, strict=False))  # padding follows the choices
-    return Decision(query.choices[label], label, layer, nats, exited, named)
+    return Decision(answered(query, best), label, layer, nats, exited, named)
 
 
 def _translated(

@@ -1,6 +1,6 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from lspade_train.runtime.batching import (
     encode_prefix,
     shared_batches,
 )
-from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
+from lspade_train.runtime.decide import Decision, Probe, Step, answers, decide_batch, join
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class ExitRuntime:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.probe = Probe(self.adapter, self.heads, policy)
+        self.full = Probe(self.adapter, None, ExitPolicy(layers=(), scope=policy.scope))
         self._bound = self.adapter.refresh()
         beside = None if heads is None else heads.tuned_lens
         digest = None if heads is None else heads.digest
@@ -87,31 +88,58 @@ class ExitRuntime:
         prompts: Sequence[Prompt],
         choices: Choices | Sequence[Choices | None] | None = None,
         *,
+        groups: Sequence[str | None] | None = None,
         prefix: Prompt | None = None,
     ) -> list[Decision]:
-        """One token for each prompt, with as few blocks as the policy allows.
+        """One answer for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
         without BOS takes the prompt's first token as the start token. What prompts of a call have
         in common at their beginning is run once where that saves some hundred tokens, and its keys
         and values are kept for later calls with the same beginning.
 
+        A choice of several tokens is decided at the first that tells it from the others, as in
+        constrained decoding. Choices that begin alike are one option there; if it is taken, its
+        tokens join the prompt and the next step decides among them, by the same policy.
+
         Args:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
-                prompt, or None for the whole vocabulary. Texts of one token, or token ids.
+                prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
+            groups: each prompt's subgroup of the task; needed where the policy lets only some
+                groups exit (`exit_groups`). The full model answers the others.
             prefix: what every prompt begins with, as text or token ids like the prompts, to be
                 run once also where a call has a single prompt; None finds it.
 
         Raises:
-            TaskError: an empty prompt, one over the context, a choice that is not one token, a
+            PolicyError: a policy that needs groups, without any.
+            TaskError: an empty prompt, one over the context, choices that no token tells apart, a
                 prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
             UnsupportedModelError: the model has changed and can no longer be driven.
             NumericsError: NaN logits.
         """
         with self.adapter.steady():
-            return self._decide(prompts, choices, prefix)
+            self._follow_model()
+            queries = encode(prompts, choices, self.adapter, self.tokenizer)
+            self._check_scope(queries)
+            queries = self._with_groups(queries, groups)
+            stopped = self.auditor is not None and self.auditor.stopped
+            start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
+            may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
+            free = {query.index for query in may}
+            rest = [query for query in queries if query.index not in free]
+            walked = [*self._walk(self.probe, may, start), *self._walk(self.full, rest, start)]
+        walked.sort(key=lambda one: one[0][0].index)  # stable: a prompt's steps stay in order
+        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
+            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(walked)]
+            found = {n: decision for n, ((_, decision), _) in enumerate(walked)}
+            shared = {n: tokens for n, (_, tokens) in enumerate(walked)}
+            self.auditor.observe(asked, found, full=stopped, shared=shared)
+        by_prompt: list[list[Step]] = [[] for _ in prompts]
+        for (query, decision), _ in walked:
+            by_prompt[query.index].append((query, decision))
+        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
     def generate(
         self,
@@ -153,29 +181,20 @@ class ExitRuntime:
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
 
-    def _decide(
-        self,
-        prompts: Sequence[Prompt],
-        choices: Choices | Sequence[Choices | None] | None,
-        prefix: Prompt | None,
-    ) -> list[Decision]:
-        self._follow_model()
-        queries = encode(prompts, choices, self.adapter, self.tokenizer)
-        self._check_scope(queries)
-        probe = self.auditor.full if self.auditor and self.auditor.stopped else self.probe
-        start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
-        found: dict[int, Decision] = {}
-        shared: dict[int, int] = {}
-        for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
-            outcome = decide_batch(probe, batch)
-            decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
-            for query, decision in zip(batch.queries, decisions, strict=True):
-                found[query.index] = self._worded(decision)
-                shared[query.index] = batch.shared
-        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            full = probe is not self.probe
-            self.auditor.observe(queries, found, full=full, shared=shared)
-        return [found[index] for index in range(len(prompts))]
+    def _walk(
+        self, probe: Probe, queries: list[Query], start: Sequence[int] | None
+    ) -> Iterator[tuple[Step, int]]:
+        """Each step of each query, its steps in their order, and how many tokens were shared."""
+        while queries:
+            deeper: list[Query] = []
+            for batch in shared_batches(queries, self.tokens_per_batch, self.adapter, start):
+                outcome = decide_batch(probe, batch)
+                decisions = answers(outcome, batch, self.policy, self.adapter.num_layers)
+                for query, decision in zip(batch.queries, decisions, strict=True):
+                    yield (query, decision), batch.shared
+                    following = query.behind(decision.token_id)
+                    deeper += [] if following is None else [following]
+            queries = deeper
 
     def _require_heads(self) -> None:
         """Refuse heads that the policy needs and that are not there, before anything runs."""
@@ -189,6 +208,22 @@ class ExitRuntime:
         for heads in (self.probe.readers | self.probe.answerers).values():
             for layer in policy.check_layers if heads is not None else ():
                 heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _with_groups(
+        self, queries: Sequence[Query], groups: Sequence[str | None] | None
+    ) -> list[Query]:
+        """The queries with their groups."""
+        if groups is None:
+            if self.policy.exit_groups is not None:
+                raise PolicyError(
+                    "The policy lets only rows of some groups exit "
+                    f"({', '.join(self.policy.exit_groups) or 'none'}): give each prompt's group "
+                    "(groups=...), or calibrate one with --small_groups exclude."
+                )
+            return [*queries]
+        if len(groups) != len(queries):
+            raise TaskError(f"{len(groups)} groups for {len(queries)} prompts. Give one each.")
+        return [replace(query, group=g) for query, g in zip(queries, groups, strict=True)]
 
     def _follow_model(self) -> None:
         """See whether the heads still belong to the model, where it has changed."""

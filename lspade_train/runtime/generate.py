@@ -187,8 +187,9 @@ def check_sampling(
     """Refuse settings out of range.
 
     Raises:
-        PolicyError: a setting out of range, or a policy of scope `choices`.
+        PolicyError: a setting out of range, or a policy of scope `choices` or of some groups.
     """
+    policy.require_no_groups("generate")
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise PolicyError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: expected "

@@ -4,7 +4,7 @@ Knows nothing of files, recipes or the command line.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from lspade_train.io.text import parse_object, require_text
 from lspade_train.runtime.decide import Decision
 from lspade_train.runtime.exit_runtime import ExitRuntime
 from lspade_train.tasks.asking import Asked
+from lspade_train.tasks.base import group_of
 
 Row = dict[str, Any]
 
@@ -56,7 +57,12 @@ class RawPrompts:
         texts = None if choices is None else tuple(choices)
         if isinstance(answer, int) and texts and answer in range(len(texts)):
             answer = texts[answer]
-        return Asked(prompt, texts=texts, answer=None if answer is None else str(answer))
+        return Asked(
+            prompt,
+            texts=texts,
+            answer=None if answer is None else str(answer),
+            group=group_of(row),
+        )
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ def predict_lines(
         window: lines held, and batched, at a time.
 
     Yields:
-        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores; answer
-        and correct where the row says the right answer.
+        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores; steps
+        where there were several; answer and correct where the row says the right answer.
     """
     ask = RawPrompts() if ask is None else ask
     numbered = ((n, line.rstrip("\n")) for n, line in enumerate(lines, 1) if line.strip())
@@ -149,7 +155,10 @@ def _answer(lines: list[Line], runtime: ExitRuntime) -> Iterator[Row]:
         if isinstance(result, LSpadeError):
             yield line.echo | {"error": str(result)}
         else:
-            yield line.echo | vars(result) | _marked(result, line.asked)
+            said = {**vars(result), "steps": [*result.steps]}
+            if not result.steps:
+                del said["steps"]
+            yield line.echo | said | _marked(result, line.asked)
 
 
 def _marked(decision: Decision, asked: Asked | None) -> Row:
@@ -165,20 +174,11 @@ def _decide(asked: list[Asked], runtime: ExitRuntime) -> list[Decision | LSpadeE
     if not asked:
         return []
     try:
-        choices = [one.texts if one.choices is None else [*one.choices.values()] for one in asked]
-        decisions = runtime.decide([one.prompt for one in asked], choices)
-        return [_named(d, one.choices) for d, one in zip(decisions, asked, strict=True)]
+        choices = [one.texts if one.choices is None else one.choices for one in asked]
+        groups = [one.group for one in asked]
+        return [*runtime.decide([one.prompt for one in asked], choices, groups=groups)]
     except LSpadeError as cause:
         if len(asked) == 1:
             return [cause]
     middle = len(asked) // 2
     return _decide(asked[:middle], runtime) + _decide(asked[middle:], runtime)
-
-
-def _named(decision: Decision, choices: dict[str, int] | None) -> Decision:
-    """A decision among token ids, under the names of the answers that they are."""
-    if choices is None:
-        return decision
-    names = {token: name for name, token in choices.items()}
-    scores = {names[int(token)]: p for token, p in (decision.scores or {}).items()}
-    return replace(decision, text=names[decision.token_id], scores=scores)

@@ -8,7 +8,7 @@ from lspade_train.models.tokenization import resolve_choices, tokenize
 from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Split, Task
 from lspade_train.tasks.encoding import encode
 from lspade_train.tasks.identity import identity
-from lspade_train.tasks.registry import TASKS
+from lspade_train.tasks.registry import TASKS, register_task
 from lspade_train.tasks.rows import (
     evaluation_split,
     load_rows,
@@ -30,6 +30,7 @@ __all__ = [
     "evaluation_split",
     "identity",
     "load_rows",
+    "register_task",
     "require_choices",
     "require_splits",
     "resolve_choices",

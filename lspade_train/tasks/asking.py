@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
+from lspade_train.models.labels import Fork, Paths
 from lspade_train.models.tokenization import choose_prefix, tokenize
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks.base import Question, Record
@@ -24,15 +25,17 @@ class Asked:
 
     Args:
         prompt: text, or token ids with the start token first.
-        choices: answer -> its token; None: any token may be the answer.
+        choices: answer -> its tokens behind the prompt; None: any token may be the answer.
         texts: answers in text that the runtime is to resolve itself; None where `choices` says it.
         answer: the right answer; None where the row has none.
+        group: subgroup of the task; "" for none.
     """
 
     prompt: str | tuple[int, ...]
-    choices: dict[str, int] | None = None
+    choices: Paths | None = None
     texts: tuple[str, ...] | None = None
     answer: str | None = None
+    group: str = ""
 
 
 class Asker:
@@ -81,21 +84,25 @@ class Asker:
             row: as the task's data has it, answer optional, or `{"question", "choices"}`.
 
         Raises:
-            TaskError: the row does not fit, or an answer is not one token.
+            TaskError: the row does not fit, or its answers cannot be told apart by their tokens.
         """
         try:
             question = self._question(row)
         except ROW_FAULTS as error:
             raise TaskError(f"The row does not fit {self.task.name}: {error}. {RAW}") from error
-        answers = question.labels or tuple(filter(None, [question.answer])) or self.shown
-        prefix, ids = "", ()
-        if answers:
-            prefix, ids = choose_prefix(
-                self.tokenizer, lambda text: self.prompter(question, text), answers, self.prefix
+        free = tuple(filter(None, [question.answer])) or self.shown
+        lists = [question.labels] if question.labels else [(answer,) for answer in free]
+        prefix, paths = "", {}
+        if lists:
+            prefix, paths = choose_prefix(
+                self.tokenizer, lambda text: self.prompter(question, text), lists, self.prefix
             )
         (tokens,) = tokenize(self.tokenizer, [self.prompter(question, prefix)])
-        choices = dict(zip(answers, ids, strict=True)) if question.labels else None
-        return Asked(tuple(tokens), choices, answer=question.answer)
+        if not question.labels:
+            return Asked(tuple(tokens), answer=question.answer, group=question.group)
+        shared = Fork.of(paths).shared
+        rest = {label: path[len(shared) :] for label, path in paths.items()}
+        return Asked((*tokens, *shared), rest, answer=question.answer, group=question.group)
 
     def _question(self, row: Record) -> Question:
         columns = {n: c for n, c in (self.config.columns or {}).items() if c in row}

@@ -36,6 +36,12 @@ class Question:
         return self.fields.get("question") or self.fields["prompt"]
 
 
+def group_of(row: Record) -> str:
+    """The subgroup that a row names under `group`, or else `difficulty`; "" for none."""
+    group = row.get("difficulty") if row.get("group") is None else row["group"]
+    return "" if group is None else str(group)
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set's columns, and how a row of them becomes a question.
@@ -83,13 +89,13 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised prompt.
+    """One tokenised prompt: what the model reads where an answer, or a step of it, is decided.
 
     Args:
-        input_ids: prompt tokens, BOS included, answer not included.
+        input_ids: prompt tokens, BOS included, and those of the answer that are decided already.
         positions: answer positions, indices into `input_ids`; the last one for a question.
         answer_ids: right token at each position; None where the row has no label.
-        choice_ids: candidate answer tokens in the order of the labels; () for any token.
+        choice_ids: candidate tokens in the order of the labels; () for any token.
         row: place of the data row it comes from, from 0.
         group: subgroup that results are broken down by; "" for none.
     """
@@ -107,14 +113,16 @@ class Encoded:
     """A tokenised split.
 
     Args:
-        examples: in the order of the rows.
+        examples: in the order of the rows; several for a row whose answer takes several steps.
         skipped: rows left out: longer than the model's context, or too short for one position.
         prefix: text between prompt and answer that every label was resolved with; "" for text.
+        labels: how labels of several tokens are decided, in words; "" where each is one token.
     """
 
     examples: list[Example]
     skipped: int
     prefix: str
+    labels: str = ""
 
 
 def multiple_choice(

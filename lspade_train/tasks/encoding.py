@@ -1,15 +1,16 @@
-"""Rows to tokenised prompts with one-token answers."""
+"""Rows to tokenised prompts: one for each step in which a row's answer is decided."""
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import TaskError
-from lspade_train.models.tokenization import choose_prefix, shared_start, tokenize
+from lspade_train.models.labels import Fork, Paths, shared_start
+from lspade_train.models.tokenization import choose_prefix, tokenize
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks.base import Encoded, Example, Question, Rows
 from lspade_train.tasks.prompts import Prompter
@@ -35,8 +36,9 @@ def encode(
         max_length: tokens that the model reads.
 
     Raises:
-        TaskError: a prompt is longer than `max_length` (with `overlong: error`), none is left, an
-            answer is not one token behind its prompt, or the template or chat settings do not fit.
+        TaskError: a prompt is longer than `max_length` (with `overlong: error`), none is left,
+            answers cannot be told apart by their tokens, a row whose answer takes several steps
+            has none, or the template or chat settings do not fit.
     """
     if find_task(config.task).to_question is None:
         encoded = encode_text(config.text, rows, tokenizer, max_length)
@@ -51,8 +53,10 @@ def encode(
     if encoded.skipped:
         log.warning(
             "%s: %d of %d rows skipped: too long for the model, or too short for a position",
-            rows.split, encoded.skipped, encoded.skipped + len(encoded.examples),
+            rows.split, encoded.skipped, len(rows.records),
         )  # fmt: skip
+    if encoded.labels:
+        log.info("%s: %s", rows.split, encoded.labels)
     return encoded
 
 
@@ -64,13 +68,13 @@ class Rendered:
         questions: one per row.
         prompts: their prompts, each up to where `prefix` and an answer would follow.
         prefix: text between prompt and answer that every label was resolved with.
-        token_of: answer string -> its token.
+        paths: answer string -> its tokens.
     """
 
     questions: list[Question]
     prompts: list[str]
     prefix: str
-    token_of: dict[str, int]
+    paths: Paths
 
     @property
     def digest(self) -> str:
@@ -85,23 +89,23 @@ def render(config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -
     """Write the prompts of a split of questions.
 
     Raises:
-        TaskError: the template or chat settings do not fit, or an answer is not one token.
+        TaskError: the template or chat settings do not fit, or answers cannot be told apart.
     """
     task = find_task(config.task)
     questions = to_questions(config, rows)
     prompter = Prompter(config.prompt, task.template, tokenizer, shot_questions(config, rows))
     # Every label of the task, also those that this split has no use for: all splits of a task
     # must settle on the same prefix.
-    answers = [answer for q in questions for answer in (*q.labels, q.answer) if answer is not None]
-    labels = tuple(dict.fromkeys([*labels_of(config, task), *answers]))
-    prefix, ids = choose_prefix(
+    free = [(q.answer,) for q in questions if q.answer is not None and not q.labels]
+    lists = dict.fromkeys([labels_of(config, task), *(q.labels for q in questions), *free])
+    prefix, paths = choose_prefix(
         tokenizer,
         lambda prefix: prompter(questions[0], prefix),
-        labels,
+        [labels for labels in lists if labels],
         config.prompt.answer_prefix,
     )
     prompts = [prompter(question, prefix) for question in questions]
-    return Rendered(questions, prompts, prefix, dict(zip(labels, ids, strict=True)))
+    return Rendered(questions, prompts, prefix, paths)
 
 
 def _encode_questions(
@@ -109,34 +113,91 @@ def _encode_questions(
 ) -> Encoded:
     text = render(config, rows, tokenizer)
     tokens = list(tokenize(tokenizer, text.prompts))
-    kept = _fitting(tokens, config, rows, max_length)
     _check_borders(tokenizer, text, tokens)
-    examples = [_example(i, text.questions[i], tokens[i], text.token_of) for i in kept]
-    return Encoded(examples, skipped=len(tokens) - len(kept), prefix=text.prefix)
+    lists = dict.fromkeys(question.labels for question in text.questions)
+    forks = {ls: Fork.of({label: text.paths[label] for label in ls}) for ls in lists if ls}
+    steps = [
+        list(_steps(row, question, tokens[row], text.paths, forks.get(question.labels)))
+        for row, question in enumerate(text.questions)
+    ]
+    kept = _fitting([len(of_row[-1].input_ids) for of_row in steps], config, rows, max_length)
+    examples = [example for row in kept for example in steps[row]]
+    note = _note(tokenizer, text.paths, [*forks.values()], len(kept), len(examples))
+    return Encoded(examples, skipped=len(tokens) - len(kept), prefix=text.prefix, labels=note)
 
 
-def _example(row: int, question: Question, ids: list[int], token_of: dict[str, int]) -> Example:
+def _steps(
+    row: int, question: Question, ids: list[int], paths: Paths, fork: Fork | None
+) -> Iterator[Example]:
+    """What the model reads at each step on the way to the right answer.
+
+    Raises:
+        TaskError: the way is not known.
+    """
     answer = question.answer
+    if fork is None:
+        yield _example(row, question, ids, (), None if answer is None else paths[answer][0])
+    elif answer is None and fork.walked:
+        token, labels = next((t, ls) for t, ls in fork.options.items() if len(ls) > 1)
+        raise TaskError(
+            f"Row {row + 1} has no answer, and its choices {', '.join(map(repr, labels))} begin "
+            f"with the same token ({token}): which steps its answer takes is not known.\n"
+            "Give the row an answer, or choices whose first tokens differ (--data.prompt.labels)."
+        )
+    while fork is not None:
+        ids = [*ids, *fork.shared]
+        gold = next((t for t, labels in fork.options.items() if answer in labels), None)
+        yield _example(row, question, ids, tuple(fork.options), gold)
+        if gold is None:
+            return
+        ids = [*ids, gold]
+        fork = fork.behind(gold)
+
+
+def _example(
+    row: int, question: Question, ids: list[int], choices: tuple[int, ...], gold: int | None
+) -> Example:
     return Example(
         input_ids=np.array(ids, dtype=np.int32),
         positions=np.array([len(ids) - 1], dtype=np.int64),
-        answer_ids=None if answer is None else np.array([token_of[answer]], dtype=np.int64),
-        choice_ids=tuple(token_of[label] for label in question.labels),
+        answer_ids=None if gold is None else np.array([gold], dtype=np.int64),
+        choice_ids=choices,
         row=row,
         group=question.group,
     )
 
 
-def _fitting(
-    tokens: Sequence[list[int]], config: DataConfig, rows: Rows, max_length: int
-) -> list[int]:
-    """Indices of the prompts that the model can read."""
-    long = [i for i, ids in enumerate(tokens) if len(ids) > max_length]
-    if long and (config.overlong == "error" or len(long) == len(tokens)):
+def _note(
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Paths,
+    forks: Sequence[Fork],
+    rows: int,
+    steps: int,
+) -> str:
+    """How labels of several tokens are decided, in words; "" where each is one token."""
+    longest = max(paths, key=lambda label: len(paths[label]), default="")
+    if not forks or len(paths[longest]) == 1:
+        return ""
+    pieces = tokenizer.convert_ids_to_tokens(list(paths[longest]))
+    if not any(fork.walked for fork in forks):
+        return (
+            "labels of several tokens are decided at the first that tells them apart "
+            f"({longest!r} is {pieces})"
+        )
+    return (
+        f"labels that begin alike are decided step by step ({longest!r} is {pieces}): {rows:,} "
+        f"rows take {steps:,} steps, each of which is a row of the cache and of all results"
+    )
+
+
+def _fitting(lengths: Sequence[int], config: DataConfig, rows: Rows, max_length: int) -> list[int]:
+    """Indices of the rows whose prompts, of so many tokens, the model can read."""
+    long = [i for i, length in enumerate(lengths) if length > max_length]
+    if long and (config.overlong == "error" or len(long) == len(lengths)):
         raise TaskError(
-            f"{len(long)} of {len(tokens)} prompts of the {rows.split} split are longer than the "
+            f"{len(long)} of {len(lengths)} prompts of the {rows.split} split are longer than the "
             f"model's context of {max_length} tokens; the first is row {long[0] + 1} with "
-            f"{len(tokens[long[0]])}.\n"
+            f"{lengths[long[0]]}.\n"
             + (
                 "Leave such rows out with --data.overlong skip."
                 if config.overlong == "error"
@@ -144,7 +205,7 @@ def _fitting(
             )
         )
     left_out = set(long)
-    return [i for i in range(len(tokens)) if i not in left_out]
+    return [i for i in range(len(lengths)) if i not in left_out]
 
 
 def _check_borders(
@@ -165,10 +226,10 @@ def _check_borders(
     ]
     texts = [text.prompts[i] + text.prefix + answer for i, answer in cases]
     for (i, answer), ids in zip(cases, tokenize(tokenizer, texts), strict=True):
-        if ids != [*tokens[i], text.token_of[answer]]:
+        if ids != [*tokens[i], *text.paths[answer]]:
             pieces = tokenizer.convert_ids_to_tokens(ids[shared_start(tokens[i], ids) :])
             raise TaskError(
-                f"{text.prefix + answer!r} is not the same one token behind the prompt of row "
+                f"{text.prefix + answer!r} is not the same tokens behind the prompt of row "
                 f"{i + 1} as behind that of row 1: the prompt continues as {pieces}.\n"
                 "End every prompt alike (--data.prompt.template), or choose other text before the "
                 "answer (--data.prompt.answer_prefix)."

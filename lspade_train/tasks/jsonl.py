@@ -20,7 +20,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lspade_train.tasks.base import MULTIPLE_CHOICE, Question, Record, Task, multiple_choice
+from lspade_train.tasks.base import (
+    MULTIPLE_CHOICE,
+    Question,
+    Record,
+    Task,
+    group_of,
+    multiple_choice,
+)
 
 LETTERS = tuple("ABCDEFGHIJ")
 INDEX = re.compile(r"[0-9]{1,9}")
@@ -38,12 +45,7 @@ def to_question(row: Record, labels: tuple[str, ...]) -> Question:
         raise ValueError(f"needs text under 'prompt' or 'question' (found: {', '.join(row)})")
     listed = kinds == ["question"] and (choices or not labels)
     question = _question(row, choices, labels) if listed else _prompt(row, choices, labels)
-    group = row.get("difficulty") if row.get("group") is None else row["group"]
-    return replace(
-        question,
-        fields={**texts, **question.fields},
-        group="" if group is None else str(group),
-    )
+    return replace(question, fields={**texts, **question.fields}, group=group_of(row))
 
 
 def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The tasks by name. One from outside the package joins them by `register_task`."""
 
 from lspade_train.errors import TaskError
 from lspade_train.tasks.arc import ARC_CHALLENGE, ARC_EASY
@@ -9,6 +9,18 @@ from lspade_train.tasks.jsonl import JSONL
 from lspade_train.tasks.text import TEXT
 
 TASKS = {task.name: task for task in (ARC_EASY, ARC_CHALLENGE, BOOLQ, HEADQA, JSONL, TEXT)}
+
+
+def register_task(task: Task) -> Task:
+    """Make a task known by its name, which `data.task` then takes.
+
+    Raises:
+        TaskError: the name is taken.
+    """
+    if task.name in TASKS:
+        raise TaskError(f"A task named {task.name!r} is registered already. Choose another name.")
+    TASKS[task.name] = task
+    return task
 
 
 def find_task(name: str) -> Task:

@@ -237,7 +237,7 @@ class HiddenStateDataModule(LightningDataModule):
         if self.config.mode == "disk":
             return self._open_disk(split)
         encoded = self._encode(split)
-        what = self._extraction(encoded.examples)
+        what = self.extraction(encoded.examples)
         self.adapter.check()
         self.reused[split] = False
         self._require_prefix(split, encoded.prefix)
@@ -275,7 +275,7 @@ class HiddenStateDataModule(LightningDataModule):
         for other, known in self._prefixes.items():
             if known != prefix:
                 raise TaskError(
-                    f"Answers are single tokens behind {known!r} in the {other} split and behind "
+                    f"Answers stand behind {known!r} in the {other} split and behind "
                     f"{prefix!r} in the {split} split; one text must serve both.\n"
                     "Set it with --data.prompt.answer_prefix, or use other labels "
                     "(--data.prompt.labels)."
@@ -289,7 +289,7 @@ class HiddenStateDataModule(LightningDataModule):
 
         manifest, dataset, self.reused[split] = DiskCache(
             split, self.folder(split), self.identity(split), self._far(split), self.config,
-            self.spade, self.overwrite, lambda: self.adapter, encode, self._extraction,
+            self.spade, self.overwrite, lambda: self.adapter, encode, self.extraction,
         ).open()  # fmt: skip
         self._require_prefix(split, manifest.answer_prefix)
         return dataset
@@ -298,7 +298,8 @@ class HiddenStateDataModule(LightningDataModule):
         limit = self.frozen.facts.max_length or 2**31
         return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 
-    def _extraction(self, examples: Sequence[Example]) -> Extraction:
+    def extraction(self, examples: Sequence[Example]) -> Extraction:
+        """What is computed of prompts."""
         return Extraction(
             layers=self.layers,
             positions=self.config.positions,

@@ -1,6 +1,6 @@
 """From results to figures: one function each, which says why if there is nothing to show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lspade_train.probes.lenses import SPADE, label_of, style_of
@@ -16,6 +16,9 @@ from lspade_train.reporting.plots.charts import (
     run_note,
 )
 from lspade_train.reporting.tables import exit_lens
+
+CLOSE = 0.02
+"""Difference in accuracy up to which two lines would be drawn as one."""
 
 
 def all_figures(results: dict[str, Any]) -> list[Figure | Omitted]:
@@ -34,16 +37,27 @@ def accuracy_by_layer(results: dict[str, Any]) -> Chart:
     over = "the task's choices" if results["has_choices"] else "the vocabulary"
     full = results["full_model"]
     level = Level("full model", full["accuracy"], _pair(full["accuracy_interval"]))
+    levels = (level, *_blind_levels(full)) if labelled else ()
     what = "Accuracy" if labelled else "Agreement of the answers with the full model's"
     return _by_layer(
         results,
         metric,
         name="accuracy_by_layer" if labelled else "answer_agreement_by_layer",
         title=f"{what} by layer",
-        caption=f"The answer is the best of {over}. The line is the full model.",
+        caption=f"The answer is the best of {over}. The lines are the full model and answers "
+        "given blindly.",
         y_label="accuracy (fraction of rows)" if labelled else "agreement (fraction of rows)",
-        levels=(level,) if labelled else (),
+        levels=levels,
     )
+
+
+def _blind_levels(full: dict[str, Any]) -> Iterator[Level]:
+    """What needs no model; one line where both are about equal."""
+    chance, majority = full.get("chance"), full.get("majority")
+    if chance is not None:
+        yield Level("chance", chance)
+    if majority is not None and majority - (chance or 0.0) > CLOSE:
+        yield Level("most frequent answer", majority)
 
 
 def agreement_by_layer(results: dict[str, Any]) -> Chart:

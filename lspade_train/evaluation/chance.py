@@ -1,0 +1,128 @@
+"""How good the frozen model itself is, against what needs no model: chance, the commonest answer.
+
+Early exits of a model that guesses save much and mean nothing. Knows nothing of heads.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lspade_train.cache import StateDataset
+from lspade_train.cache.answers import chunks, pick_answer
+from lspade_train.models import Unembedding
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class AgainstChance:
+    """The frozen model's accuracy, beside that of answers given blindly.
+
+    Attributes:
+        n: rows with a right answer.
+        accuracy: share that the model answers right.
+        interval: of the accuracy, 95%.
+        chance: mean of 1 / choices, what guessing gets right; None where a row has no choices.
+        majority: share of the most frequent right answer.
+        majority_id: its token.
+    """
+
+    n: int
+    accuracy: float
+    interval: tuple[float, float]
+    chance: float | None
+    majority: float
+    majority_id: int
+
+    @property
+    def floor(self) -> float:
+        """What the better of guessing and the most frequent answer gets right."""
+        return max(self.chance or 0.0, self.majority)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the interval reaches down to what needs no model."""
+        return self.interval[0] <= self.floor
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in words."""
+        low, high = self.interval
+        blind = "always giving the most frequent answer"
+        if self.chance is not None and self.chance >= self.majority:
+            blind = "guessing among the choices"
+        what = "not above chance" if self.at_chance else "above chance"
+        return (
+            f"the frozen model is {what}: right in {self.accuracy:.1%} of {self.n:,} rows "
+            f"[{low:.1%}, {high:.1%}]; {blind} is right in {self.floor:.1%}"
+        )
+
+
+def wilson_interval(right: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share, from counts; not degenerate at 0 or n, as a bootstrap's is.
+
+    Args:
+        right: rows counted.
+        n: rows in all, 1 or more.
+        level: probability inside the interval.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, shrink = right / n, 1 + z * z / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((middle - half) / shrink, 0.0), min((middle + half) / shrink, 1.0)
+
+
+def blind_answers(
+    answer_id: Int[Tensor, " rows"], choice_count: Int[Tensor, " rows"]
+) -> tuple[float | None, float, int]:
+    """What guessing gets right, what the most frequent answer gets right, and that answer's token.
+
+    Args:
+        answer_id: right tokens, of one row or more.
+        choice_count: choices of each row; 0 where any token may be the answer.
+    """
+    chance = float((1 / choice_count.double()).mean()) if bool((choice_count > 0).all()) else None
+    tokens, counts = answer_id.unique(return_counts=True)
+    place = int(counts.argmax())
+    return chance, int(counts[place]) / len(answer_id), int(tokens[place])
+
+
+def compare(
+    right: Bool[Tensor, " rows"], answer_id: Int[Tensor, " rows"], count: Int[Tensor, " rows"]
+) -> AgainstChance:
+    """The comparison for labelled rows, one or more.
+
+    Args:
+        right: whether the model answered right.
+        answer_id: right tokens.
+        count: choices of each row; 0 where any token may be the answer.
+    """
+    hits, n = int(right.sum()), len(right)
+    return AgainstChance(n, hits / n, wilson_interval(hits, n), *blind_answers(answer_id, count))
+
+
+def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChance | None:
+    """The comparison for cached rows, from the states in the cache: no model forward.
+
+    Returns:
+        None where no row has a right answer.
+    """
+    labels = dataset.labels
+    known = labels["labelled"]
+    if not known.any():
+        return None
+    device = unembed.weight.device
+    with torch.no_grad():
+        answers = [
+            pick_answer(unembed(batch.final), batch).cpu()
+            for batch in (rows.to(device) for rows in chunks(dataset))
+        ]
+    right = (torch.cat(answers) == labels["answer_id"])[known]
+    return compare(right, labels["answer_id"][known].long(), labels["choice_count"][known])
