@@ -613,7 +613,7 @@ def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
     }
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
-    message = refused(capsys, "evaluate", "--config", tmp_path / "r.yaml")
+    message = refused(capsys, "fit", "--config", tmp_path / "r.yaml")
     assert message.startswith(f"{key} is inf; expected a finite number")
 
 
