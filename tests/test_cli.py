@@ -605,12 +605,9 @@ def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatc
 @pytest.mark.parametrize("key", ["model.lr", "trainer.gradient_clip_val", "data.shard_mb"])
 def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
     section, name = key.split(".")
-    values = {
-        "data": {
-            "model_id": str(Path(__file__).parents[1] / "checkpoints" / "tiny-world"),
-            "task": "jsonl",
-        }
-    }
+    root = Path(__file__).parents[1]
+    data = {"model_id": str(root / "checkpoints" / "tiny-world"), "task": "jsonl"}
+    values = {"data": data | {"dataset": str(root / "recipes" / "quickstart" / "data")}}
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
     message = refused(capsys, "fit", "--config", tmp_path / "r.yaml")

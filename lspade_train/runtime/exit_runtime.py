@@ -129,30 +129,7 @@ class ExitRuntime:
             NumericsError: NaN logits.
         """
         with self.adapter.steady():
-<<<<<<< HEAD
             return self._decide(prompts, choices, groups, prefix)
-=======
-            self._follow_model()
-            queries = encode(prompts, choices, self.adapter, self.tokenizer)
-            self._check_scope(queries)
-            queries = self._with_groups(queries, groups)
-            stopped = self.auditor is not None and self.auditor.stopped
-            start = None if prefix is None else encode_prefix(prefix, prompts, self.tokenizer)
-            may = [query for query in queries if not stopped and self.policy.may_exit(query.group)]
-            free = {query.index for query in may}
-            rest = [query for query in queries if query.index not in free]
-            walked = [*self._walk(self.probe, may, start), *self._walk(self.full, rest, start)]
-        walked.sort(key=lambda one: one[0][0].index)  # stable: a prompt's steps stay in order
-        if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(walked)]
-            found = {n: decision for n, ((_, decision), _) in enumerate(walked)}
-            shared = {n: tokens for n, (_, tokens) in enumerate(walked)}
-            self.auditor.observe(asked, found, full=stopped, shared=shared)
-        by_prompt: list[list[Step]] = [[] for _ in prompts]
-        for (query, decision), _ in walked:
-            by_prompt[query.index].append((query, decision))
-        return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
->>>>>>> w/speed
 
     def generate(
         self,
@@ -194,7 +171,6 @@ class ExitRuntime:
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]
 
-<<<<<<< HEAD
     def _decide(
         self,
         prompts: Sequence[Prompt],
@@ -223,8 +199,6 @@ class ExitRuntime:
             by_prompt[query.index].append((query, decision))
         return [self._worded(join(of_prompt)) for of_prompt in by_prompt]
 
-=======
->>>>>>> w/speed
     def _walk(
         self, probe: Probe, queries: list[Query], start: Sequence[int] | None
     ) -> Iterator[tuple[Step, int]]:
