@@ -602,10 +602,11 @@ def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatc
 @pytest.mark.parametrize("key", ["model.lr", "trainer.gradient_clip_val", "data.shard_mb"])
 def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
     section, name = key.split(".")
-    values = {"data": {"model_id": "m", "task": "jsonl"}}
+    (tmp_path / "config.json").touch()
+    values = {"data": {"model_id": str(tmp_path), "task": "jsonl"}}
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
-    message = refused(capsys, "evaluate", "--config", tmp_path / "r.yaml")
+    message = refused(capsys, "cache", "--config", tmp_path / "r.yaml")
     assert message.startswith(f"{key} is inf; expected a finite number")
 
 

@@ -137,7 +137,7 @@ def find_model(parsed: Parsed) -> None:
     folder = Path(data.model_id).expanduser()
     if data.gguf_file is None and folder.is_dir() and not (folder / "config.json").exists():
         raise UnsupportedModelError(
-            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)} "
+            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)}\n"
             "Check data.model_id, or name its file with data.gguf_file."
         )
 
@@ -217,9 +217,13 @@ def _with_recipes(
 
 def _without_trainer(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
     """The command line without Lightning's section, in the recipes too."""
-    bare = {file.text: file.without_trainer for file in files}
+    bare = {
+        before + file.text: before + file.without_trainer
+        for file in files
+        for before in ("", "--config=")
+    }
     kept = without_options(words, lambda key: key.split(".")[0] == "--trainer")
-    return [bare.get(word.removeprefix("--config="), word) for word in kept]
+    return [bare.get(word, word) for word in kept]
 
 
 def _check_key(word: str) -> None:
