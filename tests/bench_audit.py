@@ -93,12 +93,12 @@ def overhead(config, heads, rate, rounds, window):
             part = asked[max(start, 0) : max(start, 0) + window]
             prompts, choices = (
                 [one.prompt for one in part],
-                [one.texts if one.choices is None else [*one.choices.values()] for one in part],
+                [one.texts if one.choices is None else one.choices for one in part],
             )
             groups = [one.group for one in part]
             for which in (0, 1) if start % (2 * window) else (1, 0):
                 begin = time.process_time()
-                both[which].decide(prompts, choices, groups)
+                both[which].decide(prompts, choices, groups=groups)
                 spent[which].append(time.process_time() - begin)
         seen = both[1].auditor.flush().seen
     plain, audited = (np.array(times[1:]) for times in spent)

@@ -156,9 +156,12 @@ REFUSED = {
     "a value that is none of the choices": (lambda p: {"data__mode": "tape"}, r"data\.mode"),
     "a missing model folder": (
         lambda p: {"data__model_id": p.home / "nowhere"},
-        r"nowhere.*\n.*data\.model_id",
+        r"nowhere.*data\.model_id",
     ),
-    "a folder without a model": (lambda p: {"data__model_id": p.data}, r"data.*\n.*data\.model_id"),
+    "a folder without a model": (
+        lambda p: {"data__model_id": p.data},
+        r"data is not a model.*data\.model_id",
+    ),
     "an encoder": (lambda p: {"data__model_id": other_model(p, "bert")}, r"decoder"),
     "an encoder-decoder": (lambda p: {"data__model_id": other_model(p, "t5")}, r"decoder"),
     "an unknown task": (
@@ -602,11 +605,12 @@ def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatc
 @pytest.mark.parametrize("key", ["model.lr", "trainer.gradient_clip_val", "data.shard_mb"])
 def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
     section, name = key.split(".")
-    (tmp_path / "config.json").touch()
-    values = {"data": {"model_id": str(tmp_path), "task": "jsonl"}}
+    root = Path(__file__).parents[1]
+    data = {"model_id": str(root / "checkpoints" / "tiny-world"), "task": "jsonl"}
+    values = {"data": data | {"dataset": str(root / "recipes" / "quickstart" / "data")}}
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
-    message = refused(capsys, "cache", "--config", tmp_path / "r.yaml")
+    message = refused(capsys, "fit", "--config", tmp_path / "r.yaml")
     assert message.startswith(f"{key} is inf; expected a finite number")
 
 

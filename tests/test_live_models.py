@@ -18,6 +18,7 @@ from torch import nn
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, ModelAdapter, spade_logits
 from lspade_train.errors import ArtifactError, TaskError, UnsupportedModelError
+from lspade_train.models import adapter as adapter_module
 from lspade_train.models import known
 from lspade_train.policies.flops import count_flops
 from lspade_train.runtime.decide import decide_batch
@@ -343,6 +344,15 @@ def test_threads_that_meet_a_model_for_the_first_time_prove_it_once(monkeypatch)
         found = list(pool.map(first, range(4)))
     assert all(torch.equal(one, found[0]) for one in found)
     assert len(proofs) == 1
+
+
+def test_one_call_looks_at_the_model_once_and_the_next_one_again(monkeypatch):
+    runtime = runtime_of(tiny("llama"), ExitPolicy.always(2), tokens_per_batch=8)
+    looks, real = [], adapter_module.snapshot
+    monkeypatch.setattr(adapter_module, "snapshot", lambda model: looks.append(1) or real(model))
+    for calls in (1, 2):
+        runtime.decide(prompts_of())  # several batches, each with two plans
+        assert len(looks) == calls
 
 
 # Start tokens ---------------------------------------------------------------------------------

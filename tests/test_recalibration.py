@@ -43,7 +43,7 @@ def rows_of(n, rng, *, wrong=(0.4, 0.1), group=None):
         agrees = tuple(bool(rng.random() > rate * v) for rate, v in zip(wrong, values, strict=True))
         found.append(
             AuditedRow(
-                tokens=8, choices=None, group=group, time=TIME,
+                tokens=8, choices=None, shared=0, group=group, time=TIME,
                 values=None if stays else tuple(values.tolist()), agrees=None if stays else agrees,
             )
         )  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_traced_row_says_what_every_check_reads_and_would_have_answered(tmp_pa
     model = tiny("llama")
     policy = mixed_policy(model, prompts, decoder=decoder)
     runtime = audited(tmp_path, policy, budget=0.99)
-    decisions = runtime.decide(prompts)
+    decisions = [runtime.decide([prompt])[0] for prompt in prompts]  # rows are kept batch by batch
     runtime.auditor.flush()
     file = load(rows_file(tmp_path / "audit.json"))
     full = never(prompts)

@@ -217,13 +217,13 @@ def _with_recipes(
 
 def _without_trainer(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
     """The command line without Lightning's section, in the recipes too."""
-    bare = {
-        before + file.text: before + file.without_trainer
-        for file in files
-        for before in ("", "--config=")
-    }
+    bare = {file.text: file.without_trainer for file in files}
     kept = without_options(words, lambda key: key.split(".")[0] == "--trainer")
-    return [bare.get(word, word) for word in kept]
+    texts = [word.removeprefix("--config=") for word in kept]
+    return [
+        word.removesuffix(text) + bare.get(text, text)
+        for word, text in zip(kept, texts, strict=True)
+    ]
 
 
 def _check_key(word: str) -> None:

@@ -43,7 +43,7 @@ def print_baselines(results: dict[str, Any]) -> None:
         f"other rules on the same rows, each set on {found['n']:,} others to a risk of "
         f"{found['budget']:g}, untested; *: over it there at every setting"
     )
-    table = _table("rule", "setting", "drop", "differs", "FLOPs saved", "of oracle", title=title)
+    table = new_table("rule", "setting", "drop", "differs", "FLOPs saved", "of oracle", title=title)
     rules = [(r["name"] + ("" if r["within_budget"] else FLATTERED), r) for r in found["rules"]]
     policy = (results["exits"] or {}).get("policy")
     if policy and policy["row"]:
@@ -52,7 +52,7 @@ def print_baselines(results: dict[str, Any]) -> None:
         row = rule["row"]
         shares = ("compute_saved", "efficiency")
         saved = ("-" if row[key] is None else f"{row[key]:.1%}" for key in shares)
-        cells = (_number(row["drop"]), _number(row["disagreement"]), *saved)
+        cells = (number(row["drop"]), number(row["disagreement"]), *saved)
         table.add_row(name, rule["setting"], *cells)
     console = Console()
     Console(width=max(console.width, WIDTH)).print(table)

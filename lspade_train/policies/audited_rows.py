@@ -30,6 +30,7 @@ class AuditedRow:
     Attributes:
         tokens: length of the prompt.
         choices: number of its choices; None without.
+        shared: leading tokens of the prompt that were run once for several.
         group: its subgroup of the task; None where that is not known.
         time: when, UTC.
         values: what the check at each check layer reads, None for NaN; None for a row that did not
@@ -39,6 +40,7 @@ class AuditedRow:
 
     tokens: int
     choices: int | None
+    shared: int
     group: str | None
     time: str
     values: tuple[float | None, ...] | None = None

@@ -162,7 +162,13 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
         [bounds[1] if value is None else value for value in row.values or unknown] for row in rows
     ]
     agrees = np.array([row.agrees or [True] * len(layers) for row in rows])
-    costs = cost_parts(counts, [row.tokens for row in rows], policy, choices=widths)
+    costs = cost_parts(
+        counts,
+        [row.tokens for row in rows],
+        policy,
+        choices=widths,
+        shared=torch.tensor([row.shared for row in rows]),
+    )
     held = np.array([not policy.may_exit(row.group) for row in rows])
     check = np.where(held[:, None], 0.0, costs.check)
     return ExitTable(

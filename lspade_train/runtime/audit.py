@@ -229,6 +229,7 @@ class Auditor:
             AuditedRow(
                 tokens=len(query.ids),
                 choices=None if query.choices is None else len(query.choices),
+                shared=shared.get(query.index, 0),
                 group=query.group,
                 time=now,
                 **found.get(query.index, {}),

@@ -4,7 +4,6 @@ Paper v2 calls it SimExit. Every block runs at most twice per batch: once on the
 once on all rows that have left, a single token each. Knows nothing of text or files.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -47,10 +46,6 @@ class Decision:
     exited: bool
     scores: dict[str, float] | None
     steps: tuple[int, ...] = ()
-
-
-Step = tuple[Query, Decision]
-"""What a step of an answer asked, and what it decided."""
 
 
 @dataclass(frozen=True)
@@ -303,37 +298,6 @@ def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> lis
     layers, entropies = outcome.layers.tolist(), outcome.entropy.tolist()
     rows = zip(batch.queries, best, scores, layers, entropies, strict=True)
     return [_decision(*row, top=top) for row in rows]
-
-
-def join(steps: Sequence[Step]) -> Decision:
-    """One decision of the steps of a prompt's answer, in their order."""
-    last = steps[-1][1]
-    scores = last.scores
-    if any(query.fork is not None and query.fork.walked for query, _ in steps):
-        scores = _shares(steps)
-    if len(steps) == 1:
-        return replace(last, scores=scores)
-    layers = tuple(decision.layer for _, decision in steps)
-    return replace(
-        last,
-        layer=max(layers),
-        entropy=max(decision.entropy for _, decision in steps),
-        exited=all(decision.exited for _, decision in steps),
-        scores=scores,
-        steps=layers,
-    )
-
-
-def _shares(steps: Sequence[Step]) -> dict[str, float]:
-    """Probability of every label: of its steps as far as they were taken."""
-    shares: dict[str, float] = {}
-    reached = 1.0
-    for query, decision in steps:
-        assert query.fork is not None and decision.scores is not None  # noqa: PT018
-        for labels, p in zip(query.fork.options.values(), decision.scores.values(), strict=True):
-            shares |= dict.fromkeys(labels, reached * p / len(labels))
-        reached *= decision.scores[decision.text or ""]
-    return shares
 
 
 def answer_logits(

@@ -22,8 +22,9 @@ from lspade_train.runtime.batching import (
     encode_prefix,
     shared_batches,
 )
-from lspade_train.runtime.decide import Decision, Probe, Step, answers, decide_batch, join
+from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
 from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
+from lspade_train.runtime.steps import Step, join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

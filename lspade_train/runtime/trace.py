@@ -59,7 +59,7 @@ class _TraceRun(BatchRun):
             self.plan = self._apply(self.plan, block)
             if self.step is not None:
                 self.step = self._apply(self.step, block)
-        full = self.probe.answer(self.plan.hidden[:, -1], self.batch, self.inside)
+        full = self.probe.answer(self._hidden, self.batch, self.inside)
         broken = (full.isnan() | (full == torch.inf)).any(-1).cpu()
         rows = len(self.inside)
         for place, layer in enumerate(self.going):
@@ -74,7 +74,7 @@ class _TraceRun(BatchRun):
         )
 
     def _look(self, layer: int) -> None:
-        hidden = self.plan.hidden[:, -1]
+        hidden = self._hidden
         found = self.probe.check(hidden, layer, self.batch, self.inside, self.before)
         self.before = found.reading
         self.values.append(found.value.float().cpu())
