@@ -139,7 +139,7 @@ def find_model(parsed: Parsed) -> None:
     known = (folder / name for name in ("config.json", "adapter_config.json"))
     if data.gguf_file is None and folder.is_dir() and not any(file.exists() for file in known):
         raise UnsupportedModelError(
-            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)} "
+            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)}\n"
             "Check data.model_id, or name its file with data.gguf_file."
         )
 
