@@ -12,10 +12,9 @@ from tiny_models import tiny
 
 from lspade_train import ExitPolicy, LSpadeHeads, ModelAdapter
 from lspade_train.artifacts.card import card
-from lspade_train.cache import answers
 from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, PolicyError, RecipeError
-from lspade_train.evaluation import read_lenses
+from lspade_train.evaluation import read_lenses, readings
 from lspade_train.policies.readers import answer_readers, check_readers
 from lspade_train.probes.lenses import (
     L_SPADE,
@@ -161,7 +160,7 @@ def test_spade_is_unembedded_once_per_layer_whatever_the_number_of_lenses(projec
     data = project.module()
     dataset, adapter = data.stored("validation"), data.adapter
     heads = LSpadeHeads(data.layers, adapter.hidden_size).bind(adapter)
-    monkeypatch.setattr(answers, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(readings, "CHUNK_LOGITS", 8 * adapter.vocab_size)
     rows = []
     hook = adapter.unembed.head.register_forward_hook(lambda _, __, out: rows.append(len(out)))
     lenses = {LOGIT_LENS.key: None, TUNED_LENS.key: heads, L_SPADE.key: heads, SPADE.key: None}

@@ -15,20 +15,23 @@ from lspade_train.cache.states import StateBatch
 CHUNK_ROWS = 256
 
 
-def chunks(dataset: StateDataset) -> Iterator[StateBatch]:
+def chunks(dataset: StateDataset, rows: int | None = None) -> Iterator[StateBatch]:
     """All rows in order, a few hundred at a time: logits of all of them would not fit."""
-    for first in range(0, len(dataset), CHUNK_ROWS):
-        yield dataset.gather(torch.arange(first, min(first + CHUNK_ROWS, len(dataset))))
+    step = CHUNK_ROWS if rows is None else rows
+    for first in range(0, len(dataset), step):
+        yield dataset.gather(torch.arange(first, min(first + step, len(dataset))))
 
 
 def pick_answer(logits: Float[Tensor, "rows vocab"], batch: StateBatch) -> Int[Tensor, " rows"]:
     """The best of a row's choices, or of the vocabulary where it has none."""
-    best = logits.argmax(-1)
     if batch.choice_ids.shape[1] == 0:
-        return best
+        return logits.argmax(-1)
     choices = batch.choice_ids.long()
     chosen = choices.gather(1, logits.gather(1, choices).argmax(-1, keepdim=True)).squeeze(1)
-    return torch.where(batch.choice_count > 0, chosen, best)
+    free = batch.choice_count == 0
+    if free.any():  # else the search through the vocabulary is spared
+        chosen[free] = logits[free].argmax(-1)
+    return chosen
 
 
 def choice_logits(

@@ -15,10 +15,13 @@ from lspade_train.errors import TaskError
 from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LayerView, find_lens
-from lspade_train.probes.metrics import agreement, entropy, kl_divergence
+from lspade_train.probes.metrics import Distribution, entropy
 from lspade_train.training.targets import target_logits
 
 OF_ANSWER = ("answer", "best", "confidence", "entropy")
+CHUNK_LOGITS = 2**23
+"""Rows x vocabulary at once: 170 rows of a vocabulary of 49,152."""
+
 PER_LENS = (*OF_ANSWER, "agrees_model", "agrees_spade", "kl_to_spade", "kl_to_model")
 
 
@@ -72,8 +75,8 @@ def read_lenses(
 ) -> Readings:
     """Measure `lenses` on every cached row.
 
-    SPADE is unembedded once per layer, whatever the number of lenses, and the logits of one layer
-    of `CHUNK_ROWS` rows are in memory at a time.
+    SPADE is unembedded once per layer, whatever the number of lenses. In memory at a time are the
+    logits of one layer of some rows, and what is computed of them: some ten times `CHUNK_LOGITS`.
 
     Args:
         dataset: cached states of one split.
@@ -91,7 +94,7 @@ def read_lenses(
         raise TaskError("The split has no rows to evaluate. Choose another with --split.")
     values: dict[str, list[Tensor]] = {name: [] for name in PER_LENS}
     rows: dict[str, list[Tensor]] = {}
-    for batch in chunks(dataset):
+    for batch in chunks(dataset, max(CHUNK_LOGITS // len(unembed.weight), 1)):
         lens_values, row_values = _read(batch, dataset.layers, unembed, lenses, layers)
         for name in PER_LENS:
             values[name].append(lens_values[name])
@@ -121,21 +124,22 @@ def _read(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One chunk: by name, the lenses' values (lenses, layers, rows) and the rows' own (rows,)."""
     batch = batch.to(unembed.weight.device)
-    full = unembed(batch.final)
+    full = Distribution(unembed(batch.final))
     stored = target_logits(batch, "spade", unembed)
     values: dict[str, list[Tensor]] = {name: [] for name in PER_LENS}
     for layer in layers:
         place = cached.index(layer)
-        spade = stored(slice(place, len(batch) * len(cached), len(cached)))
+        spade = Distribution(stored(slice(place, len(batch) * len(cached), len(cached))))
         for key, heads in lenses.items():
             hidden = batch.hidden[:, place]
-            view = LayerView(layer, hidden, unembed, heads, lambda spade=spade: spade)
+            view = LayerView(layer, hidden, unembed, heads, lambda spade=spade: spade.logits)
             logits = find_lens(key).logits(view)
-            found = _of_answer(logits, batch) | {
-                "agrees_model": agreement(logits, full),
-                "agrees_spade": agreement(logits, spade),
-                "kl_to_spade": kl_divergence(spade, logits),
-                "kl_to_model": kl_divergence(full, logits),
+            read = spade if logits is spade.logits else Distribution(logits)
+            found = _of_answer(read, batch) | {
+                "agrees_model": read.best == full.best,
+                "agrees_spade": read.best == spade.best,
+                "kl_to_spade": spade.kl_to(read),
+                "kl_to_model": full.kl_to(read),
             }
             if heads is not None and heads.scope == "choices":
                 found["entropy"] = entropy(choice_logits(logits, batch))
@@ -155,16 +159,15 @@ def _read(
     return stacked, {name: value.cpu() for name, value in rows.items()}
 
 
-def _of_answer(logits: Tensor, batch: StateBatch) -> dict[str, Tensor]:
+def _of_answer(read: Distribution, batch: StateBatch) -> dict[str, Tensor]:
     """Each row's answer, the vocabulary's best token, confidence and entropy, (rows,)."""
-    wide = logits.float()
-    confidence = wide.softmax(-1).amax(-1)
+    confidence = read.confidence
     if batch.choice_ids.shape[1]:
-        among = choice_logits(wide, batch).softmax(-1).amax(-1)
+        among = choice_logits(read.logits, batch).float().softmax(-1).amax(-1)
         confidence = torch.where(batch.choice_count > 0, among, confidence)
     return {
-        "answer": pick_answer(logits, batch),
-        "best": logits.argmax(-1),
+        "answer": pick_answer(read.logits, batch),
+        "best": read.best,
         "confidence": confidence,
-        "entropy": entropy(logits),
+        "entropy": read.entropy,
     }

@@ -40,6 +40,7 @@ class Known:
         prefix: why no beginning of a prompt may be run once for all; "" where it may, None until
             it is needed.
         checked: the load-time checks that it has passed: of plain blocks (False), of compiled ones.
+        notes: what others have found out about it, by a name of theirs.
         lock: held while a check or the signature is being worked out.
     """
 
@@ -48,6 +49,7 @@ class Known:
     identity: dict[str, str] | None = None
     prefix: str | None = None
     checked: set[bool] = field(default_factory=set[bool])
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
     lock: Any = field(default_factory=threading.RLock)
     _starts: Kept = field(default_factory=OrderedDict)
     _prefixes: Kept = field(default_factory=OrderedDict)

@@ -5,7 +5,7 @@ count for all lengths, whatever the family. Knows nothing of policies' choice or
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -119,7 +119,7 @@ def counter() -> FlopCounterMode:
 def count_flops(
     model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | Readers | None = None
 ) -> FlopCounts:
-    """Count the model's parts on three short prompts; a few tokens' work in all.
+    """Count the model's parts on three short prompts, once while it stays as it is.
 
     Args:
         model: the frozen model.
@@ -127,6 +127,13 @@ def count_flops(
     """
     readers = heads if isinstance(heads, dict) else available(heads)
     adapter = ModelAdapter.of(model)
+    notes = adapter.refresh().notes
+    if "flops" not in notes:
+        notes["flops"] = _count_model(adapter)
+    return replace(notes["flops"], maps={name: _map_flops(one) for name, one in readers.items()})
+
+
+def _count_model(adapter: ModelAdapter) -> FlopCounts:
     adapter.check()  # once per model, and it runs the model: not while its work is counted
     first, second, third = (_prompt_flops(adapter, tokens) for tokens in PROBES)
     row = torch.zeros(1, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
@@ -140,7 +147,7 @@ def count_flops(
         norm=whole.get_total_flops() - token * adapter.vocab_size,
         token=token,
         vocab=adapter.vocab_size,
-        maps={name: _map_flops(one) for name, one in readers.items()},
+        maps={},
         width=adapter.hidden_size,
     )
 

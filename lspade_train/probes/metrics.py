@@ -4,13 +4,59 @@ Knows nothing of models or files.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BOOTSTRAP_CELLS = 2**23
 """Resamples x rows held at once."""
+
+
+class Distribution:
+    """softmax(logits) in fp32 or better; what several metrics need of it is computed once.
+
+    Args:
+        logits: unnormalised scores, promoted to fp32 (bf16 loses small entropies).
+    """
+
+    def __init__(self, logits: Float[Tensor, "*batch vocab"]) -> None:
+        self.logits = logits
+
+    @cached_property
+    def log(self) -> Float[Tensor, "*batch vocab"]:
+        """Logarithms of the probabilities."""
+        return _log_softmax(self.logits)
+
+    @cached_property
+    def probability(self) -> Float[Tensor, "*batch vocab"]:
+        """The probabilities."""
+        return self.log.exp()
+
+    @cached_property
+    def best(self) -> Int[Tensor, "*batch"]:
+        """The most probable token."""
+        return self.log.argmax(-1)  # in half precision several times slower
+
+    @cached_property
+    def confidence(self) -> Float[Tensor, "*batch"]:
+        """Its probability."""
+        return self.probability.gather(-1, self.best[..., None]).squeeze(-1)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "*batch"]:
+        """Shannon entropy in nats; a token that cannot be adds nothing."""
+        finite = self.log.clamp(min=torch.finfo(self.log.dtype).min)  # zero times -inf is NaN
+        return -torch.linalg.vecdot(self.probability, finite)
+
+    def kl_to(self, other: "Distribution") -> Float[Tensor, "*batch"]:
+        """KL(self || other) in nats, as `kl_divergence` says."""
+        ratio = self.log - other.log
+        found = torch.linalg.vecdot(self.probability, ratio)
+        if found.isfinite().all():
+            return found
+        return torch.where(self.probability == 0, 0.0, self.probability * ratio).sum(-1)
 
 
 def entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
@@ -24,9 +70,7 @@ def entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
 
     Source: arXiv:2507.17618, entropy-based early exit.
     """
-    logp = _log_softmax(logits)
-    # xlogy-style: a probability of zero contributes nothing, even where its logarithm is -inf.
-    return -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
+    return Distribution(logits).entropy
 
 
 def kl_divergence(
@@ -37,10 +81,7 @@ def kl_divergence(
     A token that the target excludes (a logit of -inf) contributes nothing, whatever the other side
     gives it; one that only the other side excludes makes the divergence infinite.
     """
-    logt, logp = _log_softmax(target), _log_softmax(logits)
-    p = logt.exp()
-    # Selected, since zero times an infinite difference is NaN.
-    return torch.where(p == 0, 0.0, p * (logt - logp)).sum(-1)
+    return Distribution(target).kl_to(Distribution(logits))
 
 
 def agreement(
