@@ -276,3 +276,13 @@ def test_a_scope_of_choices_needs_rows_with_choices(toy_root, tmp_path):
 def test_every_nth_layer_is_a_candidate(data):
     found = calibrate(data, heads_of(data), interval=2, **LOOSE)
     assert {layer for row in found.calibration.curve for layer in row.layers} <= {2}
+
+
+def test_the_papers_rule_is_given_alone_and_checks_one_threshold(data):
+    heads = heads_of(data)
+    with pytest.raises(PolicyError, match="give it alone"):
+        calibrate(data, heads, paper=True, decoder="spade")
+    policy = calibrate(data, heads, paper=True, **LOOSE).policy
+    assert policy.measure == "entropy"
+    assert policy.decoder == "spade"
+    assert policy.threshold is None or isinstance(policy.threshold, float)

@@ -129,10 +129,6 @@ def calibrate(
     _check_small_groups(small_groups, per_group=per_group)
     # Refuses words that no policy knows.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
-    heads = heads.bind(data.adapter)
-    layers = _candidate_layers(data, heads, interval)
-    side = calibration_side(data)
-    tested = side.states(data)
     asked = Options(measure=measure, reader=reader, decoder=decoder, seed=seed)
     if paper:
         if asked != Options(seed=seed):
@@ -141,6 +137,10 @@ def calibrate(
                 "leave it out."
             )
         asked = replace(PAPER, seed=seed)
+    heads = heads.bind(data.adapter)
+    layers = _candidate_layers(data, heads, interval)
+    side = calibration_side(data)
+    tested = side.states(data)
     template = ExitPolicy(
         layers=layers,
         scope=scope or ("choices" if has_choices(tested) else "vocabulary"),
