@@ -156,11 +156,11 @@ REFUSED = {
     "a value that is none of the choices": (lambda p: {"data__mode": "tape"}, r"data\.mode"),
     "a missing model folder": (
         lambda p: {"data__model_id": p.home / "nowhere"},
-        r"nowhere.*data\.model_id",
+        r"(?s)nowhere.*data\.model_id",
     ),
     "a folder without a model": (
         lambda p: {"data__model_id": p.data},
-        r"data is not a model.*data\.model_id",
+        r"(?s)data is not a model.*data\.model_id",
     ),
     "an encoder": (lambda p: {"data__model_id": other_model(p, "bert")}, r"decoder"),
     "an encoder-decoder": (lambda p: {"data__model_id": other_model(p, "t5")}, r"decoder"),

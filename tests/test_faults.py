@@ -75,9 +75,19 @@ def steps_not_taken_once(home: Path, kept) -> set[int]:
     return set(taken) ^ set(range(saved, steps_saved(home)))
 
 
+def heads_made(home: Path) -> dict[str, str]:
+    """Digests of the heads' files, but for whether this checkout was changed meanwhile."""
+    found = digests(home, f"{HEADS}/*")
+    for name in ("config.json", "README.md"):
+        del found[f"{HEADS}/{name}"]
+    settings = json.loads((home / HEADS / "config.json").read_text())
+    del settings["training"]["source"]
+    return found | {"config.json": json.dumps(settings)}
+
+
 FIT = Job(
     prepare=lambda project: ["fit", *recipe(project), "--ckpt_path", "last"],
-    made=lambda home: digests(home, f"{HEADS}/*") | cache_digests(home),
+    made=lambda home: heads_made(home) | cache_digests(home),
     kept=lambda home: (steps_saved(home), logs_of(home)),
     lost=steps_not_taken_once,
 )

@@ -77,8 +77,15 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch, tmp_pat
 
 def test_a_model_that_is_nowhere_is_refused_without_a_network(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", SILENT)
-    with pytest.raises(UnsupportedModelError, match=r"cannot be reached \(Connection refused\)\. "):
+    with pytest.raises(UnsupportedModelError, match=r"out of reach \(Connection refused\)\.\n"):
         settle_hub("org/name", None)
+
+
+def test_a_path_that_no_hub_could_have_is_not_asked_for(hub):
+    asked = hub(404)
+    with pytest.raises(UnsupportedModelError, match="no such folder.\nCheck PATH."):
+        settle_hub("./models/none", None, key="PATH")
+    assert asked == []
 
 
 def test_nothing_is_asked_where_model_and_data_are_here(hub, tmp_path):

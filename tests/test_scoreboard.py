@@ -164,11 +164,15 @@ def test_a_pair_runs_from_rows_to_results_and_is_left_alone_the_second_time(
 # `make real` ---------------------------------------------------------------------------------
 
 REAL = ROOT / "recipes/real.yaml"
-INTENTS = parse(command_parser("fit", ""), ["--config", str(REAL)]).recipe.data.prompt.labels
+INTENTS = parse(
+    command_parser("fit", ""), ["--config", str(REAL)], early=lambda _: None
+).recipe.data.prompt.labels
 
 
 def test_the_data_of_make_real_is_balanced_and_shares_no_query():
-    config = parse(command_parser("fit", ""), ["--config", str(REAL)]).recipe.data
+    config = parse(
+        command_parser("fit", ""), ["--config", str(REAL)], early=lambda _: None
+    ).recipe.data
     rows = {split: load_rows(config, split).records for split in ("train", "validation", "test")}
     seen = [row["prompt"] for records in rows.values() for row in records]
     assert len(set(seen)) == len(seen) == 1500
@@ -178,7 +182,9 @@ def test_the_data_of_make_real_is_balanced_and_shares_no_query():
 
 
 def test_the_template_of_make_real_names_the_intents_in_the_order_of_the_labels():
-    config = parse(command_parser("fit", ""), ["--config", str(REAL)]).recipe.data
+    config = parse(
+        command_parser("fit", ""), ["--config", str(REAL)], early=lambda _: None
+    ).recipe.data
     assert f"Topics: {', '.join(INTENTS)}.\n" in config.prompt.template
 
 

@@ -57,7 +57,7 @@ def test_a_fit_logs_means_the_learning_rate_and_a_chart_of_the_layers_per_epoch(
     history, printed = fit_history
     keys = {key for row in history for key in row}
     assert {"train/lr", "train/loss/mean", "val/kl/mean", "val/final/kl/mean"} <= keys
-    assert not [key for key in keys if "layer_" in key]
+    assert not [key for key in keys if "/layer_" in key]
     curves = {key for key in keys if key.startswith(("train/", "val/")) and "by layer" not in key}
     assert len(curves) == 2 * 2 * 4 + 1  # stages, kinds of heads, metrics; the learning rate
     charts = [row for row in history if any("KL (nats) by layer" in key for key in row)]

@@ -135,9 +135,11 @@ def find_model(parsed: Parsed) -> None:
     data = parsed.recipe.data
     settle_hub(data.model_id, data.dataset)
     folder = Path(data.model_id).expanduser()
-    if data.gguf_file is None and folder.is_dir() and not (folder / "config.json").exists():
+    # An adapter's folder has a refusal of its own, which says how to merge it.
+    known = (folder / name for name in ("config.json", "adapter_config.json"))
+    if data.gguf_file is None and folder.is_dir() and not any(file.exists() for file in known):
         raise UnsupportedModelError(
-            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)} "
+            f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)}\n"
             "Check data.model_id, or name its file with data.gguf_file."
         )
 

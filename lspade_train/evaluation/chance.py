@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from lspade_train.cache import StateDataset
-from lspade_train.cache.answers import chunks, pick_answer
+from lspade_train.cache import StateBatch, StateDataset
+from lspade_train.cache.answers import choice_mask, chunks, pick_answer
 from lspade_train.models import Unembedding
 
 LEVEL = 0.95
@@ -120,9 +120,15 @@ def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChanc
         return None
     device = unembed.weight.device
     with torch.no_grad():
-        answers = [
-            pick_answer(unembed(batch.final), batch).cpu()
-            for batch in (rows.to(device) for rows in chunks(dataset))
-        ]
+        answers = [_answers(rows.to(device), unembed).cpu() for rows in chunks(dataset)]
     right = (torch.cat(answers) == labels["answer_id"])[known]
     return compare(right, labels["answer_id"][known].long(), labels["choice_count"][known])
+
+
+def _answers(batch: StateBatch, unembed: Unembedding) -> Int[Tensor, " rows"]:
+    """The full model's answers; where all rows have choices, without the vocabulary's logits."""
+    if not bool((batch.choice_count > 0).all()):
+        return pick_answer(unembed(batch.final), batch)
+    ids = batch.choice_ids.long()
+    scores = unembed.tokens(batch.final, ids).masked_fill(~choice_mask(batch), -torch.inf)
+    return ids.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)

@@ -5,6 +5,7 @@ The Hub is asked once, since its client would try again for minutes where it doe
 
 import logging
 import os
+import re
 import ssl
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from lspade_train.errors import UnsupportedModelError
 ENDPOINT = "https://huggingface.co"
 SECONDS = 10
 OFFLINE = "HF_HUB_OFFLINE"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 UNKNOWN, CLOSED = 404, 401  # without a token the Hub says 401 of a name that it does not know
 
 log = logging.getLogger(__name__)
@@ -37,27 +39,27 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
         UnsupportedModelError: no such folder, and neither the Hub nor its cache has that id.
     """
     is_here = _exists(model)
+    if not is_here and not HUB_ID.fullmatch(model):
+        raise _no_model(model, "no such folder", key)
     offline = os.environ.get(OFFLINE, "").upper() in {"1", "ON", "YES", "TRUE"}
     if is_here and (offline or (data is not None and _exists(data))):
         return
-    endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
-    status, why = (
-        (None, f"{OFFLINE} is set") if offline else answer(f"{endpoint}/api/models/{model}")
-    )
+    place = f"{os.environ.get('HF_ENDPOINT') or ENDPOINT}/api/models/{model}"
+    status, why = (None, f"{OFFLINE} is set") if offline else answer(place)
     if not is_here and not _is_cached(model):
-        if status in {UNKNOWN, CLOSED} and not (status == CLOSED and _has_token()):
-            raise UnsupportedModelError(
-                f"No model {model!r}: no such folder here, and the Hub has none that you may read"
-                f"{near_model(model)}\nCheck {key}; for a private one: hf auth login."
-            )
         if status is None:
-            raise UnsupportedModelError(
-                f"No model {model!r}: no such folder here, not in the Hub's cache, and the Hub "
-                f"cannot be reached ({why}){near_model(model)} Check {key}."
-            )
+            nowhere = f"no such folder, not in the Hub's cache, and the Hub is out of reach ({why})"
+            raise _no_model(model, nowhere, key)
+        if status == UNKNOWN or (status == CLOSED and not _has_token()):
+            nowhere = "no such folder, and the Hub has none that you may read"
+            raise _no_model(model, nowhere, key, "; for a private one: hf auth login")
     if status is None and not offline:
         log.warning("The Hub cannot be reached (%s): only what is cached here is used.", why)
         _stay_offline()
+
+
+def _no_model(name: str, why: str, key: str, more: str = "") -> UnsupportedModelError:
+    return UnsupportedModelError(f"No model {name!r}: {why}{near_model(name)}\nCheck {key}{more}.")
 
 
 def answer(address: str) -> tuple[int | None, str]:
