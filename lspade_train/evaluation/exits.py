@@ -12,9 +12,10 @@ import torch
 
 from lspade_train.cache import StateDataset
 from lspade_train.errors import PolicyError
+from lspade_train.evaluation.readings import Readings
 from lspade_train.evaluation.summary import LEVEL, RESAMPLES, SEED, plain
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.cached_exits import exit_table, has_choices
+from lspade_train.policies.cached_exits import CachedExits, exit_table, has_choices
 from lspade_train.policies.exit_table import (
     ExitTable,
     Threshold,
@@ -22,10 +23,12 @@ from lspade_train.policies.exit_table import (
     oracle_saving,
     pick,
 )
+from lspade_train.policies.flops import count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.readers import answer_readers, check_readers
 from lspade_train.policies.sides import Side, chose
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.lenses import SPADE, lens_of_target
 from lspade_train.probes.measures import FIXED
 from lspade_train.probes.metrics import bootstrap_interval
 
@@ -49,6 +52,50 @@ def sweep_thresholds(table: ExitTable) -> dict[str, Any]:
         "grid": rows[len(PAPER_THRESHOLDS) :],
         "oracle_saving": oracle_saving(table),
     }
+
+
+def swept_table(
+    readings: Readings,
+    dataset: StateDataset,
+    adapter: ModelAdapter,
+    heads: LSpadeHeads,
+    policy: ExitPolicy,
+) -> ExitTable:
+    """`exit_table` of a policy on the entropy that answers with SPADE, from what was read already.
+
+    Args:
+        readings: of the same rows, by the heads' lens and SPADE at the policy's layers.
+        dataset: cached states of one split.
+        adapter: the frozen model.
+        heads: bound heads of the policy's layers.
+        policy: of scope vocabulary; the rows are read anew for another one.
+
+    Raises:
+        PolicyError, NumericsError: as `exit_table`.
+    """
+    own, labels = lens_of_target(heads.target).key, dataset.labels
+    if policy.scope != "vocabulary" or not {own, SPADE.key} <= set(readings.lenses):
+        return exit_table(dataset, adapter, heads, policy)
+    readers = check_readers(policy, heads)
+    (reader,) = readers
+
+    def of(lens: str, name: str) -> torch.Tensor:
+        return readings.values[name][readings.lenses.index(lens)].T
+
+    exits = CachedExits(
+        layers=readings.layers,
+        scope=policy.scope,
+        readings={},
+        signals={(reader, policy.measure): of(own, "entropy")},
+        answers={"spade": of(SPADE.key, "answer")},
+        full_answer=readings.full["answer"],
+        gold=labels["answer_id"].long() if bool(labels["labelled"].all()) else None,
+        tokens=labels["position_id"] + 1,
+        choices=None,
+        counts=count_flops(adapter, readers),
+        dataset=dataset,
+    )
+    return exits.table(policy, (reader,))
 
 
 def measure_exits(

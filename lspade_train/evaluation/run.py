@@ -14,14 +14,14 @@ from lspade_train import tasks
 from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.evaluation.baselines import measure_baselines
-from lspade_train.evaluation.exits import measure_policy, sweep_thresholds
+from lspade_train.evaluation.exits import measure_policy, sweep_thresholds, swept_table
 from lspade_train.evaluation.iso_compute import iso_compute
-from lspade_train.evaluation.readings import read_lenses
+from lspade_train.evaluation.readings import Readings, read_lenses
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.evaluation.verdict import judge
 from lspade_train.io.layout import POLICY
 from lspade_train.io.provenance import source_state, versions
-from lspade_train.policies.cached_exits import exit_table, has_choices
+from lspade_train.policies.cached_exits import has_choices
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.selection import DESIGN_ROWS, DROP
 from lspade_train.policies.sides import Side, calibration_side, evaluation_side
@@ -118,14 +118,14 @@ def evaluate_recipe(fitted: FittedRecipe, *, baselines: bool = False) -> dict[st
             "over the choices.", ", ".join(LENSES[key].label for key in readings.over_choices)
         )  # fmt: skip
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
-    results["exits"] = _measured_exits(fitted)
+    results["exits"] = _measured_exits(fitted, readings)
     results["baselines"] = _baselines(fitted) if baselines else None
     results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
     results["verdict"] = judge(results)
     return plain(results | {"cross_task": None, "ablations": None})
 
 
-def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
+def _measured_exits(fitted: FittedRecipe, readings: Readings) -> dict[str, Any] | None:
     """The threshold sweep and the saved policy; None for heads whose entropy is not finite."""
     heads, adapter = fitted.heads, fitted.data.adapter
     dataset = fitted.states()
@@ -134,7 +134,7 @@ def _measured_exits(fitted: FittedRecipe) -> dict[str, Any] | None:
     )
     try:
         found: dict[str, Any] = {"scope": policy.scope}
-        found |= sweep_thresholds(exit_table(dataset, adapter, heads, policy))
+        found |= sweep_thresholds(swept_table(readings, dataset, adapter, heads, policy))
     except NumericsError as broken:
         log.warning("no exits measured: %s", str(broken).split(". ")[0])
         return None
