@@ -100,6 +100,7 @@ def test_the_share_of_drawn_rows_is_the_rate(tmp_path):
     assert binomtest(seen.drawn, seen.rows, 0.2).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_a_restart_flips_other_coins_than_the_run_before(tmp_path):
     blocks = []
     for _ in range(4):
@@ -216,6 +217,7 @@ def stream(rng, rows, rate, disagreement, state, batch=250):
     return None
 
 
+@pytest.mark.slow
 def test_of_500_healthy_streams_of_5000_rows_at_most_5_percent_ring():
     rng, fresh = np.random.default_rng(0), AuditState(key=KEY)
     rung = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]

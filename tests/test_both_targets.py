@@ -74,6 +74,7 @@ def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(
     assert_same(project, alone)
 
 
+@pytest.mark.slow
 def test_each_folder_records_the_metrics_that_its_own_fit_would(apart, project):
     assert fit(project, cache=apart.cache) == 0
     for one, two in zip(folders(project), folders(apart), strict=True):
@@ -96,6 +97,7 @@ def test_what_was_fitted_is_loaded_with_the_tuned_lens_beside(apart, project):
     assert (heads.target, heads.tuned_lens.target) == ("spade", "final")
 
 
+@pytest.mark.slow
 def test_groups_of_layers_give_both_kinds_of_heads(apart, project):
     assert fit(project, cache=apart.cache, model__layer_groups=2) == 0
     # A group's targets are not reduced, which decides the last bits; Adam amplifies them.

@@ -1056,6 +1056,7 @@ def test_info_on_nothing_is_a_named_error(tmp_path, capsys):
     assert "nowhere" in refused(capsys, "info", tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_info_on_heads_and_caches_loads_no_lightning(fitted):
     paths = [str(heads_of(fitted)), str(fitted.cache)]
     assert not {"lightning", "datasets", "wandb"} & loaded_by(*(["info", path] for path in paths))

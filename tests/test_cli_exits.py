@@ -247,7 +247,7 @@ def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibra
 
 
 def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
-    more = ["--max_accuracy_drop=0.1", "--per_group", "--per_depth"]
+    more = ["--max_accuracy_drop=0.1", "--measure=entropy", "--per_group", "--per_depth"]
     assert fitted.run("calibrate", *more) == 0
     record = ExitPolicy.load(fitted.folder / "policy.json").calibration
     groups = [one for one in record["conditions"] if one["kind"] == "group"]
@@ -263,6 +263,7 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     assert any(answer["exited"] for answer in asked(fitted, rows))
 
 
+@pytest.mark.slow
 def test_small_groups_are_excluded_where_that_is_asked_for(fitted, capsys):
     more = ["--max_accuracy_drop=0.05", "--per_group", "--small_groups=exclude"]
     assert fitted.run("calibrate", *more) == 0

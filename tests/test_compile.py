@@ -80,6 +80,7 @@ def test_a_run_resumed_with_the_other_setting_leaves_no_shard_of_the_first(proje
     assert_same_rows(everything(after), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_whose_cache_grows_run_as_they_are(fresh):
     """Each block has keys of its own there, so that each would be compiled for itself."""
     model = tiny("llama")

@@ -14,7 +14,7 @@ from lspade_train.policies.pvalues import disagreement_p_value
 from lspade_train.policies.shift import exit_profile
 
 BUDGET, ROWS = 0.06, 600
-SPLITS = pytest.mark.parametrize("splits", [40, pytest.param(200, marks=pytest.mark.slow)])
+SPLITS = pytest.mark.parametrize("splits", [20, pytest.param(200, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")

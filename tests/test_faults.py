@@ -155,7 +155,7 @@ def test_a_fit_stopped_between_its_last_step_and_its_export_takes_no_step_again(
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        pytest.param(name, seed, marks=pytest.mark.slow if seed else ())
+        pytest.param(name, seed, marks=pytest.mark.slow if seed or name != "cache" else ())
         for name in JOBS
         for seed in range(KILLS)
     ],
@@ -338,6 +338,7 @@ def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, ye
 # Disks
 
 
+@pytest.mark.slow
 def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys):
     calm("predict")
     project, arguments = calm.prepared("predict")

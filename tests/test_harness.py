@@ -323,6 +323,7 @@ def test_the_harness_finds_the_model_by_its_name():
     assert entry.load() is get_model("lspade") is LSpadeLM
 
 
+@pytest.mark.slow
 def test_other_programs_do_not_load_this_package():
     assert printed("import sys, torch\nprint('lspade_train' in sys.modules)") == "False"
 

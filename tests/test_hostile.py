@@ -37,7 +37,7 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import predict
 from lspade_train.tasks.files import read_jsonl
 
-COUNT = int(os.environ.get("LSPADE_FUZZ", "60"))
+COUNT = int(os.environ.get("LSPADE_FUZZ", "30"))
 MEMORY = 6 << 30
 """Address space a reader may take in all, torch's libraries and mapped files with it."""
 

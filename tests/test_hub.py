@@ -198,6 +198,7 @@ def test_a_gate_and_a_tuned_lens_travel_with_the_heads(hub, folder):
     assert beside.digest == tuned.digest
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_that_the_folder_no_longer_has_is_removed_from_the_repository(hub, folder):
     heads = LSpadeHeads.from_pretrained(folder)
     heads.beside(LSpadeHeads([1], WIDTH, form="bias")).save_pretrained(folder)
@@ -314,6 +315,7 @@ def test_paths_of_this_machine_in_the_config_are_pointed_out(hub, folder, recipe
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_in_the_middle_of_an_upload_is_tried_again(hub, folder):
     drops = iter([True])
 

@@ -9,7 +9,7 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 from test_runtime import mixed_policy, prompts_of, random_heads, runtime_of
-from tiny_models import KINDS, LAYERS, WIDTH, tiny
+from tiny_models import FAMILIES, LAYERS, WIDTH, tiny
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, tasks
 from lspade_train.errors import TaskError
@@ -165,7 +165,7 @@ def constrained(model, prompt, paths):
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_never_exiting_is_constrained_decoding_by_the_model(family, scope):
     model, prompts = tiny(family), prompts_of([7, 3, 5, 6, 2, 7, 9, 4])
@@ -194,7 +194,7 @@ def test_a_label_of_two_steps_has_the_product_of_their_probabilities():
     assert found.scores == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_step_exits_by_the_policy_and_is_charged(family):
     model, prompts = tiny(family), prompts_of([6] * 8)
@@ -210,7 +210,7 @@ def test_every_step_exits_by_the_policy_and_is_charged(family):
     charged = sum(
         float(table[step, layer]) for d in found for step, layer in enumerate(d.steps)
     )  # fmt: skip
-    assert charged == pytest.approx(spent.get_total_flops(), rel=0.01)
+    assert charged == pytest.approx(spent.get_total_flops(), rel=0.015)
 
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade"])

@@ -149,7 +149,8 @@ def large_cache(toy_root, large, tmp_path_factory):
     return cache_digests(project.home)
 
 
-@pytest.mark.parametrize("command", [pytest.param("cache", marks=pytest.mark.slow), "fit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["cache", "fit"])
 def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     large_cache, project, large, command
 ):

@@ -108,6 +108,7 @@ def test_a_stopped_fit_keeps_its_finished_groups_and_ends_the_same(
     assert all(torch.equal(heads(whole)[name], value) for name, value in heads(stopped).items())
 
 
+@pytest.mark.slow
 def test_groups_of_another_recipe_are_fitted_again(fitted, stopped, monkeypatch):
     seen = trained_layers(monkeypatch)
     assert grouped(fitted, stopped, "--ckpt_path", "last", model__lr=0.01) == 0
@@ -147,6 +148,7 @@ def test_what_cannot_be_grouped_is_a_named_error(
     assert re.search(message, said)
 
 
+@pytest.mark.slow
 def test_two_processes_fit_groups_as_one_does(fitted, project):
     recipe = project.recipe(name="full", data__batch_size=8, model__layer_groups=2)
     shutil.copytree(fitted.cache, project.cache)

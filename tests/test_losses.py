@@ -138,7 +138,7 @@ def gradients(dtype, rows, vocab=2048, width=32):
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("rows", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("rows", [64, 256, 1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_float64_whatever_the_dtype_and_the_batch(dtype, rows):
     found, expected = gradients(dtype, rows)
     for name, gradient in found.items():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adapters import positions_of, run_all
 from test_runtime import mixed_policy, runtime_of
-from tiny_models import KINDS, LAYERS, VOCAB, tiny
+from tiny_models import FAMILIES, LAYERS, VOCAB, tiny
 
 from lspade_train import ExitPolicy, ModelAdapter
 from lspade_train.cache.extract import Extraction, extract
@@ -132,7 +132,7 @@ def test_batches_hold_every_prompt_once_within_the_budget_and_pad_little(lengths
 # Exact ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_rows_behind_a_shared_prefix_are_the_models_own_also_when_others_are_dropped(family):
     model = tiny(family)

@@ -167,6 +167,7 @@ def test_overwrite_replaces_what_is_far_away_and_another_recipe_is_refused(proje
     assert identity["positions"] == "compact"
 
 
+@pytest.mark.slow
 @every_system
 def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, place, tmp_path):
     project.module(cache_dir=place, shard_mb=0.01).states("train")
@@ -180,6 +181,7 @@ def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, pla
     assert len(other.states("train")) == 48
 
 
+@pytest.mark.slow
 @every_system
 def test_a_machine_that_has_nothing_computes_only_what_another_had_not_sent(
     project, place, tmp_path, calm, computed
@@ -258,6 +260,7 @@ def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
     assert content(str(folder)) == calm
 
 
+@pytest.mark.slow
 @on_s3
 def test_a_rebuild_takes_the_old_manifest_away_first_and_what_is_left_over_in_the_end(
     project, place, server, calm
@@ -272,6 +275,7 @@ def test_a_rebuild_takes_the_old_manifest_away_first_and_what_is_left_over_in_th
     assert content(f"{place}/train") == calm
 
 
+@pytest.mark.slow
 @on_s3
 def test_a_changed_file_is_brought_again_whichever_side_changed(
     project, place, server, calm, computed
@@ -295,6 +299,7 @@ def test_a_changed_file_is_brought_again_whichever_side_changed(
     assert not computed
 
 
+@pytest.mark.slow
 @on_s3
 @pytest.mark.parametrize(
     "notes", [seldom("{"), '{"manifest.json": 3, "x": null}', seldom("another's")]
@@ -333,6 +338,7 @@ def mirrors_of(tmp_path):
     return [content(str(folder)) for folder in sorted(tmp_path.glob("machine?/mirrors/*"))]
 
 
+@pytest.mark.slow
 @on_s3
 def test_two_machines_without_a_shared_folder_build_one_cache(
     project, place, server, calm, tmp_path

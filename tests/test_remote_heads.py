@@ -76,6 +76,7 @@ def test_what_is_pushed_to_a_url_is_pulled_byte_for_byte(fitted, url, push):
         assert path.read_bytes() == sent[name].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_push_that_was_cut_short_leaves_no_heads_and_goes_on(url, push, server, capsys):
     server.cut["PUT heads.safetensors"] = lambda: "403 Forbidden"
     assert push() == 1
@@ -117,6 +118,7 @@ def test_predict_validate_test_and_inspect_read_heads_behind_a_url(fitted, url, 
         assert main([command, *given]) == 0
 
 
+@pytest.mark.slow
 def test_info_and_compare_read_heads_behind_a_url(fitted, url, push, capsys):
     push()
     capsys.readouterr()
@@ -128,6 +130,7 @@ def test_info_and_compare_read_heads_behind_a_url(fitted, url, push, capsys):
     assert Path("compare.png").exists()
 
 
+@pytest.mark.slow
 def test_info_and_verify_read_a_cache_behind_a_url(project, url, capsys, caplog):
     recipe = str(project.recipe(data__cache_dir=url))
     assert main(["cache", "--config", recipe]) == 0

@@ -143,6 +143,7 @@ def test_the_shipped_model_is_small_and_answers_the_test_split():
     assert right / len(rows) >= 0.95
 
 
+@pytest.mark.slow
 def test_pretraining_runs_from_end_to_end_in_a_step_per_stage(tmp_path, monkeypatch, capsys):
     short = ["--max_steps", "1", "--questions", "2"]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *short, "--output", str(tmp_path)])
