@@ -130,6 +130,24 @@ def test_an_early_answer_is_the_log_likelihood_of_spade_at_that_layer(lspade, sc
         assert greedy == (int(expected.argmax()) == token)
 
 
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+@torch.no_grad()
+def test_the_answer_of_a_head_is_a_log_likelihood_over_the_vocabulary(lspade, scope):
+    policy = ExitPolicy.always(LAYER, decoder="l-spade", scope=scope)
+    early = lspade(policy)
+    requests = questions()
+    found = early.loglikelihood(requests, disable_tqdm=True)
+    probe = early.runtime.probe
+    for request, (score, greedy) in zip(requests, found, strict=True):
+        context, choice = request.args
+        ids = torch.tensor([early.tok_encode(context)])
+        hidden = early.model(ids, output_hidden_states=True).hidden_states[LAYER][:, -1]
+        logits = probe.adapter.unembed(probe.heads.translate(hidden, LAYER)[:, None])[0, 0]
+        token = early.tokenizer.convert_tokens_to_ids(choice.strip())
+        assert score == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-5)
+        assert greedy == (int(logits.argmax()) == token)
+
+
 def test_the_results_say_how_early_and_what_it_saved(lspade):
     policy = ExitPolicy.always(LAYER)
     early = lspade(policy)
@@ -290,8 +308,6 @@ def test_what_cannot_be_run_is_refused_with_the_remedy(model, heads, lspade, tmp
         LSpadeLM(pretrained=model, device="cpu")
     with pytest.raises(PolicyError, match=r"policy\.json does not exist.*calibrate"):
         LSpadeLM(pretrained=model, heads=str(heads), device="cpu")
-    with pytest.raises(PolicyError, match=r"no log-likelihoods.*\n.*calibrate --scope vocabulary"):
-        lspade(ExitPolicy.always(LAYER, scope="choices", decoder="l-spade"))
     ExitPolicy.always(LAYER).save(tmp_path)
     with pytest.raises(ArtifactError, match="another configuration"):
         LSpadeLM(

@@ -42,7 +42,7 @@ from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
 from lspade_train.runtime.batching import Batch, Query, shared_batches
-from lspade_train.runtime.decide import Probe, decide_batch
+from lspade_train.runtime.decide import Check, Probe, decide_batch
 
 NEVER = "never"
 
@@ -85,6 +85,18 @@ class Scorer(Probe):
         """Logits of every token, whatever the policy's scope."""
         policy = replace(self.policy, scope="vocabulary")
         return Probe(self.adapter, self.heads, policy).read(state, batch, rows)
+
+    def exit_logits(
+        self,
+        check: Check | None,
+        hidden: Float[Tensor, "rows d"],
+        layer: int,
+        batch: Batch,
+        rows: Int[Tensor, " rows"],
+    ) -> Float[Tensor, "rows vocab"]:
+        """Every token's; what a check of the choices read would leave the others out."""
+        seen = None if self.policy.scope == "choices" else check
+        return super().exit_logits(seen, hidden, layer, batch, rows)
 
 
 @dataclass
@@ -156,7 +168,7 @@ class LSpadeLM(HFLM):
         **settings: everything else is the harness's `hf` model's.
 
     Raises:
-        PolicyError: no policy, or one that cannot give log-likelihoods.
+        PolicyError: no policy, or one that needs the group of each row.
         ArtifactError: heads of another model.
         UnsupportedModelError: an encoder-decoder.
     """
@@ -342,7 +354,7 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
     """The policy asked for, or the one beside the heads.
 
     Raises:
-        PolicyError: there is none, it answers from its choices alone, or it needs groups.
+        PolicyError: there is none, or it needs groups.
     """
     if name == NEVER:
         return ExitPolicy.never()
@@ -353,11 +365,6 @@ def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
         )
     policy = ExitPolicy.load(name if name is not None else folder or "")
     policy.require_no_groups("lm-eval")
-    if policy.scope == "choices" and policy.decoder != "spade" and policy.check_layers:
-        raise PolicyError(
-            f"A policy of scope choices and decoder {policy.decoder} has no log-likelihoods over "
-            "the vocabulary.\nChoose one with lspade-train calibrate --scope vocabulary."
-        )
     return policy
 
 

@@ -125,7 +125,7 @@ class Probe:
         name = self.policy.decoder_at(layer)
         if check is not None and name in check.logits:
             return check.logits[name]
-        return self.read(_translated(hidden, self.answerers[name], layer), batch, rows)
+        return self.answer(_translated(hidden, self.answerers[name], layer), batch, rows)
 
     def read(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
@@ -143,7 +143,7 @@ class Probe:
     def answer(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows tokens"]:
-        """The logits that a row answers from, once it has been through the last block."""
+        """The logits that a row answers from, given a head's output or the last block's."""
         return self.read(state, batch, rows)
 
 
