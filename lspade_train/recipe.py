@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -264,3 +264,24 @@ def _from_home(key: str, path: Any) -> Any:
 def _require(right: bool, key: str, value: float, expected: str) -> None:
     if not right:
         raise RecipeError(f"{key} is {value}; expected {expected}. Set --{key}.")
+
+
+def check_layers(layers: Sequence[int], num_layers: int, *, last: int | None = None) -> list[int]:
+    """The asked layers as a list.
+
+    Args:
+        layers: layers, 0 (embedding output) to `last`.
+        num_layers: L.
+        last: highest layer allowed; None allows L.
+
+    Raises:
+        RecipeError: a layer out of range, or none at all.
+    """
+    top = num_layers if last is None else last
+    wrong = [layer for layer in layers if not 0 <= layer <= top]
+    if wrong or not layers:
+        raise RecipeError(
+            f"Layer {wrong[0] if wrong else '(none)'} is out of range: this model has "
+            f"{num_layers} blocks, so layers go from 0 to {top}. Set model.layers."
+        )
+    return list(layers)

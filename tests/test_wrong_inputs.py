@@ -20,9 +20,8 @@ JARGON = re.compile(
     r"Union subtypes|ArgumentParser|Parser key|Namespace|NestedArg|jsonargparse|Optional\[|<class"
     r"|\bdict\b|\bNoneType\b|object at 0x|Traceback|errno|HTTPSConnectionPool"
 )
-SECONDS, WITH_LIGHTNING = 5.0, 12.0
-"""Of CPU; more where Lightning's own types or the model are needed to tell."""
-LATE = re.compile(r"trainer\.(max_epochs|precision)|layers \[9\]|template|ckpt_path|\[tset")
+SECONDS = 5.0
+"""Of CPU."""
 LONGEST = 4
 
 RECIPE = "--config recipe.yaml"
@@ -163,4 +162,4 @@ def test_a_mistake_is_answered_in_a_few_words(line, place):
     assert code == MISTAKES[line], told
     assert not JARGON.search(told), told
     assert len(lines) <= LONGEST or told.startswith("usage: "), told
-    assert cpu < (WITH_LIGHTNING if LATE.search(line) else SECONDS), f"{cpu:.1f} s\n{told}"
+    assert cpu < SECONDS, f"{cpu:.1f} s\n{told}"

@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from lspade_train.recipe import Recipe
 
@@ -46,17 +46,40 @@ HELP_TRAINER = "--help-trainer"
 
 
 @cache
-def trainer_keys() -> frozenset[str]:
-    """The arguments of Lightning's Trainer, read from its source: to import it takes seconds."""
+def trainer_keys() -> Mapping[str, Any]:
+    """The arguments of Lightning's Trainer -> their types; None where not only plain values do.
+
+    Read from its source: to import it takes seconds.
+    """
+    names: dict[str, Any] = {"Optional": Optional, "Union": Union, "Literal": Literal}
+    for node in _source("fabric/plugins/precision/precision.py").body:
+        if isinstance(node, ast.Assign) and "_PRECISION_INPUT" in ast.unparse(node.targets[0]):
+            exec(compile(ast.Module([node], []), "precision", "exec"), names)
+    for node in ast.walk(_source("pytorch/trainer/trainer.py")):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            arguments = [*node.args.args[1:], *node.args.kwonlyargs]
+            return {f"trainer.{one.arg}": _hint(one.annotation, names) for one in arguments}
+    return {}
+
+
+def _source(name: str) -> ast.Module:
     found = importlib.util.find_spec("lightning")
     places = [] if found is None else found.submodule_search_locations or []
-    for place in places:
-        text = (Path(place) / "pytorch/trainer/trainer.py").read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                names = [*node.args.args[1:], *node.args.kwonlyargs]
-                return frozenset(f"trainer.{argument.arg}" for argument in names)
-    return frozenset()
+    texts = [(Path(place) / name).read_text(encoding="utf-8") for place in places]
+    return ast.parse("".join(texts))
+
+
+def _hint(annotation: ast.expr | None, names: Mapping[str, Any]) -> Any:
+    try:
+        return eval(ast.unparse(annotation), dict(names)) if annotation else None
+    except NameError:  # a class of Lightning's, too
+        return None
+
+
+@cache
+def plain_trainer_keys() -> Mapping[str, Any]:
+    """Those whose types are known without Lightning."""
+    return {key: hint for key, hint in trainer_keys().items() if hint is not None}
 
 
 def is_known(key: str) -> bool:

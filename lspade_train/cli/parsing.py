@@ -1,5 +1,7 @@
 """Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
 
+import copy
+import json
 import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
@@ -18,12 +20,20 @@ from jsonargparse import (
 )
 
 from lspade_train.cli.again import without_options
-from lspade_train.cli.keys import HELP_TRAINER, KEYS, is_known, near, near_key, wording
+from lspade_train.cli.keys import (
+    HELP_TRAINER,
+    KEYS,
+    is_known,
+    near,
+    near_key,
+    plain_trainer_keys,
+    wording,
+)
 from lspade_train.cli.recipe_file import RecipeFile, read_recipe
 from lspade_train.cli.shipped import is_shipped, locate
 from lspade_train.errors import RecipeError, UnsupportedModelError
 from lspade_train.io.hub_names import near_model, settle_hub
-from lspade_train.recipe import Recipe
+from lspade_train.recipe import Recipe, check_layers
 
 KEY_FAULT = re.compile(r'Parser key "([\w.]+)"')
 GIVEN = re.compile(r"(?:Got value|Given value): (.*)")
@@ -105,8 +115,8 @@ def parse(
     Args:
         parser: the command's.
         arguments: its command line.
-        early: looks at what was parsed, `trainer` left out, before Lightning is imported; None
-            looks for the model.
+        early: looks at what was parsed before Lightning is imported, of `trainer` plain values
+            only; None looks for the model.
 
     Raises:
         RecipeError: an unknown key, a missing file, a value of the wrong type.
@@ -124,8 +134,11 @@ def parse(
         parsed = _read(parser, words, arguments, files)
         (early or find_model)(parsed)
         return parsed
-    # Most mistakes stand elsewhere: they need not wait for Lightning.
-    (early or find_model)(_read(parser, _without_trainer(words, files), arguments, files))
+    # Most mistakes can be told without Lightning, which takes seconds to import.
+    first = copy.deepcopy(parser)
+    for key, hint in plain_trainer_keys().items():
+        first.add_argument(f"--{key}", type=hint)
+    (early or find_model)(_read(first, _plain(words, files), arguments, files))
     _add_trainer(parser, typed=True)
     return _read(parser, words, arguments, files)
 
@@ -142,6 +155,18 @@ def find_model(parsed: Parsed) -> None:
             f"{data.model_id} is not a model: it holds no config.json{near_model(data.model_id)}\n"
             "Check data.model_id, or name its file with data.gguf_file."
         )
+    blocks = _blocks(folder / "config.json")
+    if blocks and isinstance(parsed.recipe.model.layers, list):
+        check_layers(parsed.recipe.model.layers, blocks, last=blocks - 1)
+
+
+def _blocks(config: Path) -> int | None:
+    """L where the file says it under the usual name; None where the model has to be asked."""
+    try:
+        found = json.loads(config.read_bytes()).get("num_hidden_layers")
+    except (OSError, ValueError, AttributeError):
+        return None  # another module says what is wrong with it
+    return found if isinstance(found, int) else None
 
 
 def _read(
@@ -217,10 +242,11 @@ def _with_recipes(
     return words, files
 
 
-def _without_trainer(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
-    """The command line without Lightning's section, in the recipes too."""
-    bare = {file.text: file.without_trainer for file in files}
-    kept = without_options(words, lambda key: key.split(".")[0] == "--trainer")
+def _plain(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
+    """The command line without what only Lightning's own classes can check; the recipes, too."""
+    bare = {file.text: file.plain for file in files}
+    known = {f"--{key}" for key in plain_trainer_keys()}
+    kept = without_options(words, lambda key: key.startswith("--trainer") and key not in known)
     texts = [word.removeprefix("--config=") for word in kept]
     return [
         word.removesuffix(text) + bare.get(text, text)
@@ -267,7 +293,8 @@ def _refuse(
     key = keys[-1]
     if key not in KEYS and not key.startswith("trainer."):
         _usage(parser, f"--{key} {_wrong(parser, key, message)}")
-    raise RecipeError(f"{_place(key, arguments, files)}: {key} {_wrong(parser, key, message)}")
+    wrong = _wrong(parser, key, message)
+    raise RecipeError(f"{_place(key, wrong, arguments, files)}: {key} {wrong}")
 
 
 def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
@@ -277,11 +304,12 @@ def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
     _usage(parser, f"{what} {word}{near(name, options)}")
 
 
-def _place(key: str, arguments: Sequence[str], files: Sequence[RecipeFile]) -> str:
-    """Where a key was given: on the command line, or in a line of a recipe."""
-    if any(word.split("=", 1)[0] == f"--{key}" for word in arguments):
-        return "On the command line"
+def _place(key: str, wrong: str, arguments: Sequence[str], files: Sequence[RecipeFile]) -> str:
+    """Where a wrong value was given: on the command line, or in a line of a recipe."""
     found = [f"{file.path}, line {file.lines[key]}" for file in files if key in file.lines]
+    words = " ".join(arguments).replace(f"--{key}=", f"--{key} ").split(f"--{key} ")[1:]
+    if any(not found or f" {word.split()[0]};" in wrong for word in words if word):
+        return "On the command line"
     return found[-1] if found else "In the recipe"
 
 

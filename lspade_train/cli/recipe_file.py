@@ -9,7 +9,14 @@ from pathlib import Path
 
 import yaml
 
-from lspade_train.cli.keys import SECTIONS, is_known, near, near_key, takes_names
+from lspade_train.cli.keys import (
+    SECTIONS,
+    is_known,
+    near,
+    near_key,
+    plain_trainer_keys,
+    takes_names,
+)
 from lspade_train.cli.shipped import find_recipe, recipes
 from lspade_train.errors import RecipeError
 from lspade_train.io.text import read_text
@@ -25,14 +32,14 @@ class RecipeFile:
         name: as it was given.
         path: where it lies.
         text: its YAML, without sections that hold nothing: those keep their defaults.
-        without_trainer: the same without Lightning's section.
+        plain: the same without what only Lightning's own classes can check.
         lines: dotted key -> line, from 1.
     """
 
     name: str
     path: Path
     text: str
-    without_trainer: str
+    plain: str
     lines: dict[str, int]
 
 
@@ -57,7 +64,10 @@ def read_recipe(name: str) -> RecipeFile:
     for parent, pair in empty:
         parent.value.remove(pair)
     text = yaml.serialize(node) if empty else text
-    node.value = [pair for pair in node.value if pair[0].value != "trainer"]
+    for key, section in node.value:
+        if key.value == "trainer" and isinstance(section, yaml.MappingNode):
+            known = plain_trainer_keys()
+            section.value = [pair for pair in section.value if f"trainer.{pair[0].value}" in known]
     return RecipeFile(name, path, text, yaml.serialize(node), lines)
 
 

@@ -17,8 +17,8 @@ from lspade_train.models import ModelAdapter
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LayerView, Lens
 from lspade_train.probes.metrics import entropy, kl_divergence
-from lspade_train.probes.spade import check_layers, collect_states, continue_states
-from lspade_train.recipe import PositionIds
+from lspade_train.probes.spade import collect_states, continue_states
+from lspade_train.recipe import PositionIds, check_layers
 
 SPACE, NEWLINE = "·", "⏎"
 

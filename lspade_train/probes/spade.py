@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lspade_train.errors import RecipeError, TaskError
+from lspade_train.errors import TaskError
 from lspade_train.models import ModelAdapter, Plan
 from lspade_train.models.plan import token_mask
-from lspade_train.recipe import PositionIds
+from lspade_train.recipe import PositionIds, check_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,27 +35,6 @@ class States:
     final: Float[Tensor, "prompts positions d"]
     start_ids: Int[Tensor, " prompts"]
     position_ids: Int[Tensor, "prompts positions"]
-
-
-def check_layers(layers: Sequence[int], num_layers: int, *, last: int | None = None) -> list[int]:
-    """The asked layers as a list.
-
-    Args:
-        layers: layers, 0 (embedding output) to `last`.
-        num_layers: L.
-        last: highest layer allowed; None allows L.
-
-    Raises:
-        RecipeError: a layer out of range, or none at all.
-    """
-    top = num_layers if last is None else last
-    wrong = [layer for layer in layers if not 0 <= layer <= top]
-    if wrong or not layers:
-        raise RecipeError(
-            f"Layer {wrong[0] if wrong else '(none)'} is out of range: this model has "
-            f"{num_layers} blocks, so layers go from 0 to {top}. Set model.layers."
-        )
-    return list(layers)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lspade_train.recipe import DataConfig
 from lspade_train.tasks.base import SPLITS, Question, Record, Rows, Split, Task
 from lspade_train.tasks.cut import cut_sides, side_of
 from lspade_train.tasks.files import read_csv, read_jsonl, read_paragraphs
+from lspade_train.tasks.prompts import fill
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.sources import Reader, Source, open_source
 
@@ -45,7 +46,8 @@ def require_splits(config: DataConfig, wanted: Sequence[Split], *, choices: bool
     for split in wanted:
         rows = load_rows(config, split)
         if task.to_question is not None:
-            to_questions(config, rows)
+            first = to_questions(config, rows)[0]
+            fill(config.prompt.template or task.template, first.fields)
         if choices:
             require_choices(config, rows)
 

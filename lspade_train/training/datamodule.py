@@ -30,8 +30,7 @@ from lspade_train.io.remote import Mirror, is_remote
 from lspade_train.io.storage import default_cache_root, json_digest
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.models.frozen import FrozenModel
-from lspade_train.probes.spade import check_layers
-from lspade_train.recipe import DataConfig
+from lspade_train.recipe import DataConfig, check_layers
 from lspade_train.tasks import Encoded, Example, Rows, Split
 from lspade_train.tasks.held_out import held_out
 from lspade_train.training.disk_cache import DiskCache
