@@ -51,6 +51,7 @@ def pair(accuracy=0.8, low=0.75, **changes):
         "provenance": {
             "cpu_seconds": {"fit": 3600},
             "hardware": "2 CPU cores",
+            "dtype": "float32",
             "recipe": {"heads": {"scope": "choices"}},
         },
     } | changes

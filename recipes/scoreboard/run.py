@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the data")
     parser.add_argument("--only", default="", help="pairs such as smollm2-sst2, by commas")
     parser.add_argument("--work", type=Path, default=Path("checkpoints/scoreboard"))
+    parser.add_argument("--dtype", default="bfloat16", help="float32 on a CPU without bf16")
     parser.add_argument("--pairs", type=Path, default=HERE / "pairs.yaml")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing, write the page")
@@ -103,6 +104,7 @@ class Pair:
         self.task = settings["tasks"][self.task_key]
         self.work: Path = given.work / name
         self.data: Path = given.data
+        self.dtype: str = given.dtype
         local = given.models / self.model["model_id"]
         self.model_id = str(local) if local.exists() else self.model["model_id"]
         self.clock = Clock()
@@ -141,7 +143,7 @@ class Pair:
             "task": "jsonl",
             "dataset": str(self.work / "data"),
             "cache_dir": str(self.work / "cache"),
-            "dtype": "bfloat16",
+            "dtype": self.dtype,
             "overlong": "skip",
             "shard_mb": 16,  # a run that was stopped loses little
         }
@@ -196,6 +198,7 @@ class Pair:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
             "threads": torch.get_num_threads(),
+            "dtype": self.dtype,
             "cpu_seconds": self.clock.spent,
             "versions": versions(),
             "source": source_state(),

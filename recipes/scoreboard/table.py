@@ -64,7 +64,10 @@ def render(found: Sequence[Mapping[str, Any]]) -> str:
             expected=(1 - LEVEL) * len(exiting),
             hours=seconds / 3600,
             hardware=_each(pair["provenance"]["hardware"] for pair in found),
-            weights=_each(f"{pair['model']}, {pair['weights']}" for pair in found),
+            weights=_each(
+                f"{pair['model']}, {pair['weights']}, run in {pair['provenance']['dtype']}"
+                for pair in found
+            ),
         )
     )
 
