@@ -232,7 +232,7 @@ def _print_kinds(found: "Selection") -> None:
         mark = MARK if is_chosen else " " * len(MARK)
         table.add_row(mark + name, *cells, style="bold" if is_chosen else None)
     console = Console()
-    Console(width=max(console.width, WIDTH)).print(table)
+    Console(width=max(console.width, WIDTH + 8 * in_time)).print(table)
 
 
 def _cells(row: "PolicyRow") -> list[str]:

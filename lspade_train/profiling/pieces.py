@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8
 """Prompts in a batch where none is asked for. `data.batch_size` is of training steps."""
 
-ROUNDS = (5, 25)
+ROUNDS = (5, 40)
 """Fewest and most timed rounds."""
-ENOUGH = 10.0
+ENOUGH = 20.0
 """Seconds after which no further round begins."""
 HEADS = 8
 """Most layers whose heads are timed: each has weights of its own to read."""
