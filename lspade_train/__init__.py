@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lspade_train.policies.selection import calibrate
     from lspade_train.probes.heads import LSpadeHeads
     from lspade_train.probes.spade import spade_logits
+    from lspade_train.profiling import measure_seconds
     from lspade_train.recipe import DataConfig, HeadConfig
     from lspade_train.runtime import Audit, ExitRuntime
     from lspade_train.training.datamodule import HiddenStateDataModule
@@ -28,6 +29,7 @@ _MODULES = {
     "LSpadeModule": "training.module",
     "ModelAdapter": "models",
     "calibrate": "policies.selection",
+    "measure_seconds": "profiling.pieces",
     "push_to_hub": "artifacts.folder",
     "spade_logits": "probes.spade",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "LSpadeModule",
     "ModelAdapter",
     "calibrate",
+    "measure_seconds",
     "push_to_hub",
     "spade_logits",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import toy
 from huggingface_hub import ModelCard, ModelCardData
+from test_seconds import seconds_of
 
 from lspade_train.artifacts.card import KEEP, card, ranges, write_card
 from lspade_train.cli import main
@@ -182,6 +183,13 @@ def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     assert f"{words}, with 90% confidence for prompts drawn like the 1,234 rows" in text
     row = "| validation split: rows that chose the policy | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
     assert row in text
+
+
+def test_a_policy_that_was_chosen_by_time_says_for_what_and_where(folder):
+    record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9}
+    record |= {"chosen": CHOSEN | {"time_saved": 0.1}, "seconds": seconds_of().to_json()}
+    change(folder / "policy.json", threshold=0.25, calibration=record)
+    assert "a predicted 10.0% at 2 x 16 tokens, on abacus, 1 thread, float32." in card(folder)
 
 
 def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):

@@ -95,6 +95,42 @@ def test_the_papers_kind_of_policy_has_thresholds_per_layer_proposed_by_training
     assert {row["name"] for row in found["curve"]} == {"l-spade entropy -> spade"}
 
 
+@pytest.mark.slow
+def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, capsys):
+    shape = ["--cost=time", "--batch_size=2", "--prompt_length=24"]
+    assert fitted.run("calibrate", "--max_accuracy_drop=0.05", *shape) == 0
+    record = ExitPolicy.load(fitted.folder / "policy.json").calibration
+    seconds, chosen = record["seconds"], record["chosen"]
+    assert (record["cost"], seconds["batch_size"], seconds["prompt_length"]) == ("time", 2, 24)
+    assert {"l-spade", "tuned_lens"} <= seconds["readers"].keys()
+    printed = capsys.readouterr().out
+    assert "predicted for 2 x 24 tokens on" in printed
+    if chosen["threshold"] is None:
+        assert "Never exit" in printed
+    else:
+        assert chosen["time_saved"] > 0
+        assert f"{chosen['time_saved']:.1%} of the time saved" in printed
+    quick = ["--lengths=[16]", "--batch_sizes=[1]", "--repeats=2"]
+    assert fitted.run("profile", *quick) == 0
+    found = json.loads((fitted.folder / "profile.json").read_text())["confirmation"]
+    printed = capsys.readouterr().out
+    assert "32 prompts at 2 x 24 tokens" in printed
+    assert f"predicted {found['predicted']:.3f} (calibrate: {found['expected']:.3f})" in printed
+    assert found["expected"] == pytest.approx(1 - chosen["time_saved"])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--cost=money"], "expected flops or time"),
+        (["--batch_size=4"], "give it with --cost time"),
+    ],
+)
+def test_a_cost_that_cannot_be_priced_is_named(fitted, capsys, options, match):
+    assert fitted.run("calibrate", *options) == 1
+    assert match in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
 @pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens", "tuned_lens"])
 def test_the_table_from_cached_states_is_what_the_runtime_does(fitted, decoder, scope):

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import binom
 from test_audit import KEY, audited, never
 from test_runtime import mixed_policy, prompts_of, random_heads
+from test_seconds import seconds_of
 from tiny_models import LAYERS, tiny
 
 from lspade_train import ExitPolicy, ExitRuntime
@@ -21,6 +22,7 @@ from lspade_train.policies.audited_rows import AuditedRow, AuditedRows, append, 
 from lspade_train.policies.flops import FlopCounts, count_flops
 from lspade_train.policies.policy import NO_GROUP
 from lspade_train.policies.recalibration import recalibrate, since
+from lspade_train.policies.seconds import Piece
 
 BUDGET, TIME = 0.05, "2026-03-01T00:00:00+00:00"
 COUNTS = FlopCounts(
@@ -88,6 +90,20 @@ def test_the_chosen_policy_is_stricter_and_its_disagreement_is_the_one_on_record
     assert found.calibration.chosen.compute_saved > 0
     words = found.policy.calibration["promise"]
     assert "like the 1,500 rows in use that an audit drew on 2026-03-01" in words
+
+
+def test_a_policy_that_was_priced_by_time_is_chosen_again_by_time():
+    block = (Piece(1.0, 7.0),) * 6
+    seconds = seconds_of(prompt=block, step=block, scope="vocabulary").to_json()
+    policy = replace(POLICY, calibration={"cost": "time", "seconds": seconds})
+    rows = rows_of(1500, np.random.default_rng(0))
+    found = recalibrate(policy, file_of(rows, policy), BUDGET)
+    chosen = found.calibration.chosen
+    assert 0 < chosen.time_saved != chosen.compute_saved
+    by_flops = recalibrate(POLICY, file_of(rows), BUDGET).calibration.curve
+    saved = {(row.layers, row.threshold): row.compute_saved for row in by_flops}
+    assert chosen.compute_saved == saved[chosen.layers, chosen.threshold]
+    assert found.policy.calibration["seconds"] == seconds
 
 
 @pytest.mark.parametrize("splits", [20, pytest.param(60, marks=pytest.mark.slow)])

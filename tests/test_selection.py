@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy
 from results import drawing
+from test_seconds import seconds_of
 from tiny_models import LAYERS, WIDTH
 
 from lspade_train import ExitPolicy, ExitRuntime, LSpadeHeads, calibrate
@@ -15,7 +16,9 @@ from lspade_train.cli import main
 from lspade_train.errors import LSpadeError, PolicyError
 from lspade_train.evaluation.exits import measure_policy
 from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.exit_table import evaluate_policy
 from lspade_train.policies.flops import counter
+from lspade_train.policies.seconds import Piece, Seconds
 from lspade_train.policies.sides import calibration_side, chose, evaluation_side
 from lspade_train.probes.measures import MEASURES, Measure, find_measure, register_measure, signal
 from lspade_train.recipe import TextConfig
@@ -101,6 +104,28 @@ def test_a_head_that_answers_saves_what_pytorch_counts(data):
     saved = found.calibration.chosen.compute_saved
     assert found.policy.check_layers
     assert saved == pytest.approx(counted_saving(data, found.policy), abs=1e-6)
+
+
+def test_a_policy_priced_by_time_answers_as_is_quickest_and_tells_both_savings(data):
+    dear = {"step": (Piece(25.0, 0.0),) * LAYERS, "prompt": (Piece(25.0, 0.0),) * LAYERS}
+    cost = seconds_of(batch_size=1, plain=100.0, start=0.0, scope="vocabulary", **dear)
+    heads = heads_of(data)
+    found = calibrate(data, heads, scope="vocabulary", cost=cost, **LOOSE)
+    chosen = found.calibration.chosen
+    assert set(found.policy.decoders) == {"l-spade"}  # SPADE's way up takes what it skips
+    assert chosen.time_saved > 0.02
+    by_flops = evaluate_policy(
+        exit_table(data.stored("validation"), data.adapter, heads.bind(data.adapter), found.policy),
+        found.policy.threshold,
+    )
+    assert chosen.compute_saved == pytest.approx(by_flops.compute_saved)
+    assert Seconds.from_json(found.policy.calibration["seconds"]) == cost
+    spade = calibrate(data, heads, scope="vocabulary", cost=cost, decoder="spade", **LOOSE)
+    assert spade.policy.check_layers == ()
+    with pytest.raises(PolicyError, match="the policy's scope is choices"):
+        calibrate(data, heads, scope="choices", cost=cost, **LOOSE)
+    with pytest.raises(PolicyError, match="no check by margin"):
+        calibrate(data, heads, scope="vocabulary", cost=cost, measure="margin", **LOOSE)
 
 
 def test_the_checks_of_a_policy_without_a_threshold_are_priced(data):

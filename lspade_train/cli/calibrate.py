@@ -2,11 +2,12 @@
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lspade_train.cli.again import another
 from lspade_train.cli.options import find_heads, heads_given, heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse
+from lspade_train.errors import RecipeError
 
 if TYPE_CHECKING:
     from lspade_train.policies.exit_table import PolicyRow
@@ -15,18 +16,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALIBRATE = """\
-Choose the exit policy that saves the most compute while the risk stays within your budget, with a
-distribution-free guarantee (Learn then Test, arXiv:2110.01052). The training split proposes
-policies: what decides (the entropy of a head, a learned gate, a fixed layer), who answers at an
-exit (SPADE or a head), thresholds, and the checks worth their cost. The validation split tests
-those that no other beats (one half of it where the data have no labelled test split: the other
-half is for evaluate). Writes policy.json, and gate.safetensors where a gate decides, beside the
-heads and prints the trade-off. Where nothing qualifies the policy is: never exit.
+Choose the exit policy that saves the most FLOPs, or the most time on this machine (--cost time),
+while the risk stays within your budget, with a distribution-free guarantee (Learn then Test,
+arXiv:2110.01052). The training split proposes policies: what decides (the entropy of a head, a
+learned gate, a fixed layer), who answers at an exit (SPADE or a head), thresholds, and the checks
+worth their cost. The validation split tests those that no other beats (one half of it where the
+data have no labelled test split: the other half is for evaluate). Writes policy.json, and
+gate.safetensors where a gate decides, beside the heads and prints the trade-off. Where nothing
+qualifies the policy is: never exit.
 
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
   lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
   lspade-train calibrate --config recipes/arc.yaml --paper   (the paper's rule)
+  lspade-train calibrate --config recipes/arc.yaml --cost time --batch_size 1   (seconds, here)
   lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)"""
 
 MARK = "> "
@@ -93,6 +96,19 @@ def calibrate(arguments: list[str]) -> None:
         "or exclude (the promise leaves them out); null: never_exit",
     )  # fmt: skip
     add(
+        "--cost", type=str, default="flops",
+        help="what is saved: flops, or time, for which the model's parts are timed on this machine "
+        "beside a second, untouched load of it; profile then confirms the prediction",
+    )  # fmt: skip
+    add(
+        "--batch_size", type=int | None, default=None,
+        help="with --cost time, prompts in a batch as you will serve them; null: 8",
+    )  # fmt: skip
+    add(
+        "--prompt_length", type=int | None, default=None,
+        help="with --cost time, tokens of each prompt; null: the median of the validation prompts",
+    )  # fmt: skip
+    add(
         "--plan",
         type=bool,
         default=False,
@@ -118,6 +134,11 @@ def calibrate(arguments: list[str]) -> None:
         recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
     )
     asked = {name: options[name] for name in OPTIONS}
+    if options.cost == "time":
+        from lspade_train.profiling import measure_seconds
+
+        shape = {name: options[name] for name in ("batch_size", "prompt_length", "scope")}
+        asked["cost"] = measure_seconds(data, heads, **shape)
     found = choose(data, heads, **asked, seed=recipe.seed_everything)
     _print_kinds(found)
     found.policy.save(folder)
@@ -128,8 +149,18 @@ def calibrate(arguments: list[str]) -> None:
     log.info("next:   %s", another("evaluate", parsed.arguments, without=heads_kept))
 
 
+def _check_cost(options: Any) -> None:
+    """Refuse a cost that is not known, and shapes that nothing is timed for."""
+    if options.cost not in ("flops", "time"):
+        raise RecipeError(f"--cost is {options.cost!r}; expected flops or time.")
+    shaped = [name for name in ("batch_size", "prompt_length") if options[name] is not None]
+    if shaped and options.cost == "flops":
+        raise RecipeError(f"--{shaped[0]} is of what is timed: give it with --cost time.")
+
+
 def _find_what_it_reads(parsed: Parsed) -> None:
     """Model and heads, but for a plan, which reads neither."""
+    _check_cost(parsed.options)
     if not parsed.options.plan:
         find_heads(parsed)
 
@@ -179,11 +210,13 @@ def _print_kinds(found: "Selection") -> None:
     from lspade_train.cli.printing import WIDTH, new_table
 
     result, policy = found.calibration, found.policy
+    in_time = result.chosen.time_saved is not None
     table = new_table(
         "decides -> answers", "checks", "acc.", "drop", "differs", "mean\nexit",
-        "FLOPs\nsaved", "of\noracle", "p",
+        *(["time\nsaved"] if in_time else []), "FLOPs\nsaved", "of\noracle", "p",
         title=f"over the {policy.scope}; {result.n:,} rows ({found.side.words}), "
-        f"which choose the policy; an oracle saves {result.oracle_saving:.1%}",
+        f"which choose the policy; an oracle saves {result.oracle_saving:.1%}"
+        + (" of the time" if in_time else ""),
     )  # fmt: skip
     table.caption = (
         f"{MARK.strip()}: chosen; differs: share of answers that are not the full model's; "
@@ -193,13 +226,13 @@ def _print_kinds(found: "Selection") -> None:
     chosen = result.chosen
     others = [row for row in found.kinds if row.name != chosen.name]
     rows = [*others, chosen] if chosen.threshold is not None else others
-    for row in [found.never, *sorted(rows, key=lambda row: row.compute_saved)]:
+    for row in [found.never, *sorted(rows, key=lambda row: row.saved)]:
         name, *cells = _cells(row)
         is_chosen = row is chosen or (row is found.never and chosen.threshold is None)
         mark = MARK if is_chosen else " " * len(MARK)
         table.add_row(mark + name, *cells, style="bold" if is_chosen else None)
     console = Console()
-    Console(width=max(console.width, WIDTH)).print(table)
+    Console(width=max(console.width, WIDTH + 8 * in_time)).print(table)
 
 
 def _cells(row: "PolicyRow") -> list[str]:
@@ -213,6 +246,7 @@ def _cells(row: "PolicyRow") -> list[str]:
         number(row.drop, "+.3f"),
         number(row.disagreement, ".3f"),
         number(row.mean_exit_layer, ".2f"),
+        *([] if row.time_saved is None else [number(row.time_saved, ".1%")]),
         number(row.compute_saved, ".1%"),
         number(row.efficiency, ".0%"),
         number(row.p_value, ".3f"),
@@ -226,12 +260,33 @@ def _verdict(found: "Selection") -> str:
     result = found.calibration
     chosen = result.chosen
     if chosen.threshold is None:
-        return result.reason
+        return f"{result.reason}{_shape(found)}"
     layers = ", ".join(map(str, chosen.layers))
+    saves = (
+        f"{chosen.compute_saved:.1%} of the FLOPs saved "
+        f"({1 / (1 - chosen.compute_saved):.2f} times fewer)"
+    )
+    if chosen.time_saved is not None:
+        saves = (
+            f"{chosen.time_saved:.1%} of the time saved ({1 / (1 - chosen.time_saved):.2f} times "
+            f"faster), {chosen.compute_saved:.1%} of the FLOPs"
+        )
     return (
-        f"Chosen: {chosen.name}. {chosen.compute_saved:.1%} of the FLOPs saved "
-        f"({1 / (1 - chosen.compute_saved):.2f} times fewer), mean exit at layer "
-        f"{chosen.mean_exit_layer:.2f}; checks at {layers}.\n"
+        f"Chosen: {chosen.name}. {saves}, mean exit at layer "
+        f"{chosen.mean_exit_layer:.2f}; checks at {layers}.{_shape(found)}\n"
         "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
         f"Promise: {promise(found.policy.calibration)}"
+    )
+
+
+def _shape(found: "Selection") -> str:
+    """What the time is of, where it is the cost."""
+    from lspade_train.policies.seconds import Seconds
+
+    record = found.policy.calibration.get("seconds")
+    if record is None:
+        return ""
+    seconds = Seconds.from_json(record)
+    return (
+        f"\nTime: predicted for {seconds.shape} on {seconds.where}; lspade-train profile times it."
     )

@@ -8,7 +8,6 @@ from typing import Any
 from lspade_train.cli.options import find_heads, heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 from lspade_train.errors import RecipeError
-from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +15,9 @@ PROFILE = """\
 Wall time, memory and FLOPs of the exit policy against the forward of an untouched model, in turn
 on the same batches, over prompt lengths, batch sizes and thresholds, on whatever device the model
 is on. The untouched model is loaded beside the policy's, so there must be memory for two.
-Prompts are the task's validation prompts, cut or joined to each length. Writes profile.json and
-figures/speedup into the heads folder.
+Prompts are the task's validation prompts, cut or joined to each length. A policy that was chosen by
+calibrate --cost time is also timed at the batch size and length that it was priced at: predicted
+time beside measured. Writes profile.json and figures/speedup into the heads folder.
 
   lspade-train profile --config recipes/arc.yaml
   lspade-train profile --config recipes/arc.yaml --lengths [128,512] --thresholds [0.5,1,2]
@@ -47,6 +47,8 @@ def profile(arguments: list[str]) -> None:
     if options.generate < 0:
         raise RecipeError(f"--generate is {options.generate}; expected 0 (off) or more tokens.")
 
+    from dataclasses import replace
+
     from rich.console import Console
 
     from lspade_train import profiling
@@ -56,21 +58,29 @@ def profile(arguments: list[str]) -> None:
     folder = heads_given(parsed, written_by="profile")
     heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
-    prompts, choices = _prompts(parsed, adapter, tokenizer)
+    data = parsed.recipe.data
+    prompts, choices = profiling.prompts_of(data, tokenizer, adapter.max_length)
     runtime = ExitRuntime(adapter, heads, policy=policy)
+    plain, among = profiling.untouched(data), choices if policy.scope == "choices" else ()
     console = Console(width=max(Console().width, 110))
     found = profiling.profile(
         runtime,
-        _untouched(parsed.recipe.data),
+        plain,
         lengths=_fitting(adapter) if options.lengths is None else options.lengths,
         batch_sizes=options.batch_sizes,
         thresholds=[None, *thresholds],
         prompts=prompts,
-        choices=choices if policy.scope == "choices" else (),
+        choices=among,
         repeats=options.repeats,
         track=lambda shapes: track(shapes, "profiling", len(shapes)),
     )
     console.print(found.table())
+    confirmed = profiling.confirm(
+        runtime, plain, prompts=prompts, choices=among, repeats=options.repeats
+    )
+    if confirmed is not None:  # its policy was priced by time
+        found = replace(found, confirmation=confirmed)
+        sys.stdout.write(f"{confirmed.words}\n")
     if options.generate:
         rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
@@ -80,22 +90,6 @@ def profile(arguments: list[str]) -> None:
         "costs in answers is in lspade-train calibrate and evaluate.\n"
     )
     log.info("profile: %s", found.save(folder))
-
-
-def _untouched(config: DataConfig) -> Any:
-    """The recipe's model as transformers loads it: the baseline."""
-    from lspade_train.models.loading import load_model
-
-    return load_model(
-        config.model_id,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-        gguf_file=config.gguf_file,
-    )
 
 
 def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
@@ -112,17 +106,6 @@ def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
         layers=heads.layers, scope=heads.scope, positions=parsed.recipe.data.positions
     )
     return policy, list(PAPER_THRESHOLDS) if asked is None else asked
-
-
-def _prompts(parsed: Parsed, adapter: Any, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """Validation prompts as token ids, and the first one's choices."""
-    from lspade_train import tasks
-
-    config = parsed.recipe.data
-    rows = tasks.load_rows(config, "validation")
-    encoded = tasks.encode(config, rows, tokenizer, adapter.max_length or 2**31)
-    examples = encoded.examples
-    return [[*map(int, e.input_ids)] for e in examples], [*map(int, examples[0].choice_ids)]
 
 
 def _fitting(adapter: Any) -> list[int]:

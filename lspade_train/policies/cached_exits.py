@@ -22,6 +22,7 @@ from lspade_train.policies.flops import FlopCounts, cost_parts, count_flops
 from lspade_train.policies.gate import Gate, Reading, features
 from lspade_train.policies.policy import Decoder, ExitPolicy, Scope
 from lspade_train.policies.readers import Readers, answer_readers, check_readers
+from lspade_train.policies.seconds import Seconds
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED, find_measure
 from lspade_train.training.targets import target_logits
@@ -41,7 +42,8 @@ class CachedExits:
         gold: the right answer, (n,); None where a row has none.
         tokens: length of each prompt, (n,).
         choices: number of choices, (n,); None for the vocabulary.
-        counts: what the model's parts cost.
+        counts: what the model's parts cost in FLOPs.
+        seconds: what they take here, where policies are priced by time.
         dataset: the rows, for gates that read hidden states.
     """
 
@@ -56,6 +58,7 @@ class CachedExits:
     choices: Int[Tensor, " rows"] | None
     counts: FlopCounts
     dataset: StateDataset
+    seconds: Seconds | None = None
 
     def __len__(self) -> int:
         return len(self.full_answer)
@@ -115,6 +118,8 @@ class CachedExits:
         """
         if confidence is None:
             confidence = self._confidence(policy, readers)
+        flops = cost_parts(self.counts, self.tokens, policy, choices=self.choices)
+        seconds = None if self.seconds is None else self.seconds.costs(policy, len(self))
         options = self.counts.vocab if self.choices is None else int(self.choices.max())
         return ExitTable(
             layers=policy.layers,
@@ -124,7 +129,8 @@ class CachedExits:
             answers=self._answers(policy.layers, policy.decoders).numpy(),
             full_answer=self.full_answer.numpy(),
             gold=None if self.gold is None else self.gold.numpy(),
-            costs=cost_parts(self.counts, self.tokens, policy, choices=self.choices),
+            costs=seconds or flops,
+            flops=None if seconds is None else flops,
         )
 
     def _confidence(self, policy: ExitPolicy, readers: Sequence[str]) -> Tensor:
@@ -153,6 +159,7 @@ def read_exits(
     layers: Sequence[int],
     scope: Scope,
     measures: Sequence[str] = ("entropy",),
+    seconds: Seconds | None = None,
 ) -> CachedExits:
     """Read cached rows for policies of one scope, a few hundred at a time.
 
@@ -164,6 +171,7 @@ def read_exits(
         layers: layers to read, ascending.
         scope: what is read: all of the vocabulary, or each row's choices.
         measures: of the readers' logits.
+        seconds: prices exits by time; None: by FLOPs.
 
     Raises:
         PolicyError: no rows, or a scope of choices where a row has none.
@@ -196,6 +204,7 @@ def read_exits(
         choices=labels["choice_count"] if scope == "choices" else None,
         counts=count_flops(adapter, readers),
         dataset=dataset,
+        seconds=seconds,
     )
 
 

@@ -28,6 +28,8 @@ from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
 LEAD = 2 / 3
 """Share of the error probability for the most promising sequence."""
+LEAST_TIME = 0.02
+"""Share of the time that must be saved for an exit to be worth it: timing tells no less. Ours."""
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
 
 
@@ -161,7 +163,7 @@ def run_tests(
             found.append(held)
             curve.append(replace(row, name=candidate.name, p_value=value, accepted=passed))
     never = evaluate_policy(tables[0], None, oracle=ideal)
-    chosen = max((never, *filter(_accepted, curve)), key=lambda row: row.compute_saved)
+    chosen = max((never, *filter(_is_worth_it, curve)), key=lambda row: row.saved)
     place = next((n for n, row in enumerate(curve) if row is chosen), None)
     return Calibration(
         chosen=chosen,
@@ -198,9 +200,9 @@ def frontier(candidates: "Sequence[Candidate]") -> "list[Candidate]":
 
 
 def saving(candidate: Candidate) -> float:
-    """Share of the plain model's compute that a candidate saves on its table's rows."""
+    """Share of the plain model's cost that a candidate saves on its table's rows."""
     checked = candidate.table.at(candidate.rule.layers)
-    return evaluate_policy(checked, candidate.rule.threshold, oracle=1.0).compute_saved
+    return evaluate_policy(checked, candidate.rule.threshold, oracle=1.0).saved
 
 
 def error_shares(sequences: "Sequence[Sequence[Candidate]]", budget: float) -> list[float]:
@@ -294,14 +296,29 @@ def _accepted(row: PolicyRow) -> bool:
     return row.accepted is True
 
 
+def _is_worth_it(row: PolicyRow) -> bool:
+    return _accepted(row) and (row.time_saved is None or row.time_saved >= LEAST_TIME)
+
+
 def _reason(
     chosen: PolicyRow, curve: Sequence[PolicyRow], budget: float, level: float, n: int
 ) -> str:
+    time = chosen.time_saved is not None
     if chosen.threshold is not None:
-        return "It saves the most compute of the policies that passed the test."
+        what = "time" if time else "compute"
+        return f"It saves the most {what} of the policies that passed the test."
     if not curve:
-        return "Never exit: no check saves more than it costs on the rows that propose policies."
+        here = " in time on this machine" if time else ""
+        return (
+            f"Never exit: no exit saves more than it costs{here}, on the rows that propose "
+            "policies."
+        )
     if any(map(_accepted, curve)):
+        if time:
+            return (
+                f"Never exit: no policy that passed the test saves {LEAST_TIME:.0%} of the time on "
+                "this machine."
+            )
         return "Never exit: the policies that passed the test cost more in checks than they save."
     needed = rows_needed(budget, 1 - level)
     if n < needed:

@@ -147,5 +147,5 @@ def _best(candidates: Sequence[Candidate], risk: RiskKind, budget: float) -> Exi
         seen = evaluate_policy(one.table.at(one.rule.layers), one.rule.threshold, oracle=1.0)
         cost = seen.drop if risk == "accuracy_drop" and seen.drop is not None else None
         if (seen.disagreement if cost is None else cost) <= budget:
-            found = max(found, (seen.compute_saved, one.rule), key=lambda pair: pair[0])
+            found = max(found, (seen.saved, one.rule), key=lambda pair: pair[0])
     return found[1]

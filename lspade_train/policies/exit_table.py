@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from lspade_train.errors import NumericsError, PolicyError
+from lspade_train.policies.together import Together
 
 Threshold = float | tuple[float, ...]
 GRID_POINTS = 80
@@ -35,7 +36,7 @@ class ExitRule:
 class ExitCosts:
     """The parts of what an exit costs, row by row, so that any set of check layers can be priced.
 
-    All in one unit, such as FLOPs; K check layers.
+    All in one unit, FLOPs or seconds; K check layers.
 
     Attributes:
         reach: the model's own work up to each check layer, then to its last block, (n, K+1).
@@ -44,6 +45,8 @@ class ExitCosts:
             the answer behind the last block, (n, K+1).
         unchecked: from an exit without a check to its answer, (n, K).
         plain: the untouched model, (n,).
+        together: what comes on top where the rows of a batch leave it at different layers; None:
+            rows cost the same whatever the others do, as in FLOPs.
     """
 
     reach: Float[np.ndarray, "rows stages"]
@@ -51,6 +54,7 @@ class ExitCosts:
     answer: Float[np.ndarray, "rows stages"]
     unchecked: Float[np.ndarray, "rows checks"]
     plain: Float[np.ndarray, " rows"]
+    together: Together | None = None
 
     def stops(self) -> Float[np.ndarray, "rows stages"]:
         """Cost of stopping at each check layer and of never stopping, every check on the way paid.
@@ -60,6 +64,13 @@ class ExitCosts:
         """
         checks = self.check.cumsum(1)
         return self.reach + np.concatenate([checks, checks[:, -1:]], axis=1) + self.answer
+
+    def saved(self, stops: Int[np.ndarray, " rows"]) -> float:
+        """Share of the untouched model's cost that is saved by stopping at these places."""
+        cost = take(self.stops(), stops).sum()
+        if self.together is not None:
+            cost += len(stops) * self.together.extra(stops)
+        return float(1 - cost / self.plain.sum())
 
     def without_checks(self) -> Float[np.ndarray, "rows checks"]:
         """Cost of stopping at each check layer for who knows without asking, (n, K)."""
@@ -74,11 +85,17 @@ class ExitCosts:
             check=self.check[:, columns],
             answer=self.answer[:, stages],
             unchecked=self.unchecked[:, columns],
+            together=None if self.together is None else self.together.at(places),
         )
 
     def rows(self, index: NDArray[Any]) -> Self:
         """The rows at `index` (positions or a mask)."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        arrays = (f.name for f in fields(self) if f.name != "together")
+        return replace(self, **{name: getattr(self, name)[index] for name in arrays})
+
+    def without_checks_of(self, rows: Bool[np.ndarray, " rows"]) -> Self:
+        """The same, but that some rows are never checked."""
+        return replace(self, check=np.where(rows[:, None], 0.0, self.check))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +111,8 @@ class ExitTable:
         answers: token answered when stopping there, (n, K).
         full_answer: the full model's answer, (n,).
         gold: the right answer, (n,), or None where it is not known.
-        costs: what stopping costs, and what the model costs that never checks.
+        costs: what stopping costs, and what the model costs that never checks; savings are of it.
+        flops: the same in FLOPs, where `costs` are seconds; None: they are FLOPs.
         stays: rows that never stop, whatever the threshold, (n,); None: there are none.
 
     Raises:
@@ -110,6 +128,7 @@ class ExitTable:
     full_answer: Int[np.ndarray, " rows"]
     gold: Int[np.ndarray, " rows"] | None
     costs: ExitCosts
+    flops: ExitCosts | None = None
     stays: Bool[np.ndarray, " rows"] | None = None
 
     def __post_init__(self) -> None:
@@ -154,14 +173,15 @@ class ExitTable:
             full_answer=self.full_answer[index],
             gold=None if self.gold is None else self.gold[index],
             costs=self.costs.rows(index),
+            flops=None if self.flops is None else self.flops.rows(index),
             stays=None if self.stays is None else self.stays[index],
         )
 
     def held_back(self, rows: Bool[np.ndarray, " rows"]) -> Self:
         """The same rows, of which these, too, go through the full model, unchecked."""
         stays = rows if self.stays is None else rows | self.stays
-        check = np.where(rows[:, None], 0.0, self.costs.check)
-        return replace(self, stays=stays, costs=replace(self.costs, check=check))
+        flops = None if self.flops is None else self.flops.without_checks_of(rows)
+        return replace(self, stays=stays, costs=self.costs.without_checks_of(rows), flops=flops)
 
     def at(self, layers: Sequence[int]) -> Self:
         """The same rows with only these check layers, each of them one of `layers`."""
@@ -174,6 +194,7 @@ class ExitTable:
             confidence=self.confidence[:, places],
             answers=self.answers[:, places],
             costs=self.costs.at(places),
+            flops=None if self.flops is None else self.flops.at(places),
         )
 
     def sure(self, threshold: Threshold) -> Bool[np.ndarray, "rows checks"]:
@@ -213,7 +234,8 @@ class PolicyRow:
         disagreement: fraction of rows it answers unlike the full model.
         mean_exit_layer: rows that never stop count as the model's number of blocks.
         compute_saved: fraction of the plain model's FLOPs; negative where checks cost more.
-        efficiency: `compute_saved` over the oracle's; None where the oracle saves nothing.
+        efficiency: `saved` over the oracle's; None where the oracle saves nothing.
+        time_saved: fraction of the plain model's seconds; None where FLOPs are the cost.
         name: what decides and who answers, in words; "" where there is one kind of policy only.
         p_value: of "its risk is over the budget"; None where nothing was tested.
         accepted: it and all stricter ones of its sequence passed; None where nothing was tested.
@@ -227,9 +249,15 @@ class PolicyRow:
     mean_exit_layer: float
     compute_saved: float
     efficiency: float | None
+    time_saved: float | None = None
     name: str = ""
     p_value: float | None = None
     accepted: bool | None = None
+
+    @property
+    def saved(self) -> float:
+        """By the cost that policies are compared by: seconds where they are priced, else FLOPs."""
+        return self.compute_saved if self.time_saved is None else self.time_saved
 
 
 def evaluate_policy(
@@ -245,9 +273,10 @@ def evaluate_policy(
     checks = len(table.layers)
     stops = np.full(len(table), checks) if threshold is None else table.exits(threshold)
     answers = pick(table.answers, table.full_answer, stops)
-    plain = table.costs.plain
-    cost = plain if threshold is None else take(table.costs.stops(), stops)
-    saved = float(1 - cost.sum() / plain.sum())
+    saved = 0.0 if threshold is None else table.costs.saved(stops)
+    flops, time = saved, None
+    if table.flops is not None:
+        flops, time = 0.0 if threshold is None else table.flops.saved(stops), saved
     ideal = oracle_saving(table) if oracle is None else oracle
     accuracy, drop = None, None
     if table.gold is not None:
@@ -260,23 +289,27 @@ def evaluate_policy(
         drop=drop,
         disagreement=float((answers != table.full_answer).mean()),
         mean_exit_layer=float(np.array([*table.layers, table.num_layers])[stops].mean()),
-        compute_saved=saved,
+        compute_saved=flops,
         efficiency=saved / ideal if ideal > 0 else None,
+        time_saved=time,
     )
 
 
 def oracle_saving(table: ExitTable) -> float:
-    """Compute saved by stopping every row at the first layer that answers like the full model.
+    """Saved by stopping every row where it costs least to answer like the full model.
 
-    The oracle knows that layer, so it pays for no check. Give a table of all layers for the bound
-    that no choice of check layers can beat without changing an answer.
+    The oracle knows that layer, so it pays for no check. In FLOPs it is the first layer that
+    answers so, but for SPADE's way up; in seconds that may cost more than a later answer of a
+    head, or than the full model. Give a table of all layers for the bound that no choice of check
+    layers can beat without changing an answer.
 
     Returns:
-        Fraction of the plain model's FLOPs.
+        Fraction of the plain model's cost.
     """
     same = table.answers == table.full_answer[:, None]
-    cost = pick(table.costs.without_checks(), table.costs.plain, first_true(same))
-    return float(1 - cost.sum() / table.costs.plain.sum())
+    ends = np.where(same, table.costs.without_checks(), np.inf).min(1)
+    plain = table.costs.plain
+    return float(1 - np.minimum(ends, plain).sum() / plain.sum())
 
 
 def first_true(flags: Bool[np.ndarray, "rows checks"]) -> Int[np.ndarray, " rows"]:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import ExitCosts
 from lspade_train.policies.policy import ExitPolicy
-from lspade_train.policies.readers import Readers, available
+from lspade_train.policies.readers import Readers, answerer, available, read_by_checks
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.probes.measures import FIXED, GATED
+from lspade_train.probes.measures import GATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,7 +259,7 @@ class _Price:
     ) -> None:
         self.counts, self.policy = counts, policy
         self.width = choices if policy.scope == "choices" else None
-        self.read = _read_by_checks(policy, counts.maps)
+        self.read = read_by_checks(policy, counts.maps)
 
     @property
     def check(self) -> "float | Tensor":
@@ -275,30 +275,13 @@ class _Price:
         """From the exit to the answer's logits; `checked` where a check is at hand."""
         counts = self.counts
         top = layer == len(counts.step)
-        decoder = "spade" if top else self._decoder(layer)
+        decoder = "spade" if top else answerer(self.policy, layer, counts.maps)
         if decoder == "spade":
             return float(counts.step[layer:].sum()) + counts.readout(self.width)
         return 0.0 if checked and decoder in self.read else self._one(decoder)
 
-    def _decoder(self, layer: int) -> str:
-        several = isinstance(self.policy.decoder, tuple)
-        found = self.policy.decoder_at(layer) if several else str(self.policy.decoder)
-        # Heads whose target is not recorded serve as what they are asked for.
-        return found if found == "spade" or found in self.counts.maps else next(iter(self.read))
-
     def _one(self, reader: str) -> "float | Tensor":
         return self.counts.maps[reader] + self.counts.readout(self.width)
-
-
-def _read_by_checks(policy: ExitPolicy, known: Mapping[str, float]) -> tuple[str, ...]:
-    """Readers of every check, as `check_readers` finds them."""
-    if policy.measure == FIXED:
-        return ()
-    if policy.gate is not None:
-        return policy.gate.readers
-    if policy.reader is not None:
-        return (policy.reader,)
-    return ("logit_lens",) if policy.decoder == "logit_lens" else (next(iter(known)),)
 
 
 def _prompt_flops(adapter: ModelAdapter, tokens: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which heads a policy's checks and answers need, by the words that `policy.json` uses."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lspade_train.errors import PolicyError
 from lspade_train.policies.policy import REMEDY, ExitPolicy
@@ -59,6 +59,36 @@ def answer_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
     found = _named(words, heads)
     _check_scope(policy, found)
     return found
+
+
+def read_by_checks(policy: ExitPolicy, known: Collection[str]) -> tuple[str, ...]:
+    """Names of what every check reads, as `check_readers` finds them.
+
+    Args:
+        policy: the policy.
+        known: names of the readers that there are, the heads' own first.
+    """
+    if policy.measure == FIXED:
+        return ()
+    if policy.gate is not None:
+        return policy.gate.readers
+    if policy.reader is not None:
+        return (policy.reader,)
+    return ("logit_lens",) if policy.decoder == "logit_lens" else (next(iter(known)),)
+
+
+def answerer(policy: ExitPolicy, layer: int, known: Collection[str]) -> str:
+    """Who answers at an exit: `spade`, or the name of a reader.
+
+    Args:
+        policy: the policy.
+        layer: of the exit; any one, where one answers at all of them.
+        known: as for `read_by_checks`.
+    """
+    several = isinstance(policy.decoder, tuple)
+    found = policy.decoder_at(layer) if several else str(policy.decoder)
+    # Heads whose target is not recorded serve as what they are asked for.
+    return found if found == "spade" or found in known else next(iter(known))
 
 
 def _check_scope(policy: ExitPolicy, readers: Readers) -> None:

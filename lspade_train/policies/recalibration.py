@@ -29,6 +29,7 @@ from lspade_train.policies.flops import FlopCounts, cost_parts
 from lspade_train.policies.policy import NO_GROUP, ExitPolicy
 from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
+from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.shift import exit_profile
 from lspade_train.probes.measures import FIXED, find_measure
 
@@ -39,6 +40,9 @@ COARSE = FACTORS[::4]
 """The same, where one layer after another is added."""
 
 SEQUENCES = 2
+
+KEPT = ("rows", "small_groups", "cost", "seconds")
+"""What a policy's record of its calibration hands on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ def recalibrate(
     times = sorted(row.time for row in audited.rows)
     kept = found.to_json() | {
         # The rows that had chosen the audited policy: on these its figures still flatter it.
-        **{name: record[name] for name in ("rows", "small_groups") if name in record},
+        **{name: record[name] for name in KEPT if name in record},
         "audited": {"first": times[0], "last": times[-1]},
         "profile": exit_profile(checked, chosen.threshold),
     }
@@ -169,9 +173,10 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
         choices=widths,
         shared=torch.tensor([row.shared for row in rows]),
     )
+    priced = policy.calibration.get("seconds")  # of a policy that was chosen by time
+    seconds = Seconds.from_json(priced).costs(policy, len(rows)) if priced else None
     held = np.array([not policy.may_exit(row.group) for row in rows])
-    check = np.where(held[:, None], 0.0, costs.check)
-    return ExitTable(
+    table = ExitTable(
         layers=layers,
         num_layers=len(counts.step),
         bounds=bounds,
@@ -179,9 +184,11 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
         answers=(~agrees).astype(int),
         full_answer=np.zeros(len(rows), dtype=int),
         gold=None,
-        costs=replace(costs, check=check),
+        costs=seconds or costs,
+        flops=None if seconds is None else costs,
         stays=np.array([row.values is None for row in rows]),
     )
+    return table.held_back(held)
 
 
 def _tightened(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:

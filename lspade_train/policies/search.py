@@ -17,6 +17,7 @@ from lspade_train.policies.designs import Design, Proposals
 from lspade_train.policies.gate import FittedGate, GateFitter
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader
 from lspade_train.policies.readers import Readers, available, check_readers, own_name
+from lspade_train.policies.seconds import Seconds
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED
 
@@ -34,6 +35,7 @@ class Options:
         decoder: who answers at an exit.
         uniform: one threshold for all check layers.
         seed: of the folds.
+        seconds: what a saving is counted in; None: FLOPs.
     """
 
     measure: str | None = None
@@ -41,6 +43,7 @@ class Options:
     decoder: Decoder | None = None
     uniform: bool = False
     seed: int = 0
+    seconds: Seconds | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -94,6 +97,7 @@ class Search:
             layers=self.template.layers,
             scope=self.template.scope,
             measures=self.asked.measures,
+            seconds=self.asked.seconds,
         )
 
     def propose(self, rows: CachedExits) -> Proposals:

@@ -35,6 +35,7 @@ from lspade_train.policies.policy import Decoder, ExitPolicy, Reader, Scope
 from lspade_train.policies.power import rows_to_prove
 from lspade_train.policies.promise import promise
 from lspade_train.policies.search import Options, Search
+from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.shift import exit_profile
 from lspade_train.policies.sides import Side, calibration_side
 from lspade_train.probes.heads import LSpadeHeads
@@ -90,8 +91,9 @@ def calibrate(
     per_group: bool = False,
     per_depth: bool = False,
     small_groups: SmallGroups | None = None,
+    cost: Seconds | None = None,
 ) -> Selection:
-    """Choose the exit policy that saves the most compute within a risk budget, with a guarantee.
+    """Choose the exit policy that saves the most within a risk budget, with a guarantee.
 
     Args:
         data: the frozen model's states on the task; missing caches are built.
@@ -114,6 +116,8 @@ def calibrate(
         small_groups: with `per_group`, what becomes of groups with too few rows to prove anything,
             and of groups that are not there: `never_exit`, the full model answers their rows, or
             `exclude`, their rows exit and the promise leaves them out. None: never_exit.
+        cost: what is saved: the seconds that `measure_seconds` found on this machine, or None for
+            FLOPs. The promise is the same.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -129,14 +133,14 @@ def calibrate(
     _check_small_groups(small_groups, per_group=per_group)
     # Refuses words that no policy knows.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
-    asked = Options(measure=measure, reader=reader, decoder=decoder, seed=seed)
+    asked = Options(measure=measure, reader=reader, decoder=decoder, seed=seed, seconds=cost)
     if paper:
-        if asked != Options(seed=seed):
+        if (measure, reader, decoder) != (None, None, None):
             raise PolicyError(
                 "--paper sets the measure, the reader and the decoder itself: give it alone, or "
                 "leave it out."
             )
-        asked = replace(PAPER, seed=seed)
+        asked = replace(PAPER, seed=seed, seconds=cost)
     heads = heads.bind(data.adapter)
     layers = _candidate_layers(data, heads, interval)
     side = calibration_side(data)
@@ -149,6 +153,8 @@ def calibrate(
         tuned_lens_digest=heads.tuned_lens.digest if heads.tuned_lens is not None else None,
     )
     search = Search(data.adapter, heads, template, asked)
+    if cost is not None:
+        cost.require(template.scope, search.heads_by_name, asked.measures)
     search.check_scope()
     proposing = search.read(data.stored("train", DESIGN_ROWS))
     rows = search.read(tested)
@@ -159,6 +165,7 @@ def calibrate(
     )  # fmt: skip
     record = chosen.calibration.to_json()
     record |= {"rows": side.to_json(), "proposed_by": len(proposing)}
+    record |= {"cost": "flops"} if cost is None else {"cost": "time", "seconds": cost.to_json()}
     if per_group:
         record |= {"small_groups": small_groups or "never_exit"}
     policy = chosen.policy or replace(template, threshold=None)

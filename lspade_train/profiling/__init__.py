@@ -6,12 +6,20 @@ from lspade_train.profiling.generation import (
     generation_table,
     profile_generation,
 )
+from lspade_train.profiling.pieces import measure_seconds
+from lspade_train.profiling.prediction import Confirmation, confirm
+from lspade_train.profiling.shapes import prompts_of, untouched
 
 __all__ = [
+    "Confirmation",
     "GenerationRow",
     "Profile",
     "ProfileRow",
+    "confirm",
     "generation_table",
+    "measure_seconds",
     "profile",
     "profile_generation",
+    "prompts_of",
+    "untouched",
 ]

@@ -1,11 +1,13 @@
 """Wall time and peak memory of one call, on the CPU or an accelerator."""
 
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+CPU_INFO = Path("/proc/cpuinfo")
 SMAPS_RESET = Path("/proc/self/clear_refs")
 
 
@@ -44,6 +46,18 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
 def _resident(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def hardware(device: torch.device) -> str:
+    """The accelerator's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = [line for line in _lines(CPU_INFO) if line.startswith("model name")]
+    return named[0].split(":", 1)[1].strip() if named else platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def device_name(device: torch.device) -> str:

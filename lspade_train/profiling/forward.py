@@ -12,17 +12,17 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lspade_train.errors import RecipeError, TaskError, UnsupportedModelError
+from lspade_train.errors import RecipeError, TaskError
 from lspade_train.io.storage import write_json
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import Threshold
 from lspade_train.policies.flops import FlopCounts, count_flops, exit_costs
 from lspade_train.profiling.clock import device_name, peak_mb, seconds_of
 from lspade_train.profiling.figure import draw, threshold_name
+from lspade_train.profiling.prediction import Confirmation
+from lspade_train.profiling.shapes import batch_of, check_baseline, forward_of
 from lspade_train.runtime import ExitRuntime
-from lspade_train.runtime.batching import Batch, Query, collate
+from lspade_train.runtime.batching import Batch
 from lspade_train.runtime.decide import Outcome, Probe, decide_batch
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Profile:
         prompts: `given`, or `random` tokens, whose exits say nothing about real ones.
         repeats: timed rounds per shape.
         results: shape by shape.
+        confirmation: of a policy that was priced by time.
     """
 
     device: str
@@ -81,6 +82,7 @@ class Profile:
     prompts: str
     repeats: int
     results: tuple[ProfileRow, ...]
+    confirmation: Confirmation | None = None
 
     def save(self, folder: Path) -> Path:
         """Write `profile.json` and, under `figures/`, `speedup.png` and `.svg`.
@@ -157,14 +159,14 @@ def profile(
     adapter, policy = runtime.adapter, runtime.policy
     _check_shapes(lengths, batch_sizes, repeats)
     _check_prompts(adapter, lengths, policy.scope == "choices" and not choices)
-    _check_baseline(plain, adapter)
+    check_baseline(plain, adapter)
     asked = thresholds or (policy.threshold,)
     policies = [replace(policy, threshold=threshold) for threshold in asked]
     probes = [ExitRuntime(adapter, runtime.heads, policy=one).probe for one in policies]
     counts = count_flops(adapter, runtime.heads)
     results: list[ProfileRow] = []
     for tokens, rows in track(list(product(lengths, batch_sizes))):
-        batch = _batch(adapter, prompts, tokens, rows, choices)
+        batch = batch_of(adapter, prompts, tokens, rows, choices)
         results += _measure(plain, probes, batch, counts, repeats)
     return Profile(
         device=device_name(adapter.device),
@@ -199,46 +201,6 @@ def _check_prompts(adapter: ModelAdapter, lengths: Sequence[int], lacks_choices:
         )
 
 
-def _check_baseline(plain: "PreTrainedModel", adapter: ModelAdapter) -> None:
-    remedy = "Load the same model again: AutoModelForCausalLM.from_pretrained(...)."
-    mine, theirs = dict(adapter.model.named_parameters()), dict(plain.named_parameters())
-    places = [{p.data_ptr() for p in part.values()} - {0} for part in (mine, theirs)]
-    if places[0] & places[1]:
-        raise UnsupportedModelError(
-            f"The baseline is the runtime's own model, which is no longer untouched.\n{remedy}"
-        )
-    shapes = [{name: p.shape for name, p in part.items()} for part in (mine, theirs)]
-    if shapes[0] != shapes[1] or plain.dtype != adapter.model.dtype:
-        raise UnsupportedModelError(
-            f"The baseline is another model than the runtime's (other parameters).\n{remedy}"
-        )
-
-
-def _batch(
-    adapter: ModelAdapter,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    rows: int,
-    choices: Sequence[int],
-) -> Batch:
-    """Prompts of exactly that length: the start token, then the end of what is there."""
-    if not prompts:
-        seeded = torch.Generator().manual_seed(0)
-        found = torch.randint(adapter.vocab_size, (rows, tokens), generator=seeded).tolist()
-    else:
-        every = [[*text[1:]] or [*text] for text in prompts]
-        found = []
-        for row in range(rows):
-            text: list[int] = []
-            back = row  # the row's own prompt ends it; those before fill what is missing
-            while len(text) < tokens - 1:
-                text = every[back % len(every)] + text
-                back -= 1
-            found.append([prompts[row % len(prompts)][0], *text[1 - tokens :]])
-    named = {str(token): token for token in choices} or None
-    return collate([Query(i, tuple(ids), named) for i, ids in enumerate(found)], adapter.device)
-
-
 def _measure(
     plain: "PreTrainedModel",
     probes: Sequence[Probe],
@@ -246,14 +208,11 @@ def _measure(
     counts: FlopCounts,
     repeats: int,
 ) -> Iterator[ProfileRow]:
-    def forward() -> object:
-        with torch.no_grad():
-            return plain(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1
-            )
-
     device = batch.ids.device
-    runs = [forward, *((lambda probe=probe: decide_batch(probe, batch)) for probe in probes)]
+    runs = [
+        forward_of(plain, batch),
+        *((lambda probe=probe: decide_batch(probe, batch)) for probe in probes),
+    ]
     outcomes = [run() for run in runs]
     peaks = [peak_mb(run, device) for run in runs]
     times: list[list[float]] = [[] for _ in runs]

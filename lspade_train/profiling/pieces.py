@@ -1,0 +1,344 @@
+"""The pieces of an exit, timed on this machine: what `calibrate --cost time` prices policies by.
+
+The runtime itself is run in turn with the untouched model: without exits, with every row leaving at
+the embeddings, and with SPADE from there. Their differences are the blocks' seconds, so that the
+pieces add up to the run without exits. Checks are timed by themselves. Knows nothing of policies'
+choice.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lspade_train.errors import RecipeError
+from lspade_train.io.progress import Progress
+from lspade_train.models import ModelAdapter
+from lspade_train.policies.cached_exits import has_choices
+from lspade_train.policies.flops import count_flops
+from lspade_train.policies.gate import Gate, Reading, features
+from lspade_train.policies.policy import Decoder, ExitPolicy, Scope
+from lspade_train.policies.readers import available
+from lspade_train.policies.seconds import Piece, Seconds, place
+from lspade_train.policies.sides import calibration_side
+from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.measures import FIXED, GATED, MEASURES, find_measure, signal
+from lspade_train.probes.metrics import entropy
+from lspade_train.profiling.clock import hardware, seconds_of
+from lspade_train.profiling.shapes import (
+    batch_of,
+    check_baseline,
+    forward_of,
+    prompts_of,
+    untouched,
+)
+from lspade_train.runtime.batching import Batch
+from lspade_train.runtime.decide import Probe, decide_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lspade_train.training.datamodule import HiddenStateDataModule
+
+BATCH_SIZE = 8
+"""Prompts in a batch where none is asked for. `data.batch_size` is of training steps."""
+
+ROUNDS = (5, 40)
+"""Fewest and most timed rounds."""
+ENOUGH = 20.0
+"""Seconds after which no further round begins."""
+HEADS = 8
+"""Most layers whose heads are timed: each has weights of its own to read."""
+SMALL = 10
+"""Runs in a row of what takes less than a millisecond."""
+
+log = logging.getLogger(__name__)
+
+
+def measure_seconds(
+    data: "HiddenStateDataModule",
+    heads: LSpadeHeads,
+    *,
+    batch_size: int | None = None,
+    prompt_length: int | None = None,
+    scope: Scope | None = None,
+    rounds: int | None = None,
+) -> Seconds:
+    """Time the parts of a recipe's model here, on validation prompts, for `calibrate(cost=...)`.
+
+    The model is loaded a second time beside `data.adapter`, as the baseline that nothing was done
+    to: there must be memory for two.
+
+    Args:
+        data: the frozen model's states on the task.
+        heads: its heads.
+        batch_size: prompts in a batch; None: 8.
+        prompt_length: tokens of each; None: the median of the rows that `calibrate` tests.
+        scope: what a check looks at; None: as `calibrate` chooses.
+        rounds: timed rounds; None: as many as some seconds hold, and at least 5.
+
+    Raises:
+        RecipeError: a size or a length that no batch can have.
+        PolicyError: heads that were not fitted for the scope.
+    """
+    tested = calibration_side(data).states(data)
+    chosen: Scope = scope or ("choices" if has_choices(tested) else "vocabulary")
+    if prompt_length is None:
+        prompt_length = max(int(tested.labels["position_id"].median()) + 1, 2)
+    widest = int(tested.labels["choice_count"].max()) if chosen == "choices" else 0
+    # As the runtime does: not through `torch.compile`.
+    adapter = ModelAdapter(data.adapter.model)
+    prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length)
+    return time_pieces(
+        adapter,
+        untouched(data.config),
+        heads,
+        prompts=prompts,
+        batch_size=BATCH_SIZE if batch_size is None else batch_size,
+        prompt_length=prompt_length,
+        scope=chosen,
+        choices=range(widest),
+        rounds=rounds,
+    )
+
+
+@torch.no_grad()
+def time_pieces(
+    adapter: ModelAdapter,
+    plain: "PreTrainedModel",
+    heads: LSpadeHeads | None,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    scope: Scope,
+    choices: Sequence[int] = (),
+    prompts: Sequence[Sequence[int]] = (),
+    rounds: int | None = None,
+) -> Seconds:
+    """Time the parts of a model on one shape of batch, and on a single prompt of that length.
+
+    Args:
+        adapter: the runtime's model.
+        plain: the same weights loaded a second time, and nothing done to them.
+        heads: of the checks; None: the logit lens alone.
+        batch_size: prompts in a batch.
+        prompt_length: tokens of each.
+        scope: what a check looks at.
+        choices: tokens to choose from, where the scope is choices; which ones does not matter.
+        prompts: as for `profile`.
+        rounds: timed rounds; None: as many as some seconds hold, and at least 5.
+
+    Raises:
+        RecipeError: a size or a length that no batch can have.
+        PolicyError: heads that were not fitted for the scope.
+        UnsupportedModelError: `plain` is the runtime's own model, or another one.
+    """
+    _check_shape(adapter, batch_size, prompt_length)
+    check_baseline(plain, adapter)
+    heads = None if heads is None else heads.bind(adapter)
+    where, threads = hardware(adapter.device), torch.get_num_threads()
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    log.info(
+        "measuring seconds per block on this machine: %d x %d tokens on %s",
+        *(batch_size, prompt_length, place(where, threads, dtype)),
+    )
+    full = batch_of(adapter, prompts, prompt_length, batch_size, choices)
+    work = {"plain": _Work(forward_of(plain, full))}
+    for rows in {1, batch_size}:
+        batch = batch_of(adapter, prompts, prompt_length, rows, choices)
+        bench = _Bench(adapter, heads, scope, batch)
+        work |= {f"{name} {rows}": one for name, one in bench.work()}
+    timed = _time(work, adapter.device, rounds)
+    found = _Found({name: statistics.median(one) for name, one in timed.items()}, batch_size)
+    ratios = [a / b for a, b in zip(timed[f"never {batch_size}"], timed["plain"], strict=True)]
+    counts = count_flops(adapter)
+    per_block = counts.reach(torch.tensor([prompt_length]))[0].diff()
+    return Seconds(
+        hardware=where,
+        threads=threads,
+        dtype=dtype,
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        scope=scope,
+        choices=len(choices) if scope == "choices" else None,
+        rounds=len(ratios),
+        spread=_spread(ratios),
+        plain=found.medians["plain"],
+        start=max(found.less(batch_size, "leave", "answer"), 0.0),
+        prompt=_split(found.piece("never", "leave"), per_block),
+        step=_split(found.piece("spade", "leave", "enter"), counts.step),
+        enter=found.piece("enter"),
+        answer=found.piece("answer"),
+        readers={name: found.piece(f"read {name}") for name in available(heads)},
+        measures={name: found.piece(f"measure {name}") for name in MEASURES if name != FIXED},
+    )
+
+
+def _check_shape(adapter: ModelAdapter, rows: int, tokens: int) -> None:
+    limit = adapter.max_length
+    if rows < 1:
+        raise RecipeError(f"--batch_size is {rows}; expected 1 or more prompts.")
+    if tokens < 2 or (limit is not None and tokens > limit):
+        raise RecipeError(
+            f"--prompt_length is {tokens}; this model takes 2 to {limit or 'any number of'} tokens."
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Something to time, so many times in a row, in a context that is not timed."""
+
+    run: Callable[[], object]
+    times: int = 1
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def seconds(self, device: torch.device) -> float:
+        """Of one run."""
+
+        def runs() -> None:
+            for _ in range(self.times):
+                self.run()
+
+        with self.within():
+            return seconds_of(runs, device) / self.times
+
+
+class _Bench:
+    """Everything that is timed on one batch."""
+
+    def __init__(
+        self, adapter: ModelAdapter, heads: LSpadeHeads | None, scope: Scope, batch: Batch
+    ) -> None:
+        self.adapter, self.heads, self.batch = adapter, heads, batch
+        self.scope: Scope = scope
+        self.rows = torch.arange(len(batch.queries))
+        self.full = Probe(adapter, None, ExitPolicy(layers=(), scope=scope))
+        self.hidden = adapter.plan(batch.ids, batch.mask).hidden[:, -1]
+        self.logits = self.full.answer(self.hidden, batch, self.rows)
+
+    def work(self) -> "Iterator[tuple[str, _Work]]":
+        """By name."""
+        yield "never", _Work(lambda: decide_batch(self.full, self.batch))
+        yield "leave", self._left_at_once("logit_lens")
+        yield "spade", self._left_at_once("spade")
+        starts, positions = self.batch.starts, self.batch.positions
+        # As in the middle of a run, which has seen the model already.
+        enter = partial(self.adapter.plan_step, starts, positions)
+        yield "enter", _Work(enter, SMALL, self.adapter.steady)
+        yield "answer", _Work(self._answer, SMALL)
+        for name in available(self.heads):
+            yield f"read {name}", self._read(name)
+        for name in MEASURES:
+            if name not in (FIXED, GATED):
+                yield f"measure {name}", _Work(self._decision(name), SMALL)
+        yield f"measure {GATED}", _Work(self._gate(), SMALL)
+
+    def _left_at_once(self, decoder: Decoder) -> _Work:
+        policy = ExitPolicy.always(0, scope=self.scope, decoder=decoder)
+        probe = Probe(self.adapter, None, policy)
+        return _Work(lambda: decide_batch(probe, self.batch))
+
+    def _answer(self) -> Tensor:
+        logits = self.full.answer(self.hidden, self.batch, self.rows)
+        entropy(logits).float().cpu()
+        return logits.amax(-1).cpu()
+
+    def _read(self, name: str) -> _Work:
+        heads = available(self.heads)[name]
+        layers = (0,) if heads is None else heads.layers[:: -(-len(heads.layers) // HEADS)]
+        policy = ExitPolicy(
+            layers=layers,
+            measure=FIXED,
+            threshold=0.0,
+            scope=self.scope,
+            decoder=name,  # pyright: ignore[reportArgumentType]
+        )
+        probe, turn = Probe(self.adapter, self.heads, policy), [0]
+
+        def read() -> None:
+            turn[0] += 1
+            layer = layers[turn[0] % len(layers)]
+            probe.exit_logits(None, self.hidden, layer, self.batch, self.rows)
+
+        return _Work(read, HEADS)
+
+    def _decision(self, measure: str) -> Callable[[], object]:
+        known = find_measure(measure)
+        return lambda: known.is_sure(signal(self.logits, measure), 0.0).cpu().any()
+
+    def _gate(self) -> Callable[[], object]:
+        """Of the dearest kind: it reads all heads, and the hidden state."""
+        names = tuple(name for name in available(self.heads) if name != "logit_lens")
+        logits = [self.logits] * max(len(names), 1)
+        width = features(Reading.of(logits), None).shape[1]
+        gate = Gate(
+            layers=(0,),
+            readers=names,
+            weight=torch.zeros(1, width),
+            bias=torch.zeros(1),
+            hidden=torch.zeros(1, self.hidden.shape[1]),
+        )
+        before = Reading.of(logits)
+
+        def decide() -> object:
+            seen = features(Reading.of(logits), before)
+            return (gate.doubt(0, seen, self.hidden) <= 0).cpu().any()
+
+        return decide
+
+
+def _time(
+    work: Mapping[str, _Work], device: torch.device, rounds: int | None
+) -> dict[str, list[float]]:
+    """Seconds of everything, round by round: all see the same machine."""
+    for one in work.values():  # warms up
+        one.run()
+    least, most = ROUNDS if rounds is None else (rounds, rounds)
+    found: dict[str, list[float]] = {name: [] for name in work}
+    began = time.monotonic()
+    with Progress("measuring", most, "rounds") as progress:
+        for done in range(most):
+            if done >= least and time.monotonic() - began > ENOUGH:
+                break
+            for name, one in work.items():
+                found[name].append(one.seconds(device))
+            progress.advance()
+    return found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Median seconds by name and rows."""
+
+    medians: Mapping[str, float]
+    batch_size: int
+
+    def piece(self, name: str, *without: str) -> Piece:
+        """What a run takes, without others that are a part of it."""
+        single, batch = (self.less(rows, name, *without) for rows in (1, self.batch_size))
+        return Piece.through(max(single, 0.0), max(batch, 0.0), self.batch_size)
+
+    def less(self, rows: int, name: str, *others: str) -> float:
+        """A run's seconds on so many rows, less those of others."""
+        return self.medians[f"{name} {rows}"] - sum(self.medians[f"{x} {rows}"] for x in others)
+
+
+def _split(whole: Piece, weights: Tensor) -> tuple[Piece, ...]:
+    """All blocks' seconds, block by block in proportion to their FLOPs."""
+    shares = (weights / weights.sum()).tolist()
+    return tuple(Piece(whole.once * share, whole.each * share) for share in shares)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The middle half as a share of the median."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
