@@ -491,7 +491,7 @@ def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, r
     one = population.rows(np.array([0]))
     found = learn_then_test([(one, on_every_layer(one, [0.1]))], risk, 0.01)
     assert found.chosen.threshold is None
-    assert "1 rows cannot prove" in found.reason
+    assert "1 rows are too few" in found.reason
     assert "at least 299 rows" in found.reason
     assert rows_needed(0.01, 0.95) == 299
 

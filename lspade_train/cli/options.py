@@ -39,8 +39,8 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
         return folder
     if written_by is not None:
         raise HubError(
-            f"{written_by} writes into the heads folder, and {given} is not on this machine.\n"
-            f"Pull it (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
+            f"{written_by} writes into the heads folder, but {given} is remote.\n"
+            f"Pull it (lspade-train pull {given} --to DIR), use --heads DIR, then push the result."
         )
     return local_folder(given)
 

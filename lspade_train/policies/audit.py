@@ -290,7 +290,7 @@ def policy_digest(policy: ExitPolicy) -> str:
 def default_budget(policy: ExitPolicy) -> float:
     """The promised disagreement, or an upper bound of the one measured at calibration.
 
-    The bound is Clopper and Pearson's at 95%, of the rows that chose the policy.
+    The bound is Clopper and Pearson's at 95%, on the calibration rows.
 
     Raises:
         AuditError: the policy holds no calibration.
@@ -302,8 +302,8 @@ def default_budget(policy: ExitPolicy) -> float:
         n, share = int(record["n"]), float(record["chosen"]["disagreement"])
     except (KeyError, TypeError, ValueError) as cause:
         raise AuditError(
-            "The policy was not calibrated, so that it says nothing about its disagreement with "
-            "the full model.\nGive the audit a budget, such as 0.02, or choose a policy with "
+            "The policy was not calibrated, so its expected disagreement with the full model is "
+            "unknown.\nGive the audit a budget, such as 0.02, or choose a policy with "
             "lspade-train calibrate."
         ) from cause
     failures = round(share * n)

@@ -68,7 +68,7 @@ class Candidate:
     """One policy that may be chosen.
 
     Attributes:
-        name: what decides and who answers, in words.
+        name: signal and answer method, in words.
         table: of the rows in hand, over all layers that its kind of policy could check.
         rule: which of them it checks, and its thresholds.
         conditions: groups and depths within which it is to be within the budget, too.
@@ -261,7 +261,7 @@ def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> 
         return disagreement_p_value(int((answers != table.full_answer).sum()), len(table), budget)
     if table.gold is None:
         raise TaskError(
-            "--max_accuracy_drop needs right answers, and these rows have none. "
+            "--max_accuracy_drop requires labels, but these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
     return drop_p_value(*_changes(table, answers), len(table), budget)
@@ -300,13 +300,15 @@ def _reason(
     if chosen.threshold is not None:
         return "It saves the most compute of the policies that passed the test."
     if not curve:
-        return "Never exit: no check saves more than it costs on the rows that propose policies."
+        return "No early exit: no check saves more compute than it costs on the training rows."
     if any(map(_accepted, curve)):
-        return "Never exit: the policies that passed the test cost more in checks than they save."
+        return (
+            "No early exit: the policies that passed the test cost more in checks than they save."
+        )
     needed = rows_needed(budget, 1 - level)
     if n < needed:
         return (
-            f"Never exit: {n} rows cannot prove a risk of {budget:g}, even without one loss. "
-            f"Give at least {needed} rows, or a larger budget."
+            f"No early exit: {n:,} rows are too few for a budget of {budget:g}: at least "
+            f"{needed:,} are needed even if no answer is lost. Add rows or raise the budget."
         )
-    return "Never exit: even the strictest policy could not be shown to stay within the budget."
+    return "No early exit: no policy passed the test at this budget."

@@ -79,7 +79,7 @@ def recalibrate(
     """
     check_budget("disagreement", budget, confidence)
     if not policy.check_layers:
-        raise AuditError("The policy never exits: there is nothing stricter to choose.")
+        raise AuditError("The policy never exits early, so it cannot be made stricter.")
     needed = rows_to_prove(0, "disagreement", budget, (1 - confidence) / SEQUENCES)
     if len(audited.rows) < needed:
         raise AuditError(

@@ -29,9 +29,9 @@ class Options:
     """What `calibrate` may search, as it was asked for; None searches all there is.
 
     Attributes:
-        measure: what decides.
-        reader: whose logits a measure is of.
-        decoder: who answers at an exit.
+        measure: exit criterion.
+        reader: heads whose logits a measure is of.
+        decoder: how the answer is computed at an exit.
         uniform: one threshold for all check layers.
         seed: of the folds.
     """
@@ -44,7 +44,7 @@ class Options:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What may decide."""
+        """The exit criteria to search."""
         return (self.measure,) if self.measure else SEARCHED
 
 

@@ -223,7 +223,7 @@ class ExitRuntime:
                 f"The policy's checks need heads (decoder {policy.decoder}); got None. Load them "
                 "with LSpadeHeads.from_pretrained, or use the decoder logit_lens."
             )
-        for heads in (self.probe.readers | self.probe.answerers).values():
+        for heads in (self.probe.readers | self.probe.answer_heads).values():
             for layer in policy.check_layers if heads is not None else ():
                 heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
 
