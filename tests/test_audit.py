@@ -308,7 +308,7 @@ def test_the_state_of_another_audit_is_refused_by_name(tmp_path, change, name):
     path = tmp_path / "audit.json"
     AuditFile(path, KEY).add(Seen(rows=1, exits={1: 1}))
     before = path.read_bytes()
-    with pytest.raises(AuditError, match=f"audits another {name}"):
+    with pytest.raises(AuditError, match=f"belongs to another {name}"):
         AuditFile(path, AuditKey(**vars(KEY) | change))
     assert path.read_bytes() == before
 

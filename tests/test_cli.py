@@ -663,7 +663,7 @@ def test_init_writes_a_recipe_that_says_what_it_saw_and_fits(project, monkeypatc
 def test_init_does_not_overwrite(project, monkeypatch, capsys):
     (project.home / "mine.yaml").write_text("precious")
     assert initialised(project.home, monkeypatch, labelled(), project.model) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (project.home / "mine.yaml").read_text() == "precious"
 
 

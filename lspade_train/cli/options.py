@@ -10,7 +10,10 @@ from lspade_train.cli.parsing import Parsed, find_model
 def heads_option(parser: Any) -> None:
     """Add `--heads`, the heads folder."""
     parser.add_argument(
-        "--heads", type=str | None, default=None, help="heads folder or URL; null: checkpoints/NAME"
+        "--heads",
+        type=str | None,
+        default=None,
+        help="heads folder or URL; default: checkpoints/NAME",
     )
 
 

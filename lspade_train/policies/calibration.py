@@ -40,12 +40,12 @@ class Calibration:
         reason: in words, why it was chosen.
         risk: what the budget is about.
         budget: largest risk allowed, 0..1.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
         n: rows tested.
         oracle_saving: of all the layers that could be checked.
         curve: every policy considered, sequence after sequence, strict to loose; with conditions
             its p-value is the largest of all its tests.
-        conditions: groups and depths for which the same is promised, or which are left out.
+        conditions: groups and depths that are covered, or left out.
     """
 
     chosen: PolicyRow

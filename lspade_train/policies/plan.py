@@ -85,7 +85,7 @@ def _count(data: "HiddenStateDataModule", side: Side, risk: RiskKind) -> int:
     questions = to_questions(data.config, rows)
     if risk == "accuracy_drop" and any(question.answer is None for question in questions):
         raise TaskError(
-            "--max_accuracy_drop needs right answers, and some of these rows have none. "
+            "--max_accuracy_drop requires labels, but some of these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
     if side.part == "all":

@@ -74,7 +74,7 @@ class Search:
         for word in (asked.reader, asked.decoder):
             if word not in (None, "spade", *every):
                 raise PolicyError(
-                    f"{word} heads are not here; the given ones are {own_name(heads)}.\n"
+                    f"{word} heads are missing; the loaded ones are {own_name(heads)}.\n"
                     "Fit both kinds: lspade-train fit --model.target both."
                 )
 

@@ -207,10 +207,10 @@ def choose(
 
     Args:
         proposals: from `Search.propose`.
-        rows: others, drawn like those that the promise is about.
+        rows: others, from the distribution that the guarantee covers.
         risk: what the budget is about.
         budget: largest risk.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
         groups: rows of each group within which the budget must hold, too.
         by_depth: it must hold for the rows that exit at or before each layer, too.
         hold_back: rows of groups with too few rows to prove anything never exit.

@@ -144,7 +144,7 @@ class ExitRuntime:
         """Several tokens for each prompt, all from the exit layer of its first one.
 
         Our extension, not the paper's: `runtime/generate.py` says how it works and where it ends.
-        The policy's calibrated promise covers the first token only.
+        The policy's calibrated guarantee covers the first token only.
 
         Args:
             prompts: texts, or token ids with the start token first.
