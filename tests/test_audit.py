@@ -424,7 +424,7 @@ def test_audit_refuses_a_state_that_is_not_there_and_another_policy(folder, caps
 def test_the_promise_says_what_for_which_prompts_how_surely_and_until_when_audited(folder):
     words = promise(ExitPolicy.load(folder).calibration, audit_of(folder))
     assert "At most 2% of the answers differ from the full model's, with 95% confidence" in words
-    assert "like the 300 rows that it was tested on (validation split of jsonl)" in words
+    assert "as the 300 rows on which it was tested (validation split of jsonl)" in words
     assert "100 of 5,000 production rows were sampled, 12 disagreed" in words
     assert "ALARM" in words
 

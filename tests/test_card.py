@@ -116,11 +116,11 @@ def test_no_licence_is_stated_unless_one_was_given_and_one_that_was_stays(folder
 def test_the_card_grows_with_what_is_measured(made):
     _, cards = made
     assert "KL to the target (nats)" in cards["fit"]
-    assert "None was chosen" in cards["fit"]
+    assert "None yet: `lspade-train calibrate`" in cards["fit"]
     assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["evaluate"]
     assert "![every lens by layer](figures/accuracy_by_layer.png)" in cards["evaluate"]
-    assert "None was chosen" in cards["evaluate"]
-    assert "None was chosen" not in cards["calibrate"]
+    assert "None yet: `lspade-train calibrate`" in cards["evaluate"]
+    assert "None yet: `lspade-train calibrate`" not in cards["calibrate"]
     assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["calibrate"]
 
 
@@ -180,7 +180,10 @@ def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
-    assert f"{words}, with 90% confidence for prompts drawn like the 1,234 rows" in text
+    assert (
+        f"{words}, with 90% confidence for prompts from the same distribution as the 1,234 rows"
+        in text
+    )
     where = "validation split: rows used for selection (optimistic)"
     row = f"| {where} | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
     assert row in text
