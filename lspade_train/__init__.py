@@ -1,4 +1,4 @@
-"""L-SPADE probes: small linear heads that tell a frozen language model when it may stop early."""
+"""Early exit for frozen language models, by small linear heads (L-SPADE)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

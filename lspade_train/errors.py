@@ -10,11 +10,11 @@ class RecipeError(LSpadeError):
 
 
 class UnsupportedModelError(LSpadeError):
-    """A model that cannot be driven block by block, or cannot be loaded."""
+    """The model cannot be run block by block, or could not be loaded."""
 
 
 class TaskError(LSpadeError):
-    """A task or data set that cannot be turned into prompts with one-token answers."""
+    """A task or dataset that cannot be turned into prompts with one-token answers."""
 
 
 class CacheError(LSpadeError):
@@ -46,8 +46,8 @@ class UnsupportedVersionError(LSpadeError):
 
 
 class StoppedError(LSpadeError):
-    """Another process of the same run ended before its work was done."""
+    """Another process of the same run exited unexpectedly."""
 
 
 class PeerError(LSpadeError):
-    """Another process of the same run has failed, and its error is told by the first process."""
+    """Another process failed; its error is reported by rank 0."""

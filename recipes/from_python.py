@@ -3,7 +3,7 @@
     python recipes/from_python.py
 
 What `fit`, `calibrate` and `predict` do, as a notebook would: SPADE without training, heads fitted
-by Lightning, a policy with its promise, the runtime. Nothing is written but `--output`.
+by Lightning, a policy with its guarantee, the runtime. Nothing is written but `--output`.
 """
 
 import sys
@@ -68,7 +68,7 @@ def from_python(
     heads = LSpadeHeads.from_pretrained(output).bind(frozen)
     _say("KL to SPADE, mean over layers:", f"{trainer.logged_metrics['val/kl/mean']:.3f} nats")
 
-    # The policy that saves most of those that keep the promise, and the runtime that follows it.
+    # The policy that saves most of those that pass the test, and the runtime that follows it.
     found = calibrate(states, heads, max_accuracy_drop=max_accuracy_drop, scope="choices")
     found.policy.save(output)
     _say("FLOPs saved on validation:", f"{found.calibration.chosen.compute_saved:.1%}")

@@ -308,7 +308,7 @@ def test_the_state_of_another_audit_is_refused_by_name(tmp_path, change, name):
     path = tmp_path / "audit.json"
     AuditFile(path, KEY).add(Seen(rows=1, exits={1: 1}))
     before = path.read_bytes()
-    with pytest.raises(AuditError, match=f"audits another {name}"):
+    with pytest.raises(AuditError, match=f"belongs to another {name}"):
         AuditFile(path, AuditKey(**vars(KEY) | change))
     assert path.read_bytes() == before
 
@@ -418,14 +418,14 @@ def test_audit_refuses_a_state_that_is_not_there_and_another_policy(folder, caps
     assert "nothing.json does not exist" in capsys.readouterr().err
     ExitPolicy(layers=(2,), threshold=0.5).save(folder)
     assert main(["audit", str(folder), "--policy", str(folder)]) == 1
-    assert "audits another policy" in capsys.readouterr().err
+    assert "belongs to a different policy" in capsys.readouterr().err
 
 
 def test_the_promise_says_what_for_which_prompts_how_surely_and_until_when_audited(folder):
     words = promise(ExitPolicy.load(folder).calibration, audit_of(folder))
     assert "At most 2% of the answers differ from the full model's, with 95% confidence" in words
-    assert "like the 300 rows that it was tested on (validation split of jsonl)" in words
-    assert "100 of 5,000 rows in use were drawn, 12 disagreed" in words
+    assert "as the 300 rows on which it was tested (validation split of jsonl)" in words
+    assert "100 of 5,000 production rows were sampled, 12 disagreed" in words
     assert "ALARM" in words
 
 

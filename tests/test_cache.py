@@ -574,7 +574,7 @@ def test_a_read_only_folder_is_a_named_error(project, mounted):
 
 def test_a_file_in_the_caches_place_is_a_named_error(project):
     project.cache.write_text("")
-    with pytest.raises(CacheError, match=r"cannot be made.*--data\.cache_dir"):
+    with pytest.raises(CacheError, match=r"cannot be created.*--data\.cache_dir"):
         build(project)
 
 

@@ -81,7 +81,8 @@ def test_model_index_holds_the_measured_numbers(folder):
     }
     accuracy = results["lenses"]["l_spade"]["accuracy"][-1]
     assert found["test", "L-SPADE accuracy, layer 3"] == pytest.approx(accuracy, abs=1e-4)
-    saved = found["validation", "FLOPs saved with the exit policy, on the rows that chose it"]
+    name = "FLOPs saved with the exit policy, on the selection rows (optimistic)"
+    saved = found["validation", name]
     assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
 
 
@@ -116,11 +117,11 @@ def test_no_licence_is_stated_unless_one_was_given_and_one_that_was_stays(folder
 def test_the_card_grows_with_what_is_measured(made):
     _, cards = made
     assert "KL to the target (nats)" in cards["fit"]
-    assert "None was chosen" in cards["fit"]
+    assert "None yet: `lspade-train calibrate`" in cards["fit"]
     assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["evaluate"]
     assert "![every lens by layer](figures/accuracy_by_layer.png)" in cards["evaluate"]
-    assert "None was chosen" in cards["evaluate"]
-    assert "None was chosen" not in cards["calibrate"]
+    assert "None yet: `lspade-train calibrate`" in cards["evaluate"]
+    assert "None yet: `lspade-train calibrate`" not in cards["calibrate"]
     assert "logit lens | tuned lens | L-SPADE | SPADE" in cards["calibrate"]
 
 
@@ -180,8 +181,12 @@ def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     text = card(folder)
     assert "first of layers 1-3 where the entropy" in text
     assert "at or under 0.25 nats" in text
-    assert f"{words}, with 90% confidence for prompts drawn like the 1,234 rows" in text
-    row = "| validation split: rows that chose the policy | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
+    assert (
+        f"{words}, with 90% confidence for prompts from the same distribution as the 1,234 rows"
+        in text
+    )
+    where = "validation split: rows used for selection (optimistic)"
+    row = f"| {where} | 0.900 | +0.004 | 0.010 | 2.50 | 25.0% |"
     assert row in text
 
 
@@ -209,7 +214,7 @@ def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
     change(folder / "results.json", **held_out)
     text = card(folder)
     assert "| validation split, held-out half | 0.900 | +0.004 | 0.010 | 2.50 | 20.0% |" in text
-    assert "| validation split, calibration half: rows that chose the policy | 0.900 |" in text
+    assert "calibration half: rows used for selection (optimistic) | 0.900 |" in text
     saved = {
         result.metric_name: result.metric_value
         for result in ModelCard(text).data.eval_results
@@ -217,7 +222,7 @@ def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
     }
     assert saved == {
         "FLOPs saved with the exit policy": 0.2,
-        "FLOPs saved with the exit policy, on the rows that chose it": 0.25,
+        "FLOPs saved with the exit policy, on the selection rows (optimistic)": 0.25,
     }
 
 
@@ -232,7 +237,7 @@ def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder
 
 def test_a_policy_that_never_exits_says_why(folder):
     change(folder / "policy.json", threshold=None, calibration={"reason": "Never: too few rows."})
-    assert "Never exit. Never: too few rows." in card(folder)
+    assert "The policy never exits early. Never: too few rows." in card(folder)
 
 
 def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):

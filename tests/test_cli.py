@@ -458,7 +458,7 @@ RECIPES = {
     ),
     "an unknown section": (f"{OK}modle: {{lr: 1}}", r"line 3: .*modle; did you mean model\?"),
     "a section that is a value": (f"{OK}model: 3", r"line 3: model holds a single value"),
-    "a key that is a list": (f"{OK}? [a]\n: 1", r"line 3: a key is not a text"),
+    "a key that is a list": (f"{OK}? [a]\n: 1", r"line 3: keys must be strings"),
     "a word for a number": (
         f"{OK}model: {{lr: fast}}",
         r"line 3: model\.lr is fast; expected a numb",
@@ -534,10 +534,10 @@ LINES = {
     "--data.batchsize 3": (1, r"Unknown key --data\.batchsize; did you mean data\.batch_size"),
     "--model.layers some": (1, r"model\.layers is some; expected all, or a list of whole numbers"),
     "--data.limit x": (1, r"data\.limit is x; expected a whole number, or null"),
-    "--data 3": (1, r"data is not what it takes; expected a section of keys"),
+    "--data 3": (1, r"data is invalid; expected a section of keys"),
     "--data.batch_size": (2, r"expected one argument"),
     "--spilt test": (2, r"no option --spilt; did you mean split"),
-    "surplus": (2, r"an argument that it does not take: surplus"),
+    "surplus": (2, r"unexpected argument: surplus"),
     "--config": (2, r"a recipe is needed: --config RECIPE"),
 }
 
@@ -663,7 +663,7 @@ def test_init_writes_a_recipe_that_says_what_it_saw_and_fits(project, monkeypatc
 def test_init_does_not_overwrite(project, monkeypatch, capsys):
     (project.home / "mine.yaml").write_text("precious")
     assert initialised(project.home, monkeypatch, labelled(), project.model) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (project.home / "mine.yaml").read_text() == "precious"
 
 

@@ -247,7 +247,7 @@ def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, mon
     printed = capsys.readouterr().out
     assert "percentage points below the full model's" in printed
     assert main(["info", str(calibrated.folder)]) == 0
-    words = "40 of 40 rows in use were drawn"
+    words = "40 of 40 production rows were sampled"
     assert words in capsys.readouterr().out
     promise = ExitPolicy.load(calibrated.folder).calibration["promise"]
     card = " ".join((calibrated.folder / "README.md").read_text().split())
@@ -259,7 +259,7 @@ def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, mon
 def test_predict_refuses_the_audit_of_another_policy(calibrated, capsys):
     asked(calibrated, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
     assert calibrated.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
-    assert "audits another policy" in capsys.readouterr().err
+    assert "belongs to another policy" in capsys.readouterr().err
     assert calibrated.run("predict", "--audit_budget=0.5") == 1
     assert "such as --audit 0.02" in capsys.readouterr().err
     (calibrated.folder / "audit.json").unlink()
@@ -276,10 +276,10 @@ def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibra
     rows = rows_of("validation", 250)
     with caplog.at_level("WARNING"):
         answered = zip(rows, asked(calibrated, rows), strict=True)
-        assert "exit elsewhere" not in caplog.text
+        assert "differ from calibration" not in caplog.text
         deepest = sorted(answered, key=lambda pair: -pair[1]["layer"])
         asked(calibrated, [row for row, _ in deepest[:100]])
-    assert caplog.text.count("these prompts exit elsewhere") == 1
+    assert caplog.text.count("exit layers differ from calibration") == 1
 
 
 def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):

@@ -121,7 +121,7 @@ def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(populatio
     assert [one.held for one in found.conditions] == [False, True]
     words = promise(found.to_json())
     assert "The same holds within the group usual (590 rows)." in words
-    assert "It is NOT promised within the group rare (10 rows): too few rows" in words
+    assert "It is NOT guaranteed within the group rare (10 rows): too few rows" in words
 
 
 def test_rows_of_small_groups_are_held_back_and_cost_no_check(population):
@@ -143,7 +143,7 @@ def test_the_promise_says_that_small_groups_never_exit(population):
     found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
     words = promise(found.to_json() | {"small_groups": "never_exit"})
     assert "Rows of other groups (rare (10 rows)) never exit: too few rows" in words
-    assert "NOT promised" not in words
+    assert "NOT guaranteed" not in words
 
 
 def test_rows_without_groups_are_refused(project):

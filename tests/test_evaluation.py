@@ -470,7 +470,7 @@ def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, cap
         run("evaluate", project.recipe())
     found = results_of(project)
     assert found["exits"] is None
-    assert "no exits measured: The confidence of row 0 at layer 2 is nan" in caplog.text
+    assert "no exits measured: Non-finite confidence (nan) for row 0 at layer 2" in caplog.text
     kl = found["lenses"]["l_spade"]["kl_to_spade"]
     assert [value is None for value in kl] == [False, True, False]
 

@@ -308,7 +308,7 @@ def test_paths_of_this_machine_in_the_config_are_pointed_out(hub, folder, recipe
     heads.save_pretrained(folder)
     with caplog.at_level("WARNING"):
         assert main(["push", "--config", str(recipe), "--repo", REPO]) == 0
-    assert "path of this machine in config.json: /home/someone/models/llama" in caplog.text
+    assert "public: config.json: /home/someone/models/llama" in caplog.text
     assert b"/home" not in hub.repos[REPO].at("main")["README.md"]
 
 
@@ -495,7 +495,7 @@ DAMAGE = {
     "an unknown format": (lambda f: edit(f / "config.json", format_version=9), "format_version 9"),
     "a policy of other heads": (
         lambda f: edit(f / "policy.json", heads_digest="0" * 64),
-        "chosen for heads 0000",
+        "expected 0000",
     ),
     "a policy that is none": (lambda f: edit(f / "policy.json", layers=[2, 1]), "ascending"),
     "results of other heads": (

@@ -258,7 +258,7 @@ def test_a_disk_without_room_for_reduced_targets_costs_time_and_nothing_else(
     monkeypatch.setattr("os.posix_fallocate", full)
     with caplog.at_level("INFO", "lspade_train"):
         module, _ = fit(project, epochs=3)
-    assert "computed anew in every step (No space left on device)" in caplog.text
+    assert "recomputed in every step (No space left on device)" in caplog.text
     assert_equal_heads(weights(module), weights(plain))
 
 

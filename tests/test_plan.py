@@ -71,7 +71,7 @@ def test_a_plan_about_accuracy_needs_right_answers(project):
     folder = toy.write_data(project.home / "data")
     rows = [row | {"answer": None} for row in toy.questions(9)]
     toy.write_jsonl(folder / "validation.jsonl", rows)
-    with pytest.raises(TaskError, match="needs right answers"):
+    with pytest.raises(TaskError, match="requires labels"):
         plan(project.module(dataset=str(folder)), "accuracy_drop", 0.01)
 
 

@@ -89,7 +89,10 @@ def test_the_chosen_policy_is_stricter_and_its_disagreement_is_the_one_on_record
     assert found.calibration.chosen.disagreement == pytest.approx(disagreement(found.policy, rows))
     assert found.calibration.chosen.compute_saved > 0
     words = found.policy.calibration["promise"]
-    assert "like the 1,500 rows in use that an audit drew on 2026-03-01" in words
+    assert (
+        "as the 1,500 production rows on which it was tested (sampled by the audit on 2026-03-01)"
+        in words
+    )
 
 
 def test_a_policy_that_was_priced_by_time_is_chosen_again_by_time():
@@ -158,7 +161,7 @@ def test_a_promise_within_groups_is_renewed_within_groups(mode):
         assert f"Rows of other groups ({NO_GROUP} (5 rows), b (20 rows)) never exit" in words
     else:
         assert found.exit_groups is None
-        assert "It is NOT promised within the groups" in words
+        assert "It is NOT guaranteed within the groups" in words
 
 
 def test_since_leaves_out_older_rows():
@@ -277,13 +280,13 @@ def folder(tmp_path):
 
 def test_recalibrate_writes_a_stricter_policy_and_keeps_all_that_was_there(folder, capsys):
     assert main(["audit", str(folder)]) == 0
-    assert "1,500 of 30,000 rows in use" in ExitPolicy.load(folder).calibration["promise"]
+    assert "1,500 of 30,000 production rows" in ExitPolicy.load(folder).calibration["promise"]
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert main(["audit", str(folder), "--recalibrate", "--max_disagreement", "0.06"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Recalibrated on 1,500 audited rows" in printed
     assert "at most 6.00% (given)" in printed
-    assert "Promise: At most 6% of the answers differ" in printed
+    assert "Guarantee: At most 6% of the answers differ" in printed
     policy = ExitPolicy.load(folder)
     assert policy.layers != POLICY.layers or max(policy.threshold) < 1.0
     tag = policy_digest(POLICY)[:8]
@@ -301,7 +304,7 @@ def test_recalibrate_is_asked_for_by_name_and_needs_rows_and_policy(folder, caps
     assert "Recalibrated" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["audit", str(folder), "--confidence", "0.9"])
-    assert "goes with --recalibrate" in capsys.readouterr().err
+    assert "requires --recalibrate" in capsys.readouterr().err
     assert main(["audit", str(folder), "--recalibrate", "--since", "2026-04-01"]) == 1
     assert "0 audited rows cannot prove" in capsys.readouterr().err
     (folder / "audit.rows.jsonl").unlink()

@@ -140,7 +140,7 @@ def test_info_and_verify_read_a_cache_behind_a_url(project, url, capsys, caplog)
     assert not list(Path().rglob("mirrors/*/shard-*"))
     with caplog.at_level("INFO"):
         assert main(["cache", "--verify", url]) == 0
-    assert caplog.text.count("every checksum is right") == 2
+    assert caplog.text.count("all checksums OK") == 2
     assert main(["cache", "--verify", f"{url}/nowhere"]) == 1
     assert f"No finished cache in {url}/nowhere" in capsys.readouterr().err
 

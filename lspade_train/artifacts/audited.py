@@ -1,4 +1,4 @@
-"""A heads folder whose policy is audited: its promise stated anew, or a stricter policy adopted.
+"""A heads folder whose policy is audited: its guarantee restated, or a stricter policy adopted.
 
 Knows nothing of models.
 """
@@ -64,8 +64,8 @@ def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
             path.replace(place)
         except OSError as cause:
             raise AuditError(
-                f"{path} cannot be moved to {place} ({cause}). It is about the policy before: move "
-                "it away, to begin a new audit."
+                f"{path} cannot be moved to {place} ({cause}). It belongs to the old policy: move "
+                "it away to start a new audit."
             ) from cause
         kept.append(place)
     if (folder / CONFIG).exists():

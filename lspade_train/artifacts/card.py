@@ -110,7 +110,7 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
         figure=next((name for name in FIGURES if (folder / name).is_file()), None),
         policy=policy,
         check_layers=ranges(policy.get("layers", [])),
-        answerers=_answerers(policy),
+        decoder=_decoder_words(policy),
         thresholds=_as_list(policy.get("threshold")),
         measure=_measure_words(policy),
         chosen=policy.get("calibration", {}),
@@ -176,12 +176,12 @@ class _Measured:
 
 
 def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
-    """The policy at work: where `evaluate` measured it, then on the rows that chose it."""
+    """The policy's figures: from `evaluate`, then from the rows on which it was selected."""
     found: list[_Measured] = []
     measured = (results.get("exits") or {}).get("policy") or {}
     if measured.get("row"):
         split = results["split"]
-        # Results of before this was recorded: only validation rows choose.
+        # Results of before this was recorded: policies are selected on validation rows only.
         flattered = measured.get("chosen_on_these_rows", split == "validation")
         found.append(_Measured(split, rows_measured(results), flattered, measured["row"]))
     record = policy.get("calibration", {})
@@ -189,7 +189,7 @@ def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
         rows = record.get("rows", {"split": "validation"})
         split, where = rows["split"], rows_measured(rows)
         if record.get("audited"):  # lspade-train audit --recalibrate
-            split, where = "audited", "rows drawn in use"
+            split, where = "audited", "audited production rows"
         found.append(_Measured(split, where, True, record["chosen"]))
     return found
 
@@ -206,8 +206,8 @@ def _measure_words(policy: Json) -> Json:
     }
 
 
-def _answerers(policy: Json) -> str:
-    """Who answers at an exit, in words; layer by layer where that differs."""
+def _decoder_words(policy: Json) -> str:
+    """The decoder in words; layer by layer where that differs."""
     decoder = policy.get("decoder", "spade")
     words = decoder if isinstance(decoder, list) else [decoder]
     names = ["SPADE" if word == "spade" else f"the {word} head" for word in words]
@@ -296,6 +296,6 @@ def _of_the_policy(results: Json, policy: Json) -> Iterator[tuple[str, str, str,
         "compute_saved": "FLOPs saved",
     }
     for found in _policy_rows(results, policy):
-        whose = ", on the rows that chose it" if found.flattered else ""
+        whose = ", on the selection rows (optimistic)" if found.flattered else ""
         for kind, name in names.items():
             yield found.split, kind, f"{name} with the exit policy{whose}", found.row[kind]

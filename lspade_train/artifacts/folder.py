@@ -65,7 +65,7 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def _promise(folder: Path) -> dict[str, str]:
-    """What the folder's policy promises, if there is one."""
+    """The guarantee of the policy in the folder, if there is one."""
     if not (folder / POLICY).exists():
         return {}
     record = read_json(folder / POLICY, ArtifactError).get("calibration", {})
@@ -192,7 +192,7 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> None:
     """
     if folder.exists():
         raise ArtifactError(
-            f"{folder} is there already, and pull overwrites nothing.\n"
+            f"{folder} already exists, and pull overwrites nothing.\n"
             "Give another folder with --to, or remove it."
         )
     source = fetch.download(repo, revision)
@@ -202,7 +202,7 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as cause:
         raise ArtifactError(
-            f"{folder} cannot be made ({cause}). Give another with --to."
+            f"{folder} cannot be created ({cause}). Give another with --to."
         ) from cause
     try:
         for name, path in known_files(source).items():

@@ -55,7 +55,7 @@ def upload(
         Mirror(repo, PATTERNS, HubError, folder).publish()
         return repo
     if get_token() is None:
-        raise HubError(f"Nobody is logged in to the Hub.\nLog in with a write token: {LOGIN}")
+        raise HubError(f"Not logged in to the Hub.\nLog in with a write token: {LOGIN}")
     api, files = HfApi(library_name="lspade-train"), known_files(folder)
     with hub_errors_named(repo, branch):
         if not create_pr:
@@ -81,7 +81,7 @@ def _open(api: Any, repo: str, private: bool, branch: str | None) -> None:
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise HubError(
-            f"{repo} is there already and is public; --private makes new repositories private.\n"
+            f"{repo} already exists and is public; --private makes new repositories private.\n"
             "Make it private in its settings on the Hub, or push to another name."
         )
     if branch is not None:

@@ -115,7 +115,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise CacheError(
-            f"{folder} cannot be made ({cause.strerror}). Choose another --data.cache_dir."
+            f"{folder} cannot be created ({cause.strerror}). Choose another --data.cache_dir."
         ) from cause
 
 

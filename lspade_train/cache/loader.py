@@ -121,7 +121,7 @@ class RowLoader:
                     f"The checkpoint was written with {name} {state.get(name)}, and this run has "
                     f"{value}: resuming would skip rows and repeat others.\n"
                     "Resume with the data.batch_size, number of processes, rows and seed of the "
-                    "fit that wrote it, or start anew without --ckpt_path."
+                    "fit that wrote it, or start over without --ckpt_path."
                 )
         self.epoch, self._batch = state["epoch"], state["batch"]
         self._resume_at = self._batch

@@ -15,29 +15,29 @@ from lspade_train.errors import LSpadeError, PeerError
 from lspade_train.requirements import check_versions
 
 COMMANDS = {
-    "init": "a commented recipe for your own data, after a look at it",
-    "check": "a recipe before it costs anything: prompt, base accuracy, labels, disk, time",
-    "fit": "train the heads; builds a missing cache first; export to checkpoints/NAME/",
-    "validate": "loss, KL, agreement and accuracy of fitted heads on validation",
-    "test": "the same on the test split",
-    "cache": "run the frozen model once, write hidden states and SPADE targets; resumes",
-    "evaluate": "every lens at every layer: results.json, figures, report.html",
-    "compare": "results of several heads folders in one table and one figure",
-    "inspect": "one prompt, layer by layer: the likeliest tokens, coloured by entropy",
-    "calibrate": "choose the exit policy on validation, within a risk budget",
-    "predict": "prompts in, answers with exit layer and entropy out (JSONL)",
-    "audit": "what an audit has seen of a policy in use: disagreement, exits, alarm",
-    "profile": "wall time, memory and FLOPs against the full model, on this machine",
-    "push": "heads, policy, results and model card to the Hugging Face Hub",
-    "pull": "heads from the Hub into a folder, checked",
-    "recipes": "the recipes that come with the package",
-    "info": "what a heads folder, a cache or a model is",
-    "completion": "a completion script for bash or zsh",
+    "init": "create a recipe from a data file",
+    "check": "preview a recipe: prompt, baseline accuracy, label balance, disk, time",
+    "fit": "train the heads (building the cache if needed) into checkpoints/NAME/",
+    "validate": "report loss, KL, agreement and accuracy of the heads on validation",
+    "test": "report loss, KL, agreement and accuracy of the heads on the test split",
+    "cache": "run the frozen model once, store hidden states and SPADE targets; resumes",
+    "evaluate": "measure every lens at every layer: results.json, figures, report.html",
+    "compare": "show results of several heads folders in one table and one figure",
+    "inspect": "show one prompt layer by layer: the likeliest tokens, coloured by entropy",
+    "calibrate": "select an exit policy on validation, within a given loss of accuracy",
+    "predict": "answer prompts with early exit; writes JSONL with exit layer and entropy",
+    "audit": "report how a policy does in production: disagreement, exit layers, alarm",
+    "profile": "measure time, memory and FLOPs against the full model on this machine",
+    "push": "upload heads, policy, results and model card to the Hugging Face Hub",
+    "pull": "download heads from the Hub and verify them",
+    "recipes": "list the built-in recipes, or print one",
+    "info": "describe a heads folder, a cache or a model",
+    "completion": "print a completion script for bash or zsh",
 }
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
-# What Lightning warns of and nobody here can or need act on.
+# Lightning's warnings that call for no action here.
 NOTICES = ("exists and is not empty", "tensorboardX", "many workers", "LeafSpec", "GPU available")
 
 LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
@@ -46,10 +46,9 @@ LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 HELP = """\
 usage: lspade-train COMMAND --config RECIPE [--dotted.key VALUE ...]
 
-Train, measure and serve L-SPADE probes: linear heads that tell a frozen language model
-when it may stop early. One recipe, a YAML file or the name of one that ships here, serves
-every command; any of its keys can be overridden on the command line, as in --data.model_id
-or --trainer.max_epochs.
+Early exit for frozen language models with linear heads (L-SPADE): train, calibrate, serve.
+All commands take the same recipe: a YAML file or the name of a built-in recipe. Any of its
+keys can be overridden on the command line, as in --data.model_id or --trainer.max_epochs.
 
 commands:
 {commands}
@@ -108,8 +107,8 @@ def _without_command(argv: Sequence[str]) -> int:
         sys.stdout.write(f"lspade-train {__version__}\n")
         return 0
     nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "lspade-train --help lists them"
-    sys.stderr.write(f"lspade-train: no command {argv[0]!r}; {hint}\n")
+    hint = f"did you mean {nearest[0]}?" if nearest else "see lspade-train --help"
+    sys.stderr.write(f"lspade-train: unknown command {argv[0]!r}; {hint}\n")
     return 2
 
 
@@ -152,7 +151,7 @@ def _machine_trouble(error: OSError | RuntimeError) -> int:
         )
     elif isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         what = f"{error.strerror} ({error.filename or 'while writing'})."
-        remedy = "Free some space, or choose folders that you can write to, and run it again."
+        remedy = "Free disk space or choose a writable folder, then run the command again."
     else:
         raise error
     sys.stderr.write(f"error: {what}\n{remedy}\n")
@@ -190,8 +189,8 @@ def _quiet() -> None:
 
 def _name_lost_process(record: logging.LogRecord) -> bool:
     record.msg = (
-        "error: A process of this run ended before its work was done; the others stop.\n"
-        "What is complete is kept: run the same command again to resume "
+        "error: A worker process exited unexpectedly; the other processes were stopped.\n"
+        "Completed work is kept: run the same command again to resume "
         "(fit: with --ckpt_path last)."
     )
     return True

@@ -1,4 +1,4 @@
-"""`audit`: what an audit has seen of a policy in use, and a stricter policy from its rows."""
+"""`audit`: the results of an audit of a policy in production, and a stricter policy from them."""
 
 import argparse
 import logging
@@ -9,17 +9,18 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 AUDIT = """\
-What an audit has seen of a policy in use: rows, exits by layer against calibration, disagreement
-with the full model with a confidence sequence, alarm or not, and how many rows it would take to
-notice a shift. predict --audit and ExitRuntime(..., audit=Audit(...)) write the state. Where it
-lies beside its policy, policy.json and the model card are made to say until when it was audited.
+Report the results of an audit of a policy in production: rows, exit layers against calibration,
+disagreement with the full model with a confidence sequence, alarm or not, and how many rows it
+would take to notice a shift. predict --audit and ExitRuntime(..., audit=Audit(...)) write the
+state. If the state file is next to policy.json, the audit period is recorded in policy.json and
+the model card.
 
---recalibrate tests the policy, and stricter ones, on the rows that the audit has drawn, and puts
-the one that saves most within the budget into policy.json; the old one is kept beside it."""
+--recalibrate tests the policy, and stricter ones, on the audited rows, and replaces policy.json by
+the one that saves the most compute within the budget; the old policy is kept as a backup."""
 
 
 def audit(arguments: list[str]) -> None:
-    """Print an audit's state, and choose a stricter policy where that is asked for."""
+    """Print an audit's state; choose a stricter policy if asked to."""
     options = _options(arguments)
 
     from lspade_train.io.tracking import wandb_is_on
@@ -58,19 +59,20 @@ def _options(arguments: list[str]) -> Any:
     )  # fmt: skip
     add(
         "--confidence", type=float, default=None,
-        help="with --recalibrate, probability that the promise holds; default: 0.95",
+        help="with --recalibrate, probability that the guarantee holds; default: 0.95",
     )  # fmt: skip
     add(
         "--since", default=None,
-        help="with --recalibrate, leave out rows before this time, such as 2026-03-01 (UTC); fix "
-        "it by what you know of the prompts, not by what gives the better policy",
+        help="with --recalibrate, leave out rows before this time, such as 2026-03-01 (UTC); "
+        "choose it from what you know about the prompts, not by trying which gives the better "
+        "policy",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     given = [
         n for n in ("max_disagreement", "confidence", "since") if getattr(options, n) is not None
     ]
     if given and not options.recalibrate:
-        parser.error(f"--{given[0]} goes with --recalibrate")
+        parser.error(f"--{given[0]} requires --recalibrate")
     return options
 
 
@@ -89,11 +91,13 @@ def _policy(given: Path | None, path: Path, state: Any) -> Any:
         return policy
     if given is None:
         return None
-    raise AuditError(f"{path} audits another policy than {given}. Give that one with --policy.")
+    raise AuditError(
+        f"{path} belongs to a different policy than {given}. Give the matching one with --policy."
+    )
 
 
 def _restate(path: Path) -> None:
-    """Have the policy beside a state say until when it was audited."""
+    """Record the audit in the policy beside its state."""
     from lspade_train.artifacts.audited import restate
     from lspade_train.errors import LSpadeError
     from lspade_train.policies.audit import STATE
@@ -102,13 +106,13 @@ def _restate(path: Path) -> None:
         return
     try:
         if restate(path.parent):
-            log.info("%s: policy.json and the card state this audit now", path.parent)
-    except LSpadeError as cause:  # a folder that may only be read, say
-        log.warning("policy.json does not state this audit: %s", cause)
+            log.info("%s: recorded this audit in policy.json and the model card", path.parent)
+    except LSpadeError as cause:  # a read-only folder, say
+        log.warning("this audit was not recorded in policy.json: %s", cause)
 
 
 def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
-    """Choose a policy from the audited rows, print what it promises, and write it."""
+    """Choose a policy from the audited rows, print its guarantee, and write it."""
     from lspade_train.artifacts.audited import adopt
     from lspade_train.errors import AuditError
     from lspade_train.policies.audit import LEVEL
@@ -116,7 +120,7 @@ def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
     from lspade_train.policies.recalibration import limits_of, recalibrate, since
 
     if policy is None:
-        raise AuditError(f"The policy that {path} audits is not beside it. Give it with --policy.")
+        raise AuditError(f"The policy that {path} belongs to is not beside it; give --policy.")
     place: Path = options.policy or path.parent
     folder = place if place.is_dir() else place.parent
     audited = since(load(rows_file(path)), state.key.policy, options.since)
@@ -131,9 +135,9 @@ def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
         f"{budget:.2%} ({'given' if given else 'the budget of the audit'}).\n"
     )
     if any(one["kind"] == "depth" for one in policy.calibration.get("conditions") or ()):
-        say("The promise by depth is not kept: audited rows cannot renew it.\n")
+        say("The guarantee by depth was dropped: it cannot be renewed from audited rows.\n")
     if found.unchanged:
-        say("The policy itself passes the test, and nothing stricter is needed: it stays.\n")
+        say("The current policy passes the test; policy.json is unchanged.\n")
         say(f"On these rows: {chosen.calibration['promise']}\n")
         return
     if chosen.threshold is None:
@@ -145,9 +149,9 @@ def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
             f"{result.chosen.compute_saved:.1%} of the FLOPs saved on these rows.\n"
         )
     kept = adopt(chosen, folder, path)
-    say(f"Promise: {chosen.calibration['promise']}\n")
+    say(f"Guarantee: {chosen.calibration['promise']}\n")
     log.info("policy: %s; before: %s", folder / "policy.json", ", ".join(p.name for p in kept))
-    log.info("What runs with the old policy must be started anew.")
+    log.info("Restart any services that still use the old policy.")
 
 
 def _print(tables: list[Any], lines: list[str]) -> None:

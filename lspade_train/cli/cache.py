@@ -14,10 +14,10 @@ from lspade_train.recipe import DataConfig
 log = logging.getLogger(__name__)
 
 CACHE = """\
-Run the frozen model once over the task and write its hidden states and, unless model.target is
-final, SPADE targets; a cache without them gets them later, its hidden states as they are.
-The size is printed before anything runs. A run that was stopped resumes where it stood and ends
-with the same bytes. fit and evaluate do this themselves where a cache is missing.
+Run the frozen model once over the task and store its hidden states and, unless model.target is
+final, SPADE targets; missing SPADE targets can be added to an existing cache later.
+The size is printed before anything runs. An interrupted run resumes and produces identical files.
+fit and evaluate build a missing cache themselves.
 --trainer.devices and --trainer.num_nodes distribute the shards over processes.
 
   lspade-train cache --config recipes/arc.yaml
@@ -117,7 +117,7 @@ def _verify(arguments: list[str]) -> int:
         watch = partial(track, name=str(folder), total=len(manifest.files) + 1)
         verify(folder, manifest, track=watch)
         log.info(
-            "%s: %d files, %s rows, %.3g GB: every checksum is right",
+            "%s: %d files, %s rows, %.3g GB: all checksums OK",
             folder, len(manifest.files), f"{manifest.rows:,}", manifest.bytes / 1e9,
         )  # fmt: skip
     return 0

@@ -1,4 +1,4 @@
-"""`check`: a recipe before it costs anything."""
+"""`check`: preview a recipe on a few training rows."""
 
 import logging
 import sys
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECK = """\
-Look at a recipe before it costs anything, on a sample of training rows: one prompt as the model
-reads it, with its answer; the frozen model's accuracy against chance and the most frequent answer;
-the balance of the labels; rows over the context; disk and time that fit will take. Trains nothing
-that is kept, and writes nothing. Try prompts with it: never on test rows, which it does not use.
+Preview a recipe on a sample of training rows: one rendered prompt with its answer; the frozen
+model's accuracy against chance and against always giving the most frequent answer; the balance of
+the labels; rows that exceed the model's context; disk space and time that fit will take. Nothing
+is saved. Use it to try prompts; test rows are not touched.
 
   lspade-train check --config recipes/arc.yaml
   lspade-train check --config reviews.yaml --data.prompt.shots 4"""
@@ -28,11 +28,11 @@ LABELS = 8
 
 
 def check(arguments: list[str]) -> None:
-    """Run the model on a few rows and print what was seen."""
+    """Run the model on a few rows and print what was found."""
     parser = command_parser("check", CHECK, with_trainer="--help" not in arguments)
     add = parser.add_argument
     add("--rows", type=int, default=200, help="training prompts to run the model on, at most")
-    add("--seconds", type=float, default=30.0, help="no further prompts are run after so long")
+    add("--seconds", type=float, default=30.0, help="time limit in seconds for running prompts")
     parsed = parse(parser, arguments)
 
     from lspade_train.evaluation.check import check_recipe
@@ -48,15 +48,15 @@ def check(arguments: list[str]) -> None:
         sys.stdout.write(f"{name:<12}{text}\n")
     if found.baseline is not None and found.baseline.at_chance:
         log.warning(
-            "Try another prompt (--data.prompt.template, .shots, .chat) or model before fit: exits "
-            "of a model that guesses mean nothing."
+            "Early exits are not meaningful for a model at chance. Try another prompt "
+            "(--data.prompt.template, .shots, .chat) or model before fit."
         )
     else:
         log.info("next: %s", another("fit", parsed.arguments, without=parsed.own))
 
 
 def _lines(found: "Check") -> Iterator[tuple[str, str]]:
-    """What was seen, line by line: a name and a text."""
+    """What was found, line by line: a name and a text."""
     yield "answers", f"{_texts(found)}; the model says {found.shown.given!r}"
     yield "model", _model(found)
     if found.balance:
@@ -81,7 +81,7 @@ def _lines(found: "Check") -> Iterator[tuple[str, str]]:
     yield (
         "time",
         f"about {duration(found.cache_seconds)} to cache ({found.prompt_seconds:.2g} s a prompt), "
-        f"{fit}; on {found.device}, as busy as it was",
+        f"{fit}; measured on {found.device} at its current load",
     )
 
 
@@ -93,7 +93,7 @@ def _texts(found: "Check") -> str:
 
 def _model(found: "Check") -> str:
     if found.baseline is None:
-        words = f"no right answers in {found.sampled:,} sampled rows"
+        words = f"the {found.sampled:,} sampled rows have no labels"
     else:
         words = found.baseline.verdict
     if found.on_choices is None:

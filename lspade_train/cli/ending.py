@@ -17,7 +17,7 @@ from lspade_train.recipe import Recipe
 
 METRICS = {"loss": "loss", "kl": "KL", "agreement": "agree", "accuracy": "acc."}
 LEGEND = (
-    "loss and KL in nats; agree: best token is the target's; acc.: accuracy over the task's choices"
+    "loss and KL in nats; agree: top token matches the target's; acc.: accuracy over the choices"
 )
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: every experiment on cached states, printed, written and drawn."""
+"""`evaluate`: every experiment on cached hidden states, printed, written and plotted."""
 
 import logging
 from typing import Any
@@ -30,20 +30,20 @@ def evaluate(arguments: list[str]) -> None:
         "--split",
         type=str | None,
         default=None,
-        help="split to measure; null: test, or validation where test has no labels",
+        help="split to measure; default: test, or validation if test has no labels",
     )
     add(
         "--cross",
         type=str | None,
         default=None,
-        help="recipes of other tasks with fitted heads, separated by commas: the heads and "
-        "threshold of every task are used on every task",
+        help="comma-separated recipes of other tasks with trained heads: evaluates the heads and "
+        "threshold of each task on every other task",
     )
     add(
         "--baselines",
         type=bool,
         default=False,
-        help="also measure other rules of when to stop (a fixed layer, a linear probe, one entropy "
+        help="also evaluate other early-exit methods (a fixed layer, a linear probe, one entropy "
         "threshold, patience, an SVM over statistics); reads the training and validation rows",
     )
     add(

@@ -14,17 +14,18 @@ log = logging.getLogger(__name__)
 
 FIT = """\
 Train one linear head per layer by distillation and export them to checkpoints/NAME/.
-With --model.target both the heads folder also gets a tuned lens, in tuned_lens/, from the same fit.
+With --model.target both a tuned lens is trained in the same run and saved in tuned_lens/ there.
 The frozen model runs once: its hidden states and SPADE targets are cached on disk and reused
-(see lspade-train cache). --trainer.KEY is Lightning's Trainer: epochs, devices, precision, logger.
-Metrics go to CSV, and to Weights & Biases where a key or WANDB_MODE is set.
-A run that was stopped is resumed with --ckpt_path last, from its last whole epoch or, after SIGTERM
-(exit code 143), its last whole step. A job that a scheduler may requeue sets it from the start.
+(see lspade-train cache). --trainer.KEY sets arguments of Lightning's Trainer: accelerator (default
+auto: a GPU if there is one), devices, max_epochs, precision, logger.
+Metrics go to CSV, and to Weights & Biases if a key or WANDB_MODE is set.
+An interrupted run is resumed with --ckpt_path last, from its last complete epoch or, after SIGTERM
+(exit code 143), its last complete step. For jobs that may be requeued, always pass it.
 
   lspade-train fit --config recipes/arc.yaml
   lspade-train fit --config arc --trainer.max_epochs 5 --ckpt_path last"""
 
-LOST = "Run it again with --ckpt_path last: it resumes from the last whole epoch."
+LOST = "Run it again with --ckpt_path last: it resumes from the last complete epoch."
 
 
 def fit(arguments: list[str]) -> None:
@@ -33,7 +34,8 @@ def fit(arguments: list[str]) -> None:
     parser = command_parser("fit", FIT, with_trainer=True)
     parser.add_argument(
         "--ckpt_path", type=str, default=None,
-        help="checkpoint to resume from; last: this fit's own, or a new start where it has none",
+        help="checkpoint to resume from; last: the latest of this run, or a new start if there is "
+        "none",
     )  # fmt: skip
     parsed = parse(parser, arguments, early=_check_places)
 

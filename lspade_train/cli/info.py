@@ -97,16 +97,15 @@ def _show_model(path: str) -> None:
             "model": path,
             "class": type(adapter.model).__name__,
             "parameters": f"{parameters:,}",
-            "blocks": str(adapter.num_layers),
+            "layers": str(adapter.num_layers),
             "hidden size": str(adapter.hidden_size),
             "vocabulary": f"{adapter.vocab_size:,}",
             "context": str(adapter.max_length),
             "revision": str(adapter.revision or "local files"),
             **adapter.identity,
-            "shared prefixes": "not run once: " + refused
-            if refused
-            else "run once for all prompts",
-            "check": "passed: replay, unembedding and start-token cache give the model's numbers",
+            "shared prefixes": "disabled: " + refused if refused else "computed once",
+            "check": "passed: block-by-block replay, unembedding and start-token cache match "
+            "the model's output",
         }
     )
 

@@ -41,7 +41,7 @@ def init(arguments: list[str]) -> int:
     output = Path(given.output or f"{name}.yaml").expanduser()
     if output.exists():
         raise RecipeError(
-            f"{output} is there already, and is not overwritten. Choose another file with --output."
+            f"{output} already exists and is not overwritten. Choose another file with --output."
         )
     recipe, config = describe_data(given.file, given.model_id, name)
     warning = _answers_that_are_not_tokens(config)

@@ -10,7 +10,10 @@ from lspade_train.cli.parsing import Parsed, find_model
 def heads_option(parser: Any) -> None:
     """Add `--heads`, the heads folder."""
     parser.add_argument(
-        "--heads", type=str | None, default=None, help="heads folder or URL; null: checkpoints/NAME"
+        "--heads",
+        type=str | None,
+        default=None,
+        help="heads folder or URL; default: checkpoints/NAME",
     )
 
 
@@ -39,8 +42,8 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
         return folder
     if written_by is not None:
         raise HubError(
-            f"{written_by} writes into the heads folder, and {given} is not on this machine.\n"
-            f"Pull it (lspade-train pull {given} --to DIR), give --heads DIR, and push it."
+            f"{written_by} writes into the heads folder, but {given} is remote.\n"
+            f"Pull it (lspade-train pull {given} --to DIR), use --heads DIR, then push the result."
         )
     return local_folder(given)
 

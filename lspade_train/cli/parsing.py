@@ -300,7 +300,7 @@ def _refuse(
 def _stray(parser: CommandParser, word: str, known: Sequence[str]) -> NoReturn:
     name = word.removeprefix("--").split("=", 1)[0]
     options = [*(name for name in known if "." not in name), *KEYS]
-    what = "no option" if word.startswith("-") else "an argument that it does not take:"
+    what = "no option" if word.startswith("-") else "unexpected argument:"
     _usage(parser, f"{what} {word}{near(name, options)}")
 
 
@@ -316,7 +316,7 @@ def _place(key: str, wrong: str, arguments: Sequence[str], files: Sequence[Recip
 def _wrong(parser: CommandParser, key: str, message: str) -> str:
     """What a key is and should be, as in "is many; expected a whole number"."""
     given = GIVEN.findall(message)
-    value = given[-1].strip() if given else "not what it takes"
+    value = given[-1].strip() if given else "invalid"
     action = next((action for action in parser._actions if action.dest == key), None)
     hint = KEYS.get(key, getattr(action, "_typehint", None))
     choices = getattr(action, "choices", None)

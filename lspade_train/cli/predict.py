@@ -1,4 +1,4 @@
-"""`predict`: answer questions, lines in and lines out."""
+"""`predict`: answer the questions of a file with early exits."""
 
 import json
 import logging
@@ -18,11 +18,12 @@ log = logging.getLogger(__name__)
 
 PREDICT = """\
 Answer questions with early exits: JSONL or plain lines in, JSONL out, in input order.
-A line is a row as the recipe's task has it, such as {"question": ..., "choices": [...]}; it is
-rendered as fit renders it, by the recipe's template, solved examples and chat format. With --raw a
-line is {"prompt": ..., "choices": [...]} or a text, and is asked as it stands.
-Further keys are echoed. Where rows give their answer, the accuracy is printed at the end.
---audit 0.02 has the full model answer 2% of the rows too and raises an alarm where it disagrees.
+Each input line is a row in the task's format, such as {"question": ..., "choices": [...]}, and is
+rendered as in training, with the recipe's template, solved examples and chat format. With --raw,
+lines are {"prompt": ..., "choices": [...]} or text and are used as prompts unchanged.
+Other keys are copied to the output. Rows need no answer; if they have one, accuracy is printed.
+--audit 0.02 also runs the full model on 2% of the rows and raises an alarm if the answers differ
+more often than allowed.
 The policy is policy.json beside the heads; without one, --threshold sets an entropy in nats.
 
   lspade-train predict --config arc --input questions.jsonl --output answers.jsonl
@@ -31,30 +32,30 @@ The policy is policy.json beside the heads; without one, --threshold sets an ent
 
 
 def predict(arguments: list[str]) -> int:
-    """Answer questions; 1 where every line failed."""
+    """Answer questions; 1 if every line failed."""
     parser = command_parser("predict", PREDICT)
     heads_option(parser)
     add = parser.add_argument
     add("--input", type=str, default="-", help="JSONL or text file; - reads standard input")
     add("--output", type=str, default="-", help="JSONL file; - writes standard output")
-    add("--raw", type=bool, default=False, nargs="?", const=True, help="prompts as they stand")
+    add("--raw", type=bool, default=False, nargs="?", const=True, help="use lines unchanged")
     add(
         "--threshold", type=float | None, default=None,
         help="entropy in nats, in place of policy.json",
     )  # fmt: skip
     add(
         "--audit", type=float | None, default=None,
-        help="share of the rows, such as 0.02, that the full model answers too: an alarm is raised "
-        "where it disagrees more than the budget allows",
+        help="fraction of the rows, such as 0.02, on which the full model is run, too; an alarm is "
+        "raised if it disagrees more often than the budget allows",
     )  # fmt: skip
     add(
         "--audit_budget", type=float | None, default=None,
-        help="disagreement that is no reason for an alarm; null: the policy's own",
+        help="largest disagreement without an alarm; default: from the policy",
     )  # fmt: skip
     add(
         "--audit_state", type=str | None, default=None,
-        help="JSON file of what has been seen, which processes may share; null: audit.json beside "
-        "the heads",
+        help="JSON file for the audit's state, which several processes can share; default: "
+        "audit.json beside the heads",
     )  # fmt: skip
     add("--on_alarm", type=str, default="warn", help="warn, or never_exit: the full model answers")
     add("--resume", type=bool, default=False, nargs="?", const=True, help="keep existing answers")
@@ -86,8 +87,8 @@ def predict(arguments: list[str]) -> int:
     )
     if policy.exit_groups is not None:
         log.info(
-            "policy: rows of groups other than %s never exit",
-            ", ".join(policy.exit_groups) or "(none may)",
+            "policy: early exit is disabled for all groups except %s",
+            ", ".join(policy.exit_groups) or "none",
         )
     audit = _audit(options, folder, parsed.recipe.seed_everything)
     runtime = ExitRuntime(adapter, heads, policy=policy, tokenizer=tokenizer, audit=audit)
@@ -138,7 +139,7 @@ def _audit(options: Any, folder: Path, seed: int) -> Any:
 
 
 def _tell_shift(record: dict[str, Any], count: "Counts") -> None:
-    """Say where this run's rows do not exit as the calibration rows did."""
+    """Warn if this run's rows exit at other layers than the calibration rows did."""
     from lspade_train.policies.shift import LEVEL, calibrated_exits, shift_p_value
 
     before = calibrated_exits(record)
@@ -152,8 +153,8 @@ def _tell_shift(record: dict[str, Any], count: "Counts") -> None:
         return f"mean exit layer {layer:.2f} over {rows:,} rows"
 
     log.warning(
-        "warning: these prompts exit elsewhere than the calibration's (%s, there %s, p = %.1g): "
-        "the policy's promise may not hold for them.",
+        "warning: exit layers differ from calibration (%s; there %s; p = %.1g). "
+        "The guarantee may not hold for these prompts.",
         mean(count.layers), mean(before), p_value,
     )  # fmt: skip
 
@@ -237,7 +238,7 @@ def _write(answers: Iterator[dict[str, Any]], file: Any, count: Counts) -> None:
 
 
 def _keep_whole_lines(path: Path) -> int:
-    """Cut a half-written last line off, and count the answers that stand."""
+    """Cut a half-written last line off, and count the answers that are left."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     os.truncate(path, len(whole))  # in place: a kill here loses nothing

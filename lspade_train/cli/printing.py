@@ -17,7 +17,7 @@ METRICS = {
     "agrees_model": "agree",
     "kl_to_spade": "KL",
 }
-LEGEND = "acc.: accuracy; agree: best token is the full model's; KL to SPADE in nats"
+LEGEND = "acc.: accuracy; agree: top token matches the full model's; KL to SPADE in nats"
 FLATTERED = " *"
 LAYERS_SHOWN = 16
 WIDTH = 100
@@ -37,11 +37,11 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def print_baselines(results: dict[str, Any]) -> None:
-    """Other rules of when to stop, and the policy, on the same rows."""
+    """Other early-exit methods, and the policy, on the same rows."""
     found = results["baselines"]
     title = (
-        f"other rules on the same rows, each set on {found['n']:,} others to a risk of "
-        f"{found['budget']:g}, untested; *: over it there at every setting"
+        f"other early-exit methods, tuned on {found['n']:,} separate rows for a risk of "
+        f"{found['budget']:g} (no test); *: no setting met it"
     )
     table = new_table("rule", "setting", "drop", "differs", "FLOPs saved", "of oracle", title=title)
     rules = [(r["name"] + ("" if r["within_budget"] else FLATTERED), r) for r in found["rules"]]
@@ -91,7 +91,7 @@ def print_comparison(results: Sequence[dict[str, Any]]) -> None:
         "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
     )  # fmt: skip
     if any(map(_is_flattered, results)):
-        table.caption = f"{FLATTERED.strip()} on the rows that chose the policy"
+        table.caption = f"{FLATTERED.strip()} on the rows used for selection (optimistic)"
     for column in table.columns[:2]:
         column.no_wrap = True
     for one in results:
@@ -192,7 +192,7 @@ def _compared(results: dict[str, Any]) -> list[str]:
 
 
 def _is_flattered(results: dict[str, Any]) -> bool:
-    """Whether the policy's figures stand on rows that chose it."""
+    """Whether the policy's figures are from the rows on which it was selected."""
     policy = (results["exits"] or {}).get("policy") or {}
     return bool(policy.get("row")) and policy.get("chosen_on_these_rows", False)
 

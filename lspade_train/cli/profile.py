@@ -12,12 +12,12 @@ from lspade_train.errors import RecipeError
 log = logging.getLogger(__name__)
 
 PROFILE = """\
-Wall time, memory and FLOPs of the exit policy against the forward of an untouched model, in turn
-on the same batches, over prompt lengths, batch sizes and thresholds, on whatever device the model
-is on. The untouched model is loaded beside the policy's, so there must be memory for two.
-Prompts are the task's validation prompts, cut or joined to each length. A policy that was chosen by
-calibrate --cost time is also timed at the batch size and length that it was priced at: predicted
-time beside measured. Writes profile.json and figures/speedup into the heads folder.
+Wall time, memory and FLOPs of the exit policy, compared with the original model on the same
+batches, over prompt lengths, batch sizes and thresholds, on the model's device. Both models are
+loaded, so twice the memory is needed.
+Prompts are the task's validation prompts, cut or joined to each length. A policy that was
+selected by calibrate --cost time is also timed at the batch size and length that it was priced
+at: predicted time beside measured. Writes profile.json and figures/speedup into the heads folder.
 
   lspade-train profile --config recipes/arc.yaml
   lspade-train profile --config recipes/arc.yaml --lengths [128,512] --thresholds [0.5,1,2]
@@ -31,14 +31,14 @@ def profile(arguments: list[str]) -> None:
     parser = command_parser("profile", PROFILE)
     heads_option(parser)
     add = parser.add_argument
-    add("--lengths", type=list[int] | None, default=None, help="tokens; null: 64, 256, 1024")
+    add("--lengths", type=list[int] | None, default=None, help="tokens; default: 64, 256, 1024")
     add("--batch_sizes", type=list[int], default=[1, 8], help="prompts per batch")
     add(
         "--thresholds",
         type=list[float] | None,
         default=None,
-        help="in the policy's measure; null: policy.json's, or the paper's 0.5 to 2 nats where "
-        "there is none",
+        help="in the policy's measure; default: policy.json's, or the paper's 0.5 to 2 nats "
+        "without one",
     )
     add("--repeats", type=int, default=5, help="timed rounds per shape, after one that warms up")
     add("--generate", type=int, default=0, help="also profile greedy decoding of so many tokens")
@@ -85,9 +85,9 @@ def profile(arguments: list[str]) -> None:
         rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
     sys.stdout.write(
-        "Speed-up: the untouched model's median time over the policy's; beside it the smallest\n"
-        "and the largest ratio of one round. FLOPs: as a fraction of the model's. What an exit\n"
-        "costs in answers is in lspade-train calibrate and evaluate.\n"
+        "Speed-up: the original model's median time over the policy's; beside it the smallest\n"
+        "and the largest ratio of one round. FLOPs: as a fraction of the model's. For the effect\n"
+        "on accuracy, see lspade-train calibrate and evaluate.\n"
     )
     log.info("profile: %s", found.save(folder))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 PULL = """\
-Download heads with all that belongs to them, checked as local folders are: checksums, format,
-safetensors only. The folder is complete or absent; one that exists is not touched.
+Download heads and related files and verify checksums and format (safetensors only). The download
+is atomic and never overwrites an existing folder.
 
   lspade-train pull someone/arc-heads
   lspade-train pull someone/arc-heads --revision v1 --to checkpoints/arc_v1

@@ -10,11 +10,11 @@ from lspade_train.cli.parsing import command_parser, parse
 log = logging.getLogger(__name__)
 
 PUSH = """\
-Send a heads folder to the Hugging Face Hub, in one commit or not at all: heads.safetensors,
+Upload a heads folder to the Hugging Face Hub in a single atomic commit: heads.safetensors,
 config.json, policy.json, results.json, profile.json, figures/, report.html and README.md, the
-model card, which is written anew from them. Nothing else of the folder is sent.
-The card states the licence that you give; none is taken over from the base model.
-Log in before, with a write token: hf auth login.
+model card, which is regenerated from them. No other files of the folder are uploaded.
+The card states the licence that you give; none is inherited from the base model.
+Log in first, with a write token: hf auth login.
 
   lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --license apache-2.0
   lspade-train push --config recipes/arc.yaml --repo someone/arc-heads --dry_run
@@ -22,7 +22,7 @@ Log in before, with a write token: hf auth login.
 
 
 def push(arguments: list[str]) -> int:
-    """Send the heads folder."""
+    """Upload the heads folder."""
     parser = command_parser("push", PUSH)
     add = parser.add_argument
     flag: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
@@ -30,11 +30,11 @@ def push(arguments: list[str]) -> int:
         "--repo",
         type=str,
         default=None,
-        help="org/name on the Hub, made where it is missing; or a URL",
+        help="org/name on the Hub, created if it is missing; or a URL",
     )
     heads_option(parser)
     add("--license", type=str, default=None, help="the heads' licence, as the Hub names it: mit")
-    add("--branch", type=str, default=None, help="branch, made where it is missing; null: main")
+    add("--branch", type=str, default=None, help="branch, created if missing; default: main")
     add("--message", type=str, default=None, help="commit message")
     add("--private", **flag, help="make a new repository private")
     add("--create_pr", **flag, help="open a pull request instead of committing")
@@ -54,7 +54,7 @@ def push(arguments: list[str]) -> int:
 
     folder = heads_given(parsed)
     for text in artifact.machine_paths(folder):
-        log.warning("readers will see a path of this machine in %s", text)
+        log.warning("a local path will become public: %s", text)
     if options.dry_run:
         check_name(options.repo)
         artifact.check_folder(folder)

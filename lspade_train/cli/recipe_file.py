@@ -51,7 +51,7 @@ def read_recipe(name: str) -> RecipeFile:
     """
     path = Path(find_recipe(name)).expanduser()
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
+        what = "a folder" if path.is_dir() else "file not found"
         names = [*recipes(), *map(str, [*Path().glob("*.yaml"), *Path().glob("recipes/*.yaml")])]
         raise RecipeError(
             f"No recipe {name} ({what}{near(name, names)}). Expected a YAML file, or a name that "
@@ -98,7 +98,7 @@ def _check(
     for key_node, value in list(node.value):
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise RecipeError(f"{path}, line {line}: a key is not a text. Correct the file.")
+            raise RecipeError(f"{path}, line {line}: keys must be strings. Correct the file.")
         key = place + str(key_node.value)
         if key in lines:
             raise RecipeError(

@@ -59,8 +59,8 @@ class WarnAtChance(Callback):
         found = cached_accuracy(dataset, data.unembed)
         if found is not None and found.at_chance:
             log.warning(
-                "On validation %s.\nHeads learn to repeat its answers: try another prompt first "
-                "(lspade-train check --config RECIPE).", found.verdict,
+                "On validation %s.\nThe heads can only reproduce its answers: try another prompt "
+                "first (lspade-train check --config RECIPE).", found.verdict,
             )  # fmt: skip
 
 

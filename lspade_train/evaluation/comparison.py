@@ -33,7 +33,7 @@ def comparable(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for name in SAME_ROWS:
         if any(other.get(name) != first.get(name) for other in others):
             log.warning(
-                "These results differ in %s (%s): they are not of the same rows.",
+                "These results are not comparable: %s differs (%s).",
                 name, ", ".join(sorted({str(one.get(name)) for one in results.values()})),
             )  # fmt: skip
             break

@@ -152,7 +152,7 @@ def measure_policy(
         `chosen_on_these_rows` says that its figures here flatter it.
     """
     flattered = chose(policy, side)
-    warning = ", on the rows that chose it" if flattered else ""
+    warning = ", on the selection rows (optimistic)" if flattered else ""
     found: dict[str, Any] = {
         "layers": list(policy.layers),
         "exit_layers": [*policy.layers, adapter.num_layers],
@@ -174,7 +174,7 @@ def measure_policy(
 
 
 def _promised(policy: ExitPolicy) -> dict[str, Any] | None:
-    """Risk, budget and confidence of a policy's calibration; None where nobody calibrated it."""
+    """Risk, budget and confidence of a policy's calibration; None if it was not calibrated."""
     record = policy.calibration
     if not record.get("confidence"):
         return None
@@ -209,7 +209,7 @@ def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> s
     except PolicyError as stale:  # heads that were fitted again, say
         return str(stale).replace("\n", " ")
     if policy.scope == "choices" and not has_choices(dataset):
-        return "The policy looks at the choices, and some of these rows have none."
+        return "The policy needs answer choices, but some rows have none."
     return None
 
 

@@ -107,14 +107,14 @@ def evaluate_recipe(fitted: FittedRecipe, *, baselines: bool = False) -> dict[st
 
     Args:
         fitted: what is measured.
-        baselines: other rules of when to stop, too: reads the training and validation rows.
+        baselines: other early-exit methods, too: reads the training and validation rows.
     """
     adapter = fitted.data.adapter
     dataset = fitted.states()
     readings = read_lenses(dataset, adapter.unembed, fitted.lenses, fitted.layers)
     if readings.over_choices:
         log.info(
-            "%s: fitted over the choices; what compares vocabularies is null, and the entropy is "
+            "%s: fitted over the choices; vocabulary-level metrics are null, and the entropy is "
             "over the choices.", ", ".join(LENSES[key].label for key in readings.over_choices)
         )  # fmt: skip
     results = _header(fitted) | summarise(readings, adapter.vocab_size)

@@ -1,4 +1,4 @@
-"""Whether a policy kept its promise on the rows measured, and whether a fixed layer does as well.
+"""Whether a policy kept its guarantee on the rows measured, and whether a fixed layer does as well.
 
 From `results.json` alone; loads nothing.
 """
@@ -18,8 +18,8 @@ def judge(results: dict[str, Any]) -> dict[str, Any] | None:
         results: holds `exits`, `lenses`, `full_model` and `iso_compute`.
 
     Returns:
-        `risk` (`accuracy_drop` or `disagreement`) of the policy's promise, or what the rows can
-        show where nothing was promised; `budget` and `confidence` of the promise or None;
+        `risk` (`accuracy_drop` or `disagreement`) of the policy's guarantee, or what the rows can
+        show where there is no guarantee; `budget` and `confidence` of the guarantee or None;
         `measured`, the risk on these rows, with `measured_interval` (None without labels where the
         risk needs them); `held`, whether it is within the budget, None where these rows cannot
         show it; `fixed`, the fixed exit that saves most within the same risk on these rows, chosen

@@ -153,7 +153,7 @@ class Tally:
 class LSpadeLM(HFLM):
     """A frozen model with its heads and an exit policy.
 
-    A calibrated policy's promise is about prompts like those it was calibrated on: a task of the
+    A calibrated policy's guarantee covers prompts like those it was calibrated on: a task of the
     harness words its questions in its own way.
 
     Args:

@@ -47,7 +47,7 @@ _STEADY: ContextVar["ModelAdapter | None"] = ContextVar("lspade_steady", default
 
 
 class ModelAdapter:
-    """A causal language model, driven block by block, and left as it was found.
+    """A causal language model, run block by block, without modifying it.
 
     The model stays the caller's: nothing is set on it, and it may change between two calls. What
     is kept of it (start-token caches, digests) is then worked out again, and so is the load-time
@@ -159,7 +159,7 @@ class ModelAdapter:
             What is known of it: the same object for as long as nothing has changed.
 
         Raises:
-            UnsupportedModelError: it can no longer be driven.
+            UnsupportedModelError: it can no longer be run block by block.
         """
         if _STEADY.get() is self and self._known is not None:
             return self._known

@@ -71,7 +71,7 @@ class FrozenModel:
         """Kept from an earlier load of the same files, or those of the model itself.
 
         Raises:
-            UnsupportedModelError: no model can be loaded, or it cannot be driven block by block.
+            UnsupportedModelError: no model can be loaded, or it cannot be run block by block.
         """
         if self._facts is None:
             self._facts = _recall(self._record())
@@ -196,7 +196,7 @@ class FrozenModel:
         if found.digest != facts.identity["unembedding"]:
             log.debug("norm and head loaded alone are not those of the whole model")
             return None
-        log.info("model: only norm and head loaded (%.3g MB)", found.bytes / 1e6)
+        log.info("model: only final norm and LM head loaded (%.3g MB)", found.bytes / 1e6)
         return found
 
 

@@ -142,6 +142,6 @@ def _close(got: Tensor, expected: Tensor, slack: float) -> bool:
 def _refused(adapter: "ModelAdapter", why: str) -> UnsupportedModelError:
     kind = getattr(adapter.model.config, "model_type", type(adapter.model).__name__)
     return UnsupportedModelError(
-        f"{type(adapter.model).__name__} ({kind}) cannot be driven block by block: {why}.\n"
+        f"{type(adapter.model).__name__} ({kind}) cannot be run block by block: {why}.\n"
         "Expected a causal decoder-only model; set data.model_id to one."
     )

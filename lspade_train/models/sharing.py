@@ -38,7 +38,7 @@ def prefix_refusal(adapter: "ModelAdapter", longest: int) -> str | None:
         if known.prefix is None:
             known.prefix = why_no_prefix(adapter)
             if known.prefix:
-                log.info("what prompts have in common is run for each of them: %s", known.prefix)
+                log.info("shared prefixes are disabled: %s", known.prefix)
     limit = rotation_limit(adapter.text_config)
     if not known.prefix and limit is not None and longest > limit:
         return f"its rotary angles change over {limit:,} tokens, and a prompt has {longest:,}"

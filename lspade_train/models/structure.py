@@ -77,7 +77,7 @@ class Signature:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Only a model that gives the same answer twice can be driven block by block.
+    """Only a model that gives the same answer twice can be run block by block.
 
     Raises:
         UnsupportedModelError: a module is in training mode and drops values at random.

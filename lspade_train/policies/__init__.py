@@ -1,1 +1,1 @@
-"""When to stop: the exit rule, what it costs, how it is chosen and what it promises."""
+"""When to exit: the exit rule, what it costs, how it is chosen and what it guarantees."""

@@ -42,7 +42,7 @@ STATE = "audit.json"
 """Name of the state beside a policy."""
 
 LEVEL = 0.95
-"""Confidence of the bound that stands in where a policy promises nothing about disagreement."""
+"""Confidence of the bound that stands in if a policy guarantees nothing about disagreement."""
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class AuditFile:
             close = isinstance(asked, float) and math.isclose(found, asked, rel_tol=1e-9)
             if found != asked and not close:
                 raise AuditError(
-                    f"{self.path} audits another {name} ({_short(found)}; this one is "
+                    f"{self.path} belongs to another {name} ({_short(found)}; this one is "
                     f"{_short(asked)}).\n{ELSEWHERE}"
                 )
         return state
@@ -288,9 +288,9 @@ def policy_digest(policy: ExitPolicy) -> str:
 
 
 def default_budget(policy: ExitPolicy) -> float:
-    """The promised disagreement, or an upper bound of the one measured at calibration.
+    """The guaranteed disagreement, or an upper bound of the one measured at calibration.
 
-    The bound is Clopper and Pearson's at 95%, of the rows that chose the policy.
+    The bound is Clopper and Pearson's at 95%, on the calibration rows.
 
     Raises:
         AuditError: the policy holds no calibration.
@@ -302,8 +302,8 @@ def default_budget(policy: ExitPolicy) -> float:
         n, share = int(record["n"]), float(record["chosen"]["disagreement"])
     except (KeyError, TypeError, ValueError) as cause:
         raise AuditError(
-            "The policy was not calibrated, so that it says nothing about its disagreement with "
-            "the full model.\nGive the audit a budget, such as 0.02, or choose a policy with "
+            "The policy was not calibrated, so its expected disagreement with the full model is "
+            "unknown.\nGive the audit a budget, such as 0.02, or choose a policy with "
             "lspade-train calibrate."
         ) from cause
     failures = round(share * n)

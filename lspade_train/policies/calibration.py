@@ -42,12 +42,12 @@ class Calibration:
         reason: in words, why it was chosen.
         risk: what the budget is about.
         budget: largest risk allowed, 0..1.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
         n: rows tested.
         oracle_saving: of all the layers that could be checked.
         curve: every policy considered, sequence after sequence, strict to loose; with conditions
             its p-value is the largest of all its tests.
-        conditions: groups and depths for which the same is promised, or which are left out.
+        conditions: groups and depths that are covered, or left out.
     """
 
     chosen: PolicyRow
@@ -70,7 +70,7 @@ class Candidate:
     """One policy that may be chosen.
 
     Attributes:
-        name: what decides and who answers, in words.
+        name: signal and answer method, in words.
         table: of the rows in hand, over all layers that its kind of policy could check.
         rule: which of them it checks, and its thresholds.
         conditions: groups and depths within which it is to be within the budget, too.
@@ -263,7 +263,7 @@ def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> 
         return disagreement_p_value(int((answers != table.full_answer).sum()), len(table), budget)
     if table.gold is None:
         raise TaskError(
-            "--max_accuracy_drop needs right answers, and these rows have none. "
+            "--max_accuracy_drop requires labels, but these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
     return drop_p_value(*_changes(table, answers), len(table), budget)
@@ -308,22 +308,21 @@ def _reason(
         what = "time" if time else "compute"
         return f"It saves the most {what} of the policies that passed the test."
     if not curve:
-        here = " in time on this machine" if time else ""
-        return (
-            f"Never exit: no exit saves more than it costs{here}, on the rows that propose "
-            "policies."
-        )
+        what = "time on this machine" if time else "compute"
+        return f"No early exit: no check saves more {what} than it costs on the training rows."
     if any(map(_accepted, curve)):
         if time:
             return (
-                f"Never exit: no policy that passed the test saves {LEAST_TIME:.0%} of the time on "
-                "this machine."
+                f"No early exit: no policy that passed the test saves {LEAST_TIME:.0%} of the time "
+                "on this machine."
             )
-        return "Never exit: the policies that passed the test cost more in checks than they save."
+        return (
+            "No early exit: the policies that passed the test cost more in checks than they save."
+        )
     needed = rows_needed(budget, 1 - level)
     if n < needed:
         return (
-            f"Never exit: {n} rows cannot prove a risk of {budget:g}, even without one loss. "
-            f"Give at least {needed} rows, or a larger budget."
+            f"No early exit: {n:,} rows are too few for a budget of {budget:g}: at least "
+            f"{needed:,} are needed even if no answer is lost. Add rows or raise the budget."
         )
-    return "Never exit: even the strictest policy could not be shown to stay within the budget."
+    return "No early exit: no policy passed the test at this budget."

@@ -1,6 +1,6 @@
 """Groups and depths within which a policy's risk must be within the budget, too.
 
-A policy passes where every one of its tests passes. A policy that breaks its promise anywhere
+A policy passes where every one of its tests passes. A policy that breaks its guarantee anywhere
 passes that one test with the error probability at most, so that no correction for their number is
 needed (intersection-union test, Berger 1982). Arrays in, numbers out.
 
@@ -39,7 +39,7 @@ class Finding:
         kind: `group`, or `depth`: the rows that exit at or before a layer.
         name: of the group, or the layer.
         n: rows.
-        held: whether it was tested; if not, nothing is promised there.
+        held: whether it was tested; if not, there is no guarantee.
         risk: on these rows; None without rows.
         p_value: of "the risk there is over the budget"; None where it was not tested.
     """
@@ -139,7 +139,7 @@ def _finding(
     measured: Measured,
 ) -> Finding:
     n = int(mask.sum())
-    # Without a row nothing speaks for the promise: a p-value of 1.
+    # Without a row nothing speaks for the guarantee: a p-value of 1.
     risk, p_value = measured(table.rows(mask), rule) if n else (None, 1.0)
     return Finding(
         kind=kind, name=name, n=n, held=held, risk=risk, p_value=p_value if held else None

@@ -105,7 +105,7 @@ class Proposals:
 
     @classmethod
     def of(cls, designs: Sequence[Design], candidates: Sequence[Sequence[Candidate]]) -> Self:
-        """Group candidates by what decides, and keep each group's frontier."""
+        """Group candidates by signal, and keep each group's frontier."""
         signals: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         for place, design in enumerate(designs):
             signals.setdefault((design.policy.measure, design.readers), []).append(place)

@@ -151,9 +151,9 @@ class ExitTable:
         if len(broken):
             row, check = broken[0]
             raise NumericsError(
-                f"The confidence of row {row} at layer {self.layers[check]} is "
-                f"{self.confidence[row, check]}. Run lspade-train evaluate to see which layers' "
-                "heads give such values, and fit them again."
+                f"Non-finite confidence ({self.confidence[row, check]}) for row {row} at layer "
+                f"{self.layers[check]}. Run lspade-train evaluate to find the affected heads and "
+                "fit them again."
             )
 
     def __len__(self) -> int:
@@ -236,7 +236,7 @@ class PolicyRow:
         compute_saved: fraction of the plain model's FLOPs; negative where checks cost more.
         efficiency: `saved` over the oracle's; None where the oracle saves nothing.
         time_saved: fraction of the plain model's seconds; None where FLOPs are the cost.
-        name: what decides and who answers, in words; "" where there is one kind of policy only.
+        name: signal and answer method, in words; "" where there is one kind of policy only.
         p_value: of "its risk is over the budget"; None where nothing was tested.
         accepted: it and all stricter ones of its sequence passed; None where nothing was tested.
     """

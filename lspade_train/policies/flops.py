@@ -167,7 +167,7 @@ def cost_parts(
     Args:
         counts: of the model and its heads.
         tokens: length of each prompt.
-        policy: decides layers, scope, what a check reads and who answers; not its threshold.
+        policy: gives layers, scope, readers and decoder; its threshold is not used.
         choices: number of choices of each prompt, for `scope: choices`.
         shared: leading tokens of each prompt that are run once for all, by the plain model, too.
     """

@@ -1,4 +1,4 @@
-"""How many rows a promise takes, before a model is loaded: rows are counted from the data alone."""
+"""How many rows a guarantee needs, before a model is loaded: counted from the data alone."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,12 +20,12 @@ LOSSES = (0, 1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a budget takes and what the data at hand can prove.
+    """How many rows a budget needs, and what the data at hand can prove.
 
     Attributes:
         risk: what the budget is about.
         budget: largest risk allowed, 0..1.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
         side: the rows that would be tested.
         rows: how many these are, but for prompts over the model's context.
         needed: losses among the tested rows -> fewest rows that prove the budget all the same.
@@ -85,7 +85,7 @@ def _count(data: "HiddenStateDataModule", side: Side, risk: RiskKind) -> int:
     questions = to_questions(data.config, rows)
     if risk == "accuracy_drop" and any(question.answer is None for question in questions):
         raise TaskError(
-            "--max_accuracy_drop needs right answers, and some of these rows have none. "
+            "--max_accuracy_drop requires labels, but some of these rows have none. "
             "Give --max_disagreement instead: it compares with the full model."
         )
     if side.part == "all":

@@ -49,9 +49,9 @@ class ExitPolicy:
             given heads, or no head with the decoder `logit_lens`. A gate names its own readers.
         scope: what the probabilities are over: the vocabulary, or the task's choices only, which
             makes a check a d x |choices| product.
-        decoder: who answers at the exit: `spade` (the paper's), or the head's own distribution
-            with no upper block at all: `l-spade`, `tuned_lens` (heads fitted with target final),
-            `logit_lens` (no head). One for all check layers, or one per check layer.
+        decoder: how the answer is computed at the exit: by `spade` (the paper's), or from a head
+            without running the remaining layers: `l-spade`, `tuned_lens` (heads fitted with target
+            final), `logit_lens` (no head). One for all check layers, or one per check layer.
         positions: position ids of SPADE's two tokens, as the heads were trained.
         heads_digest: `weights_sha256` of the heads it was chosen for; None: not tied to any.
         tuned_lens_digest: the same of the tuned lens beside them, where the policy reads it.
@@ -140,12 +140,12 @@ class ExitPolicy:
             )
 
     def decoder_at(self, layer: int) -> Decoder:
-        """Who answers a row that stops at check layer `layer`."""
+        """The decoder of a row that exits at check layer `layer`."""
         return self.decoders[self.layers.index(layer)]
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:
-        """Who answers at each check layer."""
+        """The decoder of each check layer."""
         if isinstance(self.decoder, tuple):
             return self.decoder
         return tuple(self.decoder for _ in self.layers)
@@ -177,14 +177,14 @@ class ExitPolicy:
         """
         for what, wanted, got in (
             ("heads", self.heads_digest, digest),
-            ("the tuned lens", self.tuned_lens_digest, tuned_lens_digest),
+            ("tuned lens heads", self.tuned_lens_digest, tuned_lens_digest),
         ):
             if wanted is not None and got != wanted:
-                found = f"{got[:12]}..." if got else "not read from a heads folder"
+                found = f"{got[:12]}..." if got else "some without a heads folder"
                 raise PolicyError(
-                    f"The policy was chosen for {what} {wanted[:12]}..., these are {found}.\n"
-                    "Load the heads beside policy.json, or choose a policy for these with "
-                    "lspade-train calibrate."
+                    f"The policy was calibrated for other {what} (expected {wanted[:12]}..., got "
+                    f"{found}).\nLoad the heads beside policy.json, or run lspade-train calibrate "
+                    "again."
                 )
 
     def save(self, folder: Path) -> None:

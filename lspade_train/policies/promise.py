@@ -1,4 +1,4 @@
-"""What a policy promises, in words: one text for policy.json, card, report, `info` and `calibrate`.
+"""A policy's guarantee in words (its promise): the text of policy.json, card, report and commands.
 
 From the record of its calibration alone; loads nothing heavy.
 """
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lspade_train.policies.audit import AuditState
 
-NONE = "No promise: nobody calibrated this policy (lspade-train calibrate does)."
+NONE = "No guarantee: this policy has not been calibrated. Run lspade-train calibrate."
 
 
 def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str:
-    """What is promised, for which prompts, how surely, on how many rows, and until when audited.
+    """What is guaranteed, for which prompts, how surely, on how many rows; until when audited.
 
     Args:
         record: `calibration` of a policy.
@@ -26,20 +26,21 @@ def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str
 
 
 def audited(audit: "AuditState") -> str:
-    """What the audit has seen, in a sentence or two."""
+    """The results of the audit, in a sentence or two."""
     seen = audit.seen
     if audit.disagreement is None:
-        return f"An audit is on, without a drawn row among {seen.rows:,} so far."
+        return f"Audit running: none of {seen.rows:,} rows sampled yet."
     high = audit.bounds[1]
     words = (
-        f"Audited {_days(audit.began, audit.updated)}: {seen.drawn:,} of {seen.rows:,} rows in "
-        f"use were drawn, {seen.failures:,} disagreed with the full model "
+        f"Audited {_days(audit.began, audit.updated)}: {seen.drawn:,} of {seen.rows:,} production "
+        f"rows were sampled, {seen.failures:,} disagreed with the full model "
         f"({audit.disagreement:.2%}; at most "
         f"{high:.2%} with {1 - audit.key.alpha:.0%} confidence; budget {audit.key.budget:.2%})."
     )
     if audit.alarm is None:
         return f"{words} No alarm."
-    return f"{words} ALARM on {audit.alarm['time'][:10]}: it no longer holds for these prompts."
+    alarm = audit.alarm["time"][:10]
+    return f"{words} ALARM on {alarm}: the guarantee no longer holds for these prompts."
 
 
 def _days(first: str | None, last: str | None) -> str:
@@ -70,10 +71,10 @@ def _where(record: Mapping[str, Any]) -> str:
     if record.get("audited"):
         days = _days(record["audited"]["first"], record["audited"]["last"])
         if _never_exits(record):
-            return f"Chosen on {record['n']:,} rows in use, which an audit drew {days}."
+            return f"Chosen on {record['n']:,} production rows sampled by the audit {days}."
         return (
-            f"for prompts drawn like the {record['n']:,} rows in use that an audit drew {days} and "
-            "that it was tested on. Nothing is promised about other prompts."
+            f"for prompts from the same distribution as the {record['n']:,} production rows on "
+            f"which it was tested (sampled by the audit {days}). Other prompts are not covered."
         )
     rows = record.get("rows") or {}
     split = rows.get("split", "validation")
@@ -82,8 +83,8 @@ def _where(record: Mapping[str, Any]) -> str:
     if _never_exits(record):
         return f"Chosen on {record['n']:,} rows ({split} split{half}{task})."
     return (
-        f"for prompts drawn like the {record['n']:,} rows that it was tested on ({split} "
-        f"split{half}{task}). Nothing is promised about other prompts."
+        f"for prompts from the same distribution as the {record['n']:,} rows on which it was "
+        f"tested ({split} split{half}{task}). Other prompts are not covered."
     )
 
 
@@ -100,15 +101,15 @@ def _within(record: Mapping[str, Any]) -> str:
         if out and kind == "group" and record.get("small_groups") == "never_exit":
             words += (
                 f" Rows of other groups ({', '.join(out)}) never exit: too few rows to prove it "
-                "there."
+                "for them."
             )
             out = []
         if held:
             words += f" The same holds {what}{plural if len(held) > 1 else ''} {', '.join(held)}."
         if out:
             words += (
-                f" It is NOT promised {what}{plural if len(out) > 1 else ''} {', '.join(out)}: too "
-                "few rows to prove it."
+                f" It is NOT guaranteed {what}{plural if len(out) > 1 else ''} {', '.join(out)}: "
+                "too few rows to prove it."
             )
     return words
 

@@ -111,8 +111,8 @@ def _named(names: Sequence[str], heads: LSpadeHeads | None) -> Readers:
         if name not in known:
             has = ", ".join(n for n in known if n != "logit_lens") or "none"
             raise PolicyError(
-                f"The policy needs {name} heads, fitted with model.target {TARGETS[name]}; the "
-                f"given heads have {has}.\nFit them beside these (lspade-train fit --model.target "
-                f"both), or choose another policy: {REMEDY}"
+                f"The policy needs {name} heads (model.target {TARGETS[name]}), but the loaded "
+                f"heads are {has}.\nFit them as well (lspade-train fit --model.target both), or "
+                f"choose another policy: {REMEDY}"
             )
     return {name: known[name] for name in names}

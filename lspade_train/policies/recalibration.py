@@ -50,7 +50,7 @@ class Recalibration:
     """What audited rows say of a policy and of stricter ones.
 
     Attributes:
-        policy: the chosen one, with its new promise.
+        policy: the chosen one, with its new guarantee.
         calibration: the test.
         rows: the audited rows that it rests on.
         unchanged: whether the audited policy itself was chosen.
@@ -67,15 +67,15 @@ def recalibrate(
 ) -> Recalibration:
     """Choose the policy again, from the audited one and stricter ones.
 
-    What is promised is the disagreement with the full model, which bounds a drop in accuracy. A
-    promise within groups is kept: rows of a group with too few audited rows never exit any more,
+    The guarantee is on the disagreement with the full model, which bounds a drop in accuracy. A
+    guarantee within groups is kept: rows of a group with too few audited rows never exit any more,
     or are excluded, as the policy's calibration has it. One by depth is not.
 
     Args:
         policy: that was audited.
         audited: its rows, drawn by a coin from those that it answered.
         budget: largest disagreement, over 0 and under 1.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
 
     Raises:
         AuditError: a policy that never exits, rows of another one, or too few of them.
@@ -83,7 +83,7 @@ def recalibrate(
     """
     check_budget("disagreement", budget, confidence)
     if not policy.check_layers:
-        raise AuditError("The policy never exits: there is nothing stricter to choose.")
+        raise AuditError("The policy never exits early, so it cannot be made stricter.")
     needed = rows_to_prove(0, "disagreement", budget, (1 - confidence) / SEQUENCES)
     if len(audited.rows) < needed:
         raise AuditError(
@@ -136,7 +136,7 @@ def since(audited: AuditedRows, policy: str, time: str | None) -> AuditedRows:
     if audited.policy != policy:
         raise AuditError(
             f"The audited rows are of another policy ({audited.policy:.12}...; the state is about "
-            f"{policy:.12}...). Move them away, to begin a new audit."
+            f"{policy:.12}...). Move them away to start a new audit."
         )
     if time is None:
         return audited
@@ -233,7 +233,7 @@ def _scaled(policy: ExitPolicy, table: ExitTable, factors: Sequence[float]) -> t
 
 
 def _groups(record: Mapping[str, Any], rows: Sequence[AuditedRow]) -> dict[str, Any]:
-    """Which rows belong to each group, where the policy's promise is one within groups."""
+    """Which rows belong to each group, where the guarantee is one within groups."""
     if not any(one["kind"] == "group" for one in record.get("conditions") or ()):
         return {}
     names = [row.group or NO_GROUP for row in rows]

@@ -30,9 +30,9 @@ class Options:
     """What `calibrate` may search, as it was asked for; None searches all there is.
 
     Attributes:
-        measure: what decides.
-        reader: whose logits a measure is of.
-        decoder: who answers at an exit.
+        measure: exit criterion.
+        reader: heads whose logits a measure is of.
+        decoder: how the answer is computed at an exit.
         uniform: one threshold for all check layers.
         seed: of the folds.
         seconds: what a saving is counted in; None: FLOPs.
@@ -47,7 +47,7 @@ class Options:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What may decide."""
+        """The exit criteria to search."""
         return (self.measure,) if self.measure else SEARCHED
 
 
@@ -77,7 +77,7 @@ class Search:
         for word in (asked.reader, asked.decoder):
             if word not in (None, "spade", *every):
                 raise PolicyError(
-                    f"{word} heads are not here; the given ones are {own_name(heads)}.\n"
+                    f"{word} heads are missing; the loaded ones are {own_name(heads)}.\n"
                     "Fit both kinds: lspade-train fit --model.target both."
                 )
 

@@ -1,8 +1,7 @@
-"""From a recipe's data and heads to an exit policy with its promise: what `calibrate` does.
+"""From a recipe's data and heads to an exit policy with its guarantee: what `calibrate` does.
 
-Training rows propose policies: what decides (a measure of a reader's logits, a learned gate, a
-fixed layer), over what (choices or vocabulary), who answers, and which checks pay for themselves.
-The proposals that no other beats are tested on validation rows. Knows nothing of the command line.
+Candidate policies (signal, scope, decoder, thresholds, check layers) are generated on training
+rows; the Pareto-optimal ones are tested on validation rows. Knows nothing of the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,10 +59,10 @@ class Selection:
 
     Attributes:
         policy: ready for `ExitRuntime` and `save`; its threshold is None where nothing qualified.
-        calibration: the test: every candidate, and the promise.
+        calibration: the test: every candidate, and the guarantee.
         never: the full model on the tested rows.
-        kinds: of each kind of policy the one that the training rows would choose, measured on the
-            tested rows; for comparison, without a promise.
+        kinds: the best candidate of each kind by the training rows, measured on the tested rows;
+            for comparison, without a guarantee.
         side: the rows that were tested.
     """
 
@@ -100,24 +99,25 @@ def calibrate(
         heads: its heads; a tuned lens beside them is read too.
         max_accuracy_drop: budget against the full model's accuracy; 0.01 where neither is given.
         max_disagreement: budget for answers unlike the full model's; needs no labels.
-        confidence: probability that the promise holds, over 0 and under 1.
-        measure: what decides: entropy, margin, max_prob or another registered one, `gate`, or
-            `fixed` (always leave at one layer); None searches entropy, gate and fixed exits.
-        scope: what a check looks at; None: the choices where every row has some.
-        reader: whose logits a measure is of: l-spade or tuned_lens; None searches what is there.
-        decoder: who answers at an exit; None searches spade and the heads, also layer by layer.
+        confidence: probability that the guarantee holds, over 0 and under 1.
+        measure: exit criterion: entropy, margin, max_prob or another registered one, `gate`, or
+            `fixed` (always exit at one layer); None searches entropy, gate and fixed exits.
+        scope: tokens over which the measure is computed; None: the choices if every row has some.
+        reader: heads whose logits the measure is of: l-spade or tuned_lens; None searches both.
+        decoder: how the answer is computed at an exit; None searches spade and the heads, also
+            layer by layer.
         paper: the paper's rule: one entropy threshold of the L-SPADE heads for all check layers,
             SPADE answers. In the place of `measure`, `reader` and `decoder`.
         interval: candidate check layers are every n-th layer that has a head.
         seed: of the gate's folds.
-        per_group: promise the same within every group of the task that has rows enough.
-        per_depth: promise the same for the rows that exit at or before each layer, where the
-            training rows let expect enough of them.
-        small_groups: with `per_group`, what becomes of groups with too few rows to prove anything,
-            and of groups that are not there: `never_exit`, the full model answers their rows, or
-            `exclude`, their rows exit and the promise leaves them out. None: never_exit.
+        per_group: the guarantee also holds within every group of the task with enough rows.
+        per_depth: the guarantee also holds for the rows that exit at or before each layer, if the
+            training rows suggest that there are enough of them.
+        small_groups: with `per_group`, how to treat groups that are too small to test or missing:
+            `never_exit`, the full model answers their rows, or `exclude`, their rows exit but are
+            not covered by the guarantee. None: never_exit.
         cost: what is saved: the seconds that `measure_seconds` found on this machine, or None for
-            FLOPs. The promise is the same.
+            FLOPs. The guarantee is the same.
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
@@ -214,10 +214,10 @@ def choose(
 
     Args:
         proposals: from `Search.propose`.
-        rows: others, drawn like those that the promise is about.
+        rows: others, from the distribution that the guarantee covers.
         risk: what the budget is about.
         budget: largest risk.
-        confidence: probability that the promise holds.
+        confidence: probability that the guarantee holds.
         groups: rows of each group within which the budget must hold, too.
         by_depth: it must hold for the rows that exit at or before each layer, too.
         hold_back: rows of groups with too few rows to prove anything never exit.
@@ -307,7 +307,7 @@ def _candidate_layers(
         )
     if not 1 <= interval <= len(layers):
         raise PolicyError(
-            f"--interval {interval} is out of range: expected 1 to {len(layers)}, a check at every "
+            f"--interval must be between 1 and {len(layers)} (got {interval}): a check at every "
             f"n-th of the {len(layers)} layers that have a head."
         )
     return tuple(layers[interval - 1 :: interval])

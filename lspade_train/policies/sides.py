@@ -56,7 +56,7 @@ class Side:
         rows = (held_out if self.part == "held_out" else ~held_out).nonzero()[:, 0]
         if not len(rows):
             raise PolicyError(
-                f"None of the {len(found)} {self.split} rows is in its {self.part} half. "
+                f"The {self.part} half of the {self.split} split is empty ({len(found)} rows). "
                 "Raise --data.limit, or set --data.dataset to data with a labelled test split."
             )
         return found.select(rows)

@@ -160,7 +160,7 @@ SPADE = Lens(
     style=LineStyle("#D55E00", "diamond", "dash"),
     decoder="spade",
 )
-"""The upper blocks on `[h_s^l, h_a^l]`: L-SPADE's target, and the answer at an exit."""
+"""The remaining layers on `[h_s^l, h_a^l]`: L-SPADE's target, and the answer at an exit."""
 
 LENSES: dict[str, Lens] = {}
 """By key, in the order of tables and figures."""

@@ -168,7 +168,7 @@ def spade_logits(
     Raises:
         RecipeError: a layer out of range.
         TaskError: a token id outside the vocabulary, or a mask that does not fit the prompts.
-        UnsupportedModelError: a model that cannot be driven block by block.
+        UnsupportedModelError: a model that cannot be run block by block.
 
     Source: arXiv:2507.17618, SPADE (v1), SimLens (v2).
     """

@@ -52,7 +52,7 @@ class Audit:
         state: JSON file of what has been seen; processes may share it, a restart resumes it.
         rate: share of rows that is drawn, over 0 and up to 1.
         budget: largest disagreement with the full model that is no reason for an alarm. None: the
-            policy's promised disagreement; for a promise about accuracy, the upper 95% bound of
+            policy's guaranteed disagreement; for one on accuracy, the upper 95% bound of
             the disagreement measured at calibration.
         alpha: probability of a false alarm, however long the policy is used.
         on_alarm: `warn`, or `never_exit`: from then on the full model answers every row.
@@ -198,8 +198,8 @@ class Auditor:
             else "Answers still exit early."
         )
         log.warning(
-            "AUDIT ALARM: %s of %s drawn rows disagree with the full model, budget %.4g. %s\n"
-            "Calibrate again on prompts like today's; see lspade-train audit %s.",
+            "AUDIT ALARM: %s of %s sampled rows disagree with the full model, budget %.4g. %s\n"
+            "Calibrate again on current prompts; see lspade-train audit %s.",
             f"{state.seen.failures:,}", f"{state.seen.drawn:,}", state.key.budget, then,
             self.file.path,
         )  # fmt: skip

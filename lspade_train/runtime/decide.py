@@ -78,7 +78,7 @@ class Probe:
         return check_readers(self.policy, self.heads) if checks else {}
 
     @cached_property
-    def answerers(self) -> Readers:
+    def answer_heads(self) -> Readers:
         """The heads that answer at an exit."""
         return answer_readers(self.policy, self.heads) if self.policy.check_layers else {}
 
@@ -90,7 +90,7 @@ class Probe:
         rows: Int[Tensor, " rows"],
         before: Reading | None = None,
     ) -> Check:
-        """What decides an exit at `layer`.
+        """The exit signal at `layer`.
 
         Args:
             hidden: h_a of the rows.
@@ -125,7 +125,7 @@ class Probe:
         name = self.policy.decoder_at(layer)
         if check is not None and name in check.logits:
             return check.logits[name]
-        return self.answer(_translated(hidden, self.answerers[name], layer), batch, rows)
+        return self.answer(_translated(hidden, self.answer_heads[name], layer), batch, rows)
 
     def read(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]

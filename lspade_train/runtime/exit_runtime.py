@@ -144,7 +144,7 @@ class ExitRuntime:
         """Several tokens for each prompt, all from the exit layer of its first one.
 
         Our extension, not the paper's: `runtime/generate.py` says how it works and where it ends.
-        The policy's calibrated promise covers the first token only.
+        The policy's calibrated guarantee covers the first token only.
 
         Args:
             prompts: texts, or token ids with the start token first.
@@ -223,7 +223,7 @@ class ExitRuntime:
                 f"The policy's checks need heads (decoder {policy.decoder}); got None. Load them "
                 "with LSpadeHeads.from_pretrained, or use the decoder logit_lens."
             )
-        for heads in (self.probe.readers | self.probe.answerers).values():
+        for heads in (self.probe.readers | self.probe.answer_heads).values():
             for layer in policy.check_layers if heads is not None else ():
                 heads.index(layer)  # pyright: ignore[reportOptionalMemberAccess]
 

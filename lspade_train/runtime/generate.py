@@ -7,7 +7,7 @@ far. With l = L this is plain generation, token for token.
 
 Limits: above l the prompt is gone for every token, so that agreement with the full model falls
 with each token and with how early the exit is; the layer is never chosen anew, and a policy's
-calibrated promise covers the first token only.
+calibrated guarantee covers the first token only.
 """
 
 import copy

@@ -57,7 +57,7 @@ def reduce_dataset(
     try:
         means = _mapped(folder, (int(dataset.starts[-1]), layers, width), memory.dtype)
     except OSError as cause:
-        log.info("targets are computed anew in every step (%s)", cause.strerror or cause)
+        log.info("targets are recomputed in every step (%s)", cause.strerror or cause)
         return None
     shards: list[dict[str, Tensor]] = []
     for number in track(range(len(dataset.shards))):
