@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from lspade_train.errors import RecipeError
+from lspade_train.errors import ArtifactError, RecipeError
 
 Mode = Literal["disk", "memory", "online"]
 TargetKind = Literal["hidden", "logits", "topk"]
@@ -285,3 +286,17 @@ def check_layers(layers: Sequence[int], num_layers: int, *, last: int | None = N
             f"{num_layers} blocks, so layers go from 0 to {top}. Set model.layers."
         )
     return list(layers)
+
+
+def heads_folder(recipe: Recipe, root: Path | None = None) -> Path:
+    """Where a recipe's heads land: `checkpoints/<name>/` of the working directory.
+
+    Raises:
+        ArtifactError: the name is no plain folder name.
+    """
+    name = recipe.name
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ArtifactError(
+            f"name is {name!r}; expected a plain folder name such as arc. Set name in the recipe."
+        )
+    return (root or Path("checkpoints")) / name

@@ -78,8 +78,10 @@ def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(
 def test_each_folder_records_the_metrics_that_its_own_fit_would(apart, project):
     assert fit(project, cache=apart.cache) == 0
     for one, two in zip(folders(project), folders(apart), strict=True):
-        mine, expected = (config(folder)["training"]["metrics"] for folder in (one, two))
-        assert mine == pytest.approx(expected, abs=1e-6)
+        mine, expected = (config(folder)["training"] for folder in (one, two))
+        assert mine["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+        for epoch, other in zip(mine["history"], expected["history"], strict=True):
+            assert epoch == pytest.approx(other, abs=1e-6)
 
 
 def test_the_log_names_the_metrics_of_the_tuned_lens_final(apart, project):

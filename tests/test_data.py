@@ -212,7 +212,7 @@ def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, mo
 def test_states_that_do_not_fit_into_memory_are_refused(project, monkeypatch, mode):
     monkeypatch.setattr("os.sysconf", lambda name: 100)
     data = project.module(mode=mode)
-    with pytest.raises(CacheError, match=r"machine has 1e-05 GB of memory\.\nUse --data\.mode"):
+    with pytest.raises(CacheError, match=r"machine has 10 kB of memory\.\nUse --data\.mode"):
         data.stored("train")
 
 

@@ -18,6 +18,7 @@ from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.evaluation import ablations
 from lspade_train.evaluation.comparison import comparable
 from lspade_train.evaluation.exits import measure_exits, measure_policy
+from lspade_train.evaluation.reliability import reliability
 from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import spade_states
 from lspade_train.policies.cached_exits import exit_table
@@ -204,11 +205,53 @@ def test_the_calibrated_policy_is_measured_on_the_same_rows(results, fitted):
     assert sum(found["row"]["exit_counts"]) == 40
 
 
+def test_the_examples_are_the_disagreements_of_which_the_full_model_was_surest(results, brute):
+    found, policy = results["examples"], results["exits"]["policy"]["row"]
+    assert found["n"] == round(policy["disagreement"] * 40)
+    assert len(found["rows"]) == min(found["n"], 8)
+    sure = [row["confidence"] for row in found["rows"]]
+    assert sure == sorted(sure, reverse=True)
+    among = zip(brute["full"], brute["choices"], strict=True)
+    known = [float(full[choices].softmax(-1).max()) for full, choices in among]
+    for row in found["rows"]:
+        assert row["exit"] != row["full_model"]
+        assert row["layer"] in results["exits"]["policy"]["layers"]
+        assert row["prompt_end"].endswith("? :")
+        assert min(abs(row["confidence"] - one) for one in known) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (1, 2, 3, 4, 5, 6)])
+def test_the_reliability_counts_every_row_once_at_each_layer_shown(layers):
+    rng = np.random.default_rng(0)
+    n, k = 90, len(layers)
+    flat = np.ones((n, k))
+    table = ExitTable(
+        layers=layers, num_layers=8, bounds=(0.0, 1.0), confidence=rng.random((n, k)),
+        answers=rng.integers(0, 2, (n, k)), full_answer=np.ones(n, dtype=int), gold=None,
+        costs=ExitCosts(
+            reach=np.ones((n, k + 1)), check=flat, answer=np.ones((n, k + 1)), unchecked=flat,
+            plain=np.ones(n),
+        ),
+    )  # fmt: skip
+    found = reliability(table, "entropy")
+    assert (found["unit"], found["is_doubt"]) == ("nats", False)
+    assert len(found["layers"]) == min(k, 4)
+    assert found["layers"][-1]["layer"] == layers[-1]
+    for one in found["layers"]:
+        place = layers.index(one["layer"])
+        assert sum(one["rows"]) == n
+        assert one["signal"] == sorted(one["signal"])
+        lowest = table.confidence[:, place].argsort()[: one["rows"][0]]
+        assert one["agreement"][0] == pytest.approx((table.answers[lowest, place] == 1).mean())
+        share = np.average(one["agreement"], weights=one["rows"])
+        assert share == pytest.approx((table.answers[:, place] == 1).mean())
+
+
 @pytest.mark.parametrize("measure", ["margin", "max_prob"])
 def test_a_policy_of_another_measure_is_measured_by_it(subject, measure):
     dataset, adapter = subject.data.stored("test"), subject.data.adapter
     policy = ExitPolicy(layers=(1, 3), measure=measure, threshold=(0.02, 0.0), scope="choices")
-    found = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
+    found, _ = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
     assert found["row"]["threshold"] == [0.02, 0.0]
     assert found["row"]["exit_counts"][2] == 0  # everyone is at or over a margin of 0
 
@@ -216,7 +259,7 @@ def test_a_policy_of_another_measure_is_measured_by_it(subject, measure):
 def test_a_policy_for_other_heads_is_noted_and_left_out(subject):
     policy = ExitPolicy(layers=(1,), threshold=1.0, heads_digest="0" * 64)
     dataset, adapter = subject.data.stored("test"), subject.data.adapter
-    found = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
+    found, _ = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
     assert found["row"] is None
     assert "lspade-train calibrate" in found["note"]
 

@@ -76,12 +76,13 @@ def steps_not_taken_once(home: Path, kept) -> set[int]:
 
 
 def heads_made(home: Path) -> dict[str, str]:
-    """Digests of the heads' files, but for whether this checkout was changed meanwhile."""
+    """Digests of the heads' files, but for the time it took and what changed meanwhile."""
     found = digests(home, f"{HEADS}/*")
     for name in ("config.json", "README.md"):
         del found[f"{HEADS}/{name}"]
     settings = json.loads((home / HEADS / "config.json").read_text())
-    del settings["training"]["source"]
+    for name in ("source", "seconds"):
+        del settings["training"][name]
     return found | {"config.json": json.dumps(settings)}
 
 

@@ -93,7 +93,7 @@ def test_a_second_fit_loads_no_block_and_ends_with_the_same_heads(
     assert len(loads) == 1
     (first, told), (second, told_again) = ends
     assert first == second
-    line = "model: only final norm and LM head loaded (0.00832 MB)"
+    line = "model: only final norm and LM head loaded (8.32 kB)"
     assert line in told  # once the caches are built
     assert line in told_again
 

@@ -48,7 +48,7 @@ def gated(request, data):
 
 
 def asked(data):
-    examples = data._encode("validation").examples
+    examples = data.encoded("validation").examples
     return (
         [[*map(int, example.input_ids)] for example in examples],
         [[*map(int, example.choice_ids)] for example in examples],

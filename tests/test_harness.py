@@ -378,7 +378,7 @@ def harness(tmp_path: Path, model: str, arguments: str) -> dict:
 def test_the_command_line_keeps_the_calibrated_promise_and_reports_the_exits(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     heads = tmp_path / "heads"
-    monkeypatch.setattr("lspade_train.artifacts.folder.heads_folder", lambda recipe: heads)
+    monkeypatch.setattr("lspade_train.recipe.heads_folder", lambda recipe: heads)
     recipe = ["--config=recipes/quickstart.yaml", f"--data.cache_dir={tmp_path / 'cache'}"]
     assert main(["fit", *recipe, "--trainer.enable_progress_bar=false"]) == 0
     assert main(["calibrate", *recipe, "--max_accuracy_drop", "0.01"]) == 0

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.io.hub_names import near_model, settle_hub
+from lspade_train.io.hub_names import is_hub_id, near_model, settle_hub
 
 SILENT = "http://127.0.0.1:9"  # nobody listens there
 
@@ -81,10 +81,24 @@ def test_a_model_that_is_nowhere_is_refused_without_a_network(hub, monkeypatch):
         settle_hub("org/name", None)
 
 
-def test_a_path_that_no_hub_could_have_is_not_asked_for(hub):
+@pytest.mark.parametrize(
+    "name", ["./models/none", "a/b/c/d", "org//name", "org/na me", "modèle", "org/a--b", "org/a."]
+)
+def test_an_id_that_no_hub_could_have_is_not_asked_for(hub, name):
     asked = hub(404)
-    with pytest.raises(UnsupportedModelError, match="no such folder.\nCheck PATH."):
-        settle_hub("./models/none", None, key="PATH")
+    with pytest.raises(UnsupportedModelError, match="no id that the Hub could have.\nCheck PATH."):
+        settle_hub(name, None, key="PATH")
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/name", "Qwen/Qwen2.5-0.5B_x", "0x/a-b"])
+def test_an_id_that_the_hub_could_have_is(name):
+    assert is_hub_id(name)
+
+
+def test_data_that_no_hub_could_have_are_not_asked_for(hub, tmp_path):
+    asked = hub(404)
+    settle_hub(str(tmp_path), "no such/data set")  # the task says what is wrong
     assert asked == []
 
 

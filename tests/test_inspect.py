@@ -94,6 +94,18 @@ def test_white_space_is_made_visible(stories):
     assert not any(re.search(r"\s", token) for token in view.tokens)
 
 
+def test_the_choices_are_scored_against_each_other_by_the_layers_own_logits(adapter):
+    choices = {"yes": 9, "no": 12, "maybe": 30}
+    view = view_of(adapter, SPADE, choices=choices)
+    expected = spade_logits(adapter, torch.tensor([IDS]), layers=range(LAYERS + 1))[0]
+    assert view.choices == ("yes", "no", "maybe")
+    for layer, scores in zip(view.layers, view.scores, strict=True):
+        among = expected[layer][[9, 12, 30]].double().softmax(-1)
+        torch.testing.assert_close(torch.tensor(scores).double(), among, atol=1e-5, rtol=0)
+    assert "probability among the choices" in printed(view)
+    assert "probability among the choices" not in printed(view_of(adapter, SPADE))
+
+
 # How it looks
 
 
@@ -172,6 +184,17 @@ def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, tmp_path,
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_choices_are_shown_by_layer(fitted, capsys, tmp_path):
+    page, recipe = tmp_path / "view.html", str(fitted.home / "recipe.yaml")
+    arguments = ["--config", recipe, "--lens", "spade", "--html", str(page)]
+    assert main(["inspect", "w1 w2 ? :", "--choices", "A, B", *arguments]) == 0
+    shown = capsys.readouterr().out.split("among the choices")[1]
+    rows = re.findall(r"^│ (\d)[^│]*│ (\d\.\d{3}) +│ (\d\.\d{3}) +│", shown, re.M)
+    assert [row[0] for row in rows] == ["4", "3", "2", "1", "0"]
+    assert all(float(one) + float(other) == pytest.approx(1, abs=0.002) for _, one, other in rows)
+    assert page.read_text().count("<b>0.") == len(rows)
+
+
 def test_a_prompt_may_come_on_standard_input(fitted, capsys, monkeypatch):
     arguments = ["--config", str(fitted.home / "recipe.yaml"), "--lens", "spade"]
     assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
@@ -191,6 +214,7 @@ REFUSED = {
         r"lspade-train fit .*--model\.target final",
     ),
     "heads that are not there": (["w1", "--heads", "no/such/heads"], r"no/such/heads"),
+    "one choice": (["w1", "--lens", "spade", "--choices", "A"], r"'A'.*two or more"),
     "no position": (["w1", "--lens", "spade", "--last", "0"], r"--last"),
     "no token": (["w1", "--lens", "spade", "--top_k", "0"], r"--top_k"),
     "a page that cannot be written": (

@@ -69,6 +69,8 @@ def test_groups_give_the_heads_and_metrics_of_one_fit(fitted, project, monkeypat
     )
     assert two["layers"] == one["layers"] == [1, 2, 3]
     assert two["training"]["metrics"] == pytest.approx(one["training"]["metrics"], rel=1e-3)
+    epochs = zip(*(each["training"]["history"] for each in (two, one)), strict=True)
+    assert all(mine == pytest.approx(other, rel=1e-3) for mine, other in epochs)
     assert not list(project.home.glob("checkpoints/*/training/group-*"))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -109,6 +110,36 @@ def test_the_policy_is_marked_and_its_exits_are_counted(results):
     assert figures["exit_histogram"].groups["policy.json"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
 
 
+def test_equal_compute_has_fixed_layers_the_policys_star_and_chance(results):
+    results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
+    figure = by_name(results)["iso_compute"]
+    drawn = {series.label: series for series in figure.series}
+    fixed = results["iso_compute"]["lenses"]["l_spade"]
+    assert list(drawn["L-SPADE"].x) == fixed["flops"]
+    assert list(drawn["L-SPADE"].y) == fixed["accuracy"]
+    star = drawn["policy.json"]
+    assert (list(star.x), list(star.y), star.style.marker) == ([0.7], [0.8], "star")
+    levels = {level.label: level.value for level in figure.levels}
+    assert levels["chance"] == results["full_model"]["chance"]
+
+
+def test_the_training_curve_is_that_of_the_fit(evaluated_once, results):
+    config = json.loads((evaluated_once.folder / "config.json").read_text(encoding="utf-8"))
+    history = config["training"]["history"]
+    validation, training = by_name(results)["training_curve"].series
+    assert list(validation.x) == [1, 2]
+    assert list(validation.y) == [epoch["val/loss/mean"] for epoch in history]
+    assert validation.y[-1] == config["training"]["metrics"]["val/loss/mean"]
+    assert all(value > 0 for value in training.y)
+
+
+def test_a_gates_doubt_is_drawn_against_what_it_says(results):
+    results["exits"]["reliability"] |= {"is_doubt": True, "measure": "gate", "of": "policy"}
+    *_, said = by_name(results)["reliability"].series
+    assert list(said.y) == [1 - x for x in said.x]
+    assert "policy.json" in by_name(results)["reliability"].caption
+
+
 def test_the_matrix_says_where_heads_cannot_be_used(results):
     matrix = by_name(with_extras(results))["cross_task"]
     assert isinstance(matrix, Heatmap)
@@ -129,9 +160,9 @@ def test_every_figure_has_labelled_axes_n_and_seed(results):
         assert figure.y_label
         assert "seed 0" in figure.note
         sizes = figure.columns if isinstance(figure, Heatmap) else [figure.note]
-        assert all("n = 12" in text for text in sizes)
+        assert figure.name == "training_curve" or all("n = 12" in text for text in sizes)
         banded = isinstance(figure, Chart) and any(s.low is not None for s in figure.series)
-        assert not banded or "95% bootstrap intervals" in figure.note or "quartiles" in figure.note
+        assert not banded or re.search("95% (bootstrap|Wilson) intervals|quartiles", figure.note)
 
 
 def test_no_two_series_of_a_figure_differ_by_colour_alone(results):

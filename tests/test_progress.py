@@ -48,6 +48,24 @@ def test_without_a_terminal_a_line_comes_every_half_minute(clock, caplog):
     ]
 
 
+def test_work_of_unknown_size_is_told_without_an_end(clock, caplog):
+    with Progress("predict", None) as work:
+        clock.now += 40
+        work.advance(400)
+    assert lines(caplog) == ["predict: 400 rows, 10 rows/s"]
+
+
+def test_a_part_of_other_work_is_silent(clock, caplog):
+    with Progress("whole", 2) as whole, Progress("part", 4) as part:
+        clock.now += 40
+        part.advance()
+        whole.advance()
+    with Progress("after it", 2) as work:
+        clock.now += 40
+        work.advance()
+    assert [line.split(":")[0] for line in lines(caplog)] == ["whole", "after it"]
+
+
 def test_the_rate_is_of_this_runs_work_alone(clock, caplog):
     with Progress("work", 10_000) as work:
         work.skip(4096)

@@ -10,9 +10,11 @@ import pytest
 
 from lspade_train.cli.printing import print_results
 from lspade_train.errors import ArtifactError
+from lspade_train.evaluation.verdict import judge
 from lspade_train.reporting.page import write_report
 from lspade_train.reporting.plots import Omitted, all_figures
-from lspade_train.reporting.tables import METRICS, all_tables
+from lspade_train.reporting.tables import METRICS, Ranged, all_tables, merged
+from lspade_train.reporting.verdict import verdict
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -64,16 +66,20 @@ class Tables(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         name = dict(attrs).get("id") or ""
-        if tag == "details" and name.startswith("table-"):
+        if tag in {"details", "table"} and name.startswith("table-"):
             self.rows = self.found.setdefault(name.removeprefix("table-"), [])
         elif tag == "tr":
             self.rows.append([])
-        self.cell = tag in {"td", "th"}
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        self.cell = self.cell and tag not in {"td", "th"}
 
     def handle_data(self, data):
         if self.cell:
-            self.rows[-1].append(data)
-            self.cell = False
+            self.rows[-1][-1] += data
 
 
 def without_scripts(folder):
@@ -108,9 +114,54 @@ def test_what_it_links_to_is_beside_it(written):
     folder, _ = written
     page = without_scripts(folder)
     links = re.findall(r'<a href="([^"]+)"', page)
-    assert {"README.md", "results.json", "config.json"} <= set(links)
-    assert any(link.startswith("figures/") and link.endswith(".svg") for link in links)
+    assert set(links) == {"README.md", "results.json", "config.json"}
     assert all((folder / link).is_file() for link in links)
+
+
+def test_its_figures_are_saved_from_the_file_itself(written):
+    folder, results = written
+    page = without_scripts(folder)
+    for figure in all_figures(results):
+        if not isinstance(figure, Omitted):
+            assert page.count(f'<button data-figure="{figure.name}">') == 2
+    assert "figures/" not in re.sub("<noscript>.*?</noscript>", "", page, flags=re.S)
+
+
+def with_policy(folder, results):
+    """The same results with a policy of those heads and two rows that it answers otherwise."""
+    row = results["exits"]["grid"][40]
+    results["exits"]["policy"] = {
+        "layers": [1, 2], "exit_layers": [1, 2, 4], "row": row | {"exit_counts": [6, 4, 2]},
+        "measure": "entropy", "chosen_on_these_rows": False, "label": "policy.json: entropy",
+        "promise": {"risk": "accuracy_drop", "budget": 0.5, "confidence": 0.95},
+    }  # fmt: skip
+    results["verdict"] = judge(results)
+    one = {"prompt_end": "w1 <b> ? :", "full_model": "A", "confidence": 0.75, "exit": "B",
+           "layer": 2, "label": None}  # fmt: skip
+    results["examples"] = {"n": 3, "rows": [one, one | {"label": "B"}]}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    calibration = {"risk": "accuracy_drop", "budget": 0.5, "confidence": 0.95, "n": 20}
+    record = {"heads_digest": results["heads"]["weights_sha256"], "calibration": calibration}
+    (folder / "policy.json").write_text(json.dumps(record), encoding="utf-8")
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def test_verdict_and_promise_come_first_and_the_time_it_took(written):
+    folder, results = written
+    page = with_policy(folder, results)
+    order = [verdict(results)[0], "Promise: ", "Fit took", "Evaluation took", 'id="figures"']
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_the_rows_that_differ_most_stand_in_a_table(written):
+    folder, results = written
+    page = with_policy(folder, results)
+    head, *rows = Tables(page).found["examples"]
+    assert head == ["prompt's end", "full model", "its probability", "exit", "layer",
+                    "right answer"]  # fmt: skip
+    assert rows[0] == ["w1 <b> ? :", "A", "0.750", "B", "2", "-"]
+    assert "3 of 12 rows" in page
 
 
 def test_its_tables_are_the_results_rounded(written):
@@ -119,11 +170,21 @@ def test_its_tables_are_the_results_rounded(written):
     assert {"accuracy", "agrees_model", "kl_to_model", "exits"} <= set(shown)
     for table in all_tables(results):
         head, *rows = shown[table.name]
-        assert tuple(head) == table.columns
-        for cells, values in zip(rows, table.rows, strict=True):
-            for cell, value in zip(cells, values, strict=True):
-                expected = f"{value:.3f}" if isinstance(value, float) else str(value)
-                assert cell == ("-" if value is None else expected)
+        columns, values = merged(table)
+        assert head == columns
+        assert set(table.columns) - set(columns) == {c for c in table.columns if ends(c)}
+        for cells, of_row in zip(rows, values, strict=True):
+            assert cells == [rounded(value) for value in of_row]
+
+
+def ends(column):
+    return column.endswith(("low", "high"))
+
+
+def rounded(value):
+    if isinstance(value, Ranged):
+        return f"{rounded(value.value)} {rounded(value.low)}\u2013{rounded(value.high)}"
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def test_the_tables_round_nothing(results):
@@ -155,7 +216,7 @@ def test_the_printed_tables_are_the_reports(written, capsys, monkeypatch):
     shown = Tables((folder / "report.html").read_text(encoding="utf-8")).found
     assert printed
     for cells in shown["accuracy"][1:]:
-        assert set(cells[1::3]) <= printed  # every lens's accuracy, without its interval
+        assert {cell.split()[0] for cell in cells[1:]} <= printed  # without their intervals
 
 
 def test_recipe_and_provenance_are_on_it(written):
@@ -164,6 +225,7 @@ def test_recipe_and_provenance_are_on_it(written):
     assert "max_epochs: 2" in page
     assert results["provenance"]["versions"]["torch"] in page
     assert results["heads"]["weights_sha256"] in page
+    assert "{&#39;" not in page  # a mapping is rows, not Python's words for it
 
 
 def test_it_is_built_from_the_files_alone(written):

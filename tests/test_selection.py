@@ -70,7 +70,7 @@ def simpson():
 
 def counted_saving(data, policy) -> float:
     """Saved on the validation rows, as PyTorch counts the runtime's and the model's own run."""
-    examples = data._encode("validation").examples
+    examples = data.encoded("validation").examples
     prompts = [[*map(int, example.input_ids)] for example in examples]
     choices = [[*map(int, example.choice_ids)] for example in examples]
     # One prompt at a time: a batch is charged for its padding, too.
@@ -92,7 +92,8 @@ def test_calibrate_and_evaluate_report_the_saving_that_pytorch_counts(data, meas
     heads = heads_of(data)
     found = calibrate(data, heads, measure=measure, scope=scope, **LOOSE)
     side = calibration_side(data)
-    row = measure_policy(side.states(data), data.adapter, heads, found.policy, side)["row"]
+    measured, _ = measure_policy(side.states(data), data.adapter, heads, found.policy, side)
+    row = measured["row"]
     assert found.policy.check_layers
     assert found.calibration.chosen.compute_saved > 0.02
     assert row["compute_saved"] == pytest.approx(found.calibration.chosen.compute_saved, abs=1e-12)
@@ -203,7 +204,8 @@ def test_rows_that_were_asked_for_by_name_are_taken_whole_and_known_to_have_chos
     assert len(side.states(without_test)) == 40
     heads = heads_of(without_test)
     policy = calibrate(without_test, heads, **LOOSE).policy
-    found = measure_policy(side.states(without_test), without_test.adapter, heads, policy, side)
+    states = side.states(without_test)
+    found, _ = measure_policy(states, without_test.adapter, heads, policy, side)
     assert found["chosen_on_these_rows"]
     assert (
         found["label"]

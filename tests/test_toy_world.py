@@ -86,14 +86,14 @@ def test_no_world_is_in_two_splits():
 def test_walking_the_facts_finds_every_answer_and_difficulty(family, split):
     for row in read(family, split):
         assert solve(row["prompt"]) == row["answer"]
-        assert hops(row["prompt"]) == row["difficulty"]
+        assert row["group"] == f"hops: {hops(row['prompt'])}"
 
 
 def test_the_test_split_has_both_kinds_at_every_difficulty():
     rows = read("data", "test")
-    cells = {(row["kind"], row["difficulty"]) for row in rows}
+    cells = {(row["kind"], row["group"]) for row in rows}
     assert len(rows) == 2000
-    assert cells == {(k, h) for k in ("multiple_choice", "yes_no") for h in (1, 2, 3)}
+    assert cells == {(k, f"hops: {h}") for k in ("multiple_choice", "yes_no") for h in (1, 2, 3)}
 
 
 def test_every_choice_and_every_word_is_one_known_token():

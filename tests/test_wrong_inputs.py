@@ -74,6 +74,8 @@ MISTAKES = {
     # model and data
     f"fit {RECIPE} --data.model_id nowhere/modle": 1,
     f"fit {RECIPE} --data.model_id modle": 1,
+    f"fit {RECIPE} --data.model_id a/b/c/d": 1,
+    f"fit {RECIPE} --data.dataset 'my data/set'": 1,
     f"fit {RECIPE} --data.model_id data": 1,
     f"fit {RECIPE} --data.task arcc": 1,
     f"fit {RECIPE} --data.dataset nowhere": 1,

@@ -1,9 +1,12 @@
 """The Lightning callback that writes the heads folder when a fit ends."""
 
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -37,25 +40,71 @@ class ExportHeads(Callback):
         self.recipe = recipe
         self.group = group
         self.metrics: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self._steps, self._losses = 0, torch.zeros(())  # since the last validation
+        self._before, self._began = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the fit, with that of the runs that it resumed."""
+        return self._before + time.monotonic() - self._began
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the recipe with the run, so that a dashboard can filter by it."""
         for logger in trainer.loggers:
             logger.log_hyperparams(asdict(self.recipe))
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add the step's losses up, where they are: nothing waits for them."""
+        module: Any = pl_module
+        self._losses = module.latest + self._losses.to(module.device)
+        self._steps += 1
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics: a fit that is stopped after its last epoch exports when it goes on."""
-        if not trainer.sanity_checking:
-            found = sorted(trainer.callback_metrics.items())
-            self.metrics = {k: float(v) for k, v in found if k.startswith("val/")}
+        if trainer.sanity_checking:
+            return
+        found = sorted(trainer.callback_metrics.items())
+        self.metrics = {k: float(v) for k, v in found if k.startswith("val/")}
+        epoch = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        means = {k: v for k, v in self.metrics.items() if k.endswith("/mean")}
+        # A fit that was stopped between validation and the epoch's end validates again.
+        again = [one for one in self.history if one["epoch"] == epoch["epoch"]]
+        before = self.history[: len(self.history) - len(again)]
+        known = again[0] if again else epoch
+        self.history = [*before, known | epoch | self._trained(pl_module) | means]
+
+    def _trained(self, module: Any) -> dict[str, float]:
+        """`train/loss/mean` of each set of heads over the steps since the last validation."""
+        if not self._steps:
+            return {}
+        prefixes = [prefix for prefix, _, _ in module.fitted()]
+        parts = (self._losses / self._steps).chunk(len(prefixes))
+        self._steps, self._losses = 0, torch.zeros(())
+        pairs = zip(prefixes, parts, strict=True)
+        return {f"train/{prefix}loss/mean": float(part.mean()) for prefix, part in pairs}
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into the checkpoint."""
-        return self.metrics
+        return {
+            "metrics": self.metrics,
+            "history": self.history,
+            "seconds": self.seconds,
+            "losses": (self._steps, self._losses.cpu()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Comes from the checkpoint."""
-        self.metrics = dict(state_dict)
+        self.metrics, self.history = dict(state_dict["metrics"]), list(state_dict["history"])
+        self._before = state_dict["seconds"]
+        self._steps, self._losses = state_dict["losses"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on the first process."""
@@ -81,7 +130,9 @@ class ExportHeads(Callback):
             self.metrics |= part.metadata["training"]["metrics"]
             if part.tuned_lens is not None:
                 found = part.tuned_lens.metadata["training"]["metrics"]
-                self.metrics |= {k.replace("/", FINAL, 1): v for k, v in found.items()}
+                self.metrics |= _as_final(found)
+        self.history = _joined_history(parts)
+        self._before += sum(part.metadata["training"]["seconds"] for part in parts[:-1])
         for name in {name.rpartition("/")[0] for name in self.metrics}:
             layers = [v for k, v in self.metrics.items() if k.startswith(f"{name}/layer_")]
             self.metrics[f"{name}/mean"] = sum(layers) / len(layers)
@@ -105,6 +156,8 @@ class ExportHeads(Callback):
             },
             steps=trainer.global_step,
             metrics=self.metrics,
+            history=self.history,
+            seconds=round(self.seconds, 1),
         )
 
 
@@ -118,6 +171,8 @@ def export(
     cache_digests: dict[str, str],
     steps: int,
     metrics: dict[str, float],
+    history: Sequence[dict[str, float]],
+    seconds: float,
 ) -> None:
     """Write a complete heads folder, that of a tuned lens beside the heads inside it.
 
@@ -131,6 +186,8 @@ def export(
         cache_digests: identity digest of each split's cache.
         steps: optimiser steps taken.
         metrics: last logged metrics by name; of a tuned lens beside them, below `.../final/`.
+        history: by epoch, the means over the layers, by the same names.
+        seconds: wall time, a missing cache's included.
 
     Raises:
         ArtifactError: the folder cannot be written.
@@ -139,6 +196,7 @@ def export(
         "data": data,
         "caches": cache_digests,
         "steps": steps,
+        "seconds": seconds,
         "versions": versions(),
         "source": source_state(),
     }
@@ -146,16 +204,51 @@ def export(
     if tuned is not None:
         # Recorded as what it would be had it been fitted alone.
         alone = replace(recipe, model=replace(recipe.model, target="final"))
-        found = {k.replace(FINAL, "/", 1): v for k, v in metrics.items() if FINAL in k}
-        record = training | {"recipe": asdict(alone), "metrics": found}
+        found = {"metrics": _of_final(metrics), "history": [*map(_of_final, history)]}
+        record = training | {"recipe": asdict(alone)} | found
         tuned.metadata = {"base_model": base_model, "training": record}
-    mine = {k: v for k, v in metrics.items() if tuned is None or FINAL not in k}
-    record = training | {"recipe": asdict(recipe), "metrics": mine}
+
+    def mine(values: Mapping[str, float]) -> dict[str, float]:
+        return {k: v for k, v in values.items() if tuned is None or FINAL not in k}
+
+    found = {"metrics": mine(metrics), "history": [*map(mine, history)]}
+    record = training | {"recipe": asdict(recipe)} | found
     heads.metadata = {"base_model": base_model, "training": record}
     heads.save_pretrained(folder)
     if tuned is not None:
         write_card(folder / TUNED_LENS)
     write_card(folder)
+
+
+def _of_final(values: Mapping[str, float]) -> dict[str, float]:
+    """The tuned lens's values, by the names that they would have alone."""
+    return {k.replace(FINAL, "/", 1): v for k, v in values.items() if FINAL in k or "/" not in k}
+
+
+def _as_final(values: Mapping[str, float]) -> dict[str, float]:
+    """A tuned lens's values, by the names that they have beside those of other heads."""
+    return {k.replace("/", FINAL, 1) if "/" in k else k: v for k, v in values.items()}
+
+
+def _joined_history(parts: Sequence[LSpadeHeads]) -> list[dict[str, float]]:
+    """By epoch, the means over the layers of all groups."""
+    histories: list[list[dict[str, float]]] = []
+    for part in parts:
+        epochs = part.metadata["training"]["history"]
+        if part.tuned_lens is not None:
+            beside = part.tuned_lens.metadata["training"]["history"]
+            epochs = [a | _as_final(b) for a, b in zip(epochs, beside, strict=True)]
+        histories.append(epochs)
+    counts = [len(part.layers) for part in parts]
+    joined: list[dict[str, float]] = []
+    for epochs in zip(*histories, strict=False):
+        means = {
+            name: sum(n * one[name] for n, one in zip(counts, epochs, strict=True)) / sum(counts)
+            for name in epochs[0]
+            if "/" in name
+        }
+        joined.append({k: v for k, v in epochs[0].items() if "/" not in k} | means)
+    return joined
 
 
 def _log_artifact(logger: Logger, folder: Path, name: str) -> None:

@@ -19,21 +19,6 @@ from lspade_train.policies.audit import audit_of
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.promise import promise
 from lspade_train.probes.heads import AGAIN, KINDS, LSpadeHeads
-from lspade_train.recipe import Recipe
-
-
-def heads_folder(recipe: Recipe, root: Path | None = None) -> Path:
-    """Where a recipe's heads land: `checkpoints/<name>/` of the working directory.
-
-    Raises:
-        ArtifactError: the name is no plain folder name.
-    """
-    name = recipe.name
-    if not name or Path(name).name != name or name.startswith("."):
-        raise ArtifactError(
-            f"name is {name!r}; expected a plain folder name such as arc. Set name in the recipe."
-        )
-    return (root or Path("checkpoints")) / name
 
 
 def describe(folder: Path) -> dict[str, str]:

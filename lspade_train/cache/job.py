@@ -22,6 +22,7 @@ from lspade_train.errors import CacheError
 from lspade_train.io.parallel import ranks, together
 from lspade_train.io.progress import Progress
 from lspade_train.io.storage import json_digest
+from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter
 
 Result = TypeVar("Result")
@@ -146,8 +147,8 @@ def require_space(folder: Path, size: int, *patterns: str) -> None:
     needed, free = size - present, shutil.disk_usage(folder).free
     if needed > free:
         raise CacheError(
-            f"This cache takes {size / 1e9:.3g} GB ({needed / 1e9:.3g} GB of it still to be "
-            f"written) and {folder} has {free / 1e9:.3g} GB free.\n"
+            f"This cache takes {byte_size(size)} ({byte_size(needed)} of it still to be written) "
+            f"and {folder} has {byte_size(free)} free.\n"
             "Choose another --data.cache_dir, fewer --model.layers, --data.limit, or "
             "--data.mode online."
         )

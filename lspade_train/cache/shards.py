@@ -19,6 +19,7 @@ from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
 from lspade_train.io.progress import Progress
 from lspade_train.io.storage import file_digest, file_stamp, file_tag, write_tensors
+from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
@@ -109,8 +110,8 @@ def require_memory(size: Estimate) -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size.bytes > total:
         raise CacheError(
-            f"These states take {size.bytes / 1e9:.3g} GB and this machine has {total / 1e9:.3g} "
-            "GB of memory.\nUse --data.mode disk, fewer --model.layers, or --data.limit."
+            f"These states take {byte_size(size.bytes)} and this machine has {byte_size(total)} of "
+            "memory.\nUse --data.mode disk, fewer --model.layers, or --data.limit."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lspade_train.cli.parsing import Parsed, command_parser, find_model, parse, refusals_named
 from lspade_train.cli.signals import sigterm
+from lspade_train.io.text import byte_size
 from lspade_train.recipe import DataConfig
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,8 @@ def _verify(arguments: list[str]) -> int:
         watch = partial(track, name=str(folder), total=len(manifest.files) + 1)
         verify(folder, manifest, track=watch)
         log.info(
-            "%s: %d files, %s rows, %.3g GB: all checksums OK",
-            folder, len(manifest.files), f"{manifest.rows:,}", manifest.bytes / 1e9,
+            "%s: %d files, %s rows, %s: all checksums OK",
+            folder, len(manifest.files), f"{manifest.rows:,}", byte_size(manifest.bytes),
         )  # fmt: skip
     return 0
 

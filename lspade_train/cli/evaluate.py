@@ -1,6 +1,7 @@
 """`evaluate`: every experiment on cached hidden states, printed, written and plotted."""
 
 import logging
+import time
 from typing import Any
 
 from lspade_train.cli.again import another
@@ -23,6 +24,7 @@ if it is missing, and writes results.json, figures/ and report.html into the hea
 
 def evaluate(arguments: list[str]) -> None:
     """Measure and write `results.json`."""
+    began = time.monotonic()
     parser = command_parser("evaluate", EVALUATE, with_trainer="--help" not in arguments)
     add = parser.add_argument
     heads_option(parser)
@@ -45,6 +47,13 @@ def evaluate(arguments: list[str]) -> None:
         default=False,
         help="also evaluate other early-exit methods (a fixed layer, a linear probe, one entropy "
         "threshold, patience, an SVM over statistics); reads the training and validation rows",
+    )
+    add(
+        "--examples",
+        type=int,
+        default=8,
+        help="rows kept, with the end of their prompt, where the policy answers unlike the full "
+        "model; 0 for data that results and report must not hold",
     )
     add(
         "--ablations",
@@ -72,7 +81,7 @@ def evaluate(arguments: list[str]) -> None:
     folder = heads_given(parsed, written_by="evaluate")
     fitted = FittedRecipe(recipe, folder, options.split)
     others = _others(options.cross)
-    results = evaluate_recipe(fitted, baselines=options.baselines)
+    results = evaluate_recipe(fitted, baselines=options.baselines, examples=options.examples)
     print_results(results)
     if results["baselines"]:
         print_baselines(results)
@@ -82,6 +91,7 @@ def evaluate(arguments: list[str]) -> None:
     if options.ablations:
         results["ablations"] = _ablations(fitted)
         print_ablations(results["ablations"], results["layers"])
+    results["provenance"]["seconds"] = round(time.monotonic() - began, 1)
     write_results(folder, results)
     images = write_figures(results, folder / "figures")
     write_card(folder)
@@ -97,8 +107,8 @@ def evaluate(arguments: list[str]) -> None:
 
 def _others(names: str | None) -> list[Any]:
     """The recipes in `--cross`, opened."""
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.evaluation.run import FittedRecipe
+    from lspade_train.recipe import heads_folder
 
     found: list[Any] = []
     for name in (names or "").split(","):

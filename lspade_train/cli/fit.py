@@ -51,7 +51,6 @@ def fit(arguments: list[str]) -> None:
     if count == 1:
         _fit_group(parsed, folder, loggers, ALL_LAYERS, asked)
     else:
-        _require_last(asked)
         done = finished_groups(folder, parsed.recipe) if asked else 0
         if not done:
             forget_groups(folder)
@@ -66,6 +65,7 @@ def fit(arguments: list[str]) -> None:
 
 def _check_places(parsed: Parsed) -> None:
     """The model is there, the heads folder can be written, the data have what a fit needs."""
+    _find_checkpoint(parsed)
     find_model(parsed)
 
     from lspade_train.errors import ArtifactError
@@ -78,8 +78,8 @@ def _check_places(parsed: Parsed) -> None:
 
 
 def _heads_folder(parsed: Parsed) -> Path:
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.io.layout import TUNED_LENS
+    from lspade_train.recipe import heads_folder
 
     folder = heads_folder(parsed.recipe)
     return folder / TUNED_LENS if parsed.recipe.model.target == "final" else folder
@@ -122,14 +122,23 @@ def _written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _require_last(asked: str | None) -> None:
-    """Groups of layers have a checkpoint each, and finished ones beside them."""
-    if asked not in (None, "last"):
-        from lspade_train.errors import RecipeError
+def _find_checkpoint(parsed: Parsed) -> None:
+    """The checkpoint to resume from is there. What it holds is looked at later: torch reads it."""
+    from lspade_train.errors import RecipeError
+    from lspade_train.recipe import heads_folder
 
+    asked = parsed.options.ckpt_path
+    if asked in (None, "last"):
+        return
+    if parsed.recipe.model.layer_groups > 1:  # which have a checkpoint each, or are finished
         raise RecipeError(
             f"--ckpt_path is {asked}, and model.layer_groups is over 1; expected: last.\n"
             "Resume with --ckpt_path last, or start again without it."
+        )
+    if not Path(asked).exists():
+        raise RecipeError(
+            f"{asked} does not exist. This fit's own, in {heads_folder(parsed.recipe)}, is "
+            "--ckpt_path last."
         )
 
 
@@ -141,8 +150,7 @@ def _checkpoint(asked: str | None, last: Path) -> str | None:
     if not _is_checkpoint(path):
         from lspade_train.errors import RecipeError
 
-        what = "is damaged or not a checkpoint" if path.exists() else "does not exist"
-        raise RecipeError(f"{path} {what}. Look in {last.parent}.")
+        raise RecipeError(f"{path} is damaged or not a checkpoint. Look in {last.parent}.")
     return str(path)
 
 

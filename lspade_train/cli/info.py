@@ -57,6 +57,7 @@ def _show_remote(url: str) -> None:
 
 def _show_cache(path: Path, name: str) -> None:
     from lspade_train.cache.manifest import Manifest
+    from lspade_train.io.text import byte_size
 
     for folder in sorted(
         {p.parent for p in [*path.glob("manifest.json"), *path.glob("*/manifest.json")]}
@@ -68,7 +69,7 @@ def _show_cache(path: Path, name: str) -> None:
                 "cache": f"{name}/{folder.relative_to(path)}".removesuffix("/."),
                 "rows": f"{manifest.rows:,} of {manifest.prompts:,} prompts "
                 f"({manifest.skipped:,} skipped)",
-                "size": f"{manifest.bytes / 1e9:.3g} GB in {len(manifest.shards)} shards",
+                "size": f"{byte_size(manifest.bytes)} in {len(manifest.shards)} shards",
                 "digest": manifest.digest,
                 "answer prefix": repr(manifest.answer_prefix),
                 **{k: str(v) for k, v in manifest.provenance.items()},

@@ -13,10 +13,11 @@ log = logging.getLogger(__name__)
 
 INSPECT = """\
 What every layer would answer, for one prompt: a table of layer x position, and one of layer x
-likeliest tokens at the answer position, coloured by entropy. The prompt is taken as it is, without
-a template.
+likeliest tokens at the answer position, coloured by entropy. --choices also scores labels of your
+own against each other, layer by layer. The prompt is taken as it is, without a template.
 
   lspade-train inspect "The capital of France is" --config recipes/arc.yaml --lens logit_lens
+  lspade-train inspect "Is iron a metal? Answer:" --config arc --lens spade --choices yes,no
   lspade-train inspect --config recipes/arc.yaml --html view.html < prompt.txt
 
 """
@@ -32,6 +33,13 @@ def inspect(arguments: list[str]) -> None:
     heads_option(parser)
     add("--last", type=int, default=64, help="positions, counted from the prompt's end")
     add("--top_k", type=int, default=5, help="tokens listed per cell")
+    add(
+        "--choices",
+        type=str | None,
+        default=None,
+        help="labels, separated by commas: their probabilities among each other by layer; those of "
+        "several tokens at the first that tells them apart",
+    )
     add("--html", type=str, default=None, help="also write one self-contained HTML file here")
     parsed = parse(parser, arguments)
 
@@ -46,11 +54,13 @@ def inspect(arguments: list[str]) -> None:
     heads = None if lens.heads is None else _heads(parsed, lens, lens.heads)
     prompt = _prompt(options.prompt)
     adapter, tokenizer = open_model(data)
-    [query] = encode([prompt], None, adapter, tokenizer)
+    labels = options.choices and [label.strip() for label in options.choices.split(",")]
+    [query] = encode([prompt], labels, adapter, tokenizer)
     layers = range(adapter.num_layers) if heads is None else heads.bind(adapter).layers
     view = inspect_prompt(
         adapter, tokenizer, query.ids, lens, layers,
         heads=heads, last=options.last, top_k=options.top_k, positions=data.positions,
+        choices=_scored(query),
     )  # fmt: skip
     render_terminal(view, Console())
     if options.html:
@@ -61,6 +71,13 @@ def _about_heads() -> str:
     """Which lenses need heads."""
     with_heads = " and ".join(lens.key for lens in LENSES.values() if lens.heads)
     return f"{' and '.join(_without_heads())} need no heads; {with_heads} read those of --heads."
+
+
+def _scored(query: Any) -> dict[str, int] | None:
+    """Label -> token; labels that go on with the same token stand together."""
+    if query.fork is None:
+        return None
+    return {" or ".join(labels): token for token, labels in query.fork.options.items()}
 
 
 def _without_heads() -> list[str]:
@@ -81,10 +98,10 @@ def _prompt(given: str | None) -> str:
 
 def _heads(parsed: Any, lens: Lens, source: HeadsSource) -> Any:
     """The heads that a lens reads through; before the model, which takes longer to load."""
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.errors import ArtifactError
     from lspade_train.io.remote import is_remote
     from lspade_train.probes.heads import LSpadeHeads
+    from lspade_train.recipe import heads_folder
 
     given = parsed.options.heads
     if given and is_remote(given):

@@ -28,11 +28,11 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
         HubError: a URL that cannot be read, or would be written to.
         ArtifactError: a folder that would be written to and cannot be.
     """
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.errors import ArtifactError, HubError
     from lspade_train.io.fetch import local_folder
     from lspade_train.io.remote import is_remote
     from lspade_train.io.storage import require_writable
+    from lspade_train.recipe import heads_folder
 
     given = parsed.options.heads
     if given is None or not is_remote(given):
@@ -52,9 +52,9 @@ def find_heads(parsed: Parsed) -> None:
     """Refuse a recipe whose model is nowhere, or that was not fitted; loads neither."""
     find_model(parsed)
 
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.errors import ArtifactError
     from lspade_train.io.layout import CONFIG
+    from lspade_train.recipe import heads_folder
 
     folder = heads_folder(parsed.recipe)
     if parsed.options.heads is None and not (folder / CONFIG).exists():

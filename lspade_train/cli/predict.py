@@ -13,6 +13,7 @@ from typing import Any
 
 from lspade_train.cli.options import find_heads, heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.io.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,9 @@ def predict(arguments: list[str]) -> int:
     if options.resume and options.output != "-" and output.exists():
         done = _keep_whole_lines(output)
     count = Counts()
-    with _lines(options.input) as lines:
-        answers = predict_lines(runtime, lines, ask=ask, done=done)
+    with _lines(options.input) as lines, _progress(options) as progress:
+        progress.skip(done)
+        answers = progress.counted(predict_lines(runtime, lines, ask=ask, done=done))
         if options.output == "-":
             _write(answers, sys.stdout, count)
         else:
@@ -204,6 +206,16 @@ class Counts:
             told += f"; accuracy {right:.3f} on {self.labelled:,} with an answer"
         log.info("%s", told)
         return 0
+
+
+def _progress(options: Any) -> Progress:
+    """Shown where the answers are not; their number is known where the input is a file."""
+    total = None
+    if options.input != "-":
+        with _lines(options.input) as lines:
+            total = sum(1 for line in lines if line.strip())
+    to_terminal = options.output == "-" and sys.stdout.isatty()
+    return Progress(None if to_terminal else "predict", total)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     heads_option(parser)
     parsed = parse(parser, arguments, early=find_heads)
 
-    from lspade_train.artifacts.folder import heads_folder
     from lspade_train.cli.ending import print_by_layer
     from lspade_train.cli.trainer import (
         early_end_named,
@@ -27,6 +26,7 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     )
     from lspade_train.io.parallel import ranks
     from lspade_train.probes.heads import LSpadeHeads, check_same_model
+    from lspade_train.recipe import heads_folder
     from lspade_train.tasks import evaluation_split
 
     folder = heads_folder(parsed.recipe)

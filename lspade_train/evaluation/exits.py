@@ -137,7 +137,7 @@ def measure_policy(
     heads: LSpadeHeads,
     policy: ExitPolicy,
     side: Side,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], ExitTable | None]:
     """A saved policy on these rows, under its own measure and scope, as JSON.
 
     Args:
@@ -148,8 +148,9 @@ def measure_policy(
         side: which rows these are.
 
     Returns:
-        `row` is None, with a `note`, where these rows cannot show what the policy does;
-        `chosen_on_these_rows` says that its figures here flatter it.
+        The JSON: `row` is None, with a `note`, where these rows cannot show what the policy does;
+        `chosen_on_these_rows` says that its figures here flatter it. And what the policy answers
+        and costs at each of its layers; None where there is no `row`.
     """
     flattered = chose(policy, side)
     warning = ", on the selection rows (optimistic)" if flattered else ""
@@ -166,11 +167,11 @@ def measure_policy(
     }
     note = _why_not(dataset, heads, policy)
     if note is not None:
-        return found | {"oracle_saving": None, "row": None, "note": note}
+        return found | {"oracle_saving": None, "row": None, "note": note}, None
     oracle = _oracle(dataset, adapter, heads, policy)
     table = exit_table(dataset, adapter, heads, policy)
     (row,) = measure_exits(table, [policy.threshold], oracle=oracle)
-    return found | {"oracle_saving": oracle, "row": row, "note": None}
+    return found | {"oracle_saving": oracle, "row": row, "note": None}, table
 
 
 def _promised(policy: ExitPolicy) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.answers import choice_logits, chunks, pick_answer
 from lspade_train.errors import TaskError
+from lspade_train.io.progress import Progress
 from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LayerView, find_lens
@@ -94,12 +95,14 @@ def read_lenses(
         raise TaskError("The split has no rows to evaluate. Choose another with --split.")
     values: dict[str, list[Tensor]] = {name: [] for name in PER_LENS}
     rows: dict[str, list[Tensor]] = {}
-    for batch in chunks(dataset, max(CHUNK_LOGITS // len(unembed.weight), 1)):
-        lens_values, row_values = _read(batch, dataset.layers, unembed, lenses, layers)
-        for name in PER_LENS:
-            values[name].append(lens_values[name])
-        for name, value in row_values.items():
-            rows.setdefault(name, []).append(value)
+    with Progress("lenses", len(dataset)) as progress:
+        for batch in chunks(dataset, max(CHUNK_LOGITS // len(unembed.weight), 1)):
+            lens_values, row_values = _read(batch, dataset.layers, unembed, lenses, layers)
+            for name in PER_LENS:
+                values[name].append(lens_values[name])
+            for name, value in row_values.items():
+                rows.setdefault(name, []).append(value)
+            progress.advance(len(batch))
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
     return Readings(
         lenses=tuple(lenses),

@@ -14,9 +14,11 @@ from lspade_train import tasks
 from lspade_train.cache import StateDataset
 from lspade_train.errors import NumericsError, RecipeError
 from lspade_train.evaluation.baselines import measure_baselines
+from lspade_train.evaluation.examples import SHOWN, worst_disagreements
 from lspade_train.evaluation.exits import measure_policy, sweep_thresholds, swept_table
 from lspade_train.evaluation.iso_compute import iso_compute
 from lspade_train.evaluation.readings import Readings, read_lenses
+from lspade_train.evaluation.reliability import reliability
 from lspade_train.evaluation.summary import FORMAT_VERSION, plain, summarise
 from lspade_train.evaluation.verdict import judge
 from lspade_train.io.layout import POLICY
@@ -27,6 +29,7 @@ from lspade_train.policies.selection import DESIGN_ROWS, DROP
 from lspade_train.policies.sides import Side, calibration_side, evaluation_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import LENSES, HeadsSource, Lens, lens_of_target
+from lspade_train.probes.measures import FIXED
 from lspade_train.recipe import Recipe
 from lspade_train.tasks import Split
 from lspade_train.training.datamodule import HiddenStateDataModule
@@ -102,12 +105,15 @@ class FittedRecipe:
         return heads
 
 
-def evaluate_recipe(fitted: FittedRecipe, *, baselines: bool = False) -> dict[str, Any]:
+def evaluate_recipe(
+    fitted: FittedRecipe, *, baselines: bool = False, examples: int = SHOWN
+) -> dict[str, Any]:
     """Lenses, exits and equal compute of one recipe, as `results.json` holds them.
 
     Args:
         fitted: what is measured.
         baselines: other early-exit methods, too: reads the training and validation rows.
+        examples: rows kept, with the end of their prompt, that the policy answers unlike the model.
     """
     adapter = fitted.data.adapter
     dataset = fitted.states()
@@ -118,33 +124,43 @@ def evaluate_recipe(fitted: FittedRecipe, *, baselines: bool = False) -> dict[st
             "over the choices.", ", ".join(LENSES[key].label for key in readings.over_choices)
         )  # fmt: skip
     results = _header(fitted) | summarise(readings, adapter.vocab_size)
-    results["exits"] = _measured_exits(fitted, readings)
+    results["exits"], results["examples"] = _measured_exits(fitted, readings, examples)
     results["baselines"] = _baselines(fitted) if baselines else None
     results["iso_compute"] = iso_compute(results, dataset, adapter, fitted.lenses)
     results["verdict"] = judge(results)
     return plain(results | {"cross_task": None, "ablations": None})
 
 
-def _measured_exits(fitted: FittedRecipe, readings: Readings) -> dict[str, Any] | None:
-    """The threshold sweep and the saved policy; None for heads whose entropy is not finite."""
+def _measured_exits(
+    fitted: FittedRecipe, readings: Readings, examples: int
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The threshold sweep and the saved policy, and rows that it answers unlike the full model.
+
+    None for heads whose entropy is not finite; no rows without a policy that can be measured.
+    """
     heads, adapter = fitted.heads, fitted.data.adapter
     dataset = fitted.states()
-    policy = ExitPolicy(
+    sweep = ExitPolicy(
         layers=tuple(fitted.layers), scope=heads.scope, positions=fitted.recipe.data.positions
     )
     try:
-        found: dict[str, Any] = {"scope": policy.scope}
-        found |= sweep_thresholds(swept_table(readings, dataset, adapter, heads, policy))
+        swept = swept_table(readings, dataset, adapter, heads, sweep)
+        found: dict[str, Any] = {"scope": sweep.scope} | sweep_thresholds(swept)
     except NumericsError as broken:
         log.warning("no exits measured: %s", str(broken).split(". ")[0])
-        return None
-    saved = fitted.folder / POLICY
-    found["policy"] = (
-        measure_policy(dataset, adapter, heads, ExitPolicy.load(saved), fitted.side)
-        if saved.exists()
-        else None
-    )
-    return found
+        return None, None
+    signal = {"of": "sweep"} | reliability(swept, sweep.measure)
+    found |= {"policy": None, "reliability": signal}
+    if not (fitted.folder / POLICY).exists():
+        return found, None
+    policy = ExitPolicy.load(fitted.folder / POLICY)
+    found["policy"], table = measure_policy(dataset, adapter, heads, policy, fitted.side)
+    if table is None:
+        return found, None
+    if policy.measure != FIXED:
+        found["reliability"] = {"of": "policy"} | reliability(table, policy.measure)
+    where, limit = fitted.side, policy.threshold
+    return found, worst_disagreements(fitted.data, where, readings, table, limit, examples)
 
 
 def _baselines(fitted: FittedRecipe) -> dict[str, Any]:
@@ -170,7 +186,8 @@ def _baselines(fitted: FittedRecipe) -> dict[str, Any]:
 def _header(fitted: FittedRecipe) -> dict[str, Any]:
     """What was measured, and with what."""
     recipe, adapter, heads = fitted.recipe, fitted.data.adapter, fitted.heads
-    trained = heads.metadata.get("training", {}).get("recipe", {})
+    training: dict[str, Any] = heads.metadata.get("training", {})
+    trained = training.get("recipe", {})
     return {
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
@@ -194,6 +211,7 @@ def _header(fitted: FittedRecipe) -> dict[str, Any]:
             "trained_on": trained.get("data", {}).get("task"),
             "weights_sha256": heads.digest,
         },
+        "training": {name: training.get(name) for name in ("seconds", "steps", "history")},
         "recipe": asdict(recipe),
         "provenance": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -17,7 +17,7 @@ SCALE = ((224, 239, 251), (86, 152, 208), (8, 36, 74))
 
 
 def render_terminal(view: TokenView, console: Console) -> None:
-    """Print the positions that fit the console's width, then the top-k of the answer position.
+    """Print the positions that fit the console's width, then the answer position and its choices.
 
     A cell's colour is its entropy; on a console with few colours, the entropy is printed instead.
     """
@@ -25,6 +25,8 @@ def render_terminal(view: TokenView, console: Console) -> None:
     console.print(_heading(view, coloured), highlight=False)
     console.print(_positions(view, console.width, coloured))
     console.print(_top_k(view, coloured))
+    if view.choices:
+        console.print(_choices(view))
 
 
 def render_html(view: TokenView, path: Path, *, model: str) -> Path:
@@ -105,6 +107,18 @@ def _top_k(view: TokenView, coloured: bool) -> Table:
             for token, probability in zip(cell.tokens, cell.probabilities, strict=True)
         )
         table.add_row(_layer(view, layer), spread, f"{cell.kl:.3f}", *tokens)
+    return table
+
+
+def _choices(view: TokenView) -> Table:
+    """Layer x choice: its probability among the choices, the highest in bold."""
+    table = Table("layer", title="probability among the choices")
+    for choice in view.choices:
+        table.add_column(Text(choice))
+    for layer, scores in reversed(list(zip(view.layers, view.scores, strict=True))):
+        best = max(scores)
+        cells = (Text(f"{score:.3f}", "bold" if score == best else "") for score in scores)
+        table.add_row(_layer(view, layer), *cells)
     return table
 
 

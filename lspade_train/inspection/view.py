@@ -4,7 +4,7 @@ Knows nothing of terminals, files or recipes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -53,6 +53,8 @@ class TokenView:
         layers: ascending; the last is L, the full model.
         cells: by layer, then by position.
         uniform: ln(vocabulary), the highest possible entropy, nats.
+        choices: labels that were asked for; () without any.
+        scores: probability of each among the choices at the answer position, by layer.
     """
 
     lens: str
@@ -61,6 +63,8 @@ class TokenView:
     layers: tuple[int, ...]
     cells: tuple[tuple[Cell, ...], ...]
     uniform: float
+    choices: tuple[str, ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
 
     @property
     def answer(self) -> tuple[Cell, ...]:
@@ -80,6 +84,7 @@ def inspect_prompt(
     last: int | None = None,
     top_k: int = 5,
     positions: PositionIds = "original",
+    choices: Mapping[str, int] | None = None,
 ) -> TokenView:
     """Read `layers` at the last positions of one prompt; the full model is added on top.
 
@@ -93,6 +98,7 @@ def inspect_prompt(
         last: number of positions shown, counted from the prompt's end; None shows all.
         top_k: tokens kept per cell.
         positions: position ids of SPADE's two tokens.
+        choices: label -> token, to be scored against each other at the answer position.
 
     Raises:
         RecipeError: a layer out of range, or nothing to show.
@@ -118,7 +124,7 @@ def inspect_prompt(
 
     full = adapter.unembed(states.final[0])
     words = _Words(tokenizer)
-    rows: list[tuple[Cell, ...]] = []
+    read: list[Tensor] = []
     for place, layer in enumerate(asked):
         view = LayerView(
             layer,
@@ -127,15 +133,18 @@ def inspect_prompt(
             heads,
             lambda place=place: adapter.unembed(continued()[:, place]),
         )
-        rows.append(_cells(lens.logits(view), full, top_k, words))
-    rows.append(_cells(full, full, top_k, words))
+        read.append(lens.logits(view))
+    read.append(full)
+    tokens = list((choices or {}).values())
     return TokenView(
         lens=lens.key,
         tokens=tuple(words(token) for token in list(ids)[len(ids) - shown :]),
         first=len(ids) - shown,
         layers=(*asked, adapter.num_layers),
-        cells=tuple(rows),
+        cells=tuple(_cells(logits, full, top_k, words) for logits in read),
         uniform=math.log(adapter.vocab_size),
+        choices=tuple(choices or ()),
+        scores=tuple(tuple(row[-1, tokens].float().softmax(-1).tolist()) for row in read),
     )
 
 

@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -19,7 +20,9 @@ from lspade_train.errors import UnsupportedModelError
 ENDPOINT = "https://huggingface.co"
 SECONDS = 10
 OFFLINE = "HF_HUB_OFFLINE"
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"(\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?", re.ASCII)
+LONGEST = 96
+"""Characters of either part of an id."""
 UNKNOWN, CLOSED = 404, 401  # without a token the Hub says 401 of a name that it does not know
 
 log = logging.getLogger(__name__)
@@ -39,10 +42,11 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
         UnsupportedModelError: no such folder, and neither the Hub nor its cache has that id.
     """
     is_here = _exists(model)
-    if not is_here and not HUB_ID.fullmatch(model):
-        raise _no_model(model, "no such folder", key)
+    if not is_here and not is_hub_id(model):
+        raise _no_model(model, "no such folder, and no id that the Hub could have", key)
     offline = os.environ.get(OFFLINE, "").upper() in {"1", "ON", "YES", "TRUE"}
-    if is_here and (offline or (data is not None and _exists(data))):
+    needs_hub = data is None or (not _exists(data) and is_hub_id(data))
+    if is_here and (offline or not needs_hub):
         return
     place = f"{os.environ.get('HF_ENDPOINT') or ENDPOINT}/api/models/{model}"
     status, why = (None, f"{OFFLINE} is set") if offline else answer(place)
@@ -56,6 +60,13 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
     if status is None and not offline:
         log.warning("The Hub cannot be reached (%s): only what is cached here is used.", why)
         _stay_offline()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the Hub could have that id: `name` or `owner/name`, of its characters."""
+    parts = name.split("/")
+    fits = HUB_ID.fullmatch(name) and not {"--", ".."} & {a + b for a, b in pairwise(name)}
+    return bool(fits) and max(map(len, parts)) <= LONGEST
 
 
 def _no_model(name: str, why: str, key: str, more: str = "") -> UnsupportedModelError:

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from lspade_train.io.text import duration
 
@@ -22,15 +22,18 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Work that is counted while it is done; a context manager.
+    """Work that is counted while it is done; a context manager. A part of other work is silent.
 
     Args:
         name: what is done; None shows nothing.
-        total: how many units there are.
+        total: how many units there are; None where that is not known.
         unit: what they are, in the plural.
     """
 
-    def __init__(self, name: str | None, total: int, unit: str = "rows") -> None:
+    _shown: "ClassVar[Progress | None]" = None
+    """The work that is told."""
+
+    def __init__(self, name: str | None, total: int | None, unit: str = "rows") -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done = self.skipped = 0
         self._began = self._told = time.monotonic()
@@ -39,13 +42,20 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._began = self._told = time.monotonic()
-        if self.name is not None and sys.stderr.isatty():
+        if Progress._shown is not None:
+            self.name = None
+        if self.name is None:
+            return self
+        Progress._shown = self
+        if sys.stderr.isatty():
             self._bar = _bar(self.unit)
             self._bar.start()
             self._bar.add_task(self.name, total=self.total, rate="", note="")
         return self
 
     def __exit__(self, *_: object) -> None:
+        if Progress._shown is self:
+            Progress._shown = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -66,15 +76,21 @@ class Progress:
         if self.skipped and not self._resumed and self.name is not None:
             self._resumed = True
             word = self.unit.removesuffix("s")
-            self._say(f"{self.name}: resumed at {word} {self.done:,} of {self.total:,}")
+            self._say(f"{self.name}: resumed at {word} {self.done:,}{self._of}")
         self.done += count
         self.show(note)
+
+    def counted(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, each counted once the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def show(self, note: Callable[[], str] | None = None) -> None:
         """Show how far it is, if what was shown last is old enough."""
         now = time.monotonic()
         due = EVERY if self._bar is None else OFTEN
-        if self.name is None or (now - self._told < due and self.done < self.total):
+        if self.name is None or (now - self._told < due and self.done != self.total):
             return
         rate = (self.done - self.skipped) / max(now - self._began, 1e-9)
         words = note() if note is not None else ""
@@ -84,11 +100,15 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=self.done, **shown)
         elif now - self._told >= due:
             self._told = now
-            left = duration((self.total - self.done) / rate) if rate else "unknown time"
-            self._say(
-                f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {_digits(rate)} "
-                f"{self.unit}/s, {left} left{f', {words}' if words else ''}"
-            )
+            parts = [f"{self.done:,}{self._of} {self.unit}", f"{_digits(rate)} {self.unit}/s"]
+            if self.total is not None:
+                time_left = duration((self.total - self.done) / rate) if rate else "unknown time"
+                parts.append(f"{time_left} left")
+            self._say(f"{self.name}: {', '.join([*parts, words] if words else parts)}")
+
+    @property
+    def _of(self) -> str:
+        return "" if self.total is None else f" of {self.total:,}"
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
@@ -100,9 +120,7 @@ class Progress:
 def track(items: Iterable[Item], name: str, total: int, unit: str = "files") -> Iterator[Item]:
     """Yield `items`, each counted once the next one is asked for."""
     with Progress(name, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
+        yield from progress.counted(items)
 
 
 def _digits(rate: float) -> str:

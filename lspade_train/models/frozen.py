@@ -22,6 +22,7 @@ from lspade_train.io.storage import (
     read_json,
     write_json,
 )
+from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter, Unembedding, load_unembedding, model_folder
 from lspade_train.models.gguf import find_gguf
 from lspade_train.models.open import open_adapter, open_tokenizer, resolved_revision
@@ -196,7 +197,7 @@ class FrozenModel:
         if found.digest != facts.identity["unembedding"]:
             log.debug("norm and head loaded alone are not those of the whole model")
             return None
-        log.info("model: only final norm and LM head loaded (%.3g MB)", found.bytes / 1e6)
+        log.info("model: only final norm and LM head loaded (%s)", byte_size(found.bytes))
         return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.answers import choice_mask, chunks, pick_answer
 from lspade_train.errors import PolicyError
+from lspade_train.io.progress import Progress
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.policies.conditions import may_not_exit
 from lspade_train.policies.exit_table import ExitTable
@@ -184,7 +185,11 @@ def read_exits(
         )
     named = [name for name in measures if find_measure(name).function is not None]
     source = _Source(adapter.unembed, readers, tuple(decoders), tuple(layers), scope, named)
-    parts = [source.read(batch.to(adapter.device), dataset.layers) for batch in chunks(dataset)]
+    parts: list[_Part] = []
+    with Progress("exits", len(dataset)) as progress:
+        for batch in chunks(dataset):
+            parts.append(source.read(batch.to(adapter.device), dataset.layers))
+            progress.advance(len(batch))
     labels = dataset.labels
     return CachedExits(
         layers=tuple(layers),

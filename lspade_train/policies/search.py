@@ -11,8 +11,10 @@ import numpy as np
 
 from lspade_train.cache import StateDataset
 from lspade_train.errors import PolicyError
+from lspade_train.io.progress import Progress
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.cached_exits import CachedExits, read_exits
+from lspade_train.policies.calibration import Candidate
 from lspade_train.policies.designs import Design, Proposals
 from lspade_train.policies.gate import FittedGate, GateFitter
 from lspade_train.policies.policy import Decoder, ExitPolicy, Reader
@@ -106,9 +108,13 @@ class Search:
         Args:
             rows: none of those that are tested.
         """
-        designs = [*self._designs(rows)]
-        uniform = self.asked.uniform
-        return Proposals.of(designs, [one.candidates(rows, uniform=uniform) for one in designs])
+        designs: list[Design] = []
+        candidates: list[list[Candidate]] = []
+        with Progress("proposing", None, "kinds of policies") as progress:
+            for one in progress.counted(self._designs(rows)):
+                designs.append(one)
+                candidates.append(one.candidates(rows, uniform=self.asked.uniform))
+        return Proposals.of(designs, candidates)
 
     def _designs(self, rows: CachedExits) -> Iterator[Design]:
         gates = self._gates(rows) if GATED in self.asked.measures else None

@@ -5,8 +5,11 @@ each row's content halves validation, as `tasks/held_out.py` says: one half choo
 half measures.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from lspade_train import tasks
 from lspade_train.cache import StateDataset
@@ -52,14 +55,26 @@ class Side:
         found = data.stored(self.split)
         if self.part == "all":
             return found
-        held_out = data.held_out(self.split)
-        rows = (held_out if self.part == "held_out" else ~held_out).nonzero()[:, 0]
+        rows = self._rows(data)
         if not len(rows):
             raise PolicyError(
                 f"The {self.part} half of the {self.split} split is empty ({len(found)} rows). "
                 "Raise --data.limit, or set --data.dataset to data with a labelled test split."
             )
         return found.select(rows)
+
+    def prompts(self, data: "HiddenStateDataModule", rows: Sequence[int]) -> list[list[int]]:
+        """What the model read of some of the rows of `states`: token ids, up to the answer."""
+        examples = data.encoded(self.split).examples
+        places = [(example, int(at)) for example in examples for at in example.positions]
+        if self.part != "all":
+            places = [places[row] for row in self._rows(data).tolist()]
+        chosen = (places[row] for row in rows)
+        return [example.input_ids[: at + 1].tolist() for example, at in chosen]
+
+    def _rows(self, data: "HiddenStateDataModule") -> Tensor:
+        held_out = data.held_out(self.split)
+        return (held_out if self.part == "held_out" else ~held_out).nonzero()[:, 0]
 
     def to_json(self) -> dict[str, Any]:
         """As files hold it."""

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from lspade_train.errors import RecipeError
+from lspade_train.io.text import byte_size
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.profiling.clock import seconds_of
 from lspade_train.runtime import ExitRuntime
@@ -99,7 +100,7 @@ def generation_table(rows: Sequence[GenerationRow], max_new_tokens: int) -> "Tab
             f"{row.agreement:.3f}",
             f"{row.first_token:.3f}",
             f"{row.prefill_seconds * 1e3:,.1f} ms",
-            f"{row.cache_bytes / 1e3:,.1f} kB",
+            byte_size(row.cache_bytes),
         )
     return table
 

@@ -1,6 +1,7 @@
 """`report.html`, from the files of a heads folder."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,27 @@ from markupsafe import Markup
 from lspade_train.errors import ArtifactError
 from lspade_train.io.layout import CARD, CONFIG, POLICY, RESULTS, read_results
 from lspade_train.io.storage import read_json, write_text
+from lspade_train.io.text import duration
 from lspade_train.policies.audit import audit_of
 from lspade_train.policies.promise import promise
+from lspade_train.probes.lenses import label_of
 from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
-from lspade_train.reporting.rows import rows_measured
-from lspade_train.reporting.tables import Value, all_tables
+from lspade_train.reporting.rows import rows_measured, short_model
+from lspade_train.reporting.tables import Ranged, Value, all_tables, exit_lens, merged
 from lspade_train.reporting.verdict import blind, verdict
 
 REPORT = "report.html"
 FORMAT_VERSION = 2
+EXAMPLE = {
+    "prompt's end": "prompt_end",
+    "full model": "full_model",
+    "its probability": "confidence",
+    "exit": "exit",
+    "layer": "layer",
+    "right answer": "label",
+}
+"""Columns of the examples, and their keys in `results.json`."""
 
 
 def write_report(folder: Path) -> Path:
@@ -50,14 +62,19 @@ def write_report(folder: Path) -> Path:
     page = pages.get_template("template.html").render(
         results=results,
         rows=rows_measured(results),
-        summary=[*summary(results), *_promise(folder, results)],
+        sentences=verdict(results),
+        promise=_promise(folder, results),
+        against=_against(results),
+        facts=facts(results),
+        examples=results.get("examples"),
+        example_columns=EXAMPLE,
         figures=figures,
         omitted=[figure for figure in found if isinstance(figure, Omitted)],
-        tables=all_tables(results),
+        tables=[(table, *merged(table)) for table in all_tables(results)],
         show=_show,
         files=[name for name in (CARD, RESULTS, CONFIG, POLICY) if (folder / name).exists()],
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False),
-        training=_training(folder),
+        provenance=[*flat(provenance(folder, results))],
         specs=_script_json({figure.name: plotly(figure) for figure in figures}),
         library=Markup(get_plotlyjs()),
     )
@@ -65,43 +82,80 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def summary(results: dict[str, Any]) -> list[str]:
-    """The verdict, and what it is measured against, as sentences."""
-    full = results["full_model"]
-    if full["accuracy"] is None:
-        against = "These rows have no labels: lenses are compared with the full model."
-    else:
-        low, high = full["accuracy_interval"]
-        chance = blind(full)
-        against = f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-        against += "." if chance is None else f"; blind answers are right in {chance:.1%}."
-    return [*verdict(results), against]
+def facts(results: dict[str, Any]) -> dict[str, str]:
+    """What was measured and how long it took, by name; what is not recorded is left out."""
+    n, labelled, interval = results["n"], results["n_labelled"], results["interval"]
+    rows = f"{n:,} ({rows_measured(results)})"
+    if labelled != n:
+        rows += f", {labelled:,} with a label"
+    training, evaluated = results.get("training") or {}, results["provenance"].get("seconds")
+    found = {
+        "Model": f"{short_model(results)}, {results['num_layers']} blocks",
+        "Task": results["task"],
+        "Rows": rows,
+        "Heads": f"{label_of(exit_lens(results))}, {results['heads']['form']}",
+        "Intervals": f"{interval['method']}, {interval['level']:.0%}, {interval['resamples']:,} "
+        f"resamples, seed {interval['seed']}",
+    }
+    if training.get("seconds") is not None:
+        found["Fit took"] = f"{duration(training['seconds'])} ({training['steps']:,} steps)"
+    if evaluated is not None:
+        found["Evaluation took"] = duration(evaluated)
+    return found
 
 
-def _promise(folder: Path, results: dict[str, Any]) -> list[str]:
-    """What policy.json promises, where it is about these heads."""
-    if not (folder / POLICY).exists():
-        return []
-    policy = read_json(folder / POLICY, ArtifactError)
-    if policy.get("heads_digest") not in {None, results["heads"].get("weights_sha256")}:
-        return []
-    return [promise(policy.get("calibration") or {}, audit_of(folder))]
-
-
-def _training(folder: Path) -> dict[str, Any]:
-    """How the heads were trained, from config.json; empty without one."""
+def provenance(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What made the results and the heads, from results.json and config.json."""
     path = folder / CONFIG
     training = read_json(path, ArtifactError).get("training", {}) if path.exists() else {}
+    model = {name: results[name] for name in ("model_id", "revision", "dtype", "vocab_size")}
+    fit = {
+        name: training.get(name) for name in ("steps", "seconds", "versions", "source", "caches")
+    }
     return {
-        "optimiser steps": training.get("steps"),
-        "trained with": training.get("versions"),
-        "trained from source": training.get("source"),
-        "caches": training.get("caches"),
+        "model": model,
+        "heads": results["heads"],
+        "fit": fit,
+        "evaluate": results["provenance"],
     }
 
 
-def _show(value: Value) -> str:
-    """Floats with three decimals; integers and text unchanged."""
+def flat(value: dict[str, Any], *above: str) -> Iterator[tuple[str, str]]:
+    """A nested mapping as rows of a table; what is null or empty is left out."""
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield from flat(item, *above, str(name))
+        elif item not in (None, []):
+            words = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+            yield ": ".join([*above, str(name)]), words
+
+
+def _against(results: dict[str, Any]) -> str:
+    """What the lenses are measured against, as a sentence."""
+    full = results["full_model"]
+    if full["accuracy"] is None:
+        return "These rows have no labels: lenses are compared with the full model."
+    low, high = full["accuracy_interval"]
+    chance = blind(full)
+    against = f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+    return against + ("." if chance is None else f"; blind answers are right in {chance:.1%}.")
+
+
+def _promise(folder: Path, results: dict[str, Any]) -> str | None:
+    """What policy.json promises, where it is about these heads."""
+    if not (folder / POLICY).exists():
+        return None
+    policy = read_json(folder / POLICY, ArtifactError)
+    if policy.get("heads_digest") not in {None, results["heads"].get("weights_sha256")}:
+        return None
+    return promise(policy.get("calibration") or {}, audit_of(folder))
+
+
+def _show(value: Value | Ranged) -> Markup | str:
+    """Floats with three decimals, an interval under its value; integers and text unchanged."""
+    if isinstance(value, Ranged):
+        ends = f"{_show(value.low)}\u2013{_show(value.high)}"
+        return Markup('{} <span class="ends">{}</span>').format(_show(value.value), ends)
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

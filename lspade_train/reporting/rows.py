@@ -1,6 +1,11 @@
-"""How the rows that results stand on are called. Knows nothing of figures, tables or files."""
+"""What the model and the rows of results are called. Knows nothing of figures, tables or files."""
 
 from typing import Any
+
+
+def short_model(results: dict[str, Any]) -> str:
+    """A Hub id, or the end of a folder's path."""
+    return "/".join(results["model_id"].rstrip("/").split("/")[-2:])
 
 
 def rows_measured(results: dict[str, Any]) -> str:

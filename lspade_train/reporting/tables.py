@@ -41,6 +41,27 @@ class Table:
     rows: tuple[tuple[Value, ...], ...]
 
 
+@dataclass(frozen=True)
+class Ranged:
+    """A value and the ends of its interval, in one cell."""
+
+    value: Value
+    low: Value
+    high: Value
+
+
+def merged(table: Table) -> tuple[list[str], list[list[Value | Ranged]]]:
+    """Columns and rows with each interval in the cell of its value."""
+    lows = {i for i, name in enumerate(table.columns) if name.endswith("low")}
+    kept = [i for i in range(len(table.columns)) if not {i, i - 1} & lows]
+
+    def cell(row: tuple[Value, ...], place: int) -> Value | Ranged:
+        return Ranged(*row[place : place + 3]) if place + 1 in lows else row[place]
+
+    rows = [[cell(row, place) for place in kept] for row in table.rows]
+    return [table.columns[place] for place in kept], rows
+
+
 def exit_lens(results: dict[str, Any]) -> str:
     """Key of the lens whose entropy decides exits: the one that reads the folder's own heads."""
     key = lens_of_target(results["heads"]["target"]).key

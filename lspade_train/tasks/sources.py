@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lspade_train.errors import TaskError
+from lspade_train.io.hub_names import is_hub_id
 from lspade_train.tasks.base import SPLITS, Record, Split
 
 Reader = Callable[[Path], list[Record]]
@@ -76,7 +77,7 @@ def open_source(
             if splits:
                 return Source(name, False, None, splits)
         return Source(name, False, None, _splits(name, _load_folder(str(path), subset), rename))
-    if path.suffix in readers:
+    if path.suffix in readers or not is_hub_id(name):
         raise TaskError(_absent(name))
     loaded, commit = _load_hub(name, subset, revision)
     return Source(name, True, commit, _splits(name, loaded, rename))

@@ -28,6 +28,7 @@ from lspade_train.io.parallel import together
 from lspade_train.io.progress import Progress, track
 from lspade_train.io.remote import Mirror, is_remote
 from lspade_train.io.storage import default_cache_root, json_digest
+from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.models.frozen import FrozenModel
 from lspade_train.recipe import DataConfig, check_layers
@@ -163,7 +164,7 @@ class HiddenStateDataModule(LightningDataModule):
         """Which rows of a split no choice looks at, by their content (`tasks/held_out.py`)."""
         if split not in self._held_out:
             side = held_out(self._load_rows(split).records)
-            examples = self._encode(split).examples
+            examples = self.encoded(split).examples
             rows = [side[example.row] for example in examples for _ in example.positions]
             self._held_out[split] = torch.tensor(rows)
         return self._held_out[split]
@@ -236,7 +237,7 @@ class HiddenStateDataModule(LightningDataModule):
     def _open(self, split: Split) -> StateDataset | OnlineDataset:
         if self.config.mode == "disk":
             return self._open_disk(split)
-        encoded = self._encode(split)
+        encoded = self.encoded(split)
         what = self.extraction(encoded.examples)
         self.adapter.check()
         self.reused[split] = False
@@ -259,7 +260,7 @@ class HiddenStateDataModule(LightningDataModule):
         examples = [example for example, rank in pairs if rows is None or rank < rows]
         size = cache.estimate(self.adapter, examples, online.what, self.config.shard_mb)
         cache.require_memory(size)
-        log.info("%s: %s rows = %.3g GB in memory", split, f"{size.rows:,}", size.bytes / 1e9)
+        log.info("%s: %s rows = %s in memory", split, f"{size.rows:,}", byte_size(size.bytes))
         starts = range(0, len(examples), size.prompts_per_shard)
         parts = (examples[first : first + size.prompts_per_shard] for first in starts)
         with Progress(f"{split}: states", size.rows) as progress:
@@ -284,7 +285,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _open_disk(self, split: Split) -> StateDataset:
         def encode() -> Encoded:
-            encoded = self._encode(split)
+            encoded = self.encoded(split)
             self._require_prefix(split, encoded.prefix)
             return encoded
 
@@ -295,7 +296,8 @@ class HiddenStateDataModule(LightningDataModule):
         self._require_prefix(split, manifest.answer_prefix)
         return dataset
 
-    def _encode(self, split: Split) -> Encoded:
+    def encoded(self, split: Split) -> Encoded:
+        """A split's prompts as tokens, computed anew: they are not kept."""
         limit = self.frozen.facts.max_length or 2**31
         return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 

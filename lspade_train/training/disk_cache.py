@@ -19,6 +19,7 @@ from lspade_train.cache.manifest import MANIFEST
 from lspade_train.cache.shards import LocalStore
 from lspade_train.io.parallel import first_alone, ranks, together
 from lspade_train.io.remote import Mirror
+from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter, sharing_told
 from lspade_train.recipe import DataConfig
 from lspade_train.tasks import Encoded, Example
@@ -101,8 +102,8 @@ class DiskCache:
         what = self.extraction(encoded.examples)
         size = cache.estimate(adapter, encoded.examples, what, self.config.shard_mb)
         log.info(
-            "%s: caching %s rows x %d bytes = %.3g GB in %s",
-            self.split, f"{size.rows:,}", size.row_bytes, size.bytes / 1e9, self.folder,
+            "%s: caching %s rows x %s = %s in %s", self.split, f"{size.rows:,}",
+            byte_size(size.row_bytes), byte_size(size.bytes), self.folder,
         )  # fmt: skip
         if size.shards < world:
             log.warning(

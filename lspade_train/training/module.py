@@ -136,6 +136,11 @@ class LSpadeModule(LightningModule):
             assert self.tuned_lens is not None
             yield f"{target}/", target, self.tuned_lens
 
+    @property
+    def latest(self) -> Tensor | None:
+        """Losses of the last step, layer by layer, of one target after the other."""
+        return None if self._latest is None else self._latest[1]
+
     def losses(
         self,
         batch: StateBatch,

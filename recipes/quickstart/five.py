@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 ASKED = (
-    ("yes_no", 1),
-    ("multiple_choice", 1),
-    ("multiple_choice", 2),
-    ("yes_no", 3),
-    ("multiple_choice", 3),
+    ("yes_no", "hops: 1"),
+    ("multiple_choice", "hops: 1"),
+    ("multiple_choice", "hops: 2"),
+    ("yes_no", "hops: 3"),
+    ("multiple_choice", "hops: 3"),
 )
 TEST = Path(__file__).parent / "data/test.jsonl"
 FILES = {
@@ -31,9 +31,7 @@ FILES = {
 def questions() -> list[dict[str, Any]]:
     """The first test question of each kind and number of hops in `ASKED`."""
     rows = [json.loads(line) for line in TEST.read_text().splitlines()]
-    return [
-        next(row for row in rows if (row["kind"], row["difficulty"]) == wanted) for wanted in ASKED
-    ]
+    return [next(row for row in rows if (row["kind"], row["group"]) == wanted) for wanted in ASKED]
 
 
 def show(folder: Path, lines: list[str]) -> None:
@@ -43,7 +41,7 @@ def show(folder: Path, lines: list[str]) -> None:
         answer = json.loads(line)
         asked = row["prompt"].splitlines()[-1]
         table.add_row(
-            str(row["difficulty"]), asked, answer["text"], row["answer"],
+            row["group"].removeprefix("hops: "), asked, answer["text"], row["answer"],
             str(answer["layer"]), f"{answer['entropy']:.3f}",
         )  # fmt: skip
     console = Console()

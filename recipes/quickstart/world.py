@@ -113,7 +113,7 @@ class Question:
             "prompt": "\n".join([*world.told, self.text]),
             "choices": list(self.choices),
             "answer": self.answer,
-            "difficulty": self.difficulty,
+            "group": f"hops: {self.difficulty}",
             "kind": self.kind,
         }
 

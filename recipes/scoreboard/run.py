@@ -25,7 +25,6 @@ import yaml
 from prepare import prepare
 from table import RESULTS, write_page
 
-from lspade_train.artifacts.folder import heads_folder
 from lspade_train.cli import main as toolkit
 from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.chance import cached_accuracy
@@ -36,7 +35,7 @@ from lspade_train.io.provenance import source_state, versions
 from lspade_train.io.storage import write_json, write_text
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.selection import calibrate
-from lspade_train.recipe import DataConfig, HeadConfig, PromptConfig, Recipe
+from lspade_train.recipe import DataConfig, HeadConfig, PromptConfig, Recipe, heads_folder
 from lspade_train.training.datamodule import HiddenStateDataModule
 
 HERE = Path(__file__).parent
@@ -234,7 +233,8 @@ def slim(found: Mapping[str, Any]) -> dict[str, Any]:
 def policy_on_test(fitted: FittedRecipe, policy: ExitPolicy, name: str) -> dict[str, Any]:
     """What a policy does on the measured rows."""
     never = policy.threshold is None
-    found = measure_policy(fitted.states(), fitted.data.adapter, fitted.heads, policy, fitted.side)
+    states, adapter = fitted.states(), fitted.data.adapter
+    found, _ = measure_policy(states, adapter, fitted.heads, policy, fitted.side)
     row = found["row"] or {}
     return {
         "name": "never exit" if never else name,

@@ -20,6 +20,38 @@ NO_LABELS = "These rows have no labels."
 ONE_KIND = "Every answer is correct, every answer is wrong, or the rows have no labels."
 
 
+def reliability(results: dict[str, Any]) -> Chart | Omitted:
+    """How often an exit answers as the full model does, by the signal that decides it."""
+    title = "Reliability of the signal"
+    found = (results["exits"] or {}).get("reliability")
+    if not found:
+        return Omitted(title, "No checks were measured.")
+    series = [
+        Series(
+            f"layer {one['layer']}", one["signal"], one["agreement"], cycle_style(index),
+            low=[low for low, _ in one["interval"]], high=[high for _, high in one["interval"]],
+        )
+        for index, one in enumerate(found["layers"])
+    ]  # fmt: skip
+    if found["is_doubt"]:
+        seen = [value for one in found["layers"] for value in one["signal"]]
+        ends = [min(seen), max(seen)]
+        series.append(Series("as the gate says", ends, [1 - end for end in ends], MODEL))
+    whose = "policy.json" if found["of"] == "policy" else "the heads, answered by SPADE"
+    unit = "probability that the answer is not the full model's" if found["is_doubt"] else ""
+    unit = unit or found["unit"]
+    return Chart(
+        name="reliability",
+        title=title,
+        note=run_note(results, labelled=False, interval=False) + ", 95% Wilson intervals",
+        caption=f"Checks of {whose}: each point holds equally many of the rows, sorted by the "
+        "signal at that layer, those included that would have exited before it.",
+        x_label=found["measure"] + (f" ({unit})" if unit else ""),
+        y_label="answers as the full model (fraction of rows)",
+        series=tuple(series),
+    )
+
+
 def entropy_by_correctness(results: dict[str, Any]) -> Chart | Omitted:
     """Median entropy of correct and of wrong answers by layer, with quartiles."""
     title = "Entropy of correct and wrong answers by layer"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lspade_train.probes.lenses import LineStyle
-from lspade_train.reporting.rows import rows_measured
+from lspade_train.reporting.rows import rows_measured, short_model
 
 Numbers = Sequence[float | None]
 
@@ -162,9 +162,8 @@ def run_note(results: dict[str, Any], *, labelled: bool, interval: bool = True) 
         labelled: whether only rows with a label count.
         interval: whether intervals are drawn.
     """
-    model = "/".join(results["model_id"].rstrip("/").split("/")[-2:])
     n = results["n_labelled"] if labelled else results["n"]
-    text = f"{results['name']}, {rows_measured(results)} ({model}), n = {n:,}"
+    text = f"{results['name']}, {rows_measured(results)} ({short_model(results)}), n = {n:,}"
     text += f", seed {results['seed']}"
     level = results["interval"]["level"]
     return f"{text}, {level:.0%} bootstrap intervals" if interval else text

@@ -1,7 +1,8 @@
-"""Figures of what `evaluate` measures on request: transfer between tasks and ablations."""
+"""Figures of the fit, and of what `evaluate` measures on request: other tasks and ablations."""
 
 from typing import Any
 
+from lspade_train.probes.lenses import label_of
 from lspade_train.reporting.plots.certainty import LAYER
 from lspade_train.reporting.plots.charts import (
     Chart,
@@ -11,8 +12,40 @@ from lspade_train.reporting.plots.charts import (
     cycle_style,
     run_note,
 )
+from lspade_train.reporting.tables import exit_lens
 
 NO_ABLATIONS = "Not measured: ask for it with lspade-train evaluate --ablations true."
+
+
+def training_curve(results: dict[str, Any]) -> Chart | Omitted:
+    """Loss of the fit by epoch."""
+    title = "Training curve"
+    history = results.get("training", {}).get("history") or []
+    kinds = {"val/loss/mean": "validation", "train/loss/mean": "training, mean over the epoch"}
+    series = tuple(
+        Series(
+            label,
+            [epoch["epoch"] for epoch in history],
+            [epoch.get(name) for epoch in history],
+            cycle_style(index),
+        )
+        for index, (name, label) in enumerate(kinds.items())
+        if any(epoch.get(name) is not None for epoch in history)
+    )
+    if not series:
+        return Omitted(title, "The heads do not record their fit, or it did not validate.")
+    heads = label_of(exit_lens(results))
+    return Chart(
+        name="training_curve",
+        title=f"{title}: {heads}",
+        note=f"{results['name']}, mean over the layers, seed {results['seed']}",
+        caption=f"Cross-entropy of {heads} with its target's distribution, whose entropy is the "
+        "least that it can be.",
+        x_label="epoch",
+        y_label="loss (nats)",
+        series=series,
+        whole_x=True,
+    )
 
 
 def cross_task_heatmap(results: dict[str, Any]) -> Heatmap | Omitted:

@@ -1,6 +1,6 @@
 """From results to figures: one function each, which says why if there is nothing to show."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lspade_train.probes.lenses import SPADE, label_of, style_of
@@ -16,9 +16,6 @@ from lspade_train.reporting.plots.charts import (
     run_note,
 )
 from lspade_train.reporting.tables import exit_lens
-
-CLOSE = 0.02
-"""Difference in accuracy up to which two lines would be drawn as one."""
 
 
 def all_figures(results: dict[str, Any]) -> list[Figure | Omitted]:
@@ -37,7 +34,7 @@ def accuracy_by_layer(results: dict[str, Any]) -> Chart:
     over = "the task's choices" if results["has_choices"] else "the vocabulary"
     full = results["full_model"]
     level = Level("full model", full["accuracy"], _pair(full["accuracy_interval"]))
-    levels = (level, *_blind_levels(full)) if labelled else ()
+    levels = (level, *trade_off.blind_levels(full)) if labelled else ()
     what = "Accuracy" if labelled else "Agreement of the answers with the full model's"
     return _by_layer(
         results,
@@ -49,15 +46,6 @@ def accuracy_by_layer(results: dict[str, Any]) -> Chart:
         y_label="accuracy (fraction of rows)" if labelled else "agreement (fraction of rows)",
         levels=levels,
     )
-
-
-def _blind_levels(full: dict[str, Any]) -> Iterator[Level]:
-    """What needs no model; one line where both are about equal."""
-    chance, majority = full.get("chance"), full.get("majority")
-    if chance is not None:
-        yield Level("chance", chance)
-    if majority is not None and majority - (chance or 0.0) > CLOSE:
-        yield Level("most frequent answer", majority)
 
 
 def agreement_by_layer(results: dict[str, Any]) -> Chart:
@@ -147,7 +135,7 @@ def groups_by_layer(results: dict[str, Any]) -> Chart | Omitted:
         name="accuracy_by_group",
         title=f"{title}: {label_of(lens)}",
         note=run_note(results, labelled=True, interval=False),
-        caption="Where the lines part, some subgroups need more layers than others.",
+        caption="Rows of each subgroup that are answered correctly.",
         x_label=LAYER,
         y_label="accuracy (fraction of rows)",
         series=series,
@@ -232,10 +220,12 @@ BUILDERS: tuple[Callable[[dict[str, Any]], Figure | Omitted], ...] = (
     agreement_by_layer,
     kl_by_layer,
     kl_to_spade_by_layer,
+    extras.training_curve,
     trade_off.sweep_by_layer,
     trade_off.sweep_by_flops,
     trade_off.exit_histogram,
     trade_off.iso_compute_chart,
+    certainty.reliability,
     certainty.entropy_by_correctness,
     certainty.entropy_histogram,
     auroc_by_layer,

@@ -9,6 +9,10 @@ from lspade_train.reporting.plots.charts import INK, Bars, Chart, Figure, Heatma
 
 # Positions of the texts beside the paper's four thresholds, so that neighbours do not overlap.
 CORNERS = ("middle right", "middle right", "bottom center", "top center")
+DASHES = ("solid", "dash", "dot")
+"""Of levels, in their order."""
+TICKS = 10
+"""At most about as many on an axis of whole numbers: a phone is narrow."""
 PATTERNS = ("", "/", ".", "x")
 
 
@@ -20,10 +24,11 @@ def plotly(figure: Figure) -> dict[str, Any]:
 def _chart(chart: Chart) -> dict[str, Any]:
     data = [trace for series in chart.series for trace in _traces(series)]
     across = [x for series in chart.series for x in series.x if x is not None]
-    data += [_level(level, min(across), max(across)) for level in chart.levels]
+    ends = min(across), max(across)
+    data += [_level(level, ends, DASHES[i % len(DASHES)]) for i, level in enumerate(chart.levels)]
     x_axis: dict[str, Any] = {"type": "log" if chart.log_x else "linear"}
     if chart.whole_x:
-        x_axis |= {"tickformat": "d", "dtick": max(1, round((max(across) - min(across)) / 16))}
+        x_axis |= {"tickformat": "d", "dtick": max(1, round((ends[1] - ends[0]) / TICKS))}
     if chart.percent_x:
         x_axis["tickformat"] = ".0%"
     y_axis = {"type": "log" if chart.log_y else "linear"}
@@ -77,15 +82,15 @@ def _traces(series: Series) -> list[dict[str, Any]]:
     return [band, trace]
 
 
-def _level(level: Level, first: float, last: float) -> dict[str, Any]:
+def _level(level: Level, ends: tuple[float, float], dash: str) -> dict[str, Any]:
     interval = f" [{level.interval[0]:.4f}, {level.interval[1]:.4f}]" if level.interval else ""
     return {
         "type": "scatter",
         "name": level.label,
-        "x": [first, last],
+        "x": list(ends),
         "y": [level.value, level.value],
         "mode": "lines",
-        "line": {"color": INK, "width": 1.2},
+        "line": {"color": INK, "width": 1.2, "dash": dash},
         "hovertemplate": f"{level.value:.4f}{interval}<extra>{level.label}</extra>",
     }
 
@@ -105,7 +110,7 @@ def _bars(bars: Bars) -> dict[str, Any]:
         }
         for index, (label, heights) in enumerate(bars.groups.items())
     ]
-    whole = {"dtick": max(1, len(bars.places) // 16)} if bars.width == 1.0 else {}
+    whole = {"dtick": max(1, round(len(bars.places) / TICKS))} if bars.width == 1.0 else {}
     return {"data": data, "layout": {**_layout(bars, whole, {}), "barmode": "group"}}
 
 

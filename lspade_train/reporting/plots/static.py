@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lspade_train.io.progress import track
 from lspade_train.probes.lenses import LineStyle
 from lspade_train.reporting.plots.charts import (
     INK,
@@ -53,7 +54,8 @@ def write_figures(results: dict[str, Any], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [figure for figure in all_figures(results) if not isinstance(figure, Omitted)]
-    paths = [path for figure in drawn for path in draw(figure, folder / figure.name)]
+    told = track(drawn, "figures", len(drawn), "figures")
+    paths = [path for figure in told for path in draw(figure, folder / figure.name)]
     for old in {*folder.glob("*.png"), *folder.glob("*.svg")} - set(paths):
         old.unlink()
     return paths

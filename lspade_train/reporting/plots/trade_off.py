@@ -1,6 +1,6 @@
 """Figures of SPADE-EXIT: accuracy against compute."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lspade_train.probes.lenses import LineStyle, label_of, style_of
@@ -15,6 +15,8 @@ from lspade_train.reporting.plots.charts import (
 )
 
 NO_EXITS = "No exits were measured: SPADE-EXIT needs heads at a layer below the last."
+CLOSE = 0.02
+"""Difference in accuracy up to which two lines would be drawn as one."""
 POLICY = LineStyle("#D55E00", "star")
 PAPER = LineStyle("#E69F00", "square")
 ORACLE = LineStyle("#009E73", "triangle-up")
@@ -74,30 +76,41 @@ def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
 
 
 def iso_compute_chart(results: dict[str, Any]) -> Chart | Omitted:
-    """The best of each lens, and of SPADE-EXIT, within equal FLOPs."""
+    """Every lens at every fixed layer, SPADE-EXIT and the policy, against all FLOPs they take."""
     iso = results["iso_compute"]
     if not iso:
         return Omitted("Equal compute", "FLOPs were not counted for these lenses.")
     series = [
-        Series(label_of(key), iso["budgets"], iso["at_budget"][key], style_of(key))
-        for key in iso["lenses"]
+        Series(label_of(key), lens["flops"], lens["accuracy"], style_of(key))
+        for key, lens in iso["lenses"].items()
     ]
     if "spade_exit" in iso["at_budget"]:
-        series.append(Series("SPADE-EXIT", iso["budgets"], iso["at_budget"]["spade_exit"], EXIT))
+        best = iso["at_budget"]["spade_exit"]
+        series.append(Series("SPADE-EXIT", iso["budgets"], best, EXIT))
     labelled = iso["metric"] == "accuracy"
+    series += _policy(results, _flops, labelled)
     return Chart(
         name="iso_compute",
         title="Equal compute",
         note=run_note(results, labelled=labelled, interval=False),
-        caption=f"100% is {iso['full_flops']:.3g} FLOPs. A lens answers every row at the deepest "
-        "layer within the budget. Blocks, maps, norm, unembedding, SPADE's continuation and "
-        "SPADE-EXIT's checks are all charged.",
+        caption=f"100% is {iso['full_flops']:.3g} FLOPs. Each point of a lens answers every row at "
+        "one fixed layer; SPADE-EXIT has the costliest threshold within each budget. Blocks, maps, "
+        "norm, unembedding, SPADE's continuation and SPADE-EXIT's checks are all charged.",
         x_label="FLOPs per row (share of the full model's)",
         y_label=_what(labelled),
         series=tuple(series),
-        levels=_full_model(results) if labelled else (),
+        levels=(*_full_model(results), *blind_levels(results["full_model"])) if labelled else (),
         percent_x=True,
     )
+
+
+def blind_levels(full: dict[str, Any]) -> Iterator[Level]:
+    """What needs no model; one line where both are about equal."""
+    chance, majority = full.get("chance"), full.get("majority")
+    if chance is not None:
+        yield Level("chance", chance)
+    if majority is not None and majority - (chance or 0.0) > CLOSE:
+        yield Level("most frequent answer", majority)
 
 
 def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) -> Chart | Omitted:
@@ -118,10 +131,7 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
             texts=[_entropy(row) for row in exits["paper"]], joined=False,
         ),
     ]  # fmt: skip
-    policy = exits["policy"]
-    if policy and policy["row"]:
-        row, label = policy["row"], policy.get("label", "policy.json")
-        series.append(Series(label, [of(row)], _values([row], labelled), POLICY, joined=False))
+    series += _policy(results, of, labelled)
     never = exits["never"]
     if of is _flops and exits["oracle_saving"] is not None:
         where = [1 - exits["oracle_saving"]]
@@ -138,6 +148,14 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
         levels=_full_model(results) if labelled else (),
         **described,
     )
+
+
+def _policy(results: dict[str, Any], of: Any, labelled: bool) -> Iterator[Series]:
+    """The star of policy.json, where it was measured."""
+    policy = (results["exits"] or {}).get("policy")
+    if policy and policy["row"]:
+        row, label = policy["row"], policy.get("label", "policy.json")
+        yield Series(label, [of(row)], _values([row], labelled), POLICY, joined=False)
 
 
 def _flops(row: dict[str, Any]) -> float:
