@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lspade_train.cli import main
 from lspade_train.cli.trainer import WarnAtChance
 from lspade_train.errors import RecipeError
-from lspade_train.evaluation.chance import blind_answers, cached_accuracy, wilson_interval
+from lspade_train.evaluation.chance import baseline_accuracies, cached_accuracy, wilson_interval
 from lspade_train.evaluation.check import check_recipe
 from lspade_train.recipe import HeadConfig, Recipe, TextConfig
 
@@ -36,8 +36,8 @@ def test_the_interval_is_wilsons(right, n):
 
 def test_blind_answers_are_guessing_and_the_most_frequent_one():
     answers, counts = torch.tensor([5, 5, 9, 5]), torch.tensor([2, 4, 4, 2])
-    assert blind_answers(answers, counts) == (pytest.approx(0.375), 0.75, 5)
-    assert blind_answers(answers, torch.tensor([2, 0, 4, 2]))[0] is None
+    assert baseline_accuracies(answers, counts) == (pytest.approx(0.375), 0.75, 5)
+    assert baseline_accuracies(answers, torch.tensor([2, 0, 4, 2]))[0] is None
 
 
 def test_a_check_of_every_row_is_what_transformers_answers(project):

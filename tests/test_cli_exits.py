@@ -83,7 +83,7 @@ def test_calibrate_writes_a_policy_for_these_heads_and_says_what_it_promises(fit
     assert chosen["drop"] <= 0.05
     printed = capsys.readouterr().out
     assert f"Chosen: {chosen['name']}. {chosen['compute_saved']:.1%} of the FLOPs saved" in printed
-    assert f"Promise: {policy.calibration['promise']}" in printed
+    assert f"Guarantee: {policy.calibration['promise']}" in printed
     assert len(printed.splitlines()) < 35
 
 

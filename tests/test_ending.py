@@ -56,19 +56,19 @@ def test_the_best_fixed_exit_is_the_one_that_saves_most_within_the_budget():
 def test_a_fixed_layer_is_as_good_where_it_saves_as_much(saved, as_good):
     found = results(saved=saved)
     assert judge(found)["fixed_as_good"] is as_good
-    assert ("A fixed layer does as well here" in words(found)) is as_good
-    assert ("No fixed layer does as well" in words(found)) is not as_good
+    assert ("A fixed exit layer does as well here" in words(found)) is as_good
+    assert ("beats every fixed exit layer" in words(found)) is not as_good
 
 
 @pytest.mark.parametrize(
     ("case", "held", "said"),
     [
-        ({}, True, "The promise held on these rows: at most 1.00 points of accuracy"),
+        ({}, True, "The guarantee held on these rows: at most 1.00 points of accuracy"),
         ({"drop": 0.03}, False, "did NOT hold on these rows"),
         ({"drop": 0.0105}, False, "though the interval includes it"),
-        ({"flattered": True}, None, "cannot be seen here: these rows chose it"),
-        ({"budget": None}, None, "Nothing was promised"),
-        ({"risk": "disagreement"}, True, "at most 1.00% of other answers"),
+        ({"flattered": True}, None, "cannot be verified here because the policy was selected"),
+        ({"budget": None}, None, "No guarantee"),
+        ({"risk": "disagreement"}, True, "at most 1.00% changed answers"),
     ],
 )
 def test_whether_the_promise_held_is_what_was_measured_against_the_budget(case, held, said):
@@ -90,14 +90,14 @@ def test_a_policy_that_never_exits_is_said_to_save_nothing():
     found = results(saved=0.0, drop=0.0)
     found["exits"]["policy"]["row"]["mean_exit_layer"] = 4.0
     assert words(found).startswith("The policy saves nothing: it never exits on these 500 rows")
-    assert "promise held" not in words(found)
+    assert "guarantee held" not in words(found)
 
 
 def test_a_model_at_chance_is_named():
     found = results()
     found["full_model"] |= {"accuracy_interval": [0.55, 1.0], "majority": 0.6}
-    assert "not shown to be better than blind answers (100.0% against 60.0%)" in words(found)
-    assert "blind" not in words(results())
+    assert "not shown to be better than chance (100.0% against 60.0%)" in words(found)
+    assert "chance" not in words(results())
 
 
 def test_near_is_from_the_layer_that_no_later_one_falls_behind():

@@ -552,7 +552,7 @@ def test_folders_of_one_recipe_are_told_apart_by_their_paths(results):
 def test_compare_says_when_the_rows_are_not_the_same(results, caplog):
     with caplog.at_level("WARNING", "lspade_train"):
         comparable({"a": results, "b": results | {"split": "validation"}})
-    assert "differ in split (test, validation)" in caplog.text
+    assert "not comparable: split differs (test, validation)" in caplog.text
 
 
 @pytest.mark.parametrize(

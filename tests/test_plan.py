@@ -85,5 +85,5 @@ def test_calibrate_plan_needs_neither_model_nor_heads_and_writes_nothing(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "20 rows" in printed
-    assert "loses at most 0 of them" in printed
+    assert "passes if at most 0 of its answers differ" in printed
     assert set(project.home.rglob("*")) == before

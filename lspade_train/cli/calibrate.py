@@ -18,19 +18,18 @@ log = logging.getLogger(__name__)
 CALIBRATE = """\
 Choose the exit policy that saves the most FLOPs, or the most time on this machine (--cost time),
 while the risk stays within your budget, with a distribution-free guarantee (Learn then Test,
-arXiv:2110.01052). The training split proposes policies: what decides (the entropy of a head, a
-learned gate, a fixed layer), who answers at an exit (SPADE or a head), thresholds, and the checks
-worth their cost. The validation split tests those that no other beats (one half of it where the
-data have no labelled test split: the other half is for evaluate). Writes policy.json, and
-gate.safetensors where a gate decides, beside the heads and prints the trade-off. Where nothing
-qualifies the policy is: never exit.
+arXiv:2110.01052). Candidate policies (exit criterion, answer method, thresholds, check layers) are
+generated on the training split; the Pareto-optimal ones are tested on the validation split (on one
+half of it without a labelled test split: the other half is for evaluate). Writes policy.json, and
+gate.safetensors for a learned gate, into the heads folder and prints the trade-off. If no policy
+passes, the saved policy never exits early.
 
   lspade-train calibrate --config recipes/arc.yaml --max_accuracy_drop 0.01
   lspade-train calibrate --config recipes/arc.yaml --max_disagreement 0.02   (needs no labels)
-  lspade-train calibrate --config recipes/arc.yaml --decoder spade   (answers by SPADE alone)
+  lspade-train calibrate --config recipes/arc.yaml --decoder spade   (SPADE always answers)
   lspade-train calibrate --config recipes/arc.yaml --paper   (the paper's rule)
   lspade-train calibrate --config recipes/arc.yaml --cost time --batch_size 1   (seconds, here)
-  lspade-train calibrate --config recipes/arc.yaml --plan   (rows it takes; loads no model)"""
+  lspade-train calibrate --config recipes/arc.yaml --plan   (rows needed; loads no model)"""
 
 MARK = "> "
 
@@ -47,35 +46,47 @@ def calibrate(arguments: list[str]) -> None:
     parser = command_parser("calibrate", CALIBRATE, with_trainer="--help" not in arguments)
     heads_option(parser)
     add = parser.add_argument
-    add("--max_accuracy_drop", type=float, default=None, help="budget, such as 0.01 for one point")
-    add("--max_disagreement", type=float, default=None, help="budget for answers that differ")
-    add("--confidence", type=float, default=0.95, help="probability that the promise holds")
+    add(
+        "--max_accuracy_drop",
+        type=float,
+        default=None,
+        help="budget: maximum drop in accuracy from the full model's, such as 0.01 for one point",
+    )
+    add(
+        "--max_disagreement",
+        type=float,
+        default=None,
+        help="budget: maximum fraction of answers that differ from the full model's",
+    )
+    add("--confidence", type=float, default=0.95, help="probability that the guarantee holds")
     add("--interval", type=int, default=1, help="check every n-th layer that has a head")
     add(
         "--scope",
         type=str | None,
         default=None,
-        help="what a check looks at: vocabulary or choices; null: choices where there are some",
+        help="compute the measure over the vocabulary or only the answer choices; default: choices "
+        "if every row has some",
     )
     add(
         "--measure",
         type=str | None,
         default=None,
-        help="what decides: entropy, margin, max_prob or another registered measure, gate "
-        "(learned), or fixed (always at one layer); null: the best of entropy, gate and fixed",
+        help="exit criterion: entropy, margin, max_prob or another registered measure, gate "
+        "(learned), or fixed (always at one layer); default: the best of entropy, gate and fixed",
     )
     add(
         "--reader",
         type=str | None,
         default=None,
-        help="whose logits a measure is of: l-spade, tuned_lens or logit_lens; null: the best",
+        help="heads whose logits the measure is computed from: l-spade, tuned_lens or logit_lens; "
+        "default: the best",
     )
     add(
         "--decoder",
         type=str | None,
         default=None,
-        help="who answers at an exit: spade, l-spade, logit_lens or tuned_lens; null: the best of "
-        "spade and the heads, which may differ from layer to layer",
+        help="answer method at an exit: spade, l-spade, logit_lens or tuned_lens; default: the "
+        "best of spade and the heads, which may differ from layer to layer",
     )
     add(
         "--paper", type=bool, default=False, nargs="?", const=True,
@@ -83,30 +94,30 @@ def calibrate(arguments: list[str]) -> None:
     )  # fmt: skip
     add(
         "--per_group", type=bool, default=False, nargs="?", const=True,
-        help="promise the same within every group of the task that has rows enough",
+        help="the guarantee also holds within every group of the task with enough rows",
     )  # fmt: skip
     add(
         "--per_depth", type=bool, default=False, nargs="?", const=True,
-        help="promise the same for the rows that exit at or before each layer",
+        help="the guarantee also holds for the rows that exit at or before each layer",
     )  # fmt: skip
     add(
         "--small_groups", type=str | None, default=None,
-        help="with --per_group, what becomes of groups with too few rows to prove anything: "
-        "never_exit (the full model answers their rows, and predict then needs each row's group) "
-        "or exclude (the promise leaves them out); null: never_exit",
+        help="with --per_group, how to treat groups that are too small to test: never_exit (the "
+        "full model answers their rows, and predict then needs each row's group; default) or "
+        "exclude (not covered by the guarantee)",
     )  # fmt: skip
     add(
         "--cost", type=str, default="flops",
-        help="what is saved: flops, or time, for which the model's parts are timed on this machine "
-        "beside a second, untouched load of it; profile then confirms the prediction",
+        help="what to save: flops, or time, for which the model's parts are timed on this machine "
+        "against a second load of the original model; profile then checks the prediction",
     )  # fmt: skip
     add(
         "--batch_size", type=int | None, default=None,
-        help="with --cost time, prompts in a batch as you will serve them; null: 8",
+        help="with --cost time, prompts in a batch as you will serve them; default: 8",
     )  # fmt: skip
     add(
         "--prompt_length", type=int | None, default=None,
-        help="with --cost time, tokens of each prompt; null: the median of the validation prompts",
+        help="with --cost time, tokens of each prompt; default: the validation prompts' median",
     )  # fmt: skip
     add(
         "--plan",
@@ -114,7 +125,7 @@ def calibrate(arguments: list[str]) -> None:
         default=False,
         nargs="?",
         const=True,
-        help="only say how many rows the budget takes and what these data can prove; loads no "
+        help="only report how many rows the budget needs and what these data can prove; loads no "
         "model and needs no heads",
     )
     parsed = parse(parser, arguments, early=_find_what_it_reads)
@@ -155,7 +166,7 @@ def _check_cost(options: Any) -> None:
         raise RecipeError(f"--cost is {options.cost!r}; expected flops or time.")
     shaped = [name for name in ("batch_size", "prompt_length") if options[name] is not None]
     if shaped and options.cost == "flops":
-        raise RecipeError(f"--{shaped[0]} is of what is timed: give it with --cost time.")
+        raise RecipeError(f"--{shaped[0]} sets the shape that is timed: give it with --cost time.")
 
 
 def _find_what_it_reads(parsed: Parsed) -> None:
@@ -166,7 +177,7 @@ def _find_what_it_reads(parsed: Parsed) -> None:
 
 
 def _print_plan(parsed: Parsed) -> None:
-    """Rows that the budget takes, and what the rows at hand can prove."""
+    """How many rows the budget needs, and what the rows at hand can prove."""
     from rich.console import Console
     from rich.table import Table
 
@@ -180,8 +191,8 @@ def _print_plan(parsed: Parsed) -> None:
     found = plan(data, risk, budget, options.confidence)
     what = "an accuracy drop" if risk == "accuracy_drop" else "a disagreement"
     table = Table(
-        "losses among the tested rows", f"rows to prove {what} of {budget:g}",
-        f"smallest budget that {found.rows:,} rows prove",
+        "answers lost", f"rows needed for {what} of at most {budget:g}",
+        f"smallest budget with {found.rows:,} rows",
         title=f"{found.confidence:.0%} confidence; {found.rows:,} rows to test on "
         f"({found.side.words})",
     )  # fmt: skip
@@ -191,14 +202,18 @@ def _print_plan(parsed: Parsed) -> None:
     Console(width=max(Console().width, 100)).print(table)
     if found.losses is None:
         words = (
-            f"These {found.rows:,} rows cannot prove it, even without one loss: give at least "
-            f"{found.needed[0]:,}, or a larger budget."
+            f"{found.rows:,} rows are too few: at least {found.needed[0]:,} are needed even if no "
+            "answer is lost. Add rows or raise the budget."
+        )
+    elif risk == "accuracy_drop":
+        words = (
+            f"With these {found.rows:,} rows, a policy passes if it gets at most {found.losses:,} "
+            "answers wrong that the full model gets right (more if it also corrects some)."
         )
     else:
-        gains = ", or more where it also gains" if risk == "accuracy_drop" else ""
         words = (
-            f"These {found.rows:,} rows prove it for a policy that loses at most "
-            f"{found.losses:,} of them{gains}."
+            f"With these {found.rows:,} rows, a policy passes if at most {found.losses:,} of its "
+            "answers differ from the full model's."
         )
     sys.stdout.write(f"{words}\n")
 
@@ -212,14 +227,14 @@ def _print_kinds(found: "Selection") -> None:
     result, policy = found.calibration, found.policy
     in_time = result.chosen.time_saved is not None
     table = new_table(
-        "decides -> answers", "checks", "acc.", "drop", "differs", "mean\nexit",
+        "criterion -> answer", "checks", "acc.", "drop", "differs", "mean\nexit",
         *(["time\nsaved"] if in_time else []), "FLOPs\nsaved", "of\noracle", "p",
         title=f"over the {policy.scope}; {result.n:,} rows ({found.side.words}), "
-        f"which choose the policy; an oracle saves {result.oracle_saving:.1%}"
+        f"used for selection; an oracle saves {result.oracle_saving:.1%}"
         + (" of the time" if in_time else ""),
     )  # fmt: skip
     table.caption = (
-        f"{MARK.strip()}: chosen; differs: share of answers that are not the full model's; "
+        f"{MARK.strip()}: chosen; differs: fraction of answers that differ from the full model's; "
         "p: p-value of its test"
     )
     table.columns[0].no_wrap = True
@@ -254,7 +269,7 @@ def _cells(row: "PolicyRow") -> list[str]:
 
 
 def _verdict(found: "Selection") -> str:
-    """The choice in words: what it saves and what is promised."""
+    """The choice in words: what it saves and what is guaranteed."""
     from lspade_train.policies.promise import promise
 
     result = found.calibration
@@ -264,18 +279,19 @@ def _verdict(found: "Selection") -> str:
     layers = ", ".join(map(str, chosen.layers))
     saves = (
         f"{chosen.compute_saved:.1%} of the FLOPs saved "
-        f"({1 / (1 - chosen.compute_saved):.2f} times fewer)"
+        f"({1 / (1 - chosen.compute_saved):.2f}x fewer)"
     )
     if chosen.time_saved is not None:
         saves = (
-            f"{chosen.time_saved:.1%} of the time saved ({1 / (1 - chosen.time_saved):.2f} times "
+            f"{chosen.time_saved:.1%} of the time saved ({1 / (1 - chosen.time_saved):.2f}x "
             f"faster), {chosen.compute_saved:.1%} of the FLOPs"
         )
     return (
         f"Chosen: {chosen.name}. {saves}, mean exit at layer "
         f"{chosen.mean_exit_layer:.2f}; checks at {layers}.{_shape(found)}\n"
-        "These figures are of the rows that chose the policy; evaluate measures it on others.\n"
-        f"Promise: {promise(found.policy.calibration)}"
+        "These numbers are optimistic: the policy was selected on the same rows. Run evaluate for "
+        "held-out results.\n"
+        f"Guarantee: {promise(found.policy.calibration)}"
     )
 
 

@@ -70,7 +70,8 @@ def inspect(arguments: list[str]) -> None:
 def _about_heads() -> str:
     """Which lenses need heads."""
     with_heads = " and ".join(lens.key for lens in LENSES.values() if lens.heads)
-    return f"{' and '.join(_without_heads())} need no heads; {with_heads} read those of --heads."
+    without = " and ".join(_without_heads())
+    return f"{without} work without heads; {with_heads} need heads (--heads)."
 
 
 def _scored(query: Any) -> dict[str, int] | None:

@@ -20,14 +20,14 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class AgainstChance:
-    """The frozen model's accuracy, beside that of answers given blindly.
+    """The frozen model's accuracy, compared with baselines that need no model.
 
     Attributes:
         n: rows with a right answer.
         accuracy: share that the model answers right.
         interval: of the accuracy, 95%.
-        chance: mean of 1 / choices, what guessing gets right; None where a row has no choices.
-        majority: share of the most frequent right answer.
+        chance: accuracy of guessing, the mean of 1 / choices; None where a row has no choices.
+        majority: accuracy of always giving the most frequent right answer.
         majority_id: its token.
     """
 
@@ -40,25 +40,25 @@ class AgainstChance:
 
     @property
     def floor(self) -> float:
-        """What the better of guessing and the most frequent answer gets right."""
+        """Accuracy of the better of guessing and the most frequent answer."""
         return max(self.chance or 0.0, self.majority)
 
     @property
     def at_chance(self) -> bool:
-        """Whether the interval reaches down to what needs no model."""
+        """Whether the interval reaches down to `floor`."""
         return self.interval[0] <= self.floor
 
     @property
     def verdict(self) -> str:
         """The comparison in words."""
         low, high = self.interval
-        blind = "always giving the most frequent answer"
+        baseline = "always giving the most frequent answer"
         if self.chance is not None and self.chance >= self.majority:
-            blind = "guessing among the choices"
+            baseline = "guessing among the choices"
         what = "not above chance" if self.at_chance else "above chance"
         return (
-            f"the frozen model is {what}: right in {self.accuracy:.1%} of {self.n:,} rows "
-            f"[{low:.1%}, {high:.1%}]; {blind} is right in {self.floor:.1%}"
+            f"the frozen model is {what}: accuracy {self.accuracy:.1%} [{low:.1%}, {high:.1%}] on "
+            f"{self.n:,} rows, against {self.floor:.1%} for {baseline}"
         )
 
 
@@ -79,10 +79,10 @@ def wilson_interval(right: int, n: int, level: float = LEVEL) -> tuple[float, fl
     return max((middle - half) / shrink, 0.0), min((middle + half) / shrink, 1.0)
 
 
-def blind_answers(
+def baseline_accuracies(
     answer_id: Int[Tensor, " rows"], choice_count: Int[Tensor, " rows"]
 ) -> tuple[float | None, float, int]:
-    """What guessing gets right, what the most frequent answer gets right, and that answer's token.
+    """Accuracy of guessing, accuracy of the most frequent answer, and that answer's token.
 
     Args:
         answer_id: right tokens, of one row or more.
@@ -105,7 +105,9 @@ def compare(
         count: choices of each row; 0 where any token may be the answer.
     """
     hits, n = int(right.sum()), len(right)
-    return AgainstChance(n, hits / n, wilson_interval(hits, n), *blind_answers(answer_id, count))
+    return AgainstChance(
+        n, hits / n, wilson_interval(hits, n), *baseline_accuracies(answer_id, count)
+    )
 
 
 def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChance | None:

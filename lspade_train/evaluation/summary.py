@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lspade_train.evaluation.chance import blind_answers
+from lspade_train.evaluation.chance import baseline_accuracies
 from lspade_train.evaluation.readings import Readings
 from lspade_train.probes.metrics import (
     at_coverage,
@@ -70,7 +70,8 @@ def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
             "interval": INTERVAL,
             "coverage": COVERAGE,
             "entropy_edges": edges.tolist(),
-            "full_model": {name: _only(value) for name, value in full.items()} | _blind(readings),
+            "full_model": {name: _only(value) for name, value in full.items()}
+            | _baselines(readings),
             "lenses": lenses,
             "groups": _groups(readings),
         }
@@ -154,13 +155,13 @@ def _histogram(values: Tensor, edges: Tensor) -> list[int]:
     return torch.histogram(inside, edges).hist.long().tolist()
 
 
-def _blind(readings: Readings) -> dict[str, Any]:
-    """What needs no model: guessing among the choices, and the most frequent answer."""
+def _baselines(readings: Readings) -> dict[str, Any]:
+    """Accuracy of guessing among the choices, and of the most frequent answer."""
     known = readings.labelled
     if not known.any():
         return {"chance": None, "majority": None}
     answer_id, count = readings.answer_id[known], readings.choice_count[known]
-    chance, majority, _ = blind_answers(answer_id, count)
+    chance, majority, _ = baseline_accuracies(answer_id, count)
     return {"chance": chance, "majority": majority}
 
 

@@ -46,7 +46,7 @@ def draw(found: "Profile", folder: Path) -> None:
         panel.set_xlabel("prompt tokens")
         panel.set_title(f"batch of {rows}", fontsize=10)
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylabel("speed-up over the untouched model's forward")
+    panels[0][0].set_ylabel("speed-up over the original model's forward")
     panels[0][-1].legend(frameon=False, title="threshold")
     figure.suptitle(f"{found.device}, {found.dtype}, {found.prompts} prompts", fontsize=10)
     for suffix in ("png", "svg"):

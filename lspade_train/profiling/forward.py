@@ -1,4 +1,4 @@
-"""Wall time, memory and FLOPs of a policy against the forward of an untouched model.
+"""Wall time, memory and FLOPs of a policy against the forward of the original model.
 
 The two run in turn on the same batches, over prompt lengths, batch sizes and thresholds. The
 untouched model is a second load of the same weights, as a user runs it: what is done to the
@@ -40,13 +40,13 @@ class ProfileRow:
         threshold: the policy's; None never checks.
         mean_exit_layer: over the batch; L for a row that never stops.
         seconds: median wall time of the batch.
-        plain_seconds: the same of the untouched model's forward, which unembeds the answer
+        plain_seconds: the same of the original model's forward, which unembeds the answer
             position only (`logits_to_keep=1`).
         speedup: `plain_seconds` over `seconds`.
         paired_speedup: smallest and largest ratio of two times of the same round.
         tokens_per_second: prompt tokens answered.
         peak_mb: most memory above what was held before; None where it cannot be read.
-        plain_peak_mb: the same for the untouched model's forward.
+        plain_peak_mb: the same for the original model's forward.
         flops: operations as a fraction of the model's, checks and all.
     """
 
@@ -136,7 +136,7 @@ def profile(
     repeats: int = 5,
     track: Callable[[list[Any]], Iterable[Any]] = lambda shapes: shapes,
 ) -> Profile:
-    """Time the policy and the untouched model in turn, on every length x batch size x threshold.
+    """Time the policy and the original model in turn, on every length x batch size x threshold.
 
     Args:
         runtime: model, heads and policy.

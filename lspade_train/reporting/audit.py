@@ -65,13 +65,13 @@ def _seen(state: AuditState) -> Table:
         ("first of them (UTC)", state.began or "-"),
         ("last update (UTC)", state.updated or "-"),
         ("exited", f"{seen.exited:,}" + (f" ({seen.exited / seen.rows:.1%})" if seen.rows else "")),
-        ("drawn", f"{seen.drawn:,}" + (f" ({seen.drawn / seen.rows:.2%})" if seen.rows else "")),
-        ("of these exited and finished by the full model", f"{seen.audited:,}"),
+        ("sampled", f"{seen.drawn:,}" + (f" ({seen.drawn / seen.rows:.2%})" if seen.rows else "")),
+        ("early exits re-run on the full model", f"{seen.audited:,}"),
         ("disagreed with it", f"{seen.failures:,}"),
         ("disagreement", f"{share} [{low:.2%}, {high:.2%}] at {1 - key.alpha:.0%}, at any time"),
-        ("in the last block of drawn rows", f"{failed:,} of {recent:,}"),
+        ("in the last block of sampled rows", f"{failed:,} of {recent:,}"),
         ("budget", f"{key.budget:.2%}"),
-        ("evidence of more", f"{_power(state.log_evidence)}; alarm at {1 / key.alpha:g}"),
+        ("test statistic (e-value)", f"{_power(state.log_evidence)}; alarm at {1 / key.alpha:g}"),
         ("alarm", _alarm(state)),
     ]
     if seen.unaudited:

@@ -20,7 +20,7 @@ from lspade_train.reporting.plots import Omitted, all_figures
 from lspade_train.reporting.plots.interactive import plotly
 from lspade_train.reporting.rows import rows_measured, short_model
 from lspade_train.reporting.tables import Ranged, Value, all_tables, exit_lens, merged
-from lspade_train.reporting.verdict import blind, verdict
+from lspade_train.reporting.verdict import chance_accuracy, verdict
 
 REPORT = "report.html"
 FORMAT_VERSION = 2
@@ -136,9 +136,9 @@ def _against(results: dict[str, Any]) -> str:
     if full["accuracy"] is None:
         return "These rows have no labels: lenses are compared with the full model."
     low, high = full["accuracy_interval"]
-    chance = blind(full)
+    chance = chance_accuracy(full)
     against = f"The full model's accuracy is {full['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-    return against + ("." if chance is None else f"; blind answers are right in {chance:.1%}.")
+    return against + ("." if chance is None else f"; chance accuracy: {chance:.1%}.")
 
 
 def _promise(folder: Path, results: dict[str, Any]) -> str | None:

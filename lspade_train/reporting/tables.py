@@ -121,7 +121,7 @@ def exits_table(results: dict[str, Any]) -> Table:
 
 
 def baselines_table(results: dict[str, Any]) -> Table:
-    """Other rules of when to stop on the same rows, and the saved policy under them."""
+    """Other early-exit methods on the same rows, and the saved policy under them."""
     found = results.get("baselines")
     columns = ("rule", "source", "setting", "accuracy", "drop", "disagreement", "mean exit layer",
                "FLOPs saved", "of the oracle", "within the budget where it was set")  # fmt: skip
@@ -134,10 +134,13 @@ def baselines_table(results: dict[str, Any]) -> Table:
     policy = (results["exits"] or {}).get("policy")
     if rows and policy and policy["row"]:
         values = [policy["row"].get(key) for key in keys]
-        rows.append(("policy.json", "calibrate, with a promise", "", *values, "tested"))
-    title = "Other rules on the same rows"
+        rows.append(("policy.json", "calibrate, with a guarantee", "", *values, "tested"))
+    title = "Other early-exit methods on the same rows"
     if found:
-        title += f"; each set on {found['n']:,} rows to a risk of {found['budget']:g}, unproven"
+        title += (
+            f"; tuned on {found['n']:,} rows for a risk of {found['budget']:g}, no statistical "
+            "guarantee"
+        )
     return Table("baselines", title, columns, tuple(rows))
 
 

@@ -12,7 +12,7 @@ from lspade_train.reporting.tables import exit_lens
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """What the policy saves, whether its promise held here, whether a fixed layer does as well."""
+    """What the policy saves, whether its guarantee held, whether a fixed layer does as well."""
     found = results.get("verdict")
     policy = (results["exits"] or {}).get("policy") or {}
     if not found or not policy.get("row"):
@@ -23,8 +23,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return [first, *held, *_fixed(found), *_at_chance(results)]
 
 
-def blind(full: dict[str, Any]) -> float | None:
-    """What needs no model: the better of guessing and the most frequent answer; None if unknown."""
+def chance_accuracy(full: dict[str, Any]) -> float | None:
+    """Accuracy without a model: of guessing or of the most frequent answer; None if unknown."""
     known = [full[name] for name in ("chance", "majority") if full.get(name) is not None]
     return max(known, default=None)
 
@@ -47,22 +47,25 @@ def _saves(
 
 def _held(found: dict[str, Any]) -> list[str]:
     if found["budget"] is None:
-        return ["Nothing was promised: nobody calibrated this policy (lspade-train calibrate)."]
+        return ["No guarantee: this policy has not been calibrated. Run lspade-train calibrate."]
     promised = (
         f"{_points(found['budget'])} of accuracy"
         if found["risk"] == "accuracy_drop"
-        else f"{found['budget']:.2%} of other answers"
+        else f"{found['budget']:.2%} changed answers"
     )
     promised = f"at most {promised}, with {found['confidence']:.0%} confidence"
     if found["measured"] is None:
-        return [f"Promised: {promised}. Whether it held cannot be seen here: no row has a label."]
+        return [f"Guarantee: {promised}. It cannot be verified here because no row has a label."]
     if found["held"] is None:
-        return [f"Promised: {promised}. Whether it held cannot be seen here: these rows chose it."]
+        return [
+            f"Guarantee: {promised}. It cannot be verified here because the policy was selected "
+            "on the same rows."
+        ]
     if found["held"]:
-        return [f"The promise held on these rows: {promised}."]
+        return [f"The guarantee held on these rows: {promised}."]
     low = (found["measured_interval"] or [0])[0]
     chance = ", though the interval includes it" if low <= found["budget"] else ""
-    return [f"The promise did NOT hold on these rows: {promised}{chance}."]
+    return [f"The guarantee did NOT hold on these rows: {promised}{chance}."]
 
 
 def _fixed(found: dict[str, Any]) -> list[str]:
@@ -73,12 +76,12 @@ def _fixed(found: dict[str, Any]) -> list[str]:
     if fixed is None:
         return [f"No fixed layer stays within {within} on these rows."]
     what = (
-        f"always exiting at layer {fixed['layer']} with {label_of(fixed['lens'])}, chosen in "
-        f"hindsight, saves {fixed['saved']:.1%}; {_risk(found['risk'], fixed['measured'])}"
+        f"layer {fixed['layer']} with {label_of(fixed['lens'])} (chosen in hindsight) saves "
+        f"{fixed['saved']:.1%}; {_risk(found['risk'], fixed['measured'])}"
     )
     if found["fixed_as_good"]:
-        return [f"A fixed layer does as well here: {what}."]
-    return [f"No fixed layer does as well within {within}: the best here, {what}."]
+        return [f"A fixed exit layer does as well here: {what}."]
+    return [f"The policy beats every fixed exit layer within {within}: the best, {what}."]
 
 
 def _no_policy(results: dict[str, Any], policy: dict[str, Any]) -> str:
@@ -102,12 +105,13 @@ def _near(results: dict[str, Any]) -> list[str]:
 
 def _at_chance(results: dict[str, Any]) -> list[str]:
     full = results["full_model"]
-    chance = blind(full)
+    chance = chance_accuracy(full)
     if full["accuracy"] is None or chance is None or full["accuracy_interval"][0] > chance:
         return []
     return [
-        "The full model itself is not shown to be better than blind answers "
-        f"({full['accuracy']:.1%} against {chance:.1%}): what is saved on guesses means little."
+        "The full model itself is not shown to be better than chance "
+        f"({full['accuracy']:.1%} against {chance:.1%}): savings are not meaningful if the model "
+        "is guessing."
     ]
 
 

@@ -34,15 +34,15 @@ def accuracy_by_layer(results: dict[str, Any]) -> Chart:
     over = "the task's choices" if results["has_choices"] else "the vocabulary"
     full = results["full_model"]
     level = Level("full model", full["accuracy"], _pair(full["accuracy_interval"]))
-    levels = (level, *trade_off.blind_levels(full)) if labelled else ()
+    levels = (level, *trade_off.chance_levels(full)) if labelled else ()
     what = "Accuracy" if labelled else "Agreement of the answers with the full model's"
     return _by_layer(
         results,
         metric,
         name="accuracy_by_layer" if labelled else "answer_agreement_by_layer",
         title=f"{what} by layer",
-        caption=f"The answer is the best of {over}. The lines are the full model and answers "
-        "given blindly.",
+        caption=f"The answer is the best of {over}. The lines are the full model and "
+        "the chance level.",
         y_label="accuracy (fraction of rows)" if labelled else "agreement (fraction of rows)",
         levels=levels,
     )

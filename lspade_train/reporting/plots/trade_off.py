@@ -99,12 +99,12 @@ def iso_compute_chart(results: dict[str, Any]) -> Chart | Omitted:
         x_label="FLOPs per row (share of the full model's)",
         y_label=_what(labelled),
         series=tuple(series),
-        levels=(*_full_model(results), *blind_levels(results["full_model"])) if labelled else (),
+        levels=(*_full_model(results), *chance_levels(results["full_model"])) if labelled else (),
         percent_x=True,
     )
 
 
-def blind_levels(full: dict[str, Any]) -> Iterator[Level]:
+def chance_levels(full: dict[str, Any]) -> Iterator[Level]:
     """What needs no model; one line where both are about equal."""
     chance, majority = full.get("chance"), full.get("majority")
     if chance is not None:
