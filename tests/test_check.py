@@ -34,7 +34,7 @@ def test_the_interval_is_wilsons(right, n):
     assert wilson_interval(right, n) == pytest.approx((expected.low, expected.high))
 
 
-def test_blind_answers_are_guessing_and_the_most_frequent_one():
+def test_the_baselines_are_guessing_and_the_most_frequent_one():
     answers, counts = torch.tensor([5, 5, 9, 5]), torch.tensor([2, 4, 4, 2])
     assert baseline_accuracies(answers, counts) == (pytest.approx(0.375), 0.75, 5)
     assert baseline_accuracies(answers, torch.tensor([2, 0, 4, 2]))[0] is None

@@ -247,7 +247,7 @@ def test_the_clock_is_put_beside_the_prediction(monkeypatch):
     assert "predicted 0.486 (calibrate: 0.400), measured 0.500 (0.400 to 0.600): -2.8%" in (
         found.words
     )
-    assert "Priced on abacus" in found.words
+    assert "Predicted on abacus" in found.words
 
 
 def test_a_policy_that_was_not_priced_by_time_is_not_confirmed():

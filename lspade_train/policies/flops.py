@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import ExitCosts
 from lspade_train.policies.policy import ExitPolicy
-from lspade_train.policies.readers import Readers, answerer, available, read_by_checks
+from lspade_train.policies.readers import Readers, answer_head, available, read_by_checks
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import GATED
 
@@ -275,7 +275,7 @@ class _Price:
         """From the exit to the answer's logits; `checked` where a check is at hand."""
         counts = self.counts
         top = layer == len(counts.step)
-        decoder = "spade" if top else answerer(self.policy, layer, counts.maps)
+        decoder = "spade" if top else answer_head(self.policy, layer, counts.maps)
         if decoder == "spade":
             return float(counts.step[layer:].sum()) + counts.readout(self.width)
         return 0.0 if checked and decoder in self.read else self._one(decoder)

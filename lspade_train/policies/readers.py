@@ -77,7 +77,7 @@ def read_by_checks(policy: ExitPolicy, known: Collection[str]) -> tuple[str, ...
     return ("logit_lens",) if policy.decoder == "logit_lens" else (next(iter(known)),)
 
 
-def answerer(policy: ExitPolicy, layer: int, known: Collection[str]) -> str:
+def answer_head(policy: ExitPolicy, layer: int, known: Collection[str]) -> str:
     """Who answers at an exit: `spade`, or the name of a reader.
 
     Args:

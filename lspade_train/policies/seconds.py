@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lspade_train.errors import PolicyError
 from lspade_train.policies.exit_table import ExitCosts
 from lspade_train.policies.policy import REMEDY, ExitPolicy
-from lspade_train.policies.readers import answerer, read_by_checks
+from lspade_train.policies.readers import answer_head, read_by_checks
 from lspade_train.policies.together import Together
 from lspade_train.probes.measures import FIXED
 
@@ -175,7 +175,7 @@ class Seconds:
         """
         size, layers = self.batch_size, policy.layers
         stages, check = (*layers, len(self.prompt)), self.check(policy)
-        who = [answerer(policy, layer, self.readers) for layer in layers]
+        who = [answer_head(policy, layer, self.readers) for layer in layers]
         read = read_by_checks(policy, self.readers)
         heads = [self.readers.get(name, NOTHING) for name in who]
         asked = [NOTHING if name in read else head for name, head in zip(who, heads, strict=True)]
@@ -215,14 +215,14 @@ class Seconds:
             stops: layer of each row.
         """
         top, known = len(self.prompt), self.readers
-        away = [x for x in stops if x < top and answerer(policy, x, known) == "spade"]
+        away = [x for x in stops if x < top and answer_head(policy, x, known) == "spade"]
         total = self.start + self.enter.of(len(away))
         for block, (prompt, step) in enumerate(zip(self.prompt, self.step, strict=True)):
             total += prompt.of(sum(layer > block for layer in stops))
             total += step.of(sum(layer <= block for layer in away))
         check, read = self.check(policy), read_by_checks(policy, known)
         for layer in policy.check_layers:
-            who = answerer(policy, layer, known)
+            who = answer_head(policy, layer, known)
             total += check.of(sum(stop >= layer for stop in stops))
             if who != "spade" and who not in read:
                 total += known[who].of(stops.count(layer))

@@ -61,11 +61,11 @@ class Confirmation:
         elsewhere = ""
         if self.priced_on != self.measured_on:
             elsewhere = (
-                f"\nPriced on {self.priced_on}; measured on {self.measured_on}: run calibrate "
+                f"\nPredicted on {self.priced_on}; measured on {self.measured_on}: run calibrate "
                 "--cost time here."
             )
         return (
-            f"Time of the policy over the untouched model's, {self.prompts} prompts at "
+            f"Time of the policy over the original model's, {self.prompts} prompts at "
             f"{self.shape}:\npredicted {self.predicted:.3f}{calibrated}, measured "
             f"{self.measured:.3f} ({self.rounds[0]:.3f} to {self.rounds[1]:.3f}): "
             f"{self.difference:+.1%}.{elsewhere}"
