@@ -149,7 +149,7 @@ def with_policy(folder, results):
 def test_verdict_and_promise_come_first_and_the_time_it_took(written):
     folder, results = written
     page = with_policy(folder, results)
-    order = [verdict(results)[0], "Promise: ", "Fit took", "Evaluation took", 'id="figures"']
+    order = [verdict(results)[0], "Guarantee: ", "Fit took", "Evaluation took", 'id="figures"']
     places = [page.index(text) for text in order]
     assert places == sorted(places)
 
