@@ -106,7 +106,7 @@ def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, 
     printed = capsys.readouterr().out
     assert "predicted for 2 x 24 tokens on" in printed
     if chosen["threshold"] is None:
-        assert "Never exit" in printed
+        assert "No early exit" in printed
     else:
         assert chosen["time_saved"] > 0
         assert f"{chosen['time_saved']:.1%} of the time saved" in printed

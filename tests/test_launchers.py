@@ -98,7 +98,7 @@ def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, 
 
 LOST = [
     "error: Another process of this run ended before its work was done.",
-    "Run it again with --ckpt_path last: it resumes from the last whole epoch.",
+    "Run it again with --ckpt_path last: it resumes from the last complete epoch.",
 ]
 
 

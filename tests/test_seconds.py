@@ -134,8 +134,8 @@ def test_where_single_token_blocks_cost_as_much_as_prompts_do_spade_never_exits_
     found = chosen_of(priced("spade", **dear))
     assert found.chosen.threshold is None
     assert found.chosen.time_saved == found.chosen.compute_saved == 0
-    assert "Never exit" in found.reason
-    assert "in time on this machine" in found.reason
+    assert "No early exit" in found.reason
+    assert "time on this machine" in found.reason
     assert chosen_of(priced("l-spade", **dear)).chosen.time_saved > 0.1
     assert chosen_of(priced("spade")).chosen.time_saved > 0.1
 
@@ -196,6 +196,16 @@ def test_every_part_of_a_policy_has_its_seconds(scope, batch_size):
     assert all(piece.of(batch_size) > 0 for piece in found.readers.values())
 
 
+def test_rounds_that_differ_much_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(
+        pieces,
+        "time_rounds",
+        lambda work, *_: {name: [1.0, 1.0, 1.5, 2.0] for name in work} | {"plain": [1.0] * 4},
+    )
+    bench(tiny("llama"))
+    assert "a quiet machine" in caplog.text
+
+
 def test_the_pieces_add_up_to_the_run_that_they_are_differences_of(monkeypatch):
     runs = {"never": 90.0, "leave": 30.0, "spade": 60.0, "enter": 4.0, "answer": 10.0}
 
@@ -205,7 +215,7 @@ def test_the_pieces_add_up_to_the_run_that_they_are_differences_of(monkeypatch):
         times |= {f"{name} 1": value / 2 for name, value in runs.items()}
         return {name: [value] for name, value in times.items()} | {"plain": [80.0]}
 
-    monkeypatch.setattr(pieces, "_time", invented)
+    monkeypatch.setattr(pieces, "time_rounds", invented)
     found = bench(tiny("llama"))
     assert found.batch(ExitPolicy.never(), [LAYERS] * 3) == pytest.approx(90)
     assert found.batch(ExitPolicy.always(0), [0] * 3) == pytest.approx(60)

@@ -95,8 +95,9 @@ class Scorer(Probe):
         rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "rows vocab"]:
         """Every token's; what a check of the choices read would leave the others out."""
-        seen = None if self.policy.scope == "choices" else check
-        return super().exit_logits(seen, hidden, layer, batch, rows)
+        if self.policy.scope == "choices":
+            return self.answer(self.exit_state(hidden, layer), batch, rows)
+        return super().exit_logits(check, hidden, layer, batch, rows)
 
 
 @dataclass

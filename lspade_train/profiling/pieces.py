@@ -8,9 +8,7 @@ choice.
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lspade_train.errors import RecipeError
-from lspade_train.io.progress import Progress
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.cached_exits import has_choices
 from lspade_train.policies.flops import count_flops
@@ -31,7 +28,8 @@ from lspade_train.policies.sides import calibration_side
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED, MEASURES, find_measure, signal
 from lspade_train.probes.metrics import entropy
-from lspade_train.profiling.clock import hardware, seconds_of
+from lspade_train.profiling.clock import hardware
+from lspade_train.profiling.rounds import Work, spread_of, time_rounds
 from lspade_train.profiling.shapes import (
     batch_of,
     check_baseline,
@@ -50,12 +48,10 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8
 """Prompts in a batch where none is asked for. `data.batch_size` is of training steps."""
 
-ROUNDS = (5, 40)
-"""Fewest and most timed rounds."""
-ENOUGH = 20.0
-"""Seconds after which no further round begins."""
 HEADS = 8
 """Most layers whose heads are timed: each has weights of its own to read."""
+UNSTEADY = 0.1
+"""Spread of the rounds from which on the user is told."""
 SMALL = 10
 """Runs in a row of what takes less than a millisecond."""
 
@@ -150,14 +146,21 @@ def time_pieces(
         *(batch_size, prompt_length, place(where, threads, dtype)),
     )
     full = batch_of(adapter, prompts, prompt_length, batch_size, choices)
-    work = {"plain": _Work(forward_of(plain, full))}
+    work = {"plain": Work(forward_of(plain, full))}
     for rows in {1, batch_size}:
         batch = batch_of(adapter, prompts, prompt_length, rows, choices)
         bench = _Bench(adapter, heads, scope, batch)
         work |= {f"{name} {rows}": one for name, one in bench.work()}
-    timed = _time(work, adapter.device, rounds)
+    timed = time_rounds(work, adapter.device, rounds)
     found = _Found({name: statistics.median(one) for name, one in timed.items()}, batch_size)
     ratios = [a / b for a, b in zip(timed[f"never {batch_size}"], timed["plain"], strict=True)]
+    spread = spread_of(ratios)
+    if spread > UNSTEADY:
+        log.warning(
+            "the rounds differ by %.0f%%: other work seems to run here, and the seconds are not to "
+            "be relied on. Run it again on a quiet machine.",
+            100 * spread,
+        )
     counts = count_flops(adapter)
     per_block = counts.reach(torch.tensor([prompt_length]))[0].diff()
     return Seconds(
@@ -169,7 +172,7 @@ def time_pieces(
         scope=scope,
         choices=len(choices) if scope == "choices" else None,
         rounds=len(ratios),
-        spread=_spread(ratios),
+        spread=spread,
         plain=found.medians["plain"],
         start=max(found.less(batch_size, "leave", "answer"), 0.0),
         prompt=_split(found.piece("never", "leave"), per_block),
@@ -191,25 +194,6 @@ def _check_shape(adapter: ModelAdapter, rows: int, tokens: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Something to time, so many times in a row, in a context that is not timed."""
-
-    run: Callable[[], object]
-    times: int = 1
-    within: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    def seconds(self, device: torch.device) -> float:
-        """Of one run."""
-
-        def runs() -> None:
-            for _ in range(self.times):
-                self.run()
-
-        with self.within():
-            return seconds_of(runs, device) / self.times
-
-
 class _Bench:
     """Everything that is timed on one batch."""
 
@@ -223,34 +207,34 @@ class _Bench:
         self.hidden = adapter.plan(batch.ids, batch.mask).hidden[:, -1]
         self.logits = self.full.answer(self.hidden, batch, self.rows)
 
-    def work(self) -> "Iterator[tuple[str, _Work]]":
+    def work(self) -> "Iterator[tuple[str, Work]]":
         """By name."""
-        yield "never", _Work(lambda: decide_batch(self.full, self.batch))
+        yield "never", Work(lambda: decide_batch(self.full, self.batch))
         yield "leave", self._left_at_once("logit_lens")
         yield "spade", self._left_at_once("spade")
         starts, positions = self.batch.starts, self.batch.positions
         # As in the middle of a run, which has seen the model already.
         enter = partial(self.adapter.plan_step, starts, positions)
-        yield "enter", _Work(enter, SMALL, self.adapter.steady)
-        yield "answer", _Work(self._answer, SMALL)
+        yield "enter", Work(enter, SMALL, self.adapter.steady)
+        yield "answer", Work(self._answer, SMALL)
         for name in available(self.heads):
             yield f"read {name}", self._read(name)
         for name in MEASURES:
             if name not in (FIXED, GATED):
-                yield f"measure {name}", _Work(self._decision(name), SMALL)
-        yield f"measure {GATED}", _Work(self._gate(), SMALL)
+                yield f"measure {name}", Work(self._decision(name), SMALL)
+        yield f"measure {GATED}", Work(self._gate(), SMALL)
 
-    def _left_at_once(self, decoder: Decoder) -> _Work:
+    def _left_at_once(self, decoder: Decoder) -> Work:
         policy = ExitPolicy.always(0, scope=self.scope, decoder=decoder)
         probe = Probe(self.adapter, None, policy)
-        return _Work(lambda: decide_batch(probe, self.batch))
+        return Work(lambda: decide_batch(probe, self.batch))
 
     def _answer(self) -> Tensor:
         logits = self.full.answer(self.hidden, self.batch, self.rows)
         entropy(logits).float().cpu()
         return logits.amax(-1).cpu()
 
-    def _read(self, name: str) -> _Work:
+    def _read(self, name: str) -> Work:
         heads = available(self.heads)[name]
         layers = (0,) if heads is None else heads.layers[:: -(-len(heads.layers) // HEADS)]
         policy = ExitPolicy(
@@ -267,7 +251,7 @@ class _Bench:
             layer = layers[turn[0] % len(layers)]
             probe.exit_logits(None, self.hidden, layer, self.batch, self.rows)
 
-        return _Work(read, HEADS)
+        return Work(read, HEADS)
 
     def _decision(self, measure: str) -> Callable[[], object]:
         known = find_measure(measure)
@@ -294,25 +278,6 @@ class _Bench:
         return decide
 
 
-def _time(
-    work: Mapping[str, _Work], device: torch.device, rounds: int | None
-) -> dict[str, list[float]]:
-    """Seconds of everything, round by round: all see the same machine."""
-    for one in work.values():  # warms up
-        one.run()
-    least, most = ROUNDS if rounds is None else (rounds, rounds)
-    found: dict[str, list[float]] = {name: [] for name in work}
-    began = time.monotonic()
-    with Progress("measuring", most, "rounds") as progress:
-        for done in range(most):
-            if done >= least and time.monotonic() - began > ENOUGH:
-                break
-            for name, one in work.items():
-                found[name].append(one.seconds(device))
-            progress.advance()
-    return found
-
-
 @dataclass(frozen=True)
 class _Found:
     """Median seconds by name and rows."""
@@ -334,11 +299,3 @@ def _split(whole: Piece, weights: Tensor) -> tuple[Piece, ...]:
     """All blocks' seconds, block by block in proportion to their FLOPs."""
     shares = (weights / weights.sum()).tolist()
     return tuple(Piece(whole.once * share, whole.each * share) for share in shares)
-
-
-def _spread(values: Sequence[float]) -> float:
-    """The middle half as a share of the median."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / middle

@@ -125,7 +125,11 @@ class Probe:
         name = self.policy.decoder_at(layer)
         if check is not None and name in check.logits:
             return check.logits[name]
-        return self.answer(_translated(hidden, self.answer_heads[name], layer), batch, rows)
+        return self.read(self.exit_state(hidden, layer), batch, rows)
+
+    def exit_state(self, hidden: Float[Tensor, "rows d"], layer: int) -> Float[Tensor, "rows d"]:
+        """What the final norm and LM head read where a head answers at `layer`."""
+        return _translated(hidden, self.answer_heads[self.policy.decoder_at(layer)], layer)
 
     def read(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
@@ -143,7 +147,7 @@ class Probe:
     def answer(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows tokens"]:
-        """The logits that a row answers from, given a head's output or the last block's."""
+        """The logits that a row answers from, once it has been through the last block."""
         return self.read(state, batch, rows)
 
 
