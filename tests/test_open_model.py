@@ -90,3 +90,18 @@ def test_model_and_tokenizer_get_every_setting_and_one_revision(monkeypatch):
     assert asked["model"] == ("org/name", settings | revision | flags)
     shared = {name: settings[name] for name in ("trust_remote_code", "gguf_file")}
     assert asked["tokenizer"] == ("org/name", shared | revision)
+
+
+@pytest.mark.parametrize(
+    ("native", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")]
+)
+def test_half_precision_that_the_processor_emulates_is_warned_of(
+    toy_root, native, dtype, monkeypatch, caplog
+):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    config = DataConfig(model_id=str(toy_root / "model"), task="jsonl", dtype=dtype, device="cpu")
+    with caplog.at_level("WARNING", "lspade_train"):
+        open_model(config)
+    emulated = not native and dtype == "bfloat16"
+    assert ("Set --data.dtype float32" in caplog.text) == emulated

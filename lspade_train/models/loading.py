@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from lspade_train.models.gguf import clear_gguf_marks, find_gguf, gguf_options
 from lspade_train.models.structure import find_decoder
 from lspade_train.models.unembedding import Unembedding, find_unembedding
 from lspade_train.recipe import Quantization
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +69,20 @@ def load_model(
         clear_gguf_marks(model)
     if "device_map" not in options:
         nn.Module.to(model, where)
+    _warn_of_emulation(model)
     return model
+
+
+def _warn_of_emulation(model: "PreTrainedModel") -> None:
+    """Say it where half precision is slower than float32: on an x86 processor without it."""
+    native: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    emulated = platform.machine() in {"x86_64", "AMD64"} and not native()
+    if model.device.type == "cpu" and model.dtype.itemsize < 4 and emulated:
+        log.warning(
+            "model: this CPU emulates %s, which takes a multiple of float32's time. "
+            "Set --data.dtype float32 to avoid it.",
+            str(model.dtype).removeprefix("torch."),
+        )
 
 
 def model_folder(
