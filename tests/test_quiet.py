@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from lspade_train.models.recorder import cache_name
+
 FOREIGN = re.compile(r"Warning|site-packages|wandb:|Tip|💡|\[rank|INFO|v_num|it/s|deprecat", re.I)
 COMMANDS = {
     "fit": [],
@@ -19,6 +21,15 @@ COMMANDS = {
     "predict": ["--input", "data/test.jsonl", "--output", "answers.jsonl"],
     "profile": ["--lengths", "[8]", "--batch_sizes", "[1]"],
 }
+
+
+def test_keys_and_values_go_under_the_name_that_the_decoder_knows():
+    # Either name is taken by some versions with a warning, and by others not at all.
+    def before(input_ids, past_key_values=None): ...
+
+    def renamed(input_ids, cache=None): ...
+
+    assert [cache_name(forward) for forward in (before, renamed)] == ["past_key_values", "cache"]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ class Recorder:
     def __init__(self, model: "PreTrainedModel", decoder: nn.Module, blocks: nn.ModuleList) -> None:
         self.model, self.decoder, self.blocks = model, decoder, blocks
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self._cache_name = cache_name(decoder.forward)
 
     def plan(
         self,
@@ -149,8 +150,8 @@ class Recorder:
         stage(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
             **self._extra(positions),
         )
 
@@ -162,6 +163,11 @@ class Recorder:
         config = self.model.config.get_text_config(decoder=True)
         extra: dict[str, Any] = {n: False for n in COLLECTED if getattr(config, n, False)}
         return extra | ({"position_ids": positions} if self._takes_positions else {})
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a decoder calls its keys and values: transformers 5.24 has begun to rename them."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _not_run(decoder: nn.Module) -> UnsupportedModelError:
