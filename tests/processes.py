@@ -1,6 +1,7 @@
 """Real processes that run commands: forked from this one, so that they need not import again."""
 
 import csv
+import json
 import logging
 import multiprocessing
 import os
@@ -115,6 +116,17 @@ def digests(home: Path, *patterns: str) -> dict[str, str]:
     found = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
     own = [path for path in found if not path.name.startswith(".") or path.suffix == ".tmp"]
     return {str(path.relative_to(home)): file_digest(path) for path in own}
+
+
+def heads_made(home: Path) -> dict[str, str]:
+    """Digests of the heads' files, but for the time it took and what changed meanwhile."""
+    found = digests(home, f"{HEADS}/*")
+    for name in ("config.json", "README.md"):
+        del found[f"{HEADS}/{name}"]
+    settings = json.loads((home / HEADS / "config.json").read_text())
+    for name in ("source", "seconds"):
+        del settings["training"][name]
+    return found | {"config.json": json.dumps(settings)}
 
 
 def cache_digests(home: Path) -> dict[str, str]:

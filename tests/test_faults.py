@@ -20,6 +20,7 @@ from processes import (
     cache_digests,
     digests,
     finished,
+    heads_made,
     recipe,
     shards,
     started,
@@ -73,17 +74,6 @@ def steps_not_taken_once(home: Path, kept) -> set[int]:
     # A run that was stopped between its last step and its export has none to take, and no log.
     taken = [step for log in logs_of(home) - before for step in steps_logged(log)]
     return set(taken) ^ set(range(saved, steps_saved(home)))
-
-
-def heads_made(home: Path) -> dict[str, str]:
-    """Digests of the heads' files, but for the time it took and what changed meanwhile."""
-    found = digests(home, f"{HEADS}/*")
-    for name in ("config.json", "README.md"):
-        del found[f"{HEADS}/{name}"]
-    settings = json.loads((home / HEADS / "config.json").read_text())
-    for name in ("source", "seconds"):
-        del settings["training"][name]
-    return found | {"config.json": json.dumps(settings)}
 
 
 FIT = Job(

@@ -16,9 +16,9 @@ from processes import (
     HEADS,
     cache_digests,
     codes,
-    digests,
     finished,
     free_port,
+    heads_made,
     recipe,
     shards,
     slurm,
@@ -107,7 +107,7 @@ def calm(toy_root, tmp_path_factory):
     """What an undisturbed fit of two processes makes."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("calm"))
     by_slurm(project.home, fit_of_two(project))
-    return digests(project.home, f"{HEADS}/*")
+    return heads_made(project.home)
 
 
 def fit_of_two(project: toy.Project) -> list[str]:
@@ -128,7 +128,7 @@ def test_a_fit_that_lost_a_process_is_a_named_error_and_goes_on(calm, project, l
     assert "Traceback" not in said
     assert steps_saved(project.home) < 6 * 6
     by_slurm(project.home, arguments)
-    assert digests(project.home, f"{HEADS}/*") == calm
+    assert heads_made(project.home) == calm
 
 
 # Whichever is told to stop

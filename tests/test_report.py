@@ -87,7 +87,7 @@ def without_scripts(folder):
     return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_a_browser_draws_every_plot_and_logs_no_error(written, scheme):
     folder, results = written
     page, logged = browse(folder / "report.html", scheme=scheme)
