@@ -1,26 +1,31 @@
 """How often an audit rings without a reason, how many rows a shift takes, and what an audit costs.
 
     python tests/bench_audit.py
+    python tests/bench_audit.py --shifts
     python tests/bench_audit.py --overhead --config recipes/quickstart.yaml
 
 The first draws only the coins and the losses of a stream, as the runtime does: no model is needed.
-The second answers a recipe's test rows with and without an audit in turn, and gives the ratio of
-the CPU seconds (a shared machine's wall time says little) beside the FLOPs, which are exact.
+The second answers shifted rows with the quickstart's policy, and draws streams at the disagreement
+found. The third answers a recipe's test rows with and without an audit in turn, and gives the ratio
+of the CPU seconds (a shared machine's wall time says little) beside the FLOPs, which are exact.
 """
 
 import argparse
 import math
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from lspade_train import Audit, ExitPolicy, ExitRuntime
+from lspade_train import Audit, ExitPolicy, ExitRuntime, tasks
 from lspade_train.cli.options import runtime_parts
 from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.policies.sequential import add_to_blocks, log_evidence
+from lspade_train.tasks.asking import Asker
 
 ALPHA, BUDGET, CALIBRATED = 0.05, 0.02, 0.01
 STREAMS, ROWS = 500, 5000
@@ -54,11 +59,11 @@ def false_alarms(rng, disagreement, rows):
     return np.mean([first_alarm(rng, (), disagreement, int(n)) is not None for n in drawn])
 
 
-def delays(rng, disagreement, audit, history, streams):
+def delays(rng, disagreement, audit, history, streams, before=CALIBRATED):
     """Rows in use from the shift to the alarm, and the share of streams that rang before it."""
     found, early = [], 0
     for _ in range(streams):
-        past = rng.random(rng.binomial(history, audit)) < CALIBRATED
+        past = rng.random(rng.binomial(history, audit)) < before
         blocks = blocks_of(past)
         if log_evidence(blocks, BUDGET) >= LIMIT:
             early += 1
@@ -68,26 +73,63 @@ def delays(rng, disagreement, audit, history, streams):
     return np.quantile(found, [0.5, 0.9]), early
 
 
+def served(config, heads):
+    """What answers as `predict` does, what asks, and the recipe's data section."""
+    parsed = parse(command_parser("predict", ""), ["--config", config])
+    folder = heads or Path("checkpoints") / parsed.recipe.name
+    loaded, adapter, tokenizer = runtime_parts(parsed, folder)
+    parts = partial(
+        ExitRuntime, adapter, loaded, policy=ExitPolicy.load(folder), tokenizer=tokenizer
+    )
+    prefix = loaded.metadata.get("training", {}).get("data", {}).get("answer_prefix")
+    return parts, Asker(parsed.recipe.data, tokenizer, prefix), parsed.recipe.data
+
+
+def question_first(row):
+    """The same prompt in a template in which one line has moved."""
+    *facts, question = row["prompt"].splitlines()
+    return {**row, "prompt": "\n".join([question, *facts])}
+
+
+def shifts(heads):
+    """Rows from a real shift to the alarm."""
+    runtime_with, ask, data = served("recipes/quickstart.yaml", heads)
+    rows = tasks.load_rows(data, "test").records
+    others = tasks.load_rows(replace(data, dataset="recipes/quickstart/data_open"), "test").records
+    streams = {
+        "no shift": rows,
+        "questions of 3 hops": [row for row in rows if row["group"] == "hops: 3"],
+        "open questions": others,
+        "question before the facts": [question_first(row) for row in rows],
+    }
+    rng, before = np.random.default_rng(0), 0.0
+    show(f"budget {BUDGET:.0%}; rows from the shift to the alarm after {ROWS:,} rows, median / 90%")
+    for name, records in streams.items():
+        with tempfile.TemporaryDirectory() as place:
+            every = Audit(state=Path(place) / "audit.json", rate=1.0, budget=0.99, seed=0)
+            runtime = runtime_with(audit=every)
+            asked = [ask(record) for record in records]
+            texts = [one.texts if one.choices is None else one.choices for one in asked]
+            runtime.decide([one.prompt for one in asked], texts)
+            seen = runtime.auditor.flush().seen
+        rate = seen.failures / seen.rows
+        cells = []
+        for audit in AUDITS if rate > BUDGET else ():
+            (half, most), _ = delays(rng, rate, audit, ROWS, 200, before)
+            cells.append(f"{half:9,.0f} / {most:9,.0f}")
+        before = before if cells else rate if name == "no shift" else before
+        told = "   ".join(cells) or "within the budget"
+        show(f"  {name} (n = {seen.rows:,}): {rate:.1%} of the answers differ: {told}")
+
+
 def overhead(config, heads, rate, rounds, window):
     """CPU seconds with the audit over those without, and the FLOPs that the audit took."""
-    from lspade_train import tasks
-    from lspade_train.tasks.asking import Asker
-
-    parsed = parse(command_parser("predict", ""), ["--config", config])
-    recipe = parsed.recipe
-    folder = heads or Path("checkpoints") / recipe.name
-    loaded, adapter, tokenizer = runtime_parts(parsed, folder)
-    policy = ExitPolicy.load(folder)
-    prefix = loaded.metadata.get("training", {}).get("data", {}).get("answer_prefix")
-    ask = Asker(recipe.data, tokenizer, prefix)
-    records = tasks.load_rows(recipe.data, tasks.evaluation_split(recipe.data)).records
+    runtime_with, ask, data = served(config, heads)
+    records = tasks.load_rows(data, tasks.evaluation_split(data)).records
     asked = [ask(records[place]) for place in range(min(len(records), rounds * window))]
     with tempfile.TemporaryDirectory() as place:
         audit = Audit(state=Path(place) / "audit.json", rate=rate, budget=0.5, seed=0)
-        both = [
-            ExitRuntime(adapter, loaded, policy=policy, tokenizer=tokenizer, audit=one)
-            for one in (None, audit)
-        ]
+        both = [runtime_with(audit=one) for one in (None, audit)]
         spent = [[], []]
         for start in range(-window, len(asked), window):  # the first window is a warm-up
             part = asked[max(start, 0) : max(start, 0) + window]
@@ -122,6 +164,7 @@ def main():
     """Print the tables."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--overhead", action="store_true")
+    options.add_argument("--shifts", action="store_true")
     options.add_argument("--config", default="recipes/quickstart.yaml")
     options.add_argument("--heads", type=Path, help="default: checkpoints/NAME")
     options.add_argument("--rate", type=float, default=0.02)
@@ -130,6 +173,9 @@ def main():
     asked = options.parse_args()
     if asked.overhead:
         overhead(asked.config, asked.heads, asked.rate, asked.rounds, asked.window)
+        return
+    if asked.shifts:
+        shifts(asked.heads)
         return
     rng = np.random.default_rng(0)
     show(f"budget {BUDGET:.0%}, alpha {ALPHA:.0%}, {STREAMS} streams of {ROWS:,} rows, 2% audited")
