@@ -88,7 +88,7 @@ def save_reviewer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    tiny("llama").save_pretrained(folder)
+    tiny("llama", max_position_embeddings=256).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("page", TO_CHECK, ids=lambda page: page.stem)
