@@ -194,7 +194,11 @@ def test_a_label_of_two_steps_has_the_product_of_their_probabilities():
     assert found.scores == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# A tiny OPT runs two blocks on one token more than it is charged, 1.1% of all: not explained yet.
+OPT = pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="49,152 FLOPs uncharged"))
+
+
+@pytest.mark.parametrize("family", [OPT if family == "opt" else family for family in FAMILIES])
 @torch.no_grad()
 def test_every_step_exits_by_the_policy_and_is_charged(family):
     model, prompts = tiny(family), prompts_of([6] * 8)
@@ -210,7 +214,7 @@ def test_every_step_exits_by_the_policy_and_is_charged(family):
     charged = sum(
         float(table[step, layer]) for d in found for step, layer in enumerate(d.steps)
     )  # fmt: skip
-    assert charged == pytest.approx(spent.get_total_flops(), rel=0.015)
+    assert charged == pytest.approx(spent.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade"])

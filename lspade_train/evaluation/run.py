@@ -113,7 +113,8 @@ def evaluate_recipe(
     Args:
         fitted: what is measured.
         baselines: other early-exit methods, too: reads the training and validation rows.
-        examples: rows kept, with the end of their prompt, that the policy answers unlike the model.
+        examples: how many disagreements with the full model to keep, with the end of each
+            prompt.
     """
     adapter = fitted.data.adapter
     dataset = fitted.states()
