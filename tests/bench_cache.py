@@ -31,7 +31,7 @@ from lspade_train import cache
 from lspade_train.cache import Extraction, Manifest, StateDataset
 from lspade_train.cache.loader import RowLoader
 from lspade_train.errors import CacheError
-from lspade_train.io.storage import read_tensors, write_tensors
+from lspade_train.io.tensors import read_tensors, write_tensors
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Encoded, Example
 

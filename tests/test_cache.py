@@ -26,7 +26,8 @@ from lspade_train.cache.extract import beginnings
 from lspade_train.cache.manifest import Manifest
 from lspade_train.cli import main
 from lspade_train.errors import CacheError, NumericsError
-from lspade_train.io.storage import file_digest, read_tensors
+from lspade_train.io.storage import file_digest
+from lspade_train.io.tensors import read_tensors
 from lspade_train.recipe import PromptConfig, TextConfig
 from lspade_train.training.datamodule import HiddenStateDataModule
 

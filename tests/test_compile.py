@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from lspade_train.cache import Manifest
 from lspade_train.errors import RecipeError
-from lspade_train.io.storage import file_tag
+from lspade_train.io.tensors import file_tag
 from lspade_train.models import ModelAdapter
 from lspade_train.probes.spade import collect_states, continue_states
 

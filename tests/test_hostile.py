@@ -31,7 +31,8 @@ from lspade_train.cli import main
 from lspade_train.errors import ArtifactError, CacheError, LSpadeError, PolicyError, TaskError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import read_results
-from lspade_train.io.storage import file_digest, file_tag, json_digest, read_json, read_tensors
+from lspade_train.io.storage import file_digest, json_digest, read_json
+from lspade_train.io.tensors import file_tag, read_tensors
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import predict
@@ -324,6 +325,11 @@ def test_fuzz_of_the_policy(heads, tmp_path, data):
     value = mutated(data, json.loads((heads / "policy.json").read_text()))
     (tmp_path / "policy.json").write_text(json.dumps(value))
     accepts_or_refuses(PolicyError, ExitPolicy.load, tmp_path)
+
+
+def test_a_threshold_that_no_float_holds_is_out_of_range():
+    with pytest.raises(PolicyError, match="out of range for entropy"):
+        ExitPolicy(layers=(1,), threshold=10**400)
 
 
 @fuzz

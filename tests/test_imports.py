@@ -30,6 +30,8 @@ SERVING = [
     "artifacts.folder",
     "probes.lenses",
 ]
+# What checks a command line, before anything that takes seconds to load.
+CHECKING = ["cli.parsing", "cli.options", "io.fetch", "io.layout", "tasks", "probes.lenses"]
 
 
 def files_of(name: str) -> list[Path]:
@@ -89,8 +91,9 @@ def loads(path: Path) -> Iterator[str]:
             yield from (found for found in names if module_file(found))
 
 
-def test_what_the_runtime_reaches_imports_nothing_of_training_at_its_top():
-    waiting, seen = [f"lspade_train.{name}" for name in SERVING], set()
+def reached(names: list[str], forbidden: set[str]) -> set[str]:
+    """The modules that are loaded with those, none of which may import what is forbidden."""
+    waiting, seen = [f"lspade_train.{name}" for name in names], set()
     while waiting:
         name = waiting.pop()
         if name in seen:
@@ -99,9 +102,19 @@ def test_what_the_runtime_reaches_imports_nothing_of_training_at_its_top():
         path = module_file(name)
         for line, found in imports(path, lazy=False):
             top = found.split(".")[0]
-            assert top not in TRAINING_ONLY, f"{path.relative_to(ROOT)}:{line} imports {top}"
+            assert top not in forbidden, f"{path.relative_to(ROOT)}:{line} imports {top}"
         waiting += loads(path)
+    return seen
+
+
+def test_what_the_runtime_reaches_imports_nothing_of_training_at_its_top():
+    seen = reached(SERVING, TRAINING_ONLY)
     assert {"lspade_train.models.adapter", "lspade_train.io.storage"} <= seen
+
+
+def test_a_wrong_argument_is_refused_before_torch_is_loaded():
+    seen = reached(CHECKING, {"torch", "transformers", *TRAINING_ONLY})
+    assert {"lspade_train.tasks.rows", "lspade_train.io.storage"} <= seen
 
 
 def loaded_after(statement: str) -> set[str]:

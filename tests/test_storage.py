@@ -12,15 +12,12 @@ from lspade_train.errors import ArtifactError, CacheError
 from lspade_train.io.storage import (
     atomic_path,
     file_digest,
-    file_tag,
     json_digest,
     read_json,
-    read_tensors,
-    tensor_digest,
     write_json,
-    write_tensors,
     write_text,
 )
+from lspade_train.io.tensors import file_tag, read_tensors, tensor_digest, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 
@@ -75,6 +72,8 @@ def test_json_without_numbers_that_json_lacks(tmp_path):
         ("[1]", "holds a JSON list, expected an object"),
         ("[" * 200_000, "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
+        (f'{{"a": {10**400}}}', "a number of 401 digits"),
+        ('{"a": -1e999}', "-1e999 is too large a number"),
     ],
 )
 def test_json_that_cannot_be_read_is_the_callers_error_with_its_remedy(tmp_path, content, message):

@@ -21,7 +21,7 @@ from lspade_train.cache.reader import known_stamps, note_verified, verify
 from lspade_train.cache.shards import Part, target_bytes
 from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
-from lspade_train.io.storage import read_tensors
+from lspade_train.io.tensors import read_tensors
 
 
 def add_targets(job: Build) -> Manifest:

@@ -20,7 +20,8 @@ from lspade_train.cache.manifest import (
 )
 from lspade_train.cache.states import REDUCED, TARGETS, StateBatch
 from lspade_train.errors import CacheError
-from lspade_train.io.storage import file_digest, file_stamp, read_json, read_tensors, write_json
+from lspade_train.io.storage import file_digest, file_stamp, read_json, write_json
+from lspade_train.io.tensors import read_tensors
 
 VERIFIED = ".verified.json"
 

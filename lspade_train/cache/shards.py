@@ -18,7 +18,8 @@ from lspade_train.cache.manifest import Shard
 from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
 from lspade_train.io.progress import Progress
-from lspade_train.io.storage import file_digest, file_stamp, file_tag, write_tensors
+from lspade_train.io.storage import file_digest, file_stamp
+from lspade_train.io.tensors import file_tag, write_tensors
 from lspade_train.io.text import byte_size
 from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lspade_train.errors import CacheError
 from lspade_train.io.progress import Progress
-from lspade_train.io.storage import file_tag, read_tensors, write_tensors
+from lspade_train.io.tensors import file_tag, read_tensors, write_tensors
 
 SUFFIX = ".unfinished"
 STEPS = "steps_and_rows"

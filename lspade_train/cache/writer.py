@@ -37,7 +37,8 @@ from lspade_train.cache.reader import VERIFIED, note_verified
 from lspade_train.cache.shards import Estimate, Part, estimate
 from lspade_train.cache.unfinished import SUFFIX, Unfinished
 from lspade_train.errors import CacheError
-from lspade_train.io.storage import file_digest, file_stamp, file_tag, read_json, write_tensors
+from lspade_train.io.storage import file_digest, file_stamp, read_json
+from lspade_train.io.tensors import file_tag, write_tensors
 from lspade_train.probes.spade import collect_states
 from lspade_train.tasks import Encoded, Example
 

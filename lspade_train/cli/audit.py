@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lspade_train.errors import AuditError
+
 log = logging.getLogger(__name__)
 
 AUDIT = """\
@@ -22,6 +24,11 @@ the one that saves the most compute within the budget; the old policy is kept as
 def audit(arguments: list[str]) -> None:
     """Print an audit's state; choose a stricter policy if asked to."""
     options = _options(arguments)
+    if not options.state.exists():
+        raise AuditError(
+            f"{options.state} does not exist. predict --audit and "
+            "ExitRuntime(..., audit=Audit(...)) write the state."
+        )
 
     from lspade_train.io.tracking import wandb_is_on
     from lspade_train.policies.audit import STATE, AuditState
@@ -78,7 +85,6 @@ def _options(arguments: list[str]) -> Any:
 
 def _policy(given: Path | None, path: Path, state: Any) -> Any:
     """The audited policy; None where it is not at hand."""
-    from lspade_train.errors import AuditError
     from lspade_train.io.layout import POLICY
     from lspade_train.policies.audit import policy_digest
     from lspade_train.policies.policy import ExitPolicy
@@ -114,7 +120,6 @@ def _restate(path: Path) -> None:
 def _recalibrate(options: Any, path: Path, state: Any, policy: Any) -> None:
     """Choose a policy from the audited rows, print its guarantee, and write it."""
     from lspade_train.artifacts.audited import adopt
-    from lspade_train.errors import AuditError
     from lspade_train.policies.audit import LEVEL
     from lspade_train.policies.audited_rows import load, rows_file
     from lspade_train.policies.recalibration import limits_of, recalibrate, since

@@ -110,6 +110,14 @@ def _verify(arguments: list[str]) -> int:
         )
         return 2
 
+    from lspade_train.errors import CacheError
+    from lspade_train.io.remote import is_remote
+
+    if not is_remote(rest[0]) and not Path(rest[0]).is_dir():
+        raise CacheError(
+            f"There is no folder {rest[0]}. Build a cache: lspade-train cache --config RECIPE.yaml"
+        )
+
     from lspade_train.cache import Manifest, verify
     from lspade_train.io.progress import track
 

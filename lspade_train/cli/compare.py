@@ -20,16 +20,19 @@ def compare(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    from lspade_train.cli.printing import print_comparison
-    from lspade_train.evaluation.comparison import comparable
     from lspade_train.io.fetch import local_folder
     from lspade_train.io.layout import read_results
     from lspade_train.io.remote import is_remote
-    from lspade_train.reporting.plots import compare_accuracy
 
     places = {
         given: local_folder(given) if is_remote(given) else Path(given) for given in options.folders
     }
-    results = comparable({given: read_results(folder) for given, folder in places.items()})
+    found = {given: read_results(folder) for given, folder in places.items()}
+
+    from lspade_train.cli.printing import print_comparison
+    from lspade_train.evaluation.comparison import comparable
+    from lspade_train.reporting.plots import compare_accuracy
+
+    results = comparable(found)
     print_comparison(results)
     log.info("figure: %s", compare_accuracy(results, options.output))

@@ -42,6 +42,8 @@ def inspect(arguments: list[str]) -> None:
     )
     add("--html", type=str, default=None, help="also write one self-contained HTML file here")
     parsed = parse(parser, arguments)
+    options, data = parsed.options, parsed.recipe.data
+    lens, prompt = find_lens(options.lens), _prompt(options.prompt)
 
     from rich.console import Console
 
@@ -49,10 +51,7 @@ def inspect(arguments: list[str]) -> None:
     from lspade_train.models.open import open_model
     from lspade_train.runtime.batching import encode
 
-    options, data = parsed.options, parsed.recipe.data
-    lens = find_lens(options.lens)
     heads = None if lens.heads is None else _heads(parsed, lens, lens.heads)
-    prompt = _prompt(options.prompt)
     adapter, tokenizer = open_model(data)
     labels = options.choices and [label.strip() for label in options.choices.split(",")]
     [query] = encode([prompt], labels, adapter, tokenizer)

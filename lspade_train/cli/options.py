@@ -49,15 +49,19 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
 
 
 def find_heads(parsed: Parsed) -> None:
-    """Refuse a recipe whose model is nowhere, or that was not fitted; loads neither."""
+    """Refuse a recipe whose model or heads are nowhere, or that was not fitted; loads neither."""
     find_model(parsed)
 
     from lspade_train.errors import ArtifactError
+    from lspade_train.io.fetch import local_folder
     from lspade_train.io.layout import CONFIG
+    from lspade_train.io.remote import is_remote
     from lspade_train.recipe import heads_folder
 
-    folder = heads_folder(parsed.recipe)
-    if parsed.options.heads is None and not (folder / CONFIG).exists():
+    folder, given = heads_folder(parsed.recipe), parsed.options.heads
+    if given is not None and not is_remote(given):
+        local_folder(given)
+    if given is None and not (folder / CONFIG).exists():
         raise ArtifactError(
             f"No heads in {folder}: this recipe was not fitted here.\nFit it: "
             f"{another('fit', parsed.arguments, without=parsed.own)}"

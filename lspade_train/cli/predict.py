@@ -13,6 +13,7 @@ from typing import Any
 
 from lspade_train.cli.options import find_heads, heads_given, heads_option, runtime_parts
 from lspade_train.cli.parsing import command_parser, parse
+from lspade_train.errors import TaskError
 from lspade_train.io.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,6 @@ def predict(arguments: list[str]) -> int:
     add("--resume", type=bool, default=False, nargs="?", const=True, help="keep existing answers")
     parsed = parse(parser, arguments, early=find_heads)
 
-    from lspade_train.errors import TaskError
-    from lspade_train.policies.policy import ExitPolicy
-    from lspade_train.runtime import ExitRuntime
-    from lspade_train.runtime.predict import RawPrompts, predict_lines
-    from lspade_train.tasks.asking import Asker
-
     options, data = parsed.options, parsed.recipe.data
     output, source = Path(options.output).expanduser(), Path(options.input).expanduser()
     if options.output != "-":
@@ -75,6 +70,12 @@ def predict(arguments: list[str]) -> int:
     if options.input != "-" and not source.is_file():
         raise TaskError(f"No input file {options.input}. Give a JSONL or text file with --input.")
     folder = heads_given(parsed)
+
+    from lspade_train.policies.policy import ExitPolicy
+    from lspade_train.runtime import ExitRuntime
+    from lspade_train.runtime.predict import RawPrompts, predict_lines
+    from lspade_train.tasks.asking import Asker
+
     heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy = (
         ExitPolicy.load(folder / "policy.json")
@@ -233,7 +234,6 @@ def _lines(name: str) -> Generator[Iterable[str]]:
 
 def _require_output(path: Path) -> None:
     """Refuse what cannot be written, before the model is loaded."""
-    from lspade_train.errors import TaskError
     from lspade_train.io.storage import require_writable
 
     if not path.exists():

@@ -28,10 +28,12 @@ def pull(arguments: list[str]) -> None:
     parser.add_argument("--to", metavar="DIR", help="new folder; default: checkpoints/NAME")
     options = parser.parse_args(arguments)
 
-    from lspade_train.artifacts import folder as artifact
     from lspade_train.io.fetch import check_name
 
     check_name(options.repo)
+
+    from lspade_train.artifacts import folder as artifact
+
     folder = Path(options.to or Path("checkpoints") / options.repo.rstrip("/").split("/")[-1])
     artifact.pull(options.repo, folder, options.revision)
     log.info("heads: %s", folder)

@@ -1,12 +1,13 @@
-"""Files that are complete or absent: atomic writes, digests, checked JSON and safetensors.
+"""Files that are complete or absent: atomic writes, digests, checked JSON.
 
-Knows nothing of models, heads or caches.
+Knows nothing of torch: a command that refuses a wrong argument does not wait for it.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
@@ -15,25 +16,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from lspade_train.errors import CacheError, LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
-TAG_END = ", content sha256:"
-UNREADABLE = (
-    OSError,
-    SafetensorError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    OverflowError,
-)
-"""What safetensors and torch raise over a file that is not theirs."""
+MAX_DIGITS = 300
+"""Of a whole number in JSON: a longer one is not a float either, and overflows in comparisons."""
 
 
 def default_cache_root() -> Path:
@@ -130,16 +119,19 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
         error: the file is missing, unreadable, too large, or not a JSON object.
     """
     try:
-        if _regular_size(path) > MAX_JSON_BYTES:
-            raise error(_join(f"{path} is over 64 MB, which no such file is.", remedy))
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        if regular_size(path) > MAX_JSON_BYTES:
+            raise error(join_lines(f"{path} is over 64 MB, which no such file is.", remedy))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_int=_whole, parse_float=_real, parse_constant=_no_number)
     except OSError as cause:
-        raise error(_join(_read_failure(path, cause), remedy)) from cause
+        raise error(join_lines(read_failure(path, cause), remedy)) from cause
     except (ValueError, RecursionError) as cause:
-        raise error(_join(f"{path} is not valid JSON ({_first_line(cause)}).", remedy)) from cause
+        raise error(
+            join_lines(f"{path} is not valid JSON ({first_line(cause)}).", remedy)
+        ) from cause
     if not isinstance(value, dict):
         raise error(
-            _join(f"{path} holds a JSON {type(value).__name__}, expected an object.", remedy)
+            join_lines(f"{path} holds a JSON {type(value).__name__}, expected an object.", remedy)
         )
     return value
 
@@ -162,73 +154,9 @@ def require_kinds(
         if name not in value or not isinstance(found, kind) or isinstance(found, bool):
             got = type(found).__name__ if name in value else "nothing"
             wanted = getattr(kind, "__name__", str(kind))
-            raise error(_join(f"{path} holds {got} under {name!r}, expected {wanted}.", remedy))
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    tag: str = "",
-    error: type[LSpadeError] = LSpadeError,
-) -> None:
-    """Write a safetensors file, atomically: equal content gives equal bytes.
-
-    Args:
-        path: the file.
-        tensors: by name.
-        tag: what the file was made for; `file_tag` reads it. Kept with a digest of the tensors, in
-            one string, since safetensors writes several metadata entries in random order.
-        error: what to raise.
-
-    Raises:
-        error: the file cannot be written.
-    """
-    with atomic_path(path, error) as temporary:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=_tagged(tag, contiguous) if tag else None)
-
-
-def file_tag(path: Path) -> str | None:
-    """The tag of a whole, undamaged safetensors file; None where there is no such file or tag.
-
-    Reads the file through: a bit that has flipped since it was written makes it damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tag = metadata.get("tag", "").rpartition(TAG_END)[0]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tag if tag and metadata == _tagged(tag, tensors) else None
-    except UNREADABLE:
-        return None
-
-
-def _tagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    names = sorted(tensors)
-    content = tensor_digest(*(tensors[name] for name in names))
-    return {"tag": f"{tag}{TAG_END}{json_digest([names, content])}"}
-
-
-def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:
-    """Map a safetensors file into memory; pages are read when they are touched.
-
-    Args:
-        path: the file.
-        error: what to raise.
-        remedy: second line of the message: what the user does next.
-
-    Raises:
-        error: the file is missing, unreadable, or its header does not describe its bytes.
-    """
-    try:
-        _regular_size(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as cause:
-        raise error(_join(_read_failure(path, cause), remedy)) from cause
-    except UNREADABLE as cause:
-        text = f"{path} is not a complete safetensors file ({_first_line(cause)})."
-        raise error(_join(text, remedy)) from cause
+            raise error(
+                join_lines(f"{path} holds {got} under {name!r}, expected {wanted}.", remedy)
+            )
 
 
 def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
@@ -238,11 +166,11 @@ def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
         error: the file cannot be read.
     """
     try:
-        _regular_size(path)
+        regular_size(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as cause:
-        raise error(_read_failure(path, cause)) from cause
+        raise error(read_failure(path, cause)) from cause
 
 
 def file_stamp(path: Path) -> list[int]:
@@ -260,21 +188,8 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tensor_digest(*tensors: Tensor | None) -> str:
-    """SHA-256 over shapes, dtypes and bytes, as hex."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        flat = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _write_failure(path: Path, cause: Exception) -> str:
-    text = getattr(cause, "strerror", None) or _first_line(cause)
+    text = getattr(cause, "strerror", None) or first_line(cause)
     full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in text
     if full:
         return (
@@ -284,13 +199,14 @@ def _write_failure(path: Path, cause: Exception) -> str:
     return f"{path} cannot be written ({text}). Choose a folder that you can write to."
 
 
-def _read_failure(path: Path, cause: OSError) -> str:
+def read_failure(path: Path, cause: OSError) -> str:
+    """Why a file could not be read, as a sentence."""
     if isinstance(cause, FileNotFoundError):
         return f"{path} does not exist."
-    return f"{path} cannot be read ({cause.strerror or _first_line(cause)})."
+    return f"{path} cannot be read ({cause.strerror or first_line(cause)})."
 
 
-def _regular_size(path: Path) -> int:
+def regular_size(path: Path) -> int:
     """A file's size. A pipe or a device would never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -298,15 +214,30 @@ def _regular_size(path: Path) -> int:
     return status.st_size
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits:.40} is too large a number")
+    return value
+
+
 def _no_number(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _join(message: str, remedy: str) -> str:
+def join_lines(message: str, remedy: str) -> str:
+    """A message with its remedy on a second line, where there is one."""
     return f"{message}\n{remedy}" if remedy else message
 
 
-def _first_line(cause: BaseException) -> str:
+def first_line(cause: BaseException) -> str:
+    """The first line of what an exception says, or its name."""
     return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lspade_train.io.storage import json_digest, tensor_digest
+from lspade_train.io.storage import json_digest
+from lspade_train.io.tensors import tensor_digest
 from lspade_train.models.offloading import stored
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lspade_train.errors import UnsupportedModelError
-from lspade_train.io.storage import tensor_digest
+from lspade_train.io.tensors import tensor_digest
 from lspade_train.models.offloading import loaded
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lspade_train.errors import PolicyError
-from lspade_train.io.storage import file_digest, file_tag, read_tensors, write_tensors
+from lspade_train.io.storage import file_digest
+from lspade_train.io.tensors import file_tag, read_tensors, write_tensors
 from lspade_train.policies.logistic import LayerFit, fit_layer, folds, principal
 from lspade_train.probes.metrics import entropy
 

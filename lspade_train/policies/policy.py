@@ -4,6 +4,7 @@ Knows nothing of models or of how a policy is chosen: `lspade-train calibrate` d
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -317,7 +318,7 @@ def _check_thresholds(policy: ExitPolicy) -> None:
     measure = find_measure(policy.measure)
     low, high = measure.bounds(math.inf)
     for limit in limits:
-        number = isinstance(limit, int | float) and low <= limit <= high and math.isfinite(limit)
+        number = isinstance(limit, int | float) and low <= limit <= min(high, sys.float_info.max)
         if not number:
             raise PolicyError(
                 f"threshold {limit!r} is out of range for {policy.measure}: expected "

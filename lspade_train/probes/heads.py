@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from lspade_train.errors import ArtifactError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import CONFIG, TUNED_LENS, WEIGHTS
-from lspade_train.io.storage import (
-    atomic_path,
-    file_digest,
-    read_json,
-    read_tensors,
-    require_kinds,
-    write_json,
-    write_tensors,
-)
+from lspade_train.io.storage import atomic_path, file_digest, read_json, require_kinds, write_json
+from lspade_train.io.tensors import read_tensors, write_tensors
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.recipe import Form, LossScope
 

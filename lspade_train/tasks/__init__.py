@@ -1,13 +1,14 @@
 """Data rows to tokenised prompts with one-token answers.
 
 One file per benchmark says what its rows mean; templates, labels and chat format are data in the
-recipe. Importing this package does not load `datasets`.
+recipe. Importing this package loads neither `datasets` nor `transformers`: rows are checked before
+anything is tokenised.
 """
 
-from lspade_train.models.tokenization import resolve_choices, tokenize
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lspade_train.tasks.base import SPLITS, Encoded, Example, Question, Rows, Split, Task
-from lspade_train.tasks.encoding import encode
-from lspade_train.tasks.identity import identity
 from lspade_train.tasks.registry import TASKS, register_task
 from lspade_train.tasks.rows import (
     evaluation_split,
@@ -17,6 +18,17 @@ from lspade_train.tasks.rows import (
     splits,
 )
 
+if TYPE_CHECKING:
+    from lspade_train.models.tokenization import resolve_choices, tokenize
+    from lspade_train.tasks.encoding import encode
+    from lspade_train.tasks.fingerprint import identity
+
+_MODULES = {
+    "encode": "tasks.encoding",
+    "identity": "tasks.fingerprint",
+    "resolve_choices": "models.tokenization",
+    "tokenize": "models.tokenization",
+}
 __all__ = [
     "SPLITS",
     "TASKS",
@@ -37,3 +49,10 @@ __all__ = [
     "splits",
     "tokenize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs a tokenizer is imported on first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lspade_train.{_MODULES[name]}"), name)

@@ -16,7 +16,7 @@ from lspade_train.tasks.base import Encoded, Example, Question, Rows
 from lspade_train.tasks.prompts import Prompter
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.rows import labels_of, shot_questions, to_questions
-from lspade_train.tasks.text import encode_text
+from lspade_train.tasks.text_pieces import encode_text
 
 # Prompts that end in the same tokens meet an answer in the same way: merges are that local.
 BORDER = 4

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lspade_train.errors import TaskError
 from lspade_train.recipe import PromptConfig
 from lspade_train.tasks.base import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What chat templates read besides the messages; those that do not know them ignore them. A model
 # that thinks first would not answer with its next token, and today's date would change the prompt.
@@ -41,7 +42,7 @@ class Prompter:
         self,
         config: PromptConfig,
         template: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         shots: Sequence[Question],
     ) -> None:
         if not config.chat and (config.system or config.chat_template):
