@@ -16,6 +16,7 @@ from lspade_train.policies.audit import AuditState
 from lspade_train.policies.cached_exits import exit_table
 from lspade_train.policies.exit_table import evaluate_policy
 from lspade_train.policies.policy import ExitPolicy
+from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.shift import calibrated_exits
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
@@ -110,6 +111,11 @@ def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, 
     else:
         assert chosen["time_saved"] > 0
         assert f"{chosen['time_saved']:.1%} of the time saved" in printed
+    assert fitted.run("evaluate", "--split=validation") == 0
+    row = json.loads((fitted.folder / "results.json").read_text())["exits"]["policy"]["row"]
+    assert row["time_saved"] == pytest.approx(chosen["time_saved"])  # of the rows that chose it
+    assert row["timed_as"] == f"2 x 24 tokens on {Seconds.from_json(seconds).where}"
+    capsys.readouterr()
     quick = ["--lengths=[16]", "--batch_sizes=[1]", "--repeats=2"]
     assert fitted.run("profile", *quick) == 0
     found = json.loads((fitted.folder / "profile.json").read_text())["confirmation"]

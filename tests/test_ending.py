@@ -93,6 +93,14 @@ def test_a_policy_that_never_exits_is_said_to_save_nothing():
     assert "guarantee held" not in words(found)
 
 
+def test_a_policy_priced_by_time_says_what_time_it_saves_and_where():
+    found = results()
+    assert "of the time" not in words(found)
+    found["exits"]["policy"]["row"] |= {"time_saved": 0.125, "timed_as": "8 x 64 tokens on abacus"}
+    said = "saves 12.5% of the time (predicted for 8 x 64 tokens on abacus) and 40.0% of the FLOPs"
+    assert said in words(found)
+
+
 def test_a_model_at_chance_is_named():
     found = results()
     found["full_model"] |= {"accuracy_interval": [0.55, 1.0], "majority": 0.6}

@@ -26,6 +26,7 @@ from lspade_train.policies.exit_table import (
 from lspade_train.policies.flops import count_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.readers import answer_readers, check_readers
+from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.sides import Side, chose
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import SPADE, lens_of_target
@@ -171,7 +172,22 @@ def measure_policy(
     oracle = _oracle(dataset, adapter, heads, policy)
     table = exit_table(dataset, adapter, heads, policy)
     (row,) = measure_exits(table, [policy.threshold], oracle=oracle)
-    return found | {"oracle_saving": oracle, "row": row, "note": None}, table
+    return found | {
+        "oracle_saving": oracle,
+        "row": row | _timed(table, policy),
+        "note": None,
+    }, table
+
+
+def _timed(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
+    """The time saved as `calibrate --cost time` predicts it for these rows; {} without that."""
+    record = policy.calibration.get("seconds")
+    if record is None:
+        return {}
+    seconds = Seconds.from_json(record)
+    timed = replace(table, costs=seconds.costs(policy, len(table)), flops=table.costs)
+    saved = evaluate_policy(timed, policy.threshold).time_saved
+    return {"time_saved": saved, "timed_as": f"{seconds.shape} on {seconds.where}"}
 
 
 def _promised(policy: ExitPolicy) -> dict[str, Any] | None:

@@ -35,8 +35,11 @@ def _saves(
     rows = f"{results['n']:,} rows ({rows_measured(results)})"
     if not exits:
         return f"The policy saves nothing: it never exits on these {rows}."
+    time = ""
+    if row.get("time_saved") is not None:
+        time = f"{row['time_saved']:.1%} of the time (predicted for {row['timed_as']}) and "
     words = (
-        f"The policy saves {row['compute_saved']:.1%} of the FLOPs (mean exit at layer "
+        f"The policy saves {time}{row['compute_saved']:.1%} of the FLOPs (mean exit at layer "
         f"{row['mean_exit_layer']:.2f} of {results['num_layers']}) on {rows}"
     )
     if found["measured"] is None:
