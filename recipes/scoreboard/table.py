@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lspade_train.probes.lenses import LENSES, label_of, style_of
@@ -17,6 +18,8 @@ RULES = {"paper": "the paper's rule", "ours": "calibrate"}
 BASELINES = ("fixed layer", "linear probe", "patience", "SVM over statistics")
 WITHIN = (0.01, 0.02)
 LEVEL = 0.95
+COLUMNS = 4
+"""Panels of the figure side by side."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -55,6 +58,7 @@ def render(found: Sequence[Mapping[str, Any]]) -> str:
         .format(
             heads=", ".join(f"`model.{key}: {value}`" for key, value in heads.items()),
             budget=f"{100 * found[0]['budget']:g}",
+            short=_summary(found, used),
             full=table(found, _full_columns()),
             depth=table(used, _depth_columns()),
             exits=table(used, _exit_columns()),
@@ -69,6 +73,31 @@ def render(found: Sequence[Mapping[str, Any]]) -> str:
                 for pair in found
             ),
         )
+    )
+
+
+def _summary(found: Sequence[Mapping[str, Any]], used: Sequence[Mapping[str, Any]]) -> str:
+    """What the tables say, in a few sentences."""
+
+    def of(name: str) -> str:
+        rows = [pair["policies"][name] for pair in used]
+        exiting = [row for row in rows if row["layers"]]
+        if not exiting:
+            return "never exits"
+        saved = [row["compute_saved"] for row in exiting]
+        lost = [100 * row["drop"] for row in exiting]
+        return (
+            f"exits on {len(exiting)} of {len(rows)}, saves there {median(saved):.1%} of the FLOPs "
+            f"in the median ({min(saved):.1%} to {max(saved):.1%}), and loses {min(lost):+.1f} to "
+            f"{max(lost):+.1f} points"
+        )
+
+    budget = found[0]["budget"]
+    fixed = [pair["baselines"]["fixed layer"]["drop"] > budget for pair in used]
+    return (
+        f"The model is above chance on {len(used)} of {len(found)} pairs. On these, `calibrate` "
+        f"{of('ours')}; the paper's rule {of('paper')}. The best fixed layer, chosen on validation "
+        f"rows without a guarantee, is over the budget on {sum(fixed)} of {len(used)} test splits."
     )
 
 
@@ -169,26 +198,23 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw(pairs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy by layer of every lens: one panel per pair, one row per model."""
+    """Accuracy by layer of every lens, one panel per pair."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     from lspade_train.reporting.plots.static import SETTINGS
 
-    models = list(dict.fromkeys(pair["model"] for pair in pairs))
-    tasks = list(dict.fromkeys(pair["task"] for pair in pairs))
+    rows = max(1, -(-len(pairs) // COLUMNS))
     with mpl.rc_context(SETTINGS):
-        size = (2.6 * len(tasks) + 0.4, 2.2 * len(models) + 0.6)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(2.6 * COLUMNS + 0.4, 2.3 * rows + 0.6), layout="constrained")
         FigureCanvasSVG(figure)
-        axes: Any = figure.subplots(len(models), len(tasks), squeeze=False, sharey=True)
-        for row, model in enumerate(models):
-            for column, task in enumerate(tasks):
-                same = [p for p in pairs if (p["model"], p["task"]) == (model, task)]
-                _panel(axes[row][column], same[0] if same else None)
-            axes[row][0].set_ylabel(f"{model}\naccuracy", fontsize=8)
-        handles = {h.get_label(): h for line in axes for one in line for h in one.get_lines()}
+        axes: Any = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
+        for place, axis in enumerate(axes.flat):
+            _panel(axis, pairs[place] if place < len(pairs) else None)
+        for line in axes:
+            line[0].set_ylabel("accuracy", fontsize=8)
+        handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -202,7 +228,7 @@ def _panel(axes: Any, pair: Mapping[str, Any] | None) -> None:
         axes.plot(pair["layers"], accuracy, label=label_of(lens), color=colour, lw=1.4)
     axes.axhline(pair["full_model"]["accuracy"], color="black", lw=1, label="full model")
     axes.axhline(blind(pair), color="black", lw=1, ls=":", label="without a model")
-    axes.set_title(f"{pair['task']}, n = {pair['n']:,}", fontsize=9)
+    axes.set_title(f"{pair['model']}\n{pair['task']}, n = {pair['n']:,}", fontsize=8)
     axes.set_xlabel("layer", fontsize=8)
     axes.tick_params(labelsize=8)
 
