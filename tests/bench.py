@@ -3,7 +3,7 @@
 A ratio holds on any machine; the absolute times beside it are this machine's, and the range in
 brackets is that of the rounds. On a GPU the same parts run there, at the size of Llama-7B in bf16.
 Parts can be named (`python tests/bench.py extraction fit`); `--quick` takes smaller sizes and under
-two minutes; `--model FOLDER` adds a real model; `--json FILE` keeps the table.
+two minutes; `--model FOLDER` adds a real model (in `--dtype`); `--json FILE` keeps the table.
 """
 
 import argparse
@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under two minutes")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a real model to time, too")
     parser.add_argument(
+        "--dtype", default="bfloat16", help="the real model's; float32 on a CPU that emulates bf16"
+    )
+    parser.add_argument(
         "--cpu-time", action="store_true", help="time the processor's work, where others work, too"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
@@ -32,6 +35,7 @@ def main() -> None:
         os.environ["BENCH_QUICK"] = "1"  # before the sizes are read, also in other processes
     if asked.cpu_time:
         os.environ["BENCH_CPU_TIME"] = "1"
+    os.environ["BENCH_MODEL_DTYPE"] = asked.dtype
     known = parts_of(asked.model)
     if unknown := set(asked.parts) - set(known):
         parser.error(f"no part {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")

@@ -29,25 +29,31 @@ class Setting:
     """Random states and targets, a frozen unembedding, and the heads both ways train."""
 
     def __init__(
-        self, rows: int = ROWS, vocab: int = VOCAB, scope: LossScope = "vocabulary"
+        self,
+        rows: int = ROWS,
+        vocab: int = VOCAB,
+        scope: LossScope = "vocabulary",
+        *,
+        layers: int = LAYERS,
+        width: int = WIDTH,
     ) -> None:
         torch.manual_seed(0)
-        count, self.rows = LAYERS - 1, rows
+        count, self.rows = layers - 1, rows
         with torch.device(DEVICE):
-            head = nn.Linear(WIDTH, vocab, bias=False).to(DTYPE).requires_grad_(False)
-            norm = nn.RMSNorm(WIDTH).to(DTYPE).requires_grad_(False)
+            head = nn.Linear(width, vocab, bias=False).to(DTYPE).requires_grad_(False)
+            norm = nn.RMSNorm(width).to(DTYPE).requires_grad_(False)
             self.unembed = Unembedding(norm, head)
-            self.hidden = torch.randn(rows, count, WIDTH).to(DTYPE)
-            self.target = torch.randn(rows, count, WIDTH).to(DTYPE)
+            self.hidden = torch.randn(rows, count, width).to(DTYPE)
+            self.target = torch.randn(rows, count, width).to(DTYPE)
             number = torch.zeros(rows, dtype=torch.int32)
             self.unreduced = StateBatch(
                 self.hidden, self.hidden[:, 0], number, number, number, number > 0,
                 number[:, None] + torch.arange(4).int(), number + 4, number, self.target,
             )  # fmt: skip
             self.module = LSpadeModule(
-                HeadConfig(scope=scope), LSpadeHeads(range(1, LAYERS), WIDTH)
+                HeadConfig(scope=scope), LSpadeHeads(range(1, layers), width)
             )
-            self.loop = [nn.Linear(WIDTH, WIDTH) for _ in range(count)]
+            self.loop = [nn.Linear(width, width) for _ in range(count)]
         self.module._unembed = self.unembed
         self.reducible = is_reducible(self.unembed) and scope == "vocabulary"
         self.batch = self.reduced() if self.reducible else self.unreduced

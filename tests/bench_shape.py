@@ -21,6 +21,8 @@ SMALL = (256, 8, 8_000) if QUICK else (512, 16, 32_000)
 WIDTH, LAYERS, VOCAB = (4096, 32, 32_000) if GPU else SMALL
 TOKENS_PER_BATCH = 32_768 if GPU else 8192
 ROUNDS = 2 if QUICK else 3
+MODEL_DTYPE = os.environ.get("BENCH_MODEL_DTYPE", "bfloat16")
+"""Precision of a real model."""
 
 
 def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> ModelAdapter:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_shape import DEVICE, llama, shape, untouched_llama
+from bench_shape import DEVICE, MODEL_DTYPE, llama, shape, untouched_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -67,10 +67,10 @@ def random_subject() -> Subject:
 
 @cache
 def real_subject(folder: Path) -> Subject:
-    """A transformers folder, in bfloat16."""
+    """A transformers folder."""
 
     def load() -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, MODEL_DTYPE))
         return model.to(DEVICE).eval()
 
-    return Subject(f"{folder.name}, bfloat16", ModelAdapter(load()), load())
+    return Subject(f"{folder.name}, {MODEL_DTYPE}", ModelAdapter(load()), load())
