@@ -1,6 +1,7 @@
 """The scoreboard: cache, fit, calibrate and evaluate every pair of model and task; resumes.
 
     python recipes/scoreboard/run.py --models DIR --data DIR [--only smollm2-sst2,smollm2-trec6]
+    python recipes/scoreboard/run.py --wall ...       (times the policies, on a machine left alone)
     python recipes/scoreboard/run.py --table          (the page and figure from the results alone)
 
 One results file per pair in results/, which a second run leaves alone; docs/scoreboard.md and its
@@ -24,6 +25,7 @@ import torch
 import yaml
 from prepare import prepare
 from table import RESULTS, write_page
+from wall import wall
 
 from lspade_train.cli import main as toolkit
 from lspade_train.errors import ArtifactError
@@ -32,7 +34,7 @@ from lspade_train.evaluation.exits import measure_policy
 from lspade_train.evaluation.run import FittedRecipe, evaluate_recipe
 from lspade_train.evaluation.summary import plain
 from lspade_train.io.provenance import source_state, versions
-from lspade_train.io.storage import write_json, write_text
+from lspade_train.io.storage import read_json, write_json, write_text
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.selection import calibrate
 from lspade_train.recipe import DataConfig, HeadConfig, PromptConfig, Recipe, heads_folder
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="float32 on a CPU without bf16")
     parser.add_argument("--pairs", type=Path, default=HERE / "pairs.yaml")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--wall", action="store_true", help="time what was run before")
     parser.add_argument("--table", action="store_true", help="run nothing, write the page")
     given = parser.parse_args()
     if not given.table:
@@ -80,11 +83,25 @@ def run(given: argparse.Namespace) -> None:
         if pair not in known:
             raise SystemExit(f"No pair {pair!r}; expected some of {', '.join(known)}.")
         path = given.results / f"{pair}.json"
+        if given.wall:
+            add_wall(path, pair, settings, given)
+            continue
         if path.exists():
             continue
         sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {pair}\n")
         write_json(path, Pair(pair, settings, given).results(), ArtifactError)
         gc.collect()
+
+
+def add_wall(path: Path, pair: str, settings: Mapping[str, Any], given: argparse.Namespace) -> None:
+    """Time a pair's policy, where it has results and heads here and exits at all."""
+    found = read_json(path, ArtifactError) if path.exists() else {}
+    if not found.get("policies", {}).get("ours", {}).get("layers"):
+        return
+    recipe = Pair(pair, settings, given).recipe()
+    sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {pair}, wall time\n")
+    found["wall"] = wall(FittedRecipe(recipe, heads_folder(recipe)))
+    write_json(path, found, ArtifactError)
 
 
 class Pair:
@@ -111,7 +128,7 @@ class Pair:
     def results(self) -> dict[str, Any]:
         """Everything that the page is made of; no path of this machine."""
         rows = prepare(self.task, self.model["rows"], self.data, self.work / "data", SEED)
-        recipe = self._write_recipe()
+        recipe = self.recipe()
         with self.clock("the model itself"):
             data = HiddenStateDataModule(recipe.data, recipe.model.layers, spade=False)
             baseline = cached_accuracy(data.stored("test"), data.unembed)
@@ -134,7 +151,7 @@ class Pair:
             found = evaluate_recipe(fitted, baselines=True)
         return slim(found) | {"policies": policies}
 
-    def _write_recipe(self) -> Recipe:
+    def recipe(self) -> Recipe:
         """The recipe as an object, and as the YAML file that the other commands take."""
         shots = self.task["data"].get("prompt", {}).get("shots", 0)
         data: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -173,10 +174,19 @@ def _exit_columns() -> dict[str, Column]:
 
     columns: dict[str, Column] = {"n": lambda pair: f"{pair['n']:,}"}
     columns |= {label: rule(name) for name, label in RULES.items()}
+    for size in ("1", "8"):
+        columns[f"time, batch {size}"] = partial(_time, size=size)
     return columns | {
         "calibrate chose": lambda pair: pair["policies"]["ours"]["name"].replace("->", "→"),
         "oracle": lambda pair: _number(pair["policies"]["ours"]["oracle_saving"], ".1%"),
     }
+
+
+def _time(pair: Mapping[str, Any], size: str) -> str:
+    found = pair.get("wall", {}).get("over_plain", {}).get(size)
+    return (
+        "-" if found is None else f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+    )
 
 
 def _baseline_columns() -> dict[str, Column]:
