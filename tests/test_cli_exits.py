@@ -19,6 +19,7 @@ from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.shift import calibrated_exits
 from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.profiling import prompts_of
 from lspade_train.runtime import ExitRuntime
 from lspade_train.training.datamodule import HiddenStateDataModule
 
@@ -303,6 +304,9 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     answers = asked(fitted, [{**row, "group": "unheard of"} for row in rows])
     assert not any(answer["exited"] for answer in answers)
     assert any(answer["exited"] for answer in asked(fitted, rows))
+    data = data_of(fitted)
+    timed, _ = prompts_of(data.config, data.tokenizer, None, policy.may_exit)
+    assert len(timed) == sum(one["n"] for one in groups if one["held"])  # what profile times
 
 
 @pytest.mark.slow

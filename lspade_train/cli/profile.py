@@ -59,7 +59,12 @@ def profile(arguments: list[str]) -> None:
     heads, adapter, tokenizer = runtime_parts(parsed, folder)
     policy, thresholds = _policy(parsed, folder, heads)
     data = parsed.recipe.data
-    prompts, choices = profiling.prompts_of(data, tokenizer, adapter.max_length)
+    if policy.exit_groups is not None:
+        log.info(
+            "policy: only the prompts of groups that may exit early are timed: %s",
+            ", ".join(policy.exit_groups) or "none",
+        )
+    prompts, choices = profiling.prompts_of(data, tokenizer, adapter.max_length, policy.may_exit)
     runtime = ExitRuntime(adapter, heads, policy=policy)
     plain, among = profiling.untouched(data), choices if policy.scope == "choices" else ()
     console = Console(width=max(Console().width, 110))

@@ -72,12 +72,16 @@ def forward_of(plain: "PreTrainedModel", batch: Batch) -> Callable[[], object]:
 
 
 def prompts_of(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    may_exit: Callable[[str], bool],
 ) -> tuple[list[list[int]], list[int]]:
-    """Validation prompts as token ids, and the first one's choices."""
+    """Validation prompts as token ids, of groups that may exit, and the first one's choices."""
     rows = tasks.load_rows(config, "validation")
     examples = tasks.encode(config, rows, tokenizer, max_length or 2**31).examples
-    return [[*map(int, e.input_ids)] for e in examples], [*map(int, examples[0].choice_ids)]
+    timed = [[*map(int, e.input_ids)] for e in examples if may_exit(e.group)]
+    return timed, [*map(int, examples[0].choice_ids)]
 
 
 def batch_of(
