@@ -685,8 +685,9 @@ KINDS = {
 def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
     rows, expected = KINDS[kind]
     assert initialised(tmp_path, monkeypatch, rows, "org/model") == 0
-    found = parsed(tmp_path / "mine.yaml").data
-    assert {name: getattr(found, name) for name in expected} == expected
+    recipe = parsed(tmp_path / "mine.yaml")
+    assert {name: getattr(recipe.data, name) for name in expected} == expected
+    assert recipe.model.scope == ("choices" if kind == "choices" else "vocabulary")
 
 
 def test_init_says_which_answer_no_token_tells_apart(project, monkeypatch, capsys):

@@ -147,6 +147,12 @@ def _body(
         yield f"  text: {{column: {json.dumps(found.asks)}}}"
     else:
         yield from _prompt(config, found)
+    if found.listed or found.labels:
+        # As a comment behind the line: those before one are printed.
+        yield (
+            "model: {target: both, scope: choices}  # L-SPADE heads and a tuned lens, over the "
+            "answers only: minutes where the vocabulary takes hours"
+        )
     yield "trainer: {max_epochs: 20}"
 
 
