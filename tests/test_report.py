@@ -158,8 +158,8 @@ def test_the_rows_that_differ_most_stand_in_a_table(written):
     folder, results = written
     page = with_policy(folder, results)
     head, *rows = Tables(page).found["examples"]
-    assert head == ["prompt's end", "full model", "its probability", "exit", "layer",
-                    "right answer"]  # fmt: skip
+    assert head == ["end of the prompt", "full model's answer", "its probability",
+                    "policy's answer", "exit layer", "correct answer"]  # fmt: skip
     assert rows[0] == ["w1 <b> ? :", "A", "0.750", "B", "2", "-"]
     assert "3 of 12 rows" in page
 
