@@ -47,7 +47,7 @@ def reliability(results: dict[str, Any]) -> Chart | Omitted:
         caption=f"Checks of {whose}: each point is an equal share of the rows, sorted by the "
         "signal at that layer, including rows that would have exited earlier.",
         x_label=found["measure"] + (f" ({unit})" if unit else ""),
-        y_label="agreement with the full model (fraction of rows)",
+        y_label="agreement (fraction of rows)",
         series=tuple(series),
     )
 
