@@ -40,8 +40,8 @@ def upload(
         Address of the commit or of the pull request, or the URL.
 
     Raises:
-        HubError: no login, no permission, no such repository, no network, or a public repository where
-            a private one was asked for.
+        HubError: no login, no permission, no such repository, no network, or a public repository
+            where a private one was asked for.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
