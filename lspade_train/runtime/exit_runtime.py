@@ -47,7 +47,7 @@ class ExitRuntime:
             alarm where they disagree more than the budget allows. `generate` is not audited.
 
     Attributes:
-        auditor: the audit at work; its `state` says what was seen, `flush()` writes what waits.
+        auditor: the running audit; `state` holds its counts, `flush()` writes the pending ones.
 
     Raises:
         ArtifactError: heads of another model, or none for a check layer.
