@@ -91,7 +91,8 @@ def measure_seconds(
     widest = int(tested.labels["choice_count"].max()) if chosen == "choices" else 0
     # As the runtime does: not through `torch.compile`.
     adapter = ModelAdapter(data.adapter.model)
-    prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length)
+    # Of every group: which of them may exit is not chosen yet.
+    prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length, lambda _: True)
     return time_pieces(
         adapter,
         untouched(data.config),
