@@ -1,4 +1,6 @@
-"""Named errors: what was got, what was expected, the next command. Knows nothing of the package."""
+"""Named errors: what was found, what was expected, and the next command."""
+
+# Knows nothing of the rest of the package.
 
 
 class LSpadeError(Exception):

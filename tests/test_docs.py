@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,13 @@ def test_every_page_is_in_the_navigation_and_in_llms_txt():
     nav = [name for part in inside if isinstance(part, list) for e in part for name in e.values()]
     assert found == nav
     assert {*nav, "index.md"} == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_an_option_stays_whole_in_text_but_not_inside_tags_and_scripts():
+    hooks = runpy.run_path(str(ROOT / "docs/hooks.py"))
+    page = '<a href="x --tag">fit --max-epochs 3</a><script>a --script</script> l-spade'
+    kept = page.replace("--max-epochs", '<span class="whole">--max-epochs</span>')
+    assert hooks["on_post_page"](page) == kept
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.verdict import judge
 from lspade_train.reporting.page import write_report
 from lspade_train.reporting.plots import Omitted, all_figures
+from lspade_train.reporting.plots.charts import Chart
 from lspade_train.reporting.tables import METRICS, Ranged, all_tables, merged
 from lspade_train.reporting.verdict import verdict
 
@@ -158,10 +159,17 @@ def test_the_rows_that_differ_most_stand_in_a_table(written):
     folder, results = written
     page = with_policy(folder, results)
     head, *rows = Tables(page).found["examples"]
-    assert head == ["prompt's end", "full model", "its probability", "exit", "layer",
-                    "right answer"]  # fmt: skip
+    assert head == ["end of the prompt", "full model's answer", "its probability",
+                    "policy's answer", "exit layer", "correct answer"]  # fmt: skip
     assert rows[0] == ["w1 <b> ? :", "A", "0.750", "B", "2", "-"]
     assert "3 of 12 rows" in page
+
+
+def test_a_caption_names_the_oracle_where_it_is_drawn(results):
+    charts = [figure for figure in all_figures(results) if isinstance(figure, Chart)]
+    drawn = [any("oracle" in one.label for one in chart.series) for chart in charts]
+    assert any(drawn)
+    assert ["oracle" in chart.caption for chart in charts] == drawn
 
 
 def test_its_tables_are_the_results_rounded(written):

@@ -109,7 +109,7 @@ def push(
         private: whether a new repository is private.
         branch: branch to commit to, made where it is missing; None: main.
         create_pr: propose the commit as a pull request instead.
-        message: the commit's.
+        message: commit message.
 
     Returns:
         Address of the commit or of the pull request.
@@ -146,13 +146,13 @@ def push_to_hub(
         private: whether a new repository is private.
         branch: branch to commit to, made where it is missing; None: main.
         create_pr: propose the commit as a pull request instead.
-        message: the commit's.
+        message: commit message.
 
     Returns:
         Address of the commit or of the pull request.
 
     Raises:
-        HubError: no login, no right, no such repository, or no network.
+        HubError: no login, no permission, no such repository, or no network.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

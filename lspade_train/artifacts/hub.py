@@ -34,14 +34,14 @@ def upload(
         private: whether a new repository is private.
         branch: branch to commit to, made where it is missing; None: main.
         create_pr: propose the commit as a pull request instead.
-        message: the commit's; None: "Upload L-SPADE heads".
+        message: commit message; None: "Upload L-SPADE heads".
 
     Returns:
         Address of the commit or of the pull request, or the URL.
 
     Raises:
-        HubError: no login, no right, no such repository, no network, or a public repository where
-            a private one was asked for.
+        HubError: no login, no permission, no such repository, no network, or a public repository
+            where a private one was asked for.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 

@@ -88,7 +88,7 @@ class ModelAdapter:
 
     @classmethod
     def of(cls, model: "PreTrainedModel | ModelAdapter") -> "ModelAdapter":
-        """An adapter of `model`; what it finds out is kept beside the model for the next one."""
+        """An adapter of `model`; what it computes is cached for the model's next adapter."""
         return model if isinstance(model, ModelAdapter) else cls(model)
 
     @classmethod

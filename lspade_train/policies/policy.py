@@ -42,8 +42,8 @@ class ExitPolicy:
         layers: check layers, ascending, 0 (embedding output) to L-1.
         threshold: one for all check layers, one per check layer, or None: never exit. A row stops
             at or under it with `entropy` (nats), at or over it with `margin` and `max_prob`.
-        measure: name of a registered measure: entropy, margin (probability of the likeliest token
-            less that of the second), max_prob (probability of the likeliest token), or one of
+        measure: name of a registered measure: entropy, margin (difference of the two highest
+            probabilities), max_prob (the highest probability), or one of
             `probes.measures.register_measure`; `gate` is the learned gate's doubt (0 to 1, low is
             sure), `fixed` stops every row unchecked.
         reader: whose logits the measure is of: `l-spade`, `tuned_lens` or `logit_lens`; None: the
@@ -126,10 +126,10 @@ class ExitPolicy:
         return self.exit_groups is None or (group or NO_GROUP) in self.exit_groups
 
     def require_no_groups(self, user: str) -> None:
-        """Refuse to serve what does not know the rows' groups.
+        """Raise if the policy needs the rows' groups, which the caller does not know.
 
         Args:
-            user: who asks, in words.
+            user: name of the caller, for the error message.
 
         Raises:
             PolicyError: only rows of some groups may exit.

@@ -53,20 +53,20 @@ NOTHING = Piece(0.0, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """The seconds of one model's parts, on one machine and one shape of batch.
+    """Seconds that the parts of one model take, on one machine and for one shape of batch.
 
     Attributes:
         hardware: the processor's name.
-        threads: of the CPU that ran or drove it.
+        threads: CPU threads.
         dtype: the model's precision.
         batch_size: prompts in a batch.
         prompt_length: tokens of each prompt.
-        scope: what logits are over.
-        choices: of each prompt, where the scope is choices.
+        scope: the tokens whose logits are computed.
+        choices: number of choices of each prompt, if the scope is choices.
         rounds: timed rounds, whose medians these are.
-        spread: of the whole run over the untouched model's: the middle half of the rounds, as a
-            share of their median.
-        plain: a batch through the untouched model, which unembeds the answers only.
+        spread: interquartile range, over the rounds, of the run's time relative to the original
+            model's, as a fraction of the median.
+        plain: a batch through the original model, which unembeds the answers only.
         start: a batch through the embeddings, planned block by block.
         prompt: whole prompts through each block, L pieces.
         step: single-token rows through each block, L pieces.
@@ -117,10 +117,10 @@ class Seconds:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `to_json` gave.
+        """The inverse of `to_json`.
 
         Raises:
-            PolicyError: something else.
+            PolicyError: `value` is not what `to_json` returns.
         """
         kept: dict[str, Any] = dict(value)
         try:
@@ -137,7 +137,7 @@ class Seconds:
             ) from cause
 
     def require(self, scope: str, readers: Iterable[str], measures: Iterable[str]) -> None:
-        """Refuse to price what was not timed.
+        """Raise if something that the policy needs was not timed.
 
         Raises:
             PolicyError: another scope, or a reader or measure that is not among the timed ones.

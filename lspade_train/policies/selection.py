@@ -55,7 +55,7 @@ PAPER = Options(measure="entropy", reader="l-spade", decoder="spade", uniform=Tr
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A chosen policy and what speaks for it.
+    """A chosen policy and the evidence for it.
 
     Attributes:
         policy: ready for `ExitRuntime` and `save`; its threshold is None where nothing qualified.
@@ -109,7 +109,7 @@ def calibrate(
         paper: the paper's rule: one entropy threshold of the L-SPADE heads for all check layers,
             SPADE answers. In the place of `measure`, `reader` and `decoder`.
         interval: candidate check layers are every n-th layer that has a head.
-        seed: of the gate's folds.
+        seed: seed of the gate's folds.
         per_group: the guarantee also holds within every group of the task with enough rows.
         per_depth: the guarantee also holds for the rows that exit at or before each layer, if the
             training rows suggest that there are enough of them.
@@ -121,7 +121,7 @@ def calibrate(
 
     Raises:
         PolicyError: an option out of range, or one that these heads or rows cannot serve.
-        TaskError: an accuracy budget for rows without right answers, or a missing split.
+        TaskError: an accuracy budget for rows without labels, or a missing split.
         ArtifactError: heads of another model.
 
     Source: Learn then Test, arXiv:2110.01052; Pareto Testing, arXiv:2210.07913.

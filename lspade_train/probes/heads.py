@@ -190,7 +190,7 @@ class LSpadeHeads(nn.Module):
         return self.layers.index(layer)
 
     def bind(self, model: "PreTrainedModel | ModelAdapter") -> Self:
-        """Take the final norm and unembedding of `model`, and go to its device.
+        """Take the final norm and unembedding of `model`, and move to its device.
 
         Raises:
             ArtifactError: the heads were fitted for another model (`check_same_model`).
@@ -246,7 +246,7 @@ class LSpadeHeads(nn.Module):
 
         Raises:
             ArtifactError: nothing there, damaged, or of an unknown format (HubError: the Hub
-                cannot be asked, or has no such repository or revision).
+                cannot be reached, or has no such repository or revision).
         """
         folder = local_folder(path, revision)
         config = read_json(folder / CONFIG, ArtifactError)

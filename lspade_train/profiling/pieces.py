@@ -69,8 +69,8 @@ def measure_seconds(
 ) -> Seconds:
     """Time the parts of a recipe's model here, on validation prompts, for `calibrate(cost=...)`.
 
-    The model is loaded a second time beside `data.adapter`, as the baseline that nothing was done
-    to: there must be memory for two.
+    The model is loaded a second time beside `data.adapter`, as the unmodified baseline, so there
+    must be memory for two.
 
     Args:
         data: the frozen model's states on the task.
@@ -78,7 +78,7 @@ def measure_seconds(
         batch_size: prompts in a batch; None: 8.
         prompt_length: tokens of each; None: the median of the rows that `calibrate` tests.
         scope: what a check looks at; None: as `calibrate` chooses.
-        rounds: timed rounds; None: as many as some seconds hold, and at least 5.
+        rounds: timed rounds; None: as many as fit into some seconds, at least 5.
 
     Raises:
         RecipeError: a size or a length that no batch can have.
@@ -91,7 +91,8 @@ def measure_seconds(
     widest = int(tested.labels["choice_count"].max()) if chosen == "choices" else 0
     # As the runtime does: not through `torch.compile`.
     adapter = ModelAdapter(data.adapter.model)
-    prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length)
+    # Of every group: which of them may exit is not chosen yet.
+    prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length, lambda _: True)
     return time_pieces(
         adapter,
         untouched(data.config),
@@ -129,7 +130,7 @@ def time_pieces(
         scope: what a check looks at.
         choices: tokens to choose from, where the scope is choices; which ones does not matter.
         prompts: as for `profile`.
-        rounds: timed rounds; None: as many as some seconds hold, and at least 5.
+        rounds: timed rounds; None: as many as fit into some seconds, at least 5.
 
     Raises:
         RecipeError: a size or a length that no batch can have.

@@ -25,12 +25,12 @@ from lspade_train.reporting.verdict import chance_accuracy, verdict
 REPORT = "report.html"
 FORMAT_VERSION = 2
 EXAMPLE = {
-    "prompt's end": "prompt_end",
-    "full model": "full_model",
+    "end of the prompt": "prompt_end",
+    "full model's answer": "full_model",
     "its probability": "confidence",
-    "exit": "exit",
-    "layer": "layer",
-    "right answer": "label",
+    "policy's answer": "exit",
+    "exit layer": "layer",
+    "correct answer": "label",
 }
 """Columns of the examples, and their keys in `results.json`."""
 

@@ -78,13 +78,11 @@ def _fixed(found: dict[str, Any]) -> list[str]:
     within = "that risk" if found["budget"] is None else "that budget"
     if fixed is None:
         return [f"No fixed layer stays within {within} on these rows."]
-    what = (
-        f"layer {fixed['layer']} with {label_of(fixed['lens'])} (chosen in hindsight) saves "
-        f"{fixed['saved']:.1%}; {_risk(found['risk'], fixed['measured'])}"
-    )
+    best = f"layer {fixed['layer']} with {label_of(fixed['lens'])} (chosen in hindsight)"
+    what = f"saves {fixed['saved']:.1%}; {_risk(found['risk'], fixed['measured'])}"
     if found["fixed_as_good"]:
-        return [f"A fixed exit layer does as well here: {what}."]
-    return [f"The policy beats every fixed exit layer within {within}: the best, {what}."]
+        return [f"A fixed exit layer does as well here: {best} {what}."]
+    return [f"The policy beats every fixed exit layer within {within}: the best, {best}, {what}."]
 
 
 def _no_policy(results: dict[str, Any], policy: dict[str, Any]) -> str:

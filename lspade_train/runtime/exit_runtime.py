@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class ExitRuntime:
     """SPADE-EXIT (SimExit in paper v2) over any Hugging Face decoder.
 
-    The model is left as it was found and may be used beside; one runtime serves several threads.
-    Answers are those of the model as it is at the call: a model that has changed so that the heads
-    no longer belong to it is refused.
+    The model is not modified and can still be used directly; a runtime is thread-safe. Each call
+    uses the model as it is then: a model that has changed so that the heads no longer belong to it
+    is refused.
 
     Args:
         model: the model, or its adapter.
@@ -47,12 +47,12 @@ class ExitRuntime:
             alarm where they disagree more than the budget allows. `generate` is not audited.
 
     Attributes:
-        auditor: the audit at work; its `state` says what was seen, `flush()` writes what waits.
+        auditor: the running audit; `state` holds its counts, `flush()` writes the pending ones.
 
     Raises:
         ArtifactError: heads of another model, or none for a check layer.
         PolicyError: a policy for other heads, or that this model cannot follow.
-        AuditError: an audit without a budget, or with a state that is damaged or of another one.
+        AuditError: an audit without a budget, or whose state is damaged or of another policy.
 
     Source: arXiv:2507.17618, SPADE-EXIT.
     """
@@ -103,9 +103,9 @@ class ExitRuntime:
         """One answer for each prompt, with as few blocks as the policy allows.
 
         Prompts are batched by length within `tokens_per_batch`; the order is restored. A model
-        without BOS takes the prompt's first token as the start token. What prompts of a call have
-        in common at their beginning is run once where that saves some hundred tokens, and its keys
-        and values are kept for later calls with the same beginning.
+        without BOS takes the prompt's first token as the start token. A prefix that
+        the prompts of a call share is run once if that saves some hundred tokens, and its keys and
+        values are kept for later calls with the same prefix.
 
         A choice of several tokens is decided at the first that tells it from the others, as in
         constrained decoding. Choices that begin alike are one option there; if it is taken, its
@@ -114,18 +114,19 @@ class ExitRuntime:
         Args:
             prompts: texts, or token ids with the start token first.
             choices: answers to choose from: one list for all prompts, one list (or None) per
-                prompt, or None for the whole vocabulary. Texts, token ids, or label -> tokens.
+                prompt, or None for the whole vocabulary. Texts, token ids, or a mapping from
+                labels to tokens.
             groups: each prompt's subgroup of the task; needed where the policy lets only some
                 groups exit (`exit_groups`). The full model answers the others.
-            prefix: what every prompt begins with, as text or token ids like the prompts, to be
-                run once also where a call has a single prompt; None finds it.
+            prefix: text or token ids, like the prompts, that every prompt begins with. They are
+                run once even if a call has a single prompt. None: found automatically.
 
         Raises:
             PolicyError: a policy that needs groups, without any.
             TaskError: an empty prompt, one over the context, choices that no token tells apart, a
                 prompt that does not begin with the prefix.
             ArtifactError: the model has changed and the heads no longer belong to it.
-            UnsupportedModelError: the model has changed and can no longer be driven.
+            UnsupportedModelError: the model has changed and can no longer be run block by block.
             NumericsError: NaN logits.
         """
         with self.adapter.steady():
@@ -143,7 +144,7 @@ class ExitRuntime:
     ) -> list[Generation]:
         """Several tokens for each prompt, all from the exit layer of its first one.
 
-        Our extension, not the paper's: `runtime/generate.py` says how it works and where it ends.
+        Our extension, not the paper's: `runtime/generate.py` explains how it works and its limits.
         The policy's calibrated guarantee covers the first token only.
 
         Args:

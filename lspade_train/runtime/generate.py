@@ -34,11 +34,11 @@ Listener = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Generation:
-    """What follows one prompt.
+    """The tokens generated for one prompt.
 
     Attributes:
         token_ids: generated tokens, the end-of-text token included where it came.
-        text: theirs, without special tokens; None without a tokenizer.
+        text: the tokens' text, without special tokens; None without a tokenizer.
         layer: exit layer of every token; L is the full model.
         entropy: nats, of the check that stopped the prompt, or of the model's first token.
         exited: whether it stopped below L.

@@ -75,11 +75,11 @@ class LSpadeModule(LightningModule):
             None starts at the identity.
         group: the layers that are trained, of those in the batches.
 
-    Logs `{train,val,test}/{loss,kl,agreement,accuracy}/layer_NN` and their means over the layers,
+    Logs `SPLIT/METRIC/layer_NN` (loss, kl, agreement, accuracy) and the means over the layers,
     `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
     choices, or over the vocabulary where it has none). All four are over the choices where
     `model.scope` is. With the target `both` these are the L-SPADE heads', and the tuned lens's are
-    `{train,val,test}/final/...`.
+    `SPLIT/final/...`.
 
     Raises:
         ArtifactError: the target is `both`, and the heads to continue from have no tuned lens.
@@ -107,7 +107,7 @@ class LSpadeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module.
 
-        Its rows' targets are reduced where the epochs to come make up for that.
+        Targets are reduced first if the coming epochs repay the cost of it.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed

@@ -44,10 +44,10 @@ def reliability(results: dict[str, Any]) -> Chart | Omitted:
         name="reliability",
         title=title,
         note=run_note(results, labelled=False, interval=False) + ", 95% Wilson intervals",
-        caption=f"Checks of {whose}: each point holds equally many of the rows, sorted by the "
-        "signal at that layer, those included that would have exited before it.",
+        caption=f"Checks of {whose}: each point is an equal share of the rows, sorted by the "
+        "signal at that layer, including rows that would have exited earlier.",
         x_label=found["measure"] + (f" ({unit})" if unit else ""),
-        y_label="answers as the full model (fraction of rows)",
+        y_label="agreement (fraction of rows)",
         series=tuple(series),
     )
 

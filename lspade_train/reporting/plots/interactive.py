@@ -31,7 +31,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
         x_axis |= {"tickformat": "d", "dtick": max(1, round((ends[1] - ends[0]) / TICKS))}
     if chart.percent_x:
         x_axis["tickformat"] = ".0%"
-    y_axis = {"type": "log" if chart.log_y else "linear"}
+    y_axis = {"type": "log" if chart.log_y else "linear", "exponentformat": "power"}
     return {"data": data, "layout": _layout(chart, x_axis, y_axis)}
 
 

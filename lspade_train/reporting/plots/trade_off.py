@@ -29,7 +29,7 @@ def sweep_by_layer(results: dict[str, Any]) -> Chart | Omitted:
         results,
         of=lambda row: row["mean_exit_layer"],
         name="exits_by_layer",
-        title="SPADE-EXIT: what stopping early costs, by layer",
+        title="SPADE-EXIT: accuracy by mean exit layer",
         x_label=f"mean exit layer (of {results['num_layers']})",
     )
 
@@ -40,7 +40,7 @@ def sweep_by_flops(results: dict[str, Any]) -> Chart | Omitted:
         results,
         of=_flops,
         name="exits_by_flops",
-        title="SPADE-EXIT: what stopping early costs, by FLOPs",
+        title="SPADE-EXIT: accuracy by FLOPs",
         x_label="FLOPs used, checks charged (share of the full model's)",
         percent_x=True,
     )
@@ -133,16 +133,17 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     ]  # fmt: skip
     series += _policy(results, of, labelled)
     never = exits["never"]
+    caption = "The heads' entropy decides, SPADE answers."
     if of is _flops and exits["oracle_saving"] is not None:
         where = [1 - exits["oracle_saving"]]
         series.append(
             Series("oracle, checks free", where, _values([never], labelled), ORACLE, joined=False)
         )
+        caption += " The oracle exits each row at the first layer that agrees with the full model."
     return Chart(
         title=title,
         note=run_note(results, labelled=labelled),
-        caption="The heads' entropy decides, SPADE answers. The oracle exits each row at the first "
-        "layer that answers as the full model does.",
+        caption=caption,
         y_label=_what(labelled),
         series=tuple(series),
         levels=_full_model(results) if labelled else (),
