@@ -96,7 +96,7 @@ def test_the_page_counts_the_policies_that_exit_and_those_over_the_budget(script
     from table import render
 
     page = render([pair()])
-    assert "Of these 2 calibrated policies that exit, 1 lost more than the budget" in page
+    assert "policies that exit: 2; those that lost more than the budget on the test rows: 1" in page
     assert "25.0% / +3.0" in page
     assert "| never |" in page
 

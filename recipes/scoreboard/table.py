@@ -20,7 +20,7 @@ BASELINES = ("fixed layer", "linear probe", "patience", "SVM over statistics")
 WITHIN = (0.01, 0.02)
 LEVEL = 0.95
 COLUMNS = 4
-"""Panels of the figure side by side."""
+"""Panels of the figure side by side, at most."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -84,21 +84,21 @@ def _summary(found: Sequence[Mapping[str, Any]], used: Sequence[Mapping[str, Any
         rows = [pair["policies"][name] for pair in used]
         exiting = [row for row in rows if row["layers"]]
         if not exiting:
-            return "never exits"
+            return "exits on none"
         saved = [row["compute_saved"] for row in exiting]
-        lost = [100 * row["drop"] for row in exiting]
+        lost = max(100 * row["drop"] for row in exiting)
         return (
-            f"exits on {len(exiting)} of {len(rows)}, saves there {median(saved):.1%} of the FLOPs "
-            f"in the median ({min(saved):.1%} to {max(saved):.1%}), and loses {min(lost):+.1f} to "
-            f"{max(lost):+.1f} points"
+            f"exits on {len(exiting)} of them, saves {min(saved):.1%} to {max(saved):.1%} of the "
+            f"FLOPs there (median {median(saved):.1%}) and loses at most {lost:.1f} points"
         )
 
     budget = found[0]["budget"]
     fixed = [pair["baselines"]["fixed layer"]["drop"] > budget for pair in used]
     return (
-        f"The model is above chance on {len(used)} of {len(found)} pairs. On these, `calibrate` "
-        f"{of('ours')}; the paper's rule {of('paper')}. The best fixed layer, chosen on validation "
-        f"rows without a guarantee, is over the budget on {sum(fixed)} of {len(used)} test splits."
+        f"Pairs of a model and a task: {len(found)}; those whose model is above chance: "
+        f"{len(used)}. `calibrate` {of('ours')}; the paper's rule {of('paper')}. The best fixed "
+        "layer, chosen on validation rows without a guarantee, loses more than the budget on "
+        f"{sum(fixed)} of them."
     )
 
 
@@ -215,11 +215,12 @@ def draw(pairs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     from lspade_train.reporting.plots.static import SETTINGS
 
-    rows = max(1, -(-len(pairs) // COLUMNS))
+    columns = min(COLUMNS, max(len(pairs), 2))
+    rows = max(1, -(-len(pairs) // columns))
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(2.6 * COLUMNS + 0.4, 2.3 * rows + 0.6), layout="constrained")
+        figure = Figure(figsize=(2.6 * columns + 0.4, 2.3 * rows + 0.6), layout="constrained")
         FigureCanvasSVG(figure)
-        axes: Any = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
+        axes: Any = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for place, axis in enumerate(axes.flat):
             _panel(axis, pairs[place] if place < len(pairs) else None)
         for line in axes:
