@@ -98,7 +98,7 @@ def fitting() -> Iterator[Series]:
             size: peak_memory("bench_growth", f"warmed(**{change})", "it.step()")
             for size, change in sizes.items()
         }
-        yield Series("its peak memory", against, "MB", memory)
+        yield Series("training step, peak memory", against, "MB", memory)
 
 
 def sized(layers: int = LAYERS, width: int = WIDTH, vocab: int = VOCAB) -> Setting:
