@@ -87,9 +87,10 @@ def _summary(found: Sequence[Mapping[str, Any]], used: Sequence[Mapping[str, Any
             return "exits on none"
         saved = [row["compute_saved"] for row in exiting]
         lost = max(100 * row["drop"] for row in exiting)
+        span = f" ({min(saved):.1%} to {max(saved):.1%})" if len(saved) > 1 else ""
         return (
-            f"exits on {len(exiting)} of them, saves {min(saved):.1%} to {max(saved):.1%} of the "
-            f"FLOPs there (median {median(saved):.1%}) and loses at most {lost:.1f} points"
+            f"exits on {len(exiting)} of them, saves a median {median(saved):.1%} of the FLOPs "
+            f"there{span} and loses at most {lost:.1f} points"
         )
 
     budget = found[0]["budget"]
