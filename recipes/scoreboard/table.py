@@ -226,8 +226,9 @@ def draw(pairs: Sequence[Mapping[str, Any]], path: Path) -> None:
             _panel(axis, pairs[place] if place < len(pairs) else None)
         for line in axes:
             line[0].set_ylabel("accuracy", fontsize=8)
+        ncols = min(6, 2 * columns - 1)
         handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
