@@ -118,6 +118,7 @@ class Pair:
         self.model_key, _, self.task_key = name.partition("-")
         self.model = settings["models"][self.model_key]
         self.task = settings["tasks"][self.task_key]
+        self.rows: Mapping[str, int] = settings.get("rows", {}).get(name, self.model["rows"])
         self.work: Path = given.work / name
         self.data: Path = given.data
         self.dtype: str = given.dtype
@@ -127,7 +128,7 @@ class Pair:
 
     def results(self) -> dict[str, Any]:
         """Everything that the page is made of; no path of this machine."""
-        rows = prepare(self.task, self.model["rows"], self.data, self.work / "data", SEED)
+        rows = prepare(self.task, self.rows, self.data, self.work / "data", SEED)
         recipe = self.recipe()
         with self.clock("the model itself"):
             data = HiddenStateDataModule(recipe.data, recipe.model.layers, spade=False)
