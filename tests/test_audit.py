@@ -225,7 +225,7 @@ def test_of_500_healthy_streams_of_5000_rows_at_most_5_percent_ring():
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05])
-def test_a_shift_rings_about_when_foretold_at_any_audit_rate(rate):
+def test_a_shift_raises_the_alarm_about_when_predicted_at_any_audit_rate(rate):
     rng, fresh = np.random.default_rng(1), AuditState(key=KEY)
     found = [stream(rng, 200_000, rate, 0.1, fresh) for _ in range(60)]
     assert None not in found

@@ -201,7 +201,7 @@ def test_gathering_across_shards_keeps_the_asked_order():
 
 
 @pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
-def test_the_estimate_is_within_a_tenth_of_what_lies_on_disk(project, targets, caplog):
+def test_the_estimate_is_within_a_tenth_of_the_size_on_disk(project, targets, caplog):
     with caplog.at_level("INFO", "lspade_train"):
         build(project, targets=targets, topk=16)
     said = re.search(r"caching (\d+) rows x [\d.]+ k?B = ([\d.]+) kB in", caplog.text)
@@ -557,7 +557,9 @@ def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted
         read_tensors(shard, CacheError)
 
 
-def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounted, monkeypatch):
+def test_with_more_disk_space_it_resumes_and_ends_with_the_same_bytes(
+    finished, mounted, monkeypatch
+):
     place = mounted("48k")
     with monkeypatch.context() as patch:
         patch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
@@ -672,7 +674,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
 
 
 @pytest.mark.slow  # test_launchers has a quicker way to two processes
-def test_an_error_of_one_process_is_told_once(project, tmp_path):
+def test_an_error_of_one_process_is_printed_once(project, tmp_path):
     model = toy.save_model(tmp_path / "nan", poisoned=True)
     rows = toy.questions(12)
     rows[-1]["prompt"] = f"w1 {toy.POISON} ? :"
@@ -689,7 +691,7 @@ def test_an_error_of_one_process_is_told_once(project, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_killed_process_is_a_named_error_and_the_run_goes_on_from_there(project, seed):
+def test_a_killed_process_is_a_named_error_and_the_run_resumes_there(project, seed):
     project.data = toy.write_data(project.home / "data", train=1500, validation=4)
     draw, folder = random.Random(seed), project.cache / "train"
     with many(project, 2, "--splits", "[train]") as process:

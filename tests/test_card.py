@@ -92,7 +92,7 @@ def test_model_index_leaves_out_what_was_measured_on_other_data(folder):
     assert splits == {"validation"}
 
 
-def test_a_base_model_that_is_a_folder_is_no_hub_id_and_shows_no_path(folder):
+def test_a_base_model_in_a_folder_is_not_given_as_a_hub_id_or_path(folder):
     text = card(folder, repo="someone/heads")
     assert ModelCard(text).data.base_model is None
     assert ModelCard(text).data.datasets is None
@@ -273,7 +273,7 @@ def test_what_was_written_below_the_generated_part_is_kept(folder):
 
 
 @pytest.mark.parametrize("text", ["---\n[: broken\n---\n", "---\n- a list\n---\n", "no card", ""])
-def test_a_readme_that_is_no_card_is_written_over(folder, text):
+def test_a_readme_that_is_not_a_model_card_is_overwritten(folder, text):
     (folder / "README.md").write_text(text)
     write_card(folder)
     assert ModelCard((folder / "README.md").read_text()).data.library_name == "lspade-train"

@@ -566,7 +566,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_a_near_one(
     assert f"did you mean {near}?" in refused(capsys, "fit", "--config", name)
 
 
-def test_a_recipe_that_is_not_there_is_told_before_anything_heavy_is_imported():
+def test_a_missing_recipe_is_reported_before_anything_heavy_is_imported():
     assert not {"torch", "lightning", "transformers"} & loaded_by(["fit", "--config", "nosuch"])
 
 
@@ -595,7 +595,7 @@ def test_short_ways_to_ask(arguments, capsys):
     assert printed.startswith(("usage: lspade-train", "lspade-train 0."))
 
 
-def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatch):
+def test_a_terminal_that_cannot_show_a_character_does_not_stop_a_run(monkeypatch):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(printed, "ascii", write_through=True))
     assert main(["fit", "--config", "señor"]) == 1
@@ -886,7 +886,7 @@ def test_a_device_that_is_too_small_is_a_named_error(fitted, project, monkeypatc
     assert told == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
 
 
-def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
+def test_a_stopped_fit_resumes_to_the_same_heads(fitted, project):
     settings = {"data__cache_dir": str(fitted.cache), "name": "whole"}
     whole = project.recipe(trainer__max_epochs=3, **settings)
     assert main(["fit", "--config", str(whole)]) == 0

@@ -98,7 +98,7 @@ def test_fit_names_a_folder_that_it_cannot_write_before_the_model_is_loaded(
     assert "checkpoints is a file" in refused(capsys, "fit", *made.recipe)
 
 
-def test_predict_names_an_output_that_is_no_file_before_the_model_is_loaded(
+def test_predict_refuses_an_output_that_is_not_a_file_before_the_model_is_loaded(
     made, place, capsys, monkeypatch
 ):
     monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))

@@ -183,7 +183,7 @@ def test_ctrl_c_prints_one_command_and_it_resumes(epoch, project, monkeypatch, c
     assert len(taken) == 3 * (3 - epoch)  # three batches an epoch
 
 
-def test_fit_ends_with_its_layers_and_the_command_to_go_on_with(project, monkeypatch, capsys):
+def test_fit_ends_with_its_layers_and_the_next_command(project, monkeypatch, capsys):
     monkeypatch.chdir(project.home)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     recipe = str(project.recipe(model__target="both", trainer__max_epochs=1))

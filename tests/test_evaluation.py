@@ -310,7 +310,7 @@ def test_heads_trained_on_text_are_a_row_of_the_matrix_and_text_a_column(results
     assert other["policy"]["threshold"] == cross["heads"][1]["threshold"]
 
 
-def test_two_recipes_of_one_name_cannot_be_told_apart(fitted, capsys, monkeypatch):
+def test_two_recipes_of_one_name_are_refused(fitted, capsys, monkeypatch):
     monkeypatch.chdir(fitted.home)
     recipe = str(fitted.home / "recipe.yaml")
     assert main(["evaluate", "--config", recipe, "--cross", recipe]) == 1
@@ -544,7 +544,7 @@ def test_compare_prints_one_row_per_folder_and_draws_one_figure(fitted, capsys, 
     assert figure.stat().st_size > 0
 
 
-def test_folders_of_one_recipe_are_told_apart_by_their_paths(results):
+def test_folders_of_one_recipe_are_labelled_by_their_paths(results):
     same = comparable({"a": results, "b": results})
     assert [one["label"] for one in same] == ["a", "b"]
 

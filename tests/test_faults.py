@@ -151,7 +151,7 @@ def test_a_fit_stopped_between_its_last_step_and_its_export_takes_no_step_again(
         for seed in range(KILLS)
     ],
 )
-def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_bytes(
+def test_a_process_stopped_at_a_random_moment_resumes_and_ends_with_the_same_bytes(
     calm, name, seed
 ):
     # A fit that is killed at once begins with its last checkpoint; told to stop, it saves one.
@@ -173,7 +173,7 @@ def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_byt
     assert not job.lost(project.home, kept)
 
 
-def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(project):
+def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_resume(project):
     arguments = [*FIT.prepare(project), "--trainer.max_epochs", "2000"]
     process = started(project.home, arguments)
     log = project.home / HEADS / "logs/version_0/metrics.csv"
@@ -189,7 +189,7 @@ def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(p
     assert not list(project.home.glob("checkpoints/**/*.tmp"))
 
 
-def test_who_waits_for_a_builder_that_is_killed_goes_on_in_its_place(calm):
+def test_a_process_that_waits_for_a_killed_builder_takes_over(calm):
     project, arguments = calm.prepared("cache")
     log = project.home / "stderr"
     first = started(project.home, arguments)
@@ -253,7 +253,7 @@ def each_damage():
 
 
 @pytest.mark.parametrize(("file", "damage"), [*each_damage()])
-def test_a_file_damaged_before_the_run_goes_on_is_made_again(calm, unfinished, other, damage, file):
+def test_a_file_damaged_before_the_run_resumes_is_rebuilt(calm, unfinished, other, damage, file):
     home, arguments = unfinished
     path = home / "cache/train" / file
     before = path.read_bytes()
@@ -330,7 +330,7 @@ def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, ye
 
 
 @pytest.mark.slow
-def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys):
+def test_predict_resumes_where_a_full_disk_stopped_it(calm, monkeypatch, capsys):
     calm("predict")
     project, arguments = calm.prepared("predict")
     place = project.home / "small"

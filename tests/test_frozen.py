@@ -208,7 +208,7 @@ def test_without_a_place_to_keep_them_facts_are_loaded_each_time(
     assert len(loads) == 2
 
 
-def test_nothing_is_kept_of_a_model_that_brings_its_own_code(project, loads, records):
+def test_nothing_is_kept_of_a_model_with_code_of_its_own(project, loads, records):
     for _ in range(2):
         _ = frozen(project, trust_remote_code=True).facts
     assert len(loads) == 2

@@ -388,7 +388,7 @@ def test_a_version_that_is_not_known_is_refused(cache, heads, tmp_path, version)
             read(folder)
 
 
-def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
+def test_anything_but_a_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

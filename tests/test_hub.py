@@ -341,9 +341,7 @@ def test_a_connection_that_drops_every_time_ends_in_a_named_error_and_no_commit(
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
-def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_again(
-    hub, folder, recipe, capsys
-):
+def test_a_failed_upload_commits_nothing_and_resumes_when_run_again(hub, folder, recipe, capsys):
     weights = (folder / "heads.safetensors").read_bytes()
 
     def refuse_weights(_oid, data):

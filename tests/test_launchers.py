@@ -115,7 +115,7 @@ def fit_of_two(project: toy.Project) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_fit_that_lost_a_process_is_a_named_error_and_goes_on(calm, project, lost):
+def test_a_fit_that_lost_a_process_is_a_named_error_and_resumes(calm, project, lost):
     arguments = fit_of_two(project)
     both = slurm(project.home, arguments)
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
@@ -171,7 +171,7 @@ def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     assert kept.items() <= shards(project.home).items()
 
 
-def test_sigterm_is_heard_by_a_process_that_waits_for_another(large_cache, project, large):
+def test_sigterm_reaches_a_process_that_waits_for_another(large_cache, project, large):
     project.data = large
     first, second = slurm(project.home, ["cache", *recipe(project)])
     wait_for(lambda: len(shards(project.home)) > 9, first, second)
@@ -202,7 +202,7 @@ def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
 
 
 @pytest.mark.slow
-def test_slurms_signal_to_requeue_leaves_no_checkpoint_for_other_recipes_to_go_on_from(project):
+def test_slurms_requeue_signal_leaves_no_checkpoint_that_another_recipe_would_resume(project):
     both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
     for process in both:

@@ -184,7 +184,7 @@ def test_a_resumed_fit_ends_with_the_heads_of_one_that_was_not_stopped(project, 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning")
 @pytest.mark.parametrize("limit", [1.0, 2])
-def test_a_fit_resumed_from_the_checkpoint_of_an_epochs_end_goes_on_exactly(project, limit):
+def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_same_as_one_never_stopped(project, limit):
     keep = ModelCheckpoint(dirpath=project.home / "ck", filename="{epoch}", save_top_k=-1)
     options = {"enable_checkpointing": True, "limit_train_batches": limit}
     whole, _ = fit(project, epochs=3, callbacks=[keep], **options)
@@ -344,7 +344,7 @@ def test_running_text_has_its_next_tokens_for_labels(project):
     assert "val/accuracy/mean" in runner.logged_metrics
 
 
-def test_a_loss_that_is_no_number_stops_with_its_remedy(project):
+def test_a_loss_that_is_not_finite_stops_with_its_remedy(project):
     class Spoil(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             batch.hidden[0] = float("nan")

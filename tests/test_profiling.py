@@ -87,13 +87,13 @@ def test_the_baseline_is_a_model_that_nothing_was_done_to():
     assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
-def test_the_runtimes_own_model_is_no_baseline():
+def test_the_runtimes_own_model_is_refused_as_a_baseline():
     runtime = runtime_of(tiny("llama"), ExitPolicy.never())
     with pytest.raises(UnsupportedModelError, match=r"own model(.|\n)*from_pretrained"):
         profile(runtime, runtime.adapter.model, lengths=(4,))
 
 
-def test_another_model_is_no_baseline():
+def test_another_model_is_refused_as_a_baseline():
     runtime = runtime_of(tiny("llama"), ExitPolicy.never())
     with pytest.raises(UnsupportedModelError, match=r"another model(.|\n)*from_pretrained"):
         profile(runtime, tiny("gpt2"), lengths=(4,))

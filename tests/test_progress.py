@@ -48,7 +48,7 @@ def test_without_a_terminal_a_line_comes_every_half_minute(clock, caplog):
     ]
 
 
-def test_work_of_unknown_size_is_told_without_an_end(clock, caplog):
+def test_work_of_unknown_size_is_shown_without_a_total(clock, caplog):
     with Progress("predict", None) as work:
         clock.now += 40
         work.advance(400)
@@ -93,7 +93,7 @@ def two_steps_and(work, error):
         raise error
 
 
-def test_an_interrupted_file_goes_on_after_its_last_whole_step(tmp_path):
+def test_an_interrupted_file_resumes_after_its_last_whole_step(tmp_path):
     path = tmp_path / "shard-00000.safetensors"
     first = Unfinished(path, "tag")
     first.tensors["hidden"] = torch.arange(6.0)

@@ -145,7 +145,7 @@ def test_a_cache_is_built_once_and_read_by_a_machine_that_has_nothing(project, p
 
 
 @every_system
-def test_a_shard_that_was_damaged_far_away_is_refused(project, place, tmp_path):
+def test_a_shard_damaged_in_the_remote_store_is_refused(project, place, tmp_path):
     project.module(cache_dir=place, shard_mb=0.01).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     content = bytearray(files.cat_file(f"{root}/shard-00001.safetensors"))
@@ -157,7 +157,7 @@ def test_a_shard_that_was_damaged_far_away_is_refused(project, place, tmp_path):
 
 
 @every_system
-def test_overwrite_replaces_what_is_far_away_and_another_recipe_is_refused(project, place):
+def test_overwrite_replaces_the_remote_cache_and_another_recipe_is_refused(project, place):
     project.module(cache_dir=place).states("train")
     with pytest.raises(CacheError, match="built for another positions"):
         project.module(cache_dir=place, positions="compact").states("train")
@@ -169,7 +169,7 @@ def test_overwrite_replaces_what_is_far_away_and_another_recipe_is_refused(proje
 
 @pytest.mark.slow
 @every_system
-def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, place, tmp_path):
+def test_an_interrupted_upload_is_not_a_cache_and_is_completed(project, place, tmp_path):
     project.module(cache_dir=place, shard_mb=0.01).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.rm_file(f"{root}/{MANIFEST}")
@@ -230,7 +230,7 @@ def test_what_is_the_same_on_both_sides_is_not_transferred(project, place, serve
 
 @on_s3
 @pytest.mark.parametrize("at", [seldom(IDENTITY), SHARDS[3], seldom(TARGETS[2]), seldom(MANIFEST)])
-def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
+def test_a_build_killed_while_uploading_resumes_and_uploads_nothing_twice(
     project, place, server, calm, at
 ):
     killed_at(server, f"PUT {at}", project, place)
@@ -245,7 +245,7 @@ def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
 
 @on_s3
 @pytest.mark.parametrize("at", [seldom(SHARDS[0]), SHARDS[3], seldom(MANIFEST)])
-def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
+def test_a_reader_killed_while_downloading_resumes_and_downloads_nothing_twice(
     project, place, server, tmp_path, calm, at
 ):
     project.module(cache_dir=place, **SIZES).states("train")
@@ -353,7 +353,7 @@ def test_two_machines_without_a_shared_folder_build_one_cache(
 
 @pytest.mark.slow
 @on_s3
-def test_a_lost_machine_stops_the_run_which_goes_on_without_sending_anything_twice(
+def test_a_lost_machine_stops_the_run_which_resumes_and_uploads_nothing_twice(
     project, place, server, calm, tmp_path
 ):
     both = two_machines(project, place, tmp_path)
@@ -386,7 +386,7 @@ def test_two_machines_rebuild_what_both_of_them_have(project, place, calm, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("seed", range(10))
-def test_a_build_stopped_at_a_random_moment_goes_on_here_or_on_another_machine(
+def test_a_build_stopped_at_a_random_moment_resumes_here_or_on_another_machine(
     project, place, calm, tmp_path, seed
 ):
     draw = random.Random(seed)

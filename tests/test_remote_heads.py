@@ -77,7 +77,7 @@ def test_what_is_pushed_to_a_url_is_pulled_byte_for_byte(fitted, url, push):
 
 
 @pytest.mark.slow
-def test_a_push_that_was_cut_short_leaves_no_heads_and_goes_on(url, push, server, capsys):
+def test_an_interrupted_push_leaves_no_heads_and_resumes(url, push, server, capsys):
     server.cut["PUT heads.safetensors"] = lambda: "403 Forbidden"
     assert push() == 1
     assert "your credentials for it" in capsys.readouterr().err

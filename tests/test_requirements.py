@@ -61,6 +61,6 @@ def test_a_missing_package_is_named_and_an_extra_of_ours_may_be_missing(installe
         check_versions()
 
 
-def test_only_an_extra_missing_is_no_error(installed):
+def test_a_missing_extra_alone_is_not_an_error(installed):
     installed("lspade_train", "0.1.0", 'nor-this; extra == "wandb"', "torch>=2")
     check_versions()

@@ -140,7 +140,7 @@ def test_where_single_token_blocks_cost_as_much_as_prompts_do_spade_never_exits_
     assert chosen_of(priced("spade")).chosen.time_saved > 0.1
 
 
-def test_both_savings_are_told_and_time_is_what_counts():
+def test_both_savings_are_printed_and_time_decides():
     table = priced("l-spade")
     row = evaluate_policy(table.at((4,)), 0.1)
     only_flops = evaluate_policy(replace(table, costs=table.flops, flops=None).at((4,)), 0.1)
@@ -232,7 +232,7 @@ def test_a_shape_that_no_batch_has_is_refused(changes, match):
         bench(tiny("llama"), **changes)
 
 
-def test_the_runtimes_own_model_is_no_baseline_of_its_seconds():
+def test_the_runtimes_own_model_is_refused_as_the_baseline_of_its_seconds():
     model = tiny("llama")
     with pytest.raises(UnsupportedModelError, match="own model"):
         time_pieces(

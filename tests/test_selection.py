@@ -169,7 +169,7 @@ def test_online_data_proposes_from_as_many_training_rows_as_are_enough(toy_root,
 # Which rows chose it ---------------------------------------------------------------------------
 
 
-def test_held_out_rows_are_told_by_their_content_alone():
+def test_held_out_rows_are_chosen_by_their_content_alone():
     rows = toy.questions(400)
     sides = held_out(rows)
     assert held_out(rows[::-1]) == sides[::-1]

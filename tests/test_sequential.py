@@ -90,7 +90,7 @@ def test_streams_over_the_budget_ring_about_when_foretold():
     assert np.median(found) == pytest.approx(rows_until_alarm(rate, budget), rel=0.5)
 
 
-def test_a_rate_within_the_budget_is_foretold_never_to_ring():
+def test_a_rate_within_the_budget_is_predicted_never_to_raise_the_alarm():
     assert rows_until_alarm(0.01, 0.02, most=10_000) == 10_000
 
 

@@ -216,7 +216,7 @@ def test_words_of_several_tokens_are_decided_at_their_first(mini, tokenizer):
     assert "'yes' is ['▁y', 'es']" in encoded.labels
 
 
-def test_labels_that_cannot_be_told_apart_come_with_the_remedies():
+def test_labels_with_the_same_tokens_come_with_remedies():
     with pytest.raises(TaskError) as caught:
         tasks.resolve_choices(word_level(), "what ?", ["yes", "yes no"])
     message = str(caught.value)
@@ -376,7 +376,7 @@ def test_chat_prompts_follow_the_chat_template(source, tmp_path):
     assert encoded.prefix == ""
 
 
-def test_chat_templates_are_told_not_to_think_and_not_to_look_at_the_clock(tmp_path):
+def test_chat_templates_render_without_thinking_and_without_todays_date(tmp_path):
     template = "{{ enable_thinking }} {{ date_string }} {{ messages[0].content }} :"
     prompt = PromptConfig(chat=True, chat_template=template, template="Question")
     config = own(jsonl(tmp_path, "train", [QUESTION]), prompt=prompt)
@@ -682,7 +682,7 @@ def test_a_lone_surrogate_in_a_label_is_a_named_error():
 
 
 @pytest.mark.parametrize("labels", [["A", "A"], ["A", ""], ["A"], []], ids=str)
-def test_labels_that_cannot_be_told_apart_are_refused(labels):
+def test_labels_with_the_same_tokens_are_refused(labels):
     with pytest.raises(RecipeError, match=r"data\.prompt\.labels is .*two or more"):
         PromptConfig(labels=labels)
 
