@@ -1,4 +1,4 @@
-"""Several processes of one run: however they are launched, and whichever of them is lost."""
+"""Multi-process runs under every launcher, and when any one process is lost."""
 
 import os
 import signal
@@ -28,11 +28,11 @@ from processes import (
 )
 from safetensors.torch import load_file
 
-# However they are launched
+# Launchers
 
 
 def torchrun(home: Path, arguments: list[str], *nodes: list[str]) -> str:
-    """Run a command by one torchrun, or by one per node; what they say."""
+    """Run a command with one torchrun, or with one per node; return the output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [sys.executable, "-m", "torch.distributed.run", "--local_addr", "127.0.0.1"]
     launchers = [
@@ -68,7 +68,7 @@ def by_slurm(home: Path, arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def alone(toy_root, tmp_path_factory):
-    """A fit of one process with the global batch that two have together; read only."""
+    """A single-process fit with the global batch size of two processes; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("alone"))
     finished(project.home, ["fit", *recipe(project, data__batch_size=8)])
     return project.home
@@ -82,7 +82,7 @@ def alone(toy_root, tmp_path_factory):
         pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, project, launched):
+def test_two_processes_produce_the_same_cache_and_heads_as_one(alone, project, launched):
     said = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
     assert said.count("train: caching 48 rows") == 1, said
     assert cache_digests(project.home) == cache_digests(alone)
@@ -94,7 +94,7 @@ def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, 
         torch.testing.assert_close(heads[name], value, rtol=0, atol=1e-6)
 
 
-# Whichever is lost
+# A lost process
 
 LOST = [
     "error: Another process of this run ended before its work was done.",
@@ -104,7 +104,7 @@ LOST = [
 
 @pytest.fixture(scope="module")
 def calm(toy_root, tmp_path_factory):
-    """What an undisturbed fit of two processes makes."""
+    """The output of an undisturbed two-process fit."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("calm"))
     by_slurm(project.home, fit_of_two(project))
     return heads_made(project.home)
@@ -115,7 +115,7 @@ def fit_of_two(project: toy.Project) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_fit_that_lost_a_process_is_a_named_error_and_resumes(calm, project, lost):
+def test_a_fit_that_loses_a_process_raises_a_clear_error_and_resumes(calm, project, lost):
     arguments = fit_of_two(project)
     both = slurm(project.home, arguments)
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
@@ -131,18 +131,18 @@ def test_a_fit_that_lost_a_process_is_a_named_error_and_resumes(calm, project, l
     assert heads_made(project.home) == calm
 
 
-# Whichever is told to stop
+# A terminated process
 
 
 @pytest.fixture(scope="module")
 def large(toy_root, tmp_path_factory):
-    """More questions, whose cache takes a while."""
+    """More questions, whose cache takes a while to build."""
     return toy.write_data(tmp_path_factory.mktemp("more"), train=700, validation=4)
 
 
 @pytest.fixture(scope="module")
 def large_cache(toy_root, large, tmp_path_factory):
-    """What an undisturbed `cache` of one process makes of them."""
+    """The output of an undisturbed single-process `cache` on them."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("large"))
     project.data = large
     finished(project.home, ["cache", *recipe(project)])
@@ -151,7 +151,7 @@ def large_cache(toy_root, large, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["cache", "fit"])
-def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
+def test_sigterm_ends_all_cache_processes_and_keeps_their_shards(
     large_cache, project, large, command
 ):
     project.data = large
@@ -171,7 +171,7 @@ def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     assert kept.items() <= shards(project.home).items()
 
 
-def test_sigterm_reaches_a_process_that_waits_for_another(large_cache, project, large):
+def test_sigterm_stops_a_process_that_waits_for_another(large_cache, project, large):
     project.data = large
     first, second = slurm(project.home, ["cache", *recipe(project)])
     wait_for(lambda: len(shards(project.home)) > 9, first, second)
@@ -187,7 +187,7 @@ def test_sigterm_reaches_a_process_that_waits_for_another(large_cache, project, 
     assert said.startswith("error: Another process of this run ended"), said
 
 
-def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
+def test_sigterm_to_one_process_ends_the_fit_for_all_after_the_same_step(project):
     both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
     log = project.home / HEADS / "logs/version_0/metrics.csv"
     wait_for(log.exists, *both)
@@ -202,7 +202,7 @@ def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
 
 
 @pytest.mark.slow
-def test_slurms_requeue_signal_leaves_no_checkpoint_that_another_recipe_would_resume(project):
+def test_slurms_requeue_signal_leaves_no_checkpoint_for_another_recipe(project):
     both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
     for process in both:
@@ -211,7 +211,7 @@ def test_slurms_requeue_signal_leaves_no_checkpoint_that_another_recipe_would_re
     assert [path.name for path in project.home.rglob("*.ckpt")] == ["last.ckpt"]
 
 
-# By Lightning itself, which starts the second process and watches over it
+# Lightning's own launcher, which starts and monitors the second process
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def by_lightning(home: Path, arguments: list[str]) -> Generator[subprocess.Popen
 
 
 def second_of(first: subprocess.Popen) -> int:
-    """The process that Lightning has started beside the first one (Linux)."""
+    """The process that Lightning started beside the first one (Linux)."""
     return int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[0])
 
 
@@ -241,7 +241,7 @@ def has_ended(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["first", "second"])
-def test_a_process_that_loses_the_other_one_does_not_outlive_it(project, lost):
+def test_a_process_that_loses_its_peer_also_exits(project, lost):
     arguments = ["fit", *recipe(project, trainer__max_epochs=2000)]
     with by_lightning(project.home, arguments) as first:
         wait_for((project.home / HEADS / "training/last.ckpt").exists)
@@ -256,9 +256,7 @@ def test_a_process_that_loses_the_other_one_does_not_outlive_it(project, lost):
 @pytest.mark.parametrize(
     ("command", "phase"), [("cache", "caching"), ("fit", "caching"), ("fit", "training")]
 )
-def test_sigterm_to_the_first_process_reaches_the_one_that_it_has_started(
-    project, large, command, phase
-):
+def test_sigterm_to_the_first_process_reaches_the_one_it_started(project, large, command, phase):
     project.data = large
     arguments = [command, *recipe(project, trainer__max_epochs=2000)]
     begun = {
