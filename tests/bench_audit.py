@@ -119,8 +119,8 @@ def shifts(heads):
             (half, most), _ = delays(rng, rate, audit, ROWS, 200, before)
             cells.append(f"{half:9,.0f} / {most:9,.0f}")
         before = before if cells else rate if name == "no shift" else before
-        told = "   ".join(cells) or "within the budget"
-        show(f"  {name} (n = {seen.rows:,}): {rate:.1%} of the answers differ: {told}")
+        summary = "   ".join(cells) or "within the budget"
+        show(f"  {name} (n = {seen.rows:,}): {rate:.1%} of the answers differ: {summary}")
 
 
 def overhead(config, heads, rate, rounds, window):

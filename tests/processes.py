@@ -68,7 +68,7 @@ def wait_for(what: Callable[[], object], *processes: BaseProcess) -> None:
     """Wait until a condition holds that only running processes can bring about."""
     give_up = time.monotonic() + 60
     while not what():
-        assert all(process.is_alive() for process in processes), "it ended before the condition"
+        assert all(process.is_alive() for process in processes), "a process ended too early"
         assert time.monotonic() < give_up
         time.sleep(0.002)
 

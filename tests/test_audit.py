@@ -86,7 +86,7 @@ def test_rows_without_an_exit_count_as_agreeing_at_no_cost(tmp_path):
     assert seen.flops[2] == 0
 
 
-def test_an_audit_changes_no_answer(tmp_path):
+def test_auditing_changes_no_answer(tmp_path):
     plain = runtime_of(tiny("llama"), ALWAYS).decide(TWENTY)
     assert audited(tmp_path, budget=0.99).decide(TWENTY) == plain
 
@@ -220,8 +220,8 @@ def stream(rng, rows, rate, disagreement, state, batch=250):
 @pytest.mark.slow
 def test_at_most_5_percent_of_healthy_streams_raise_an_alarm():
     rng, fresh = np.random.default_rng(0), AuditState(key=KEY)
-    rung = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]
-    assert sum(rung) <= 25
+    alarms = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]
+    assert sum(alarms) <= 25
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05])
@@ -336,12 +336,12 @@ def test_a_policy_digest_depends_only_on_its_behaviour():
     assert policy_digest(first) != policy_digest(ExitPolicy(layers=(1,), threshold=0.6))
 
 
-def _count(path, updates, told):
+def _count(path, updates, reported):
     """Add rows one at a time, and report after each that it is done."""
     file = AuditFile(path, KEY)
     for _ in range(updates):
         file.add(Seen(rows=1, exited=1, exits={1: 1}, drawn=1, audited=1))
-        os.write(told, b".")
+        os.write(reported, b".")
 
 
 def _counting(path, updates):
@@ -354,7 +354,7 @@ def _counting(path, updates):
 
 def test_concurrent_and_killed_processes_lose_no_completed_counts(tmp_path):
     path = tmp_path / "audit.json"
-    draw, told = random.Random(3), 0
+    draw, reported = random.Random(3), 0
     other, read_other = _counting(path, 60)
     for _ in range(6):
         process, read = _counting(path, 10**6)
@@ -362,14 +362,14 @@ def test_concurrent_and_killed_processes_lose_no_completed_counts(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         while done := os.read(read, 4096):
-            told += len(done)
+            reported += len(done)
         os.close(read)
     other.join(60)
     os.close(read_other)
     assert other.exitcode == 0
     state = AuditState.load(path)
     # Each killed process may have written one update that it could no longer report.
-    assert 60 + told <= state.seen.rows <= 60 + told + 6
+    assert 60 + reported <= state.seen.rows <= 60 + reported + 6
     assert AuditFile(path, KEY).add(Seen(rows=1, exits={1: 1})).seen.rows == state.seen.rows + 1
 
 
@@ -421,7 +421,7 @@ def test_audit_rejects_a_missing_state_and_another_policy(folder, capsys):
     assert "belongs to a different policy" in capsys.readouterr().err
 
 
-def test_the_promise_states_risk_prompts_confidence_and_audit_status(folder):
+def test_the_guarantee_states_risk_prompts_confidence_and_audit_status(folder):
     words = promise(ExitPolicy.load(folder).calibration, audit_of(folder))
     assert "At most 2% of the answers differ from the full model's, with 95% confidence" in words
     assert "as the 300 rows on which it was tested (validation split of jsonl)" in words

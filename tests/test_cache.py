@@ -131,7 +131,7 @@ def test_selecting_rows_gives_the_right_rows_from_any_shard(finished):
 
 
 @torch.no_grad()
-def test_stored_logits_are_those_of_the_stored_hidden_state(project):
+def test_stored_logits_match_the_stored_hidden_state(project):
     data, hidden = build(project, mode="memory")
     _, logits = build(project, mode="memory", targets="logits")
     expected = data.adapter.unembed(everything(hidden).target)
@@ -204,12 +204,12 @@ def test_gathering_across_shards_preserves_the_requested_order():
 def test_the_size_estimate_is_within_10_percent_of_the_size_on_disk(project, targets, caplog):
     with caplog.at_level("INFO", "lspade_train"):
         build(project, targets=targets, topk=16)
-    said = re.search(r"caching (\d+) rows x [\d.]+ k?B = ([\d.]+) kB in", caplog.text)
-    rows, told = int(said[1]), 1000 * float(said[2])
+    logged = re.search(r"caching (\d+) rows x [\d.]+ k?B = ([\d.]+) kB in", caplog.text)
+    rows, estimate = int(logged[1]), 1000 * float(logged[2])
     manifest = Manifest.read(project.cache / "train")
     header = 2000
     assert rows == manifest.rows == 48
-    assert 0.99 * (manifest.bytes - header) <= told <= manifest.bytes * 1.1
+    assert 0.99 * (manifest.bytes - header) <= estimate <= manifest.bytes * 1.1
 
 
 def test_the_start_tokens_states_are_stored_once(project):
@@ -219,7 +219,7 @@ def test_the_start_tokens_states_are_stored_once(project):
     assert starts["hidden"].shape == (1, len(dataset.layers), 32)
 
 
-def test_reading_maps_the_files_instead_of_loading_them(project):
+def test_reading_memory_maps_the_files(project):
     _, dataset = build(project)
     assert len(dataset) == 48
     maps = Path("/proc/self/maps")
@@ -704,10 +704,10 @@ def test_a_killed_process_raises_a_clear_error_and_the_run_resumes(project, seed
         _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     after = contents(folder)
-    calm = project.module(cache_dir=str(project.home / "calm"), shard_mb=TINY_SHARDS,
+    undisturbed = project.module(cache_dir=str(project.home / "undisturbed"), shard_mb=TINY_SHARDS,
                           tokens_per_batch=128)  # fmt: skip
-    calm.states("train")
-    assert after == contents(project.home / "calm/train")
+    undisturbed.states("train")
+    assert after == contents(project.home / "undisturbed/train")
 
 
 def child_of(pid: int) -> int:

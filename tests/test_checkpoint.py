@@ -164,13 +164,15 @@ def test_an_adapter_is_loaded_onto_its_base(checkpoint, adapter_of):
     assert adapted.identity["model_weights"] != load(base).identity["model_weights"]
 
 
-def test_the_base_of_an_adapter_must_be_complete_too(checkpoint, adapter_of):
+def test_the_base_model_of_an_adapter_must_be_complete(checkpoint, adapter_of):
     base = checkpoint(drop=["model.norm.weight"])
     with pytest.raises(UnsupportedModelError, match=r"lacks weights.*: model\.norm\.weight"):
         load(adapter_of(base, "q_proj"))
 
 
-def test_heads_are_not_fitted_through_an_adapted_head(checkpoint, adapter_of, project, capsys):
+def test_fitting_heads_through_an_adapted_lm_head_is_rejected(
+    checkpoint, adapter_of, project, capsys
+):
     folder = str(adapter_of(checkpoint(), "lm_head"))
     recipe = project.recipe(data__model_id=folder, trainer__logger=False)
     assert main(["fit", "--config", str(recipe)]) == 1

@@ -65,7 +65,7 @@ print("loaded", *{{name.split(".")[0] for name in sys.modules}})
     return found
 
 
-def refused(capsys, *arguments):
+def error_of(capsys, *arguments):
     """Run in this process; return the one error line on standard error, without its prefix."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
@@ -247,7 +247,7 @@ def test_fit_rejects_unusable_models_and_data(project, capsys, case):
     change, message = REFUSED[case]
     recipe = project.recipe(**{k: plain(v) for k, v in change(project).items()})
     given = set(left_behind(project))
-    printed = refused(capsys, "fit", "--config", recipe)
+    printed = error_of(capsys, "fit", "--config", recipe)
     assert re.search(message, printed), printed
     assert set(left_behind(project)) == given
 
@@ -257,43 +257,43 @@ def plain(value):
 
 
 def test_a_missing_recipe_is_named_in_the_error(capsys, tmp_path):
-    assert "none.yaml" in refused(capsys, "fit", "--config", tmp_path / "none.yaml")
+    assert "none.yaml" in error_of(capsys, "fit", "--config", tmp_path / "none.yaml")
 
 
 def test_a_recipe_that_is_not_yaml_is_named_in_the_error(capsys, tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("data: [1, {")
-    assert "broken.yaml, line 1 is not YAML" in refused(capsys, "fit", "--config", path)
+    assert "broken.yaml, line 1 is not YAML" in error_of(capsys, "fit", "--config", path)
 
 
 def test_a_missing_checkpoint_is_named_in_the_error(project, capsys):
     recipe = project.recipe()
-    message = refused(capsys, "fit", "--config", recipe, "--ckpt_path", "no.ckpt")
+    message = error_of(capsys, "fit", "--config", recipe, "--ckpt_path", "no.ckpt")
     assert message.startswith("no.ckpt does not exist. This fit's own, in checkpoints/toy, is")
 
 
 def test_an_invalid_checkpoint_is_named_in_the_error(project, capsys):
     (project.home / "bad.ckpt").write_bytes(b"not a checkpoint")
-    message = refused(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
+    message = error_of(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
     assert message.startswith("bad.ckpt is damaged or not a checkpoint")
 
 
 def test_a_checkpoint_of_other_heads_is_named_in_the_error(fitted, project, capsys):
     recipe = project.recipe(data__cache_dir=str(fitted.cache), model__form="bias")
     last = heads_of(fitted) / "training/last.ckpt"
-    message = refused(capsys, "fit", "--config", recipe, "--ckpt_path", last)
+    message = error_of(capsys, "fit", "--config", recipe, "--ckpt_path", last)
     assert "holds other heads" in message
     assert "model.layers, model.form, model.rank and model.target" in message
 
 
 def test_a_setting_rejected_by_the_trainer_is_named_in_the_error(project, capsys):
     recipe = project.recipe(trainer__max_epochs=-7)
-    assert "max_epochs" in refused(capsys, "fit", "--config", recipe)
+    assert "max_epochs" in error_of(capsys, "fit", "--config", recipe)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "validate", "test"])
 def test_missing_heads_are_named_in_the_error(project, capsys, command):
-    message = refused(capsys, command, "--config", project.recipe())
+    message = error_of(capsys, command, "--config", project.recipe())
     assert "checkpoints/toy" in message
     assert "lspade-train fit" in message
 
@@ -302,7 +302,7 @@ def test_missing_heads_are_named_in_the_error(project, capsys, command):
 def test_heads_used_with_another_model_are_rejected(fitted, project, capsys, command):
     model = toy.save_model(project.home / "other", seed=5)
     recipe = project.recipe(data__model_id=str(model))
-    message = refused(capsys, command, "--config", recipe, "--heads", heads_of(fitted))
+    message = error_of(capsys, command, "--config", recipe, "--heads", heads_of(fitted))
     assert "These heads were trained for" in message
     assert not list(project.cache.glob("*/manifest.json"))
 
@@ -319,7 +319,7 @@ def test_heads_used_with_another_model_are_rejected(fitted, project, capsys, com
 )
 def test_a_cache_of_another_recipe_is_rejected(fitted, project, capsys, change, field):
     recipe = project.recipe(data__cache_dir=str(fitted.cache), **change)
-    message = refused(capsys, "fit", "--config", recipe)
+    message = error_of(capsys, "fit", "--config", recipe)
     assert f"another {field}:" in message
     assert "--overwrite" in message
     assert not (project.home / "checkpoints/toy/config.json").exists()
@@ -328,7 +328,7 @@ def test_a_cache_of_another_recipe_is_rejected(fitted, project, capsys, change, 
 def test_a_cache_of_another_model_is_rejected(fitted, project, capsys):
     model = toy.save_model(project.home / "other", seed=5)
     recipe = project.recipe(data__cache_dir=str(fitted.cache), data__model_id=str(model))
-    assert "another model_weights:" in refused(capsys, "fit", "--config", recipe)
+    assert "another model_weights:" in error_of(capsys, "fit", "--config", recipe)
 
 
 def damage(project, how):
@@ -345,7 +345,7 @@ def test_a_damaged_shard_fails_fit_and_verify_and_overwrite_repairs_it(project, 
     assert main(["cache", "--verify", str(project.cache)]) == 0
     damage(project, how)
     for command in (["fit", "--config", recipe], ["cache", f"--verify={project.cache}"]):
-        message = refused(capsys, *command)
+        message = error_of(capsys, *command)
         assert "shard-00000.safetensors" in message
         assert "lspade-train cache --config RECIPE.yaml --overwrite" in message
     assert not heads_of(project).exists()
@@ -354,13 +354,13 @@ def test_a_damaged_shard_fails_fit_and_verify_and_overwrite_repairs_it(project, 
 
 
 def test_verify_of_a_folder_without_a_cache_is_rejected(tmp_path, capsys):
-    assert "No finished cache" in refused(capsys, "cache", "--verify", tmp_path)
+    assert "No finished cache" in error_of(capsys, "cache", "--verify", tmp_path)
 
 
 def test_a_missing_split_is_rejected(fitted, project, capsys):
     recipe = project.recipe()
-    assert "holdout" in refused(capsys, "cache", "--config", recipe, "--splits", "[holdout]")
-    message = refused(
+    assert "holdout" in error_of(capsys, "cache", "--config", recipe, "--splits", "[holdout]")
+    message = error_of(
         capsys, "evaluate", "--config", recipe, "--split", "holdout", "--heads", heads_of(fitted)
     )
     assert "train, validation, test" in message
@@ -368,7 +368,7 @@ def test_a_missing_split_is_rejected(fitted, project, capsys):
 
 @pytest.mark.parametrize("mode", ["memory", "online"])
 def test_cache_rejects_a_mode_that_stores_nothing(project, capsys, mode):
-    message = refused(capsys, "cache", "--config", project.recipe(data__mode=mode))
+    message = error_of(capsys, "cache", "--config", project.recipe(data__mode=mode))
     assert "Set data.mode to disk" in message
 
 
@@ -403,7 +403,7 @@ def test_a_full_disk_raises_a_clear_error(fitted, project, capsys, what, size, s
             recipe = project.recipe(
                 data__cache_dir=str(fitted.cache), trainer__logger=False, **settings
             )
-        message = refused(capsys, "fit", "--config", recipe)
+        message = error_of(capsys, "fit", "--config", recipe)
         assert re.search(r"B free|is full|No space left", message), message
         assert not list(place.rglob("manifest.json"))
         assert not list(place.rglob("heads.safetensors"))
@@ -429,9 +429,9 @@ def test_validation_rows_are_checked_before_any_model_is_loaded(project, capsys,
     toy.write_jsonl(project.home / "rows/train.jsonl", toy.questions(6))
     data = project.home / "rows"
     recipe = project.recipe(data__dataset=str(data), data__validation_fraction=0)
-    assert "no validation split" in refused(capsys, "fit", "--config", recipe)
+    assert "no validation split" in error_of(capsys, "fit", "--config", recipe)
     toy.write_jsonl(data / "validation.jsonl", [{"prompt": 3}])
-    assert "validation.jsonl, line 1" in refused(capsys, "fit", "--config", recipe)
+    assert "validation.jsonl, line 1" in error_of(capsys, "fit", "--config", recipe)
 
 
 # A recipe's text -> the error message. `OK` is a recipe that parses.
@@ -479,7 +479,7 @@ def test_an_invalid_recipe_is_rejected_with_file_and_line(case, tmp_path, capsys
     text, message = RECIPES[case]
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    printed = refused(capsys, "evaluate", "--config", path)
+    printed = error_of(capsys, "evaluate", "--config", path)
     assert re.search(message, printed), printed
     assert "r.yaml" in printed
     assert not re.search("Parser key|Union|subtypes|Namespace|typing", printed), printed
@@ -491,7 +491,7 @@ def test_an_invalid_recipe_is_rejected_with_file_and_line(case, tmp_path, capsys
 )
 def test_a_recipe_in_another_encoding_is_rejected(encoding, message, tmp_path, capsys):
     (tmp_path / "r.yaml").write_bytes(OK.replace("t\n", "señor\n", 1).encode(encoding))
-    assert re.search(message, refused(capsys, "evaluate", "--config", tmp_path / "r.yaml"))
+    assert re.search(message, error_of(capsys, "evaluate", "--config", tmp_path / "r.yaml"))
 
 
 def parsed(path, *arguments):
@@ -559,7 +559,7 @@ def test_an_invalid_command_line_is_rejected_in_plain_words(line, tmp_path, caps
 def test_a_missing_recipe_is_reported_with_a_suggestion(name, near, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(OK)
-    assert f"did you mean {near}?" in refused(capsys, "fit", "--config", name)
+    assert f"did you mean {near}?" in error_of(capsys, "fit", "--config", name)
 
 
 def test_a_missing_recipe_is_reported_before_anything_heavy_is_imported():
@@ -572,9 +572,9 @@ def test_trainer_keys_have_their_own_help_and_suggestions(project, capsys):
     assert code_of(["fit", "--help-trainer"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
     recipe = project.recipe(trainer__max_epoch=1)
-    assert "did you mean trainer.max_epochs?" in refused(capsys, "fit", "--config", recipe)
+    assert "did you mean trainer.max_epochs?" in error_of(capsys, "fit", "--config", recipe)
     given = ["--trainer.max_steps", "many"]
-    message = refused(capsys, "fit", "--config", project.recipe(), *given)
+    message = error_of(capsys, "fit", "--config", project.recipe(), *given)
     assert "trainer.max_steps is many; expected a whole number" in message
 
 
@@ -606,15 +606,15 @@ def test_an_infinite_number_is_rejected_naming_its_key(key, tmp_path, capsys):
     values = {"data": data | {"dataset": str(root / "recipes" / "quickstart" / "data")}}
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
-    message = refused(capsys, "fit", "--config", tmp_path / "r.yaml")
+    message = error_of(capsys, "fit", "--config", tmp_path / "r.yaml")
     assert message.startswith(f"{key} is inf; expected a finite number")
 
 
 def test_without_a_home_directory_the_configured_cache_folder_is_used(monkeypatch, tmp_path):
-    def homeless():
+    def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     assert default_cache_root() == tmp_path
     monkeypatch.delenv("LSPADE_CACHE")
@@ -643,10 +643,10 @@ def labelled(count=60):
 
 def test_init_writes_a_recipe_that_describes_the_data_and_fits(project, monkeypatch, capsys):
     assert initialised(project.home, monkeypatch, labelled(), project.model) == 0
-    told = capsys.readouterr().err
-    assert "Texts under 'sentence', answered by one of 2 labels." in told
-    assert "A 50.0%, B 50.0% (majority baseline 50.0%)" in told
-    assert told.endswith("next:   lspade-train fit --config mine.yaml\n")
+    printed = capsys.readouterr().err
+    assert "Texts under 'sentence', answered by one of 2 labels." in printed
+    assert "A 50.0%, B 50.0% (majority baseline 50.0%)" in printed
+    assert printed.endswith("next:   lspade-train fit --config mine.yaml\n")
     recipe = parsed(project.home / "mine.yaml").data
     assert recipe.columns == {"question": "sentence", "answer": "label"}
     assert recipe.prompt.labels == ["A", "B"]
@@ -878,8 +878,8 @@ def test_running_out_of_device_memory_raises_a_clear_error(fitted, project, monk
     monkeypatch.setattr("lspade_train.training.module.LSpadeModule.training_step", full)
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
     assert main(["fit", "--config", str(recipe)]) == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
-    assert told == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert lines == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
 
 
 def test_an_interrupted_fit_resumes_to_the_same_heads(fitted, project):
@@ -1050,7 +1050,7 @@ def test_info_on_a_model_runs_its_check(project, capsys):
 
 
 def test_info_on_a_missing_path_raises_a_clear_error(tmp_path, capsys):
-    assert "nowhere" in refused(capsys, "info", tmp_path / "nowhere")
+    assert "nowhere" in error_of(capsys, "info", tmp_path / "nowhere")
 
 
 @pytest.mark.slow
@@ -1079,5 +1079,5 @@ def test_a_run_is_logged_offline_when_wandb_is_unreachable(tmp_path, monkeypatch
         assert logger.experiment == "run"
         assert start_run(dir=tmp_path, project="x") == "run"
     assert asked[1::2] == ["offline", "offline"]
-    said = "W&B: no such host; writing offline, send it with `wandb sync`."
-    assert [record.getMessage() for record in caplog.records] == [said, said]
+    notice = "W&B: no such host; writing offline, send it with `wandb sync`."
+    assert [record.getMessage() for record in caplog.records] == [notice, notice]

@@ -128,8 +128,8 @@ def test_a_missing_compiler_raises_an_error_saying_what_to_install(fresh, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "said"), [(None, NO_COMPILER), ("exit 1", BROKEN)])
-def test_the_command_stops_without_a_traceback_if_compilation_fails(project, script, said):
+@pytest.mark.parametrize(("script", "message"), [(None, NO_COMPILER), ("exit 1", BROKEN)])
+def test_the_command_stops_without_a_traceback_if_compilation_fails(project, script, message):
     path = project.home / "c++"
     if script:
         path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n{script}\n')
@@ -143,4 +143,4 @@ def test_the_command_stops_without_a_traceback_if_compilation_fails(project, scr
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert re.search(said, done.stderr), done.stderr
+    assert re.search(message, done.stderr), done.stderr

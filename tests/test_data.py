@@ -90,12 +90,12 @@ OTHER_ORDERS = {
 }
 
 
-@pytest.mark.parametrize("said", OTHER_ORDERS)
-def test_a_loader_is_not_resumed_with_another_batch_size(said):
+@pytest.mark.parametrize("change", OTHER_ORDERS)
+def test_a_loader_is_not_resumed_with_another_batch_size(change):
     first = loader()
     next(iter(first))
-    with pytest.raises(RecipeError, match=rf"written with {said}: .* skip rows.*\nResume with"):
-        loader(**OTHER_ORDERS[said]).load_state_dict(first.state_dict())
+    with pytest.raises(RecipeError, match=rf"written with {change}: .* skip rows.*\nResume with"):
+        loader(**OTHER_ORDERS[change]).load_state_dict(first.state_dict())
 
 
 def test_resuming_with_more_processes_and_smaller_batches_continues_the_rows():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 from processes import HEADS, digests, recipe
-from test_cli import refused
+from test_cli import error_of
 
 from lspade_train.cli import main
 from lspade_train.models import ModelAdapter
@@ -79,7 +79,7 @@ def test_an_unwritable_folder_is_reported_before_the_model_is_loaded(
 ):
     remount(place, "ro")
     monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    message = refused(capsys, *made.arguments(command, place))
+    message = error_of(capsys, *made.arguments(command, place))
     assert message.startswith(str(place)), message
     assert "cannot be written. Choose a folder that you can write to." in message
 
@@ -92,10 +92,10 @@ def test_fit_reports_an_unwritable_folder_before_the_model_is_loaded(
     shutil.copy(made.home / "recipe.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("checkpoints").symlink_to(place)
-    assert "checkpoints/toy cannot be written" in refused(capsys, "fit", *made.recipe)
+    assert "checkpoints/toy cannot be written" in error_of(capsys, "fit", *made.recipe)
     Path("checkpoints").unlink()
     Path("checkpoints").write_text("")
-    assert "checkpoints is a file" in refused(capsys, "fit", *made.recipe)
+    assert "checkpoints is a file" in error_of(capsys, "fit", *made.recipe)
 
 
 def test_predict_rejects_a_non_file_output_before_the_model_is_loaded(
@@ -103,7 +103,7 @@ def test_predict_rejects_a_non_file_output_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (place / "answers.jsonl").mkdir()
-    message = refused(capsys, *made.arguments("predict", place))
+    message = error_of(capsys, *made.arguments("predict", place))
     assert "cannot be written. Give another file with --output." in message
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_named_in_the_error_and_no_file_is_half_written(
         figure.write_bytes(b"of another time")
     before = digests(place, "**/*")
     fill(place, leave=leave)
-    message = refused(capsys, *made.arguments(command, place))
+    message = error_of(capsys, *made.arguments(command, place))
     assert "is full" in message or "No space left" in message, message
     (place / "filler").unlink()
     after = digests(place, "**/*")

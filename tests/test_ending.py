@@ -61,7 +61,7 @@ def test_a_fixed_layer_is_called_as_good_when_it_saves_as_much(saved, as_good):
 
 
 @pytest.mark.parametrize(
-    ("case", "held", "said"),
+    ("case", "held", "expected"),
     [
         ({}, True, "The guarantee held on these rows: at most 1.00 points of accuracy"),
         ({"drop": 0.03}, False, "did NOT hold on these rows"),
@@ -71,10 +71,10 @@ def test_a_fixed_layer_is_called_as_good_when_it_saves_as_much(saved, as_good):
         ({"risk": "disagreement"}, True, "at most 1.00% changed answers"),
     ],
 )
-def test_the_guarantee_held_if_the_measured_risk_is_within_the_budget(case, held, said):
+def test_the_guarantee_held_if_the_measured_risk_is_within_the_budget(case, held, expected):
     found = results(**case)
     assert judge(found)["held"] is held
-    assert said in words(found)
+    assert expected in words(found)
 
 
 def test_without_labels_an_accuracy_budget_cannot_be_verified():
@@ -97,8 +97,8 @@ def test_a_policy_priced_by_time_reports_the_time_saved_and_the_hardware():
     found = results()
     assert "of the time" not in words(found)
     found["exits"]["policy"]["row"] |= {"time_saved": 0.125, "timed_as": "8 x 64 tokens on abacus"}
-    said = "saves 12.5% of the time (predicted for 8 x 64 tokens on abacus) and 40.0% of the FLOPs"
-    assert said in words(found)
+    text = "saves 12.5% of the time (predicted for 8 x 64 tokens on abacus) and 40.0% of the FLOPs"
+    assert text in words(found)
 
 
 def test_a_model_at_chance_level_is_reported():
@@ -175,8 +175,8 @@ def test_ctrl_c_prints_a_single_command_that_resumes(epoch, project, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(LSpadeModule, "training_step", stop)
         assert main(["fit", "--config", recipe]) == 130
-    told = capsys.readouterr().err.splitlines()[-1]
-    command = told.removeprefix("interrupted; resume it with: ")
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    command = last_line.removeprefix("interrupted; resume it with: ")
     assert command == f"lspade-train fit --config {recipe}{' --ckpt_path last' * epoch}"
     monkeypatch.setattr(LSpadeModule, "training_step", count)
     assert main(shlex.split(command)[1:]) == 0

@@ -38,7 +38,7 @@ from lspade_train.io.storage import file_digest
 KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RESUMABLE = (128 + signal.SIGTERM, -signal.SIGTERM)
-"""Exit codes of SIGTERM: told, or before anything had begun."""
+"""Exit codes after SIGTERM: handled, or before the handler was installed."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ JOBS = {"cache": CACHE, "fit": FIT, "predict": PREDICT}
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
+def undisturbed(toy_root, tmp_path_factory):
     """Undisturbed runs of every command, by name: the project, its outputs, the seconds."""
     places = {}
     questions = toy.write_data(tmp_path_factory.mktemp("more"), train=100, validation=15)
@@ -133,8 +133,8 @@ def calm(toy_root, tmp_path_factory):
     return run
 
 
-def test_a_fit_stopped_between_last_step_and_export_repeats_no_step(calm):
-    project, arguments = calm.prepared("fit")
+def test_a_fit_stopped_between_last_step_and_export_repeats_no_step(undisturbed):
+    project, arguments = undisturbed.prepared("fit")
     finished(project.home, arguments)
     made, kept = FIT.made(project.home), FIT.kept(project.home)
     (project.home / HEADS / "heads.safetensors").unlink()
@@ -151,14 +151,14 @@ def test_a_fit_stopped_between_last_step_and_export_repeats_no_step(calm):
         for seed in range(KILLS)
     ],
 )
-def test_a_process_stopped_at_a_random_moment_resumes_to_the_same_bytes(calm, name, seed):
+def test_a_process_stopped_at_a_random_moment_resumes_to_the_same_bytes(undisturbed, name, seed):
     # A fit that is killed resumes from its last checkpoint; one that is terminated saves one first.
     job, sent = JOBS[name], SIGNALS[(seed + (name == "fit")) % 2]
-    _, made, seconds = calm(name)
+    _, made, seconds = undisturbed(name)
     assert made
     part = random.Random(f"{name} {seed}").random()
     while True:
-        project, arguments = calm.prepared(name)
+        project, arguments = undisturbed.prepared(name)
         code = stopped(project.home, arguments, sent, part * seconds)
         if code != 0:
             break
@@ -180,15 +180,15 @@ def test_a_fit_ended_by_a_scheduler_saves_its_last_step_and_says_how_to_resume(p
     process.join(60)
     printed = (project.home / "stderr").read_text()
     assert process.exitcode == 143, printed
-    *_, said = printed.splitlines()
-    assert said.startswith("terminated; resume it with: lspade-train fit --config "), printed
-    assert said.endswith(" --ckpt_path last")
+    *_, last_line = printed.splitlines()
+    assert last_line.startswith("terminated; resume it with: lspade-train fit --config "), printed
+    assert last_line.endswith(" --ckpt_path last")
     assert steps_saved(project.home) == max(steps_logged(log)) + 1
     assert not list(project.home.glob("checkpoints/**/*.tmp"))
 
 
-def test_a_process_waiting_for_a_killed_builder_takes_over(calm):
-    project, arguments = calm.prepared("cache")
+def test_a_process_waiting_for_a_killed_builder_takes_over(undisturbed):
+    project, arguments = undisturbed.prepared("cache")
     log = project.home / "stderr"
     first = started(project.home, arguments)
     wait_for(lambda: len(shards(project.home)) > 2, first)
@@ -199,7 +199,7 @@ def test_a_process_waiting_for_a_killed_builder_takes_over(calm):
     for process, code in ((first, -signal.SIGKILL), (second, 0)):
         process.join(60)
         assert process.exitcode == code, log.read_text()
-    assert CACHE.made(project.home) == calm("cache")[1]
+    assert CACHE.made(project.home) == undisturbed("cache")[1]
 
 
 # Damage before resuming
@@ -214,10 +214,10 @@ def other(toy_root, tmp_path_factory):
 
 
 @pytest.fixture
-def unfinished(calm, monkeypatch):
+def unfinished(undisturbed, monkeypatch):
     """A copy of the undisturbed cache without its manifests, as a killed run leaves it."""
-    project, arguments = calm.prepared("cache")
-    shutil.copytree(calm("cache")[0].cache, project.cache)
+    project, arguments = undisturbed.prepared("cache")
+    shutil.copytree(undisturbed("cache")[0].cache, project.cache)
     for manifest in project.cache.glob("*/manifest.json"):
         manifest.unlink()
     monkeypatch.chdir(project.home)
@@ -251,23 +251,25 @@ def each_damage():
 
 
 @pytest.mark.parametrize(("file", "damage"), [*each_damage()])
-def test_a_file_damaged_before_the_run_resumes_is_rebuilt(calm, unfinished, other, damage, file):
+def test_a_file_damaged_before_the_run_resumes_is_rebuilt(
+    undisturbed, unfinished, other, damage, file
+):
     home, arguments = unfinished
     path = home / "cache/train" / file
     before = path.read_bytes()
     DAMAGES[damage](path, other)
     assert not path.exists() or path.read_bytes() != before
     assert main(arguments) == 0
-    assert CACHE.made(home) == calm("cache")[1]
+    assert CACHE.made(home) == undisturbed("cache")[1]
 
 
 # Modified files, clock jumps
 
 
 @pytest.fixture
-def reopened(calm, project):
+def reopened(undisturbed, project):
     """A copy of the undisturbed cache that was opened, and so verified, once."""
-    shutil.copytree(calm("cache")[0].cache / "train", project.cache)
+    shutil.copytree(undisturbed("cache")[0].cache / "train", project.cache)
     open_cache(project.cache)
     return project.cache
 
@@ -328,9 +330,9 @@ def test_a_clock_jump_only_costs_a_verification(reopened, hashed, year):
 
 
 @pytest.mark.slow
-def test_predict_resumes_where_a_full_disk_stopped_it(calm, monkeypatch, capsys):
-    calm("predict")
-    project, arguments = calm.prepared("predict")
+def test_predict_resumes_where_a_full_disk_stopped_it(undisturbed, monkeypatch, capsys):
+    undisturbed("predict")
+    project, arguments = undisturbed.prepared("predict")
     place = project.home / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
@@ -344,6 +346,6 @@ def test_predict_resumes_where_a_full_disk_stopped_it(calm, monkeypatch, capsys)
         grown = ["mount", "-o", "remount,size=16m", str(place)]
         subprocess.run(grown, check=True)
         assert main(arguments) == 0
-        assert answers(place) == answers(calm("predict")[0].home)
+        assert answers(place) == answers(undisturbed("predict")[0].home)
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)

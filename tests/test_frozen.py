@@ -89,11 +89,11 @@ def test_a_second_fit_loads_no_blocks_and_gives_the_same_heads(project, loads, m
         caplog.clear()
         shutil.rmtree("checkpoints")
     assert len(loads) == 1
-    (first, told), (second, told_again) = ends
+    (first, messages), (second, messages_again) = ends
     assert first == second
     line = "model: only final norm and LM head loaded (8.32 kB)"
-    assert line in told  # once the caches are built
-    assert line in told_again
+    assert line in messages  # once the caches are built
+    assert line in messages_again
 
 
 def test_metrics_of_fitted_heads_need_no_blocks(project, loads, monkeypatch):
@@ -134,17 +134,17 @@ def test_facts_about_a_hub_model_are_cached_by_commit(project, loads, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub/models--some--model"
     (repository / "refs").mkdir(parents=True)
-    told = {}
+    by_commit = {}
     for commit in ("1" * 40, "2" * 40):
         shutil.copytree(project.model, repository / "snapshots" / commit)
         (repository / "refs/main").write_text(commit)
         for _ in range(2):
-            told[commit] = frozen(project, model_id="some/model").facts
+            by_commit[commit] = frozen(project, model_id="some/model").facts
             (repository / "snapshots" / commit / "README.md").write_text("fetched later")
             assert frozen(project, model_id="some/model").unembed.digest
-        assert told[commit].revision == commit
-        assert len(loads) == len(told)
-    assert frozen(project, model_id="some/model", revision="1" * 40).facts == told["1" * 40]
+        assert by_commit[commit].revision == commit
+        assert len(loads) == len(by_commit)
+    assert frozen(project, model_id="some/model", revision="1" * 40).facts == by_commit["1" * 40]
     assert len(loads) == 2
 
 

@@ -189,7 +189,7 @@ def test_heads_of_one_file_are_rejected_for_another(folder, tmp_path):
         heads.bind(load(tmp_path, "other.gguf"))
 
 
-def test_info_describes_a_file(folder, capsys):
+def test_info_describes_a_gguf_file(folder, capsys):
     assert main(["info", str(folder / "tiny.gguf")]) == 0
     shown = capsys.readouterr().out
     assert "LlamaForCausalLM" in shown

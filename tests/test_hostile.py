@@ -211,7 +211,7 @@ def test_fuzz_of_the_safetensors_reader(tmp_path, data):
 
 @fuzz
 @given(st.data())
-def test_fuzz_of_the_manifest_and_the_cache_behind_it(cache, tmp_path_factory, data):
+def test_fuzz_of_the_manifest_and_its_cache(cache, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed-cache"
     shutil.copytree(cache, folder, dirs_exist_ok=True)
     value = mutated(data, json.loads((cache / "manifest.json").read_text()))

@@ -86,14 +86,14 @@ def content(place):
     return {path.relative_to(place).as_posix(): path.read_bytes() for path in paths}
 
 
-def refused(capsys, *arguments):
+def error_of(capsys, *arguments):
     """The one error, of one or two lines, on standard error."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: "), said
-    assert len(said.splitlines()) == 2, said
-    return said
+    error_text = capsys.readouterr().err
+    assert error_text.startswith("error: "), error_text
+    assert len(error_text.splitlines()) == 2, error_text
+    return error_text
 
 
 # Round trip
@@ -231,7 +231,7 @@ def test_saving_heads_sets_their_digest(tmp_path):
 # Destination
 
 
-def test_a_revision_is_a_branch_or_a_commit(hub, folder):
+def test_a_revision_can_be_a_branch_or_a_commit(hub, folder):
     artifact.push(folder, REPO)
     first = hub.repos[REPO].refs["main"]
     other = LSpadeHeads([1, 2], WIDTH, form="bias")
@@ -336,8 +336,8 @@ def test_a_connection_that_always_drops_raises_a_clear_error_without_a_commit(
         raise ConnectionAbortedError
 
     hub.on_upload = drop_connection
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "someone/toy-heads broke off" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "someone/toy-heads broke off" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
@@ -350,10 +350,10 @@ def test_a_failed_upload_commits_nothing_and_resumes_on_the_next_push(hub, folde
 
     hub.on_upload = refuse_weights
     arguments = ["push", "--config", recipe, "--repo", REPO]
-    said = refused(capsys, *arguments)
-    assert "someone/toy-heads broke off" in said
-    assert "Request has expired" in said
-    assert "run it again" in said
+    error_text = error_of(capsys, *arguments)
+    assert "someone/toy-heads broke off" in error_text
+    assert "Request has expired" in error_text
+    assert "run it again" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
     assert len(hub.blobs) == 1  # the figure
     hub.on_upload, hub.requests[:] = lambda _oid, _data: None, []
@@ -363,51 +363,51 @@ def test_a_failed_upload_commits_nothing_and_resumes_on_the_next_push(hub, folde
 
 def test_a_wrong_token_is_reported(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "refuses the token (Invalid credentials" in said
-    assert "hf auth login" in said
-    assert "hf_wrong" not in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "refuses the token (Invalid credentials" in error_text
+    assert "hf auth login" in error_text
+    assert "hf_wrong" not in error_text
 
 
 def test_a_token_without_write_access_is_reported(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "may not do that in someone/toy-heads" in said
-    assert "--create_pr" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "may not do that in someone/toy-heads" in error_text
+    assert "--create_pr" in error_text
 
 
 def test_without_a_login_the_hub_is_not_contacted(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "hf auth login" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "hf auth login" in error_text
     assert not hub.requests
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
 def test_a_missing_repository_is_reported(hub, capsys, monkeypatch, token):
     monkeypatch.delenv("HF_TOKEN") if token is None else None
-    said = refused(capsys, "pull", "someone/nothing")
-    assert "no repository someone/nothing that you may read" in said
-    assert "hf auth login" in said
+    error_text = error_of(capsys, "pull", "someone/nothing")
+    assert "no repository someone/nothing that you may read" in error_text
+    assert "hf auth login" in error_text
 
 
 def test_reading_a_private_repository_requires_a_login(hub, folder, capsys, monkeypatch):
     artifact.push(folder, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    assert "that you may read" in refused(capsys, "pull", REPO, "--to", "back")
+    assert "that you may read" in error_of(capsys, "pull", REPO, "--to", "back")
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     assert main(["pull", REPO, "--to", "back"]) == 0
 
 
 def test_a_pull_request_to_a_missing_repository_is_reported(hub, folder, recipe, capsys):
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO, "--create_pr")
-    assert "no repository someone/toy-heads" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO, "--create_pr")
+    assert "no repository someone/toy-heads" in error_text
 
 
 def test_a_missing_revision_is_reported(hub, folder, capsys):
     artifact.push(folder, REPO)
-    said = refused(capsys, "pull", REPO, "--revision", "v9", "--to", "back")
-    assert "someone/toy-heads has no revision 'v9'" in said
+    error_text = error_of(capsys, "pull", REPO, "--revision", "v9", "--to", "back")
+    assert "someone/toy-heads has no revision 'v9'" in error_text
     with pytest.raises(HubError, match="no revision 'v9'"):
         LSpadeHeads.from_pretrained(REPO, revision="v9")
 
@@ -423,9 +423,9 @@ def test_a_missing_network_is_reported(folder, recipe, capsys, monkeypatch, tmp_
     point_client_at(url, monkeypatch, tmp_path / "hub-cache")  # the server is down now
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for arguments in (["pull", REPO], ["push", "--config", recipe, "--repo", REPO]):
-        said = refused(capsys, *arguments)
-        assert f"The Hub at {url} cannot be reached" in said
-        assert "HF_ENDPOINT" in said
+        error_text = error_of(capsys, *arguments)
+        assert f"The Hub at {url} cannot be reached" in error_text
+        assert "HF_ENDPOINT" in error_text
 
 
 def test_a_hub_without_xet_storage_is_reported_with_a_workaround(
@@ -433,8 +433,8 @@ def test_a_hub_without_xet_storage_is_reported_with_a_workaround(
 ):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "HF_HUB_DISABLE_XET=1" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "HF_HUB_DISABLE_XET=1" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
@@ -461,7 +461,7 @@ def test_an_invalid_repository_name_is_rejected_before_any_request(
     hub, folder, recipe, capsys, name
 ):
     for arguments in (["pull", name], ["push", "--config", recipe, f"--repo={name}"]):
-        assert "Expected org/name" in refused(capsys, *arguments)
+        assert "Expected org/name" in error_of(capsys, *arguments)
     with pytest.raises(HubError, match="Expected org/name"):
         push_to_hub(LSpadeHeads([1], WIDTH), name)
     assert not hub.requests
@@ -474,9 +474,9 @@ def test_push_without_a_repository_exits_with_code_2(folder, recipe, capsys):
 
 def test_a_folder_without_heads_is_not_pushed(hub, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "checkpoints/toy" in said
-    assert "lspade-train fit" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "checkpoints/toy" in error_text
+    assert "lspade-train fit" in error_text
     assert not hub.requests
 
 
@@ -527,20 +527,20 @@ def test_a_repository_without_heads_is_reported(hub, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     hub.repos["someone/llama"] = Repo()
     hub.repos["someone/llama"].commit("main", {"config.json": b"{}", "model.safetensors": b""})
-    assert "holds no heads.safetensors" in refused(capsys, "pull", "someone/llama")
+    assert "holds no heads.safetensors" in error_of(capsys, "pull", "someone/llama")
     assert not Path("checkpoints").exists()
 
 
 def test_pull_does_not_overwrite_an_existing_folder(hub, folder, capsys):
     artifact.push(folder, REPO)
     before = content(folder)
-    assert "overwrites nothing" in refused(capsys, "pull", REPO, "--to", folder)
+    assert "overwrites nothing" in error_of(capsys, "pull", REPO, "--to", folder)
     assert content(folder) == before
 
 
 def test_a_card_rejected_by_the_hub_stops_the_push(hub, folder, recipe, capsys):
-    said = refused(
+    error_text = error_of(
         capsys, "push", "--config", recipe, "--repo", REPO, "--license", "My Own Licence"
     )
-    assert '"license" must be one of' in said
+    assert '"license" must be one of' in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}

@@ -56,9 +56,11 @@ def test_an_existing_id_is_left_to_the_hub_client(hub):
 def test_an_unknown_id_is_rejected_with_a_suggestion(hub, code, tmp_path):
     hub(code)
     (tmp_path / "hf/hub/models--org--model").mkdir(parents=True)
-    with pytest.raises(UnsupportedModelError, match=r"may read; did you mean org/model\?") as told:
+    with pytest.raises(
+        UnsupportedModelError, match=r"may read; did you mean org/model\?"
+    ) as caught:
         settle_hub("org/modle", None)
-    assert len(str(told.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_with_a_token_the_lookup_is_left_to_the_hub_client(hub, monkeypatch):

@@ -38,7 +38,7 @@ def best(logits):
 
 
 @torch.no_grad()
-def test_the_top_row_is_the_full_model_at_every_position(adapter):
+def test_the_top_row_shows_the_full_model_at_every_position(adapter):
     view = view_of(adapter, LOGIT_LENS, top_k=VOCAB)
     logits = adapter.model(torch.tensor([IDS])).logits[0]
     assert view.layers == (*BELOW, LAYERS)

@@ -42,9 +42,9 @@ def torchrun(home: Path, arguments: list[str], *nodes: list[str]) -> str:
         )
         for node in nodes
     ]  # fmt: skip
-    said = "".join(launcher.communicate(timeout=120)[1] for launcher in launchers)
-    assert [launcher.returncode for launcher in launchers] == [0] * len(nodes), said
-    return said
+    output = "".join(launcher.communicate(timeout=120)[1] for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0] * len(nodes), output
+    return output
 
 
 def by_torchrun(home: Path, arguments: list[str]) -> str:
@@ -61,9 +61,9 @@ def by_torchrun_on_two_nodes(home: Path, arguments: list[str]) -> str:
 
 def by_slurm(home: Path, arguments: list[str]) -> str:
     ended = codes(slurm(home, arguments))
-    said = "".join((home / f"err{n}").read_text() for n in range(2))
-    assert ended == [0, 0], said
-    return said
+    output = "".join((home / f"err{n}").read_text() for n in range(2))
+    assert ended == [0, 0], output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def alone(toy_root, tmp_path_factory):
     ],
 )
 def test_two_processes_produce_the_same_cache_and_heads_as_one(alone, project, launched):
-    said = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
-    assert said.count("train: caching 48 rows") == 1, said
+    output = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
+    assert output.count("train: caching 48 rows") == 1, output
     assert cache_digests(project.home) == cache_digests(alone)
     expected, heads = (
         load_file(home / HEADS / "heads.safetensors") for home in (alone, project.home)
@@ -103,9 +103,9 @@ LOST = [
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
+def undisturbed(toy_root, tmp_path_factory):
     """The output of an undisturbed two-process fit."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("calm"))
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("undisturbed"))
     by_slurm(project.home, fit_of_two(project))
     return heads_made(project.home)
 
@@ -115,20 +115,20 @@ def fit_of_two(project: toy.Project) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_fit_that_loses_a_process_raises_a_clear_error_and_resumes(calm, project, lost):
+def test_a_fit_that_loses_a_process_raises_a_clear_error_and_resumes(undisturbed, project, lost):
     arguments = fit_of_two(project)
     both = slurm(project.home, arguments)
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
     os.kill(both[lost].pid or 0, signal.SIGKILL)
     ended = codes(both)
-    said = (project.home / f"err{1 - lost}").read_text()
-    assert ended[1 - lost] == 1, said
+    output = (project.home / f"err{1 - lost}").read_text()
+    assert ended[1 - lost] == 1, output
     assert ended[lost] == -signal.SIGKILL
-    assert said.splitlines()[-2:] == LOST
-    assert "Traceback" not in said
+    assert output.splitlines()[-2:] == LOST
+    assert "Traceback" not in output
     assert steps_saved(project.home) < 6 * 6
     by_slurm(project.home, arguments)
-    assert heads_made(project.home) == calm
+    assert heads_made(project.home) == undisturbed
 
 
 # A terminated process
@@ -161,9 +161,9 @@ def test_sigterm_ends_all_cache_processes_and_keeps_their_shards(
     for process in both:
         process.terminate()
     assert codes(both) == [143, 143]
-    said = [(project.home / f"err{n}").read_text() for n in range(2)]
-    assert "terminated; resume it with: lspade-train fit" in said[0], said
-    assert not said[1]
+    output = [(project.home / f"err{n}").read_text() for n in range(2)]
+    assert "terminated; resume it with: lspade-train fit" in output[0], output
+    assert not output[1]
     kept = shards(project.home)
     assert 9 < len(kept) < len(large_cache)
     finished(project.home, ["cache", *arguments])
@@ -183,8 +183,8 @@ def test_sigterm_stops_a_process_that_waits_for_another(large_cache, project, la
     assert codes([first]) == [143]
     os.kill(second.pid or 0, signal.SIGCONT)
     assert codes([second]) == [1]
-    said = (project.home / "err1").read_text()
-    assert said.startswith("error: Another process of this run ended"), said
+    output = (project.home / "err1").read_text()
+    assert output.startswith("error: Another process of this run ended"), output
 
 
 def test_sigterm_to_one_process_ends_the_fit_for_all_after_the_same_step(project):
@@ -193,11 +193,11 @@ def test_sigterm_to_one_process_ends_the_fit_for_all_after_the_same_step(project
     wait_for(log.exists, *both)
     both[1].terminate()
     assert codes(both) == [143, 143]
-    said = [(project.home / f"err{n}").read_text() for n in range(2)]
-    *_, told = said[0].splitlines()
-    assert told.startswith("terminated; resume it with: lspade-train fit --config "), said
-    assert told.endswith(" --ckpt_path last")
-    assert not said[1]
+    output = [(project.home / f"err{n}").read_text() for n in range(2)]
+    *_, last_line = output[0].splitlines()
+    assert last_line.startswith("terminated; resume it with: lspade-train fit --config "), output
+    assert last_line.endswith(" --ckpt_path last")
+    assert not output[1]
     assert steps_saved(project.home) == max(steps_logged(log)) + 1
 
 
@@ -217,10 +217,10 @@ def test_slurms_requeue_signal_leaves_no_checkpoint_for_another_recipe(project):
 @contextmanager
 def by_lightning(home: Path, arguments: list[str]) -> Generator[subprocess.Popen]:
     """The first of two processes."""
-    with (home / "said").open("w") as said:
+    with (home / "output").open("w") as output:
         first = subprocess.Popen(
             [sys.executable, "-m", "lspade_train", *arguments, "--trainer.devices", "2"],
-            cwd=home, stdout=said, stderr=said,
+            cwd=home, stdout=output, stderr=output,
             env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
@@ -249,7 +249,7 @@ def test_a_process_that_loses_its_peer_also_exits(project, lost):
         os.kill(first.pid if lost == "first" else second, signal.SIGKILL)
         assert first.wait(60) == (-signal.SIGKILL if lost == "first" else 1)
         wait_for(lambda: has_ended(second))
-    assert (project.home / "said").read_text().splitlines()[-2:] == LOST
+    assert (project.home / "output").read_text().splitlines()[-2:] == LOST
 
 
 @pytest.mark.slow
@@ -269,7 +269,7 @@ def test_sigterm_to_the_first_process_reaches_the_one_it_started(project, large,
         first.terminate()
         assert first.wait(20) == 143
         wait_for(lambda: has_ended(second))
-    said = (project.home / "said").read_text()
-    assert said.count("terminated; ") == 1, said
-    assert "error" not in said
-    assert "Traceback" not in said
+    output = (project.home / "output").read_text()
+    assert output.count("terminated; ") == 1, output
+    assert "error" not in output
+    assert "Traceback" not in output

@@ -145,9 +145,9 @@ def test_invalid_layer_groups_raise_a_clear_error(
     fitted, project, capsys, changes, options, message
 ):
     assert grouped(fitted, project, *options, **changes) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert re.search(message, said)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(message, error)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_what_uses_a_model_leaves_no_trace_on_it(use):
+def test_using_a_model_leaves_no_trace_on_it(use):
     model = tiny("llama").train()
     before = attributes(model)
     needed = [parameter.requires_grad for parameter in model.parameters()]
@@ -259,7 +259,7 @@ def test_a_model_with_active_dropout_is_rejected_until_it_is_disabled(family, ra
     assert runtime.decide(prompts_of()) == answer
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_does_not_change_the_results():
     model, prompts = tiny("llama"), prompts_of()
     policy = mixed_policy(model, prompts)
     before, answers = spade(model), runtime_of(model, policy).decide(prompts)

@@ -146,9 +146,9 @@ def test_a_task_without_choices_is_rejected_before_the_model_runs(
 ):
     monkeypatch.setattr(ModelAdapter, "__init__", None)  # loading a model fails with another error
     assert fit(data__task="text", data__dataset=str(project.texts)) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: model.scope is choices, and the task text has none"), said
-    assert "--model.scope vocabulary" in said
+    message = capsys.readouterr().err
+    assert message.startswith("error: model.scope is choices, and the task text has none"), message
+    assert "--model.scope vocabulary" in message
 
 
 def test_topk_targets_that_may_lack_the_choices_are_rejected(fit, capsys):
@@ -170,9 +170,9 @@ def fitted(toy_root, tmp_path_factory):
         assert main(["fit", "--config", str(recipe)]) == 0
         assert main(["calibrate", "--config", str(recipe), "--max_disagreement=0.9"]) == 0
         # caplog is function-scoped.
-        project.said = []
+        project.logged = []
         patch.setattr(
-            "lspade_train.evaluation.run.log.info", lambda *said: project.said.append(said)
+            "lspade_train.evaluation.run.log.info", lambda *record: project.logged.append(record)
         )
         assert main(["evaluate", "--config", str(recipe)]) == 0
     return project
@@ -192,10 +192,10 @@ def test_calibrate_uses_the_choices_scope(fitted):
 
 def test_calibrate_rejects_the_vocabulary_scope(fitted, capsys):
     assert run(fitted, "calibrate", "--scope", "vocabulary") == 1
-    said = capsys.readouterr().err
-    assert "were fitted over the choices" in said, said
-    assert "--model.scope vocabulary" in said
-    assert len(said.splitlines()) == 2
+    message = capsys.readouterr().err
+    assert "were fitted over the choices" in message, message
+    assert "--model.scope vocabulary" in message
+    assert len(message.splitlines()) == 2
 
 
 @pytest.mark.parametrize("policy", [{"reader": "tuned_lens"}, {"decoder": "l-spade"}, {}])
@@ -235,9 +235,9 @@ def test_evaluate_computes_the_entropy_over_the_choices(fitted):
 
 
 def test_evaluate_reports_once_what_is_not_measured(fitted):
-    said = [text % tuple(values) for text, *values in fitted.said if "over the choices" in text]
-    assert len(said) == 1
-    assert said[0].startswith("tuned lens, L-SPADE: fitted over the choices")
+    lines = [text % tuple(rest) for text, *rest in fitted.logged if "over the choices" in text]
+    assert len(lines) == 1
+    assert lines[0].startswith("tuned lens, L-SPADE: fitted over the choices")
 
 
 def test_evaluate_rejects_rows_without_choices(fitted, project, monkeypatch, capsys):

@@ -43,7 +43,7 @@ def test_too_few_rows_prove_no_budget():
     assert smallest_budget(6, "disagreement", 5, LEVEL) is None
 
 
-def test_a_plan_counts_the_rows_that_calibrate_would_test_without_a_model(project):
+def test_a_plan_counts_the_rows_calibrate_would_test_without_a_model(project):
     found = plan(project.module(model_id="nowhere"), "disagreement", 0.05)
     assert (found.rows, found.side.split, found.side.part) == (20, "validation", "all")
     assert found.losses is None

@@ -135,8 +135,8 @@ def test_the_training_curve_matches_the_fit(evaluated_once, results):
 
 def test_a_gates_predicted_doubt_is_drawn_against_the_observed_errors(results):
     results["exits"]["reliability"] |= {"is_doubt": True, "measure": "gate", "of": "policy"}
-    *_, said = by_name(results)["reliability"].series
-    assert list(said.y) == [1 - x for x in said.x]
+    *_, doubts = by_name(results)["reliability"].series
+    assert list(doubts.y) == [1 - x for x in doubts.x]
     assert "policy.json" in by_name(results)["reliability"].caption
 
 

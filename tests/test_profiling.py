@@ -31,7 +31,7 @@ def measured():
     )
 
 
-def test_every_length_batch_size_and_threshold_has_a_row(measured):
+def test_the_table_has_a_row_per_length_batch_size_and_threshold(measured):
     shapes = [(row.tokens, row.rows, row.threshold) for row in measured[1].results]
     assert shapes == [
         (tokens, rows, threshold)

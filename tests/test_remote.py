@@ -54,7 +54,7 @@ SHARDS = [f"shard-{number:05d}.safetensors" for number in range(5)]
 TARGETS = [name.replace("shard", "target") for name in SHARDS]
 
 
-def seldom(value):
+def slow_param(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
@@ -71,9 +71,9 @@ def content(url: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
+def undisturbed(toy_root, tmp_path_factory):
     """The files of the training split as one process builds them in a local folder."""
-    home = tmp_path_factory.mktemp("calm")
+    home = tmp_path_factory.mktemp("undisturbed")
     toy.Project(toy_root, home).module(**SIZES).states("train")
     found = content(str(home / "cache/train"))
     assert sorted(found) == sorted([*SHARDS, *TARGETS, IDENTITY, MANIFEST, STARTS])
@@ -112,8 +112,8 @@ def started(project, place, *more, **environment):
 def finished(project, *processes):
     for process in processes:
         process.join(60)
-    said = project.home / "stderr"
-    assert [process.exitcode for process in processes] == [0] * len(processes), said.read_text()
+    errors = project.home / "stderr"
+    assert [process.exitcode for process in processes] == [0] * len(processes), errors.read_text()
 
 
 def killed_at(server, request, project, place):
@@ -186,7 +186,7 @@ def test_an_interrupted_upload_is_not_read_as_a_cache_and_can_be_completed(
 @pytest.mark.slow
 @every_system
 def test_a_fresh_machine_computes_only_what_another_had_not_uploaded(
-    project, place, tmp_path, calm, computed
+    project, place, tmp_path, undisturbed, computed
 ):
     project.module(cache_dir=place, **SIZES).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
@@ -196,7 +196,7 @@ def test_a_fresh_machine_computes_only_what_another_had_not_uploaded(
     computed.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert len(computed) == 1
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @every_system
@@ -211,7 +211,7 @@ def test_an_unfinished_cache_of_another_recipe_is_not_overwritten(project, place
 
 @on_s3
 def test_shards_are_uploaded_once_during_the_build_and_the_manifest_last(
-    project, place, server, calm, computed
+    project, place, server, undisturbed, computed
 ):
     done = []
     server.cut[f"PUT {SHARDS[1]}"] = lambda: done.extend(computed)  # and the client retries
@@ -219,7 +219,7 @@ def test_shards_are_uploaded_once_during_the_build_and_the_manifest_last(
     assert len(done) < len(SHARDS) == len(computed)
     sent = server.files("PUT")
     assert sent == [IDENTITY, SHARDS[0], SHARDS[1], *SHARDS[1:], *TARGETS, STARTS, MANIFEST]
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @on_s3
@@ -231,9 +231,11 @@ def test_unchanged_files_are_not_transferred(project, place, server):
 
 
 @on_s3
-@pytest.mark.parametrize("at", [seldom(IDENTITY), SHARDS[3], seldom(TARGETS[2]), seldom(MANIFEST)])
+@pytest.mark.parametrize(
+    "at", [slow_param(IDENTITY), SHARDS[3], slow_param(TARGETS[2]), slow_param(MANIFEST)]
+)
 def test_a_build_killed_while_uploading_resumes_and_uploads_nothing_twice(
-    project, place, server, calm, at
+    project, place, server, undisturbed, at
 ):
     killed_at(server, f"PUT {at}", project, place)
     sent = server.files("PUT")
@@ -242,13 +244,13 @@ def test_a_build_killed_while_uploading_resumes_and_uploads_nothing_twice(
     finished(project, started(project, place))
     order = [IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST]
     assert server.files("PUT") == order[order.index(at) :]
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @on_s3
-@pytest.mark.parametrize("at", [seldom(SHARDS[0]), SHARDS[3], seldom(MANIFEST)])
+@pytest.mark.parametrize("at", [slow_param(SHARDS[0]), SHARDS[3], slow_param(MANIFEST)])
 def test_a_reader_killed_while_downloading_resumes_and_downloads_nothing_twice(
-    project, place, server, tmp_path, calm, at
+    project, place, server, tmp_path, undisturbed, at
 ):
     project.module(cache_dir=place, **SIZES).states("train")
     forget_mirrors(tmp_path)
@@ -259,37 +261,39 @@ def test_a_reader_killed_while_downloading_resumes_and_downloads_nothing_twice(
     assert not (folder / MANIFEST).exists()
     finished(project, started(project, place))
     assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, *TARGETS, MANIFEST]
-    assert content(str(folder)) == calm
+    assert content(str(folder)) == undisturbed
 
 
 @pytest.mark.slow
 @on_s3
 def test_a_rebuild_deletes_the_old_manifest_first_and_leftover_files_last(
-    project, place, server, calm
+    project, place, server, undisturbed
 ):
     project.module(cache_dir=place, shard_mb=0.005).states("train")
-    assert len(content(f"{place}/train")) > len(calm)
+    assert len(content(f"{place}/train")) > len(undisturbed)
     server.seen.clear()
     project.module(cache_dir=place, overwrite=True, **SIZES).states("train")
     changes = [request for request in server.seen if request.split()[0] in {"PUT", "DELETE"}]
     assert changes[0] == f"DELETE {MANIFEST}"
     assert changes[-1] == f"PUT {MANIFEST}"
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @pytest.mark.slow
 @on_s3
-def test_a_file_changed_on_either_side_is_downloaded_again(project, place, server, calm, computed):
+def test_a_file_changed_on_either_side_is_downloaded_again(
+    project, place, server, undisturbed, computed
+):
     folder = remote.Mirror(f"{place}/train", FILES).folder
     project.module(cache_dir=place, **SIZES).states("train")
-    flipped = bytearray(calm[SHARDS[3]])
+    flipped = bytearray(undisturbed[SHARDS[3]])
     flipped[-60] ^= 1
     (folder / SHARDS[3]).write_bytes(flipped)
     computed.clear()
     server.seen.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert server.seen == [f"GET {SHARDS[3]}", f"GET {MANIFEST}"]
-    assert content(str(folder)) == calm
+    assert content(str(folder)) == undisturbed
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.pipe_file(f"{root}/{SHARDS[1]}", bytes(flipped))
     server.seen.clear()
@@ -302,9 +306,9 @@ def test_a_file_changed_on_either_side_is_downloaded_again(project, place, serve
 @pytest.mark.slow
 @on_s3
 @pytest.mark.parametrize(
-    "notes", [seldom("{"), '{"manifest.json": 3, "x": null}', seldom("another's")]
+    "notes", [slow_param("{"), '{"manifest.json": 3, "x": null}', slow_param("another's")]
 )
-def test_damaged_mirror_records_only_cost_a_transfer(project, place, server, calm, notes):
+def test_damaged_mirror_records_only_cost_a_transfer(project, place, server, undisturbed, notes):
     mirror = remote.Mirror(f"{place}/train", FILES)
     project.module(cache_dir=place, **SIZES).states("train")
     path = mirror.folder / remote.NOTES
@@ -316,7 +320,7 @@ def test_damaged_mirror_records_only_cost_a_transfer(project, place, server, cal
     server.seen.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert MANIFEST in server.files("GET")
-    assert content(str(mirror.folder)) == calm
+    assert content(str(mirror.folder)) == undisturbed
 
 
 def two_machines(project, place, tmp_path, *more):
@@ -341,53 +345,53 @@ def mirrors_of(tmp_path):
 @pytest.mark.slow
 @on_s3
 def test_two_machines_without_a_shared_folder_build_one_cache(
-    project, place, server, calm, tmp_path
+    project, place, server, undisturbed, tmp_path
 ):
     finished(project, *two_machines(project, place, tmp_path))
     sent = server.files("PUT")
     assert sorted(sent) == sorted([IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST])
     assert sent[-1] == MANIFEST
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @on_s3
 def test_losing_a_machine_stops_the_run_which_resumes_without_duplicate_uploads(
-    project, place, server, calm, tmp_path
+    project, place, server, undisturbed, tmp_path
 ):
     both = two_machines(project, place, tmp_path)
     server.cut[f"PUT {SHARDS[3]}"] = lambda: os.kill(both[1].pid, signal.SIGKILL)
     for process in both:
         process.join(120)
-    said = (project.home / "stderr").read_text()
-    assert [process.exitcode for process in both] == [1, -signal.SIGKILL], said
-    assert "run the same command again" in said
-    assert "Traceback" not in said
+    errors = (project.home / "stderr").read_text()
+    assert [process.exitcode for process in both] == [1, -signal.SIGKILL], errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
     shutil.rmtree(tmp_path / "machine1")  # its disk is lost as well
     first = server.files("PUT")
     finished(project, *two_machines(project, place, tmp_path))
     assert {*first} & {*server.files("PUT")} == {SHARDS[3]}
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @on_s3
-def test_two_machines_rebuild_a_cache_that_both_have(project, place, calm, tmp_path):
+def test_two_machines_rebuild_a_cache_that_both_have(project, place, undisturbed, tmp_path):
     project.module(cache_dir=place, shard_mb=0.005).states("train")
     finished(project, *two_machines(project, place, tmp_path))
-    assert len(mirrors_of(tmp_path)[1]) > len(calm)
+    assert len(mirrors_of(tmp_path)[1]) > len(undisturbed)
     finished(project, *two_machines(project, place, tmp_path, "--overwrite"))
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("seed", range(10))
 def test_a_build_stopped_at_a_random_moment_resumes_on_any_machine(
-    project, place, calm, tmp_path, seed
+    project, place, undisturbed, tmp_path, seed
 ):
     draw = random.Random(seed)
     process = started(project, place)
@@ -397,7 +401,7 @@ def test_a_build_stopped_at_a_random_moment_resumes_on_any_machine(
     if seed % 2:
         shutil.rmtree(tmp_path / "mirrors", ignore_errors=True)
     finished(project, started(project, place))
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 def test_only_files_of_a_cache_or_of_heads_are_downloaded(tmp_path, monkeypatch):

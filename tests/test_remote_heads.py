@@ -56,14 +56,14 @@ def recipe_of(project) -> str:
     return str(project.home / "recipe.yaml")
 
 
-def refused(capsys, *arguments) -> str:
+def error_of(capsys, *arguments) -> str:
     """The one error, of two lines, on standard error."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: "), said
-    assert len(said.splitlines()) == 2, said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("error: "), message
+    assert len(message.splitlines()) == 2, message
+    return message
 
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)
@@ -147,15 +147,15 @@ def test_info_and_verify_read_a_cache_behind_a_url(project, url, capsys, caplog)
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate", "profile"])
 def test_a_command_that_writes_beside_the_heads_rejects_a_url(fitted, url, command, capsys):
-    said = refused(capsys, command, "--config", recipe_of(fitted), "--heads", url)
-    assert f"{command} writes into the heads folder" in said
-    assert f"lspade-train pull {url} --to DIR" in said
+    message = error_of(capsys, command, "--config", recipe_of(fitted), "--heads", url)
+    assert f"{command} writes into the heads folder" in message
+    assert f"lspade-train pull {url} --to DIR" in message
 
 
 def test_a_url_without_heads_is_named_in_the_error(fitted, url, capsys):
     given = ["--config", recipe_of(fitted), "--heads", url]
     for arguments in (["predict", *given], ["test", *given], ["pull", url], ["info", url]):
-        assert f"{url} holds no heads.safetensors" in refused(capsys, *arguments)
+        assert f"{url} holds no heads.safetensors" in error_of(capsys, *arguments)
 
 
 def test_hub_only_options_are_rejected_for_a_url(url, push, capsys):

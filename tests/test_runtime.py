@@ -139,7 +139,7 @@ def test_an_answering_head_gives_its_own_distribution(decoder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_choices_scope_reads_the_same_logits(family):
+def test_the_choices_scope_uses_the_same_logits(family):
     model, prompts = tiny(family), prompts_of()
     batch = batch_of(prompts, {"a": 7, "b": 9, "c": 30})
     for layer in (2, None):

@@ -158,7 +158,7 @@ def test_the_oracle_does_not_exit_if_that_costs_more():
 # policy.json -----------------------------------------------------------------------------------
 
 
-def test_policy_json_keeps_the_seconds(tmp_path):
+def test_the_seconds_round_trip_through_policy_json(tmp_path):
     seconds = seconds_of()
     record = {"cost": "time", "seconds": seconds.to_json()}
     replace(POLICIES["spade"], calibration=record).save(tmp_path)

@@ -79,8 +79,8 @@ def test_a_shift_after_a_long_healthy_period_is_detected_sooner_than_by_one_bet(
 
 def test_streams_within_the_budget_raise_an_alarm_with_probability_at_most_alpha():
     rng, budget, streams = np.random.default_rng(0), 0.05, 400
-    rung = sum(first_alarm(rng.random(400) < budget, budget) is not None for _ in range(streams))
-    assert rung / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
+    alarms = sum(first_alarm(rng.random(400) < budget, budget) is not None for _ in range(streams))
+    assert alarms / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
 
 
 def test_streams_over_the_budget_raise_an_alarm_about_when_predicted():

@@ -34,9 +34,9 @@ def read(family, split):
 
 def solve(prompt):
     """The answer found by following the facts, independently of the generator's code."""
-    *told, asked = [line.split() for line in prompt.split("\n")]
-    link = {first: last for first, relation, last in told if relation != "is"}
-    letter = {first: last for first, relation, last in told if relation == "is"}
+    *facts, asked = [line.split() for line in prompt.split("\n")]
+    link = {first: last for first, relation, last in facts if relation != "is"}
+    letter = {first: last for first, relation, last in facts if relation == "is"}
     name = asked[-1]
     while name in link:
         name = link[name]
@@ -46,8 +46,8 @@ def solve(prompt):
 
 
 def hops(prompt):
-    *told, asked = [line.split() for line in prompt.split("\n")]
-    link = {first: last for first, relation, last in told if relation != "is"}
+    *facts, asked = [line.split() for line in prompt.split("\n")]
+    link = {first: last for first, relation, last in facts if relation != "is"}
     name, count = asked[-1], 0
     while name in link:
         name, count = link[name], count + 1
@@ -115,16 +115,16 @@ def test_packed_questions_get_the_same_answers_as_alone():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rng = random.Random(0)
     world = make_world(rng, "test")
-    told = " ".join(world.told)
+    facts = " ".join(world.told)
     questions = [ask(world, kind, 1, rng).text for kind in ("yes_no", "multiple_choice", "open")]
-    ids = tokenizer(" ".join([told, *questions]), return_tensors="pt")["input_ids"]
-    packed = layout(1 + len(told.split()), [len(question.split()) for question in questions])
+    ids = tokenizer(" ".join([facts, *questions]), return_tensors="pt")["input_ids"]
+    packed = layout(1 + len(facts.split()), [len(question.split()) for question in questions])
     with torch.no_grad():
         logits = model(
             input_ids=ids, attention_mask=packed["mask"], position_ids=packed["position_ids"]
         ).logits[0, packed["ends"]]
         for row, question in zip(logits, questions, strict=True):
-            alone = model(**tokenizer(f"{told} {question}", return_tensors="pt")).logits[0, -1]
+            alone = model(**tokenizer(f"{facts} {question}", return_tensors="pt")).logits[0, -1]
             torch.testing.assert_close(row, alone, atol=1e-3, rtol=1e-3)
 
 

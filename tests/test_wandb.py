@@ -53,7 +53,7 @@ def fit_history(project, monkeypatch, capfd):
     return found, capfd.readouterr()
 
 
-def test_a_fit_logs_means_the_learning_rate_and_a_chart_of_the_layers_per_epoch(fit_history):
+def test_a_fit_logs_means_learning_rate_and_a_chart_of_layers_per_epoch(fit_history):
     history, printed = fit_history
     keys = {key for row in history for key in row}
     assert {"train/lr", "train/loss/mean", "val/kl/mean", "val/final/kl/mean"} <= keys

@@ -147,8 +147,8 @@ def typed(line: str, place: Path) -> tuple[int, str, float, float]:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    told = done.stderr if done.stderr.strip() else done.stdout
-    return done.returncode, told, cpu, time.monotonic() - began
+    output = done.stderr if done.stderr.strip() else done.stdout
+    return done.returncode, output, cpu, time.monotonic() - began
 
 
 def test_there_are_sixty_mistakes():
@@ -158,10 +158,10 @@ def test_there_are_sixty_mistakes():
 @pytest.mark.slow
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_gives_a_short_and_quick_error(line, place):
-    code, told, cpu, clock = typed(line, place)
-    lines = told.strip().splitlines()
+    code, output, cpu, clock = typed(line, place)
+    lines = output.strip().splitlines()
     print(f"{line[:60]:<60} {code} {len(lines):>2} {cpu:5.1f} {clock:5.1f}  {lines[:1]}")  # noqa: T201
-    assert code == MISTAKES[line], told
-    assert not JARGON.search(told), told
-    assert len(lines) <= LONGEST or told.startswith("usage: "), told
-    assert cpu < SECONDS, f"{cpu:.1f} s\n{told}"
+    assert code == MISTAKES[line], output
+    assert not JARGON.search(output), output
+    assert len(lines) <= LONGEST or output.startswith("usage: "), output
+    assert cpu < SECONDS, f"{cpu:.1f} s\n{output}"
