@@ -189,7 +189,7 @@ def main() -> None:
     options.add_argument("--config", default=QUICKSTART, help="a fitted recipe")
     asked = options.parse_args()
     show = Console(highlight=False, width=140).print
-    show(f"{torch.get_num_threads()} threads, d={WIDTH}, L={LAYERS}, V={VOCAB:,} where not said")
+    show(f"{torch.get_num_threads()} threads, d={WIDTH}, L={LAYERS}, V={VOCAB:,} unless stated")
     found: list[Series] = []
     for series in (extraction(), fitting(), serving(), choosing(asked.config)):
         for one in series:
