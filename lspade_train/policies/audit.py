@@ -293,7 +293,7 @@ def default_budget(policy: ExitPolicy) -> float:
     The bound is Clopper and Pearson's at 95%, on the calibration rows.
 
     Raises:
-        AuditError: the policy holds no calibration.
+        AuditError: the policy has no calibration record.
     """
     record = policy.calibration
     try:
