@@ -57,7 +57,7 @@ def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Pat
 
 
 def gguf_options(path: Path) -> dict[str, Any]:
-    """transformers' options to load a GGUF file.
+    """Options for transformers to load a GGUF file.
 
     Always dequantised: packed weights need kernels that may not be installed, and a packed head is
     not a matrix.

@@ -27,8 +27,8 @@ PADDING = 256
 """Tokens of padding above which a separate batch, which reads all weights again, is cheaper."""
 
 SEEN = 8
-"""Shared tokens that need as much memory as one token of a row's own: only their keys and values
-are present for each row, in one block at a time."""
+"""Shared tokens that count as one token of a row's own when filling a batch: only their keys and
+values are present for each row, in one block at a time."""
 
 
 def shared_prefixes(

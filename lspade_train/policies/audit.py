@@ -205,7 +205,7 @@ class AuditState:
 
 
 class AuditFile:
-    """An audit's state on disk. Updates are atomic and locked, so a kill does not corrupt it.
+    """An audit's state on disk. Updates are atomic and locked; a kill loses none of its counts.
 
     Args:
         path: the JSON file; created at the first update.

@@ -23,7 +23,7 @@ PRIOR = (0.5, 0.5)
 """Beta prior over the rate that the bets are placed on (Jeffreys'); ours, not the papers'."""
 
 BLOCK, GROWTH = 100, 0.05
-"""A block has 100 rows, or 5% of all rows before it: the number of blocks grows like log n."""
+"""A block is full at 100 rows, or 5% of all rows before it: their number grows like log n."""
 
 Blocks = Sequence[tuple[int, int]]
 """Rows and failures of consecutive blocks of a stream, oldest first."""
