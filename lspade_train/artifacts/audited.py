@@ -55,11 +55,11 @@ def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
     tag = policy_digest(ExitPolicy.load(folder))[:8]
     # Save the old policy before writing the new one. Move the audit last: if killed before that,
     # the audit left behind still names the policy it belongs to.
-    kept = [_free(folder / f"policy-{tag}.json")]
+    kept = [_unused_path(folder / f"policy-{tag}.json")]
     write_text(kept[0], (folder / POLICY).read_text(encoding="utf-8"), AuditError)
     policy.save(folder)
     for path in (state, rows_file(state)):
-        place = _free(path.with_name(path.name.replace(".", f"-{tag}.", 1)))
+        place = _unused_path(path.with_name(path.name.replace(".", f"-{tag}.", 1)))
         try:
             path.replace(place)
         except OSError as cause:
@@ -73,7 +73,7 @@ def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
     return kept
 
 
-def _free(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     """This path, or the next one that does not exist."""
     number = 1
     found = path

@@ -111,7 +111,7 @@ def extract(
             yield batch, _to_host(parts) if to_host else partial(dict, parts)
 
     with unfinished:
-        for batch, arrived in _one_behind(batches()):
+        for batch, arrived in _lagged(batches()):
             place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
             parts = arrived()
             _refuse_non_finite_states(parts, examples, batch, what.layers)
@@ -190,7 +190,7 @@ def _no_states(adapter: ModelAdapter, what: Extraction) -> dict[str, Tensor]:
     }
 
 
-def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
+def _lagged(items: Iterable[Item]) -> Iterator[Item]:
     """Yield each item once the next one is started: the device computes while the host copies."""
     held: list[Item] = []
     for item in items:

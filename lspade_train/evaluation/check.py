@@ -149,7 +149,7 @@ def check_recipe(recipe: Recipe, *, rows: int = 200, seconds: float = 30.0) -> C
         shown=_shown(data, chosen[0], logits[0]),
         sampled=len(batch),
         baseline=_baseline(batch, logits),
-        on_choices=_on_choices(batch, logits),
+        on_choices=_choice_mass(batch, logits),
         balance=_balance(data, examples),
         splits=splits,
         cache_bytes=sum(sizes[split] for split in FIT_SPLITS if split in sizes),
@@ -253,7 +253,7 @@ def _baseline(batch: StateBatch, logits: Tensor) -> AgainstChance | None:
     return compare(right[known], batch.answer_id[known].long(), batch.choice_count[known])
 
 
-def _on_choices(batch: StateBatch, logits: Tensor) -> float | None:
+def _choice_mass(batch: StateBatch, logits: Tensor) -> float | None:
     """Total probability of the choices, which is low if the prompt does not lead to them."""
     if not batch.choice_ids.shape[1] or not (batch.choice_count > 0).all():
         return None

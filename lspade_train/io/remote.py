@@ -72,7 +72,7 @@ class Mirror:
                 _require_bucket(files, root)  # fail before the work whose results go there
                 (self.folder / self.index).unlink(missing_ok=True)
                 return self.folder
-            changed = there.keys() - self._settled(there)
+            changed = there.keys() - self._unchanged(there)
             gone = self._here() - there.keys()
             if changed or gone:
                 changed.add(self.index)
@@ -86,7 +86,7 @@ class Mirror:
         """Make the remote folder equal to the mirror."""
         with self._reached() as (files, root), self._lock:
             there, here = self._listing(files, root), self._here()
-            settled = self._settled(there)
+            settled = self._unchanged(there)
             if here == settled == there.keys():
                 return
             gone = there.keys() - here | {self.index}
@@ -100,14 +100,14 @@ class Mirror:
         with self._reached() as (files, root):
             there = self._listing(files, root)
             wanted = {path.name for path in paths} & there.keys()
-            for name in sorted(wanted - self._settled(there)):
+            for name in sorted(wanted - self._unchanged(there)):
                 self._get(files, root, name, there[name])
 
     def publish_file(self, path: Path) -> None:
         """Upload one file of the mirror; the remote folder is then incomplete."""
         with self._reached() as (files, root):
             there = self._listing(files, root)
-            if path.name in self._settled(there):
+            if path.name in self._unchanged(there):
                 return
             if self.index in there:
                 _remove(files, f"{root}/{self.index}")
@@ -154,7 +154,7 @@ class Mirror:
             return read_json(self.folder / NOTES, LSpadeError)
         return {}
 
-    def _settled(self, there: Mapping[str, str]) -> set[str]:
+    def _unchanged(self, there: Mapping[str, str]) -> set[str]:
         """Files that have not changed on either side since their last transfer."""
         notes = self._notes()
         return {n for n, stamp in there.items() if notes.get(n) == [stamp, *self._stat(n)]}

@@ -52,7 +52,7 @@ def with_blocks(
         for (name, block), forward in zip(blocks.named_children(), forwards, strict=True)
     }
     found: nn.Module = shadow(blocks, _modules=stand_ins)
-    for parent, name in reversed(_way(root, blocks)):
+    for parent, name in reversed(_path_to(root, blocks)):
         kept = {} if hooks else {"_forward_hooks": {}}
         found = shadow(parent, _modules={**parent._modules, name: found}, **kept)
         if getattr(found, "gradient_checkpointing", False):
@@ -70,12 +70,12 @@ def without_checkpointing(block: nn.Module) -> nn.Module:
     return block
 
 
-def _way(root: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]:
+def _path_to(root: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]:
     """Each module from `root` down to `target`'s parent, with the name of the next one."""
     for name, child in root.named_children():
         if child is target:
             return [(root, name)]
-        if further := _way(child, target):
+        if further := _path_to(child, target):
             return [(root, name), *further]
     return []
 

@@ -101,7 +101,7 @@ def recalibrate(
     conditions = Conditions(groups=groups) if groups else None
     sequences = [
         [Candidate("", table, rule, conditions) for rule in rules]
-        for rules in (_tightened(policy, table), _from_the_deepest(policy, table))
+        for rules in (_tightened(policy, table), _added_from_deepest(policy, table))
     ]
     found = run_tests(sequences, [table], "disagreement", budget, confidence)
     chosen = found.chosen
@@ -203,7 +203,7 @@ def _tightened(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
     ]
 
 
-def _from_the_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
+def _added_from_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
     """The deepest check alone, then with the shallower ones added one by one, strict to loose."""
     if policy.measure == FIXED or len(policy.layers) == 1:
         return []

@@ -213,7 +213,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     def folder(self, split: Split) -> Path:
         """Folder of a split's cache: in `data.cache_dir`, or in the user's cache."""
-        far = self._far(split)
+        far = self._remote_cache(split)
         if far is not None:
             return far.folder
         if self.config.cache_dir is not None:
@@ -221,7 +221,7 @@ class HiddenStateDataModule(LightningDataModule):
         digest = json_digest(self.identity(split))
         return default_cache_root() / f"{self.name}-{digest[:12]}" / split
 
-    def _far(self, split: Split) -> Mirror | None:
+    def _remote_cache(self, split: Split) -> Mirror | None:
         """The split's remote cache, if `data.cache_dir` is a URL."""
         place = self.config.cache_dir
         if place is None or not is_remote(place):
@@ -289,7 +289,7 @@ class HiddenStateDataModule(LightningDataModule):
             return encoded
 
         manifest, dataset, self.reused[split] = DiskCache(
-            split, self.folder(split), self.identity(split), self._far(split), self.config,
+            split, self.folder(split), self.identity(split), self._remote_cache(split), self.config,
             self.spade, self.overwrite, lambda: self.adapter, encode, self.extraction,
         ).open()  # fmt: skip
         self._require_prefix(split, manifest.answer_prefix)
