@@ -43,7 +43,9 @@ def describe(folder: Path) -> dict[str, str]:
             "made with": ", ".join(f"{k} {v}" for k, v in training.get("versions", {}).items()),
         }
     except (TypeError, ValueError, AttributeError) as cause:
-        raise ArtifactError(f"{folder / CONFIG} is no heads' config ({cause}). {AGAIN}") from cause
+        raise ArtifactError(
+            f"{folder / CONFIG} is not a valid heads config ({cause}). {AGAIN}"
+        ) from cause
     rows |= _promise(folder)
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return rows | {"files": ", ".join(files)}

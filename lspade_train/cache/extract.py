@@ -339,6 +339,6 @@ def _first_non_finite(value: Tensor) -> tuple[int, int] | None:
 
 def _non_finite(what: str) -> NumericsError:
     return NumericsError(
-        f"NaN or Inf in {what}; expected finite numbers. Nothing was written for it.\n"
+        f"NaN or Inf in {what}; expected finite numbers. Nothing was written.\n"
         "Half precision may overflow: try --data.dtype bfloat16 or float32."
     )

@@ -89,7 +89,7 @@ def gather(job: Build, files: Iterable[Shard]) -> None:
     absent = [path for path in paths if not path.exists()]
     if absent:
         raise CacheError(
-            f"{job.folder} does not hold {absent[0].name}, which another machine has written.\n"
+            f"{job.folder} does not contain {absent[0].name}, which another machine wrote.\n"
             "Set --data.cache_dir to a folder that all machines share, or to a URL such as s3://."
         )
 

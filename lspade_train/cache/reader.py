@@ -74,14 +74,14 @@ def read_shards(folder: Path, manifest: Manifest) -> StateDataset:
             shards[0]
         )
         if not right:
-            raise CacheError(_damaged(folder / shard.file, "does not hold the rows of a cache"))
+            raise CacheError(_damaged(folder / shard.file, "does not contain the rows of a cache"))
     return StateDataset(shards, manifest.groups, layers)
 
 
 def _targets(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path, CacheError, REBUILD)
     if not tensors or not tensors.keys() <= TARGETS:
-        raise CacheError(_damaged(path, "does not hold the targets of a cache"))
+        raise CacheError(_damaged(path, "does not contain the targets of a cache"))
     return tensors
 
 

@@ -23,7 +23,7 @@ fit and evaluate build a missing cache themselves.
 
   lspade-train cache --config recipes/arc.yaml
   lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
-  lspade-train cache --verify s3://bucket/path    the same for a cache behind a URL"""
+  lspade-train cache --verify s3://bucket/path    the same for a cache at a URL"""
 
 
 def cache(arguments: list[str]) -> int:

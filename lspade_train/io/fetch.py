@@ -21,7 +21,7 @@ NO_REVISION = (
 )
 GATED = "{repo} is gated.\nAsk for access on its page, and log in: {login}"
 NO_REPOSITORY = (
-    "The Hub has no repository {repo} that you may read.\n"
+    "The Hub has no repository {repo} that you can read.\n"
     "Check the name, and log in where it is private: {login}"
 )
 UNREACHABLE = (
@@ -37,16 +37,16 @@ NO_XET = (
     "Run it again; if it has no Xet storage, set HF_HUB_DISABLE_XET=1 and send them over HTTP."
 )
 BROKEN_OFF = (
-    "The exchange with {repo} broke off ({said}).\n"
-    "Nothing is half done; run it again: what has arrived is not sent twice."
+    "The transfer with {repo} was interrupted ({said}).\n"
+    "Nothing was committed; run it again: completed files are not sent twice."
 )
 NOT_TAKEN = (
-    "The Hub does not take this ({said}).\n"
-    "Nothing was committed; correct what it names (a licence: --license) and run it again."
+    "The Hub rejected the upload ({said}).\n"
+    "Nothing was committed; correct what it reports (a licence: --license) and run it again."
 )
 REFUSED = {
     401: "The Hub refuses the token ({said}).\nLog in again, with a valid one: {login}",
-    403: "The token may not do that in {repo} ({said}).\n"
+    403: "The token has no permission to do that in {repo} ({said}).\n"
     "Log in with a write token ({login}), or propose the change with --create_pr.",
 }
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}

@@ -55,7 +55,7 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
             nowhere = f"no such folder, not in the Hub's cache, and the Hub is out of reach ({why})"
             raise _no_model(model, nowhere, key)
         if status == UNKNOWN or (status == CLOSED and not _has_token()):
-            nowhere = "no such folder, and the Hub has none that you may read"
+            nowhere = "no such folder, and the Hub has none that you can read"
             raise _no_model(model, nowhere, key, "; for a private one: hf auth login")
     if status is None and not offline:
         log.warning("The Hub cannot be reached (%s): only what is cached here is used.", why)

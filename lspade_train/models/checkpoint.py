@@ -87,14 +87,15 @@ def require_complete(model_id: str, model: "PreTrainedModel", report: dict[str, 
     """
     if report["missing_keys"]:
         raise UnsupportedModelError(
-            f"{model_id} lacks weights that its configuration asks for: "
+            f"{model_id} is missing weights that its configuration requires: "
             f"{_listed(report['missing_keys'])}.\n"
-            "They would be random. Download the checkpoint again, or correct its config.json."
+            "They would be initialised at random. Download the checkpoint again, or correct its "
+            "config.json."
         )
     if report["mismatched_keys"]:
         name, got, expected = min(report["mismatched_keys"])
         raise UnsupportedModelError(
-            f"{model_id} holds {name} of shape {tuple(got)}, and its configuration asks for "
+            f"{model_id} holds {name} of shape {tuple(got)}, but its configuration expects "
             f"{tuple(expected)}{_more(len(report['mismatched_keys']) - 1)}.\n"
             "Download the checkpoint again, or correct its config.json."
         )
@@ -152,7 +153,7 @@ def _damage(paths: Iterable[Path]) -> str | None:
             start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
             return (
-                f"{path} is a Git LFS pointer, not the file that it stands for.\n"
+                f"{path} is a Git LFS pointer, not the actual file.\n"
                 f"Run git lfs pull in {path.parent}, or download the model again."
             )
         why = "it is empty" if not start else _broken(path, start)

@@ -92,7 +92,7 @@ def why_no_prefix(adapter: "ModelAdapter") -> str:
         rest = adapter.plan(ids, mask, shared=3)
         behind, fewer = _run(adapter, rest, rest.hidden)
     except Exception as cause:  # a family's code may raise anything for a cache of several tokens
-        return f"its blocks fail behind one ({type(cause).__name__})"
+        return f"its blocks fail after a shared prefix ({type(cause).__name__})"
     real, kept = mask[:, 3:].bool(), torch.tensor(KEPT, device=mask.device)
     # Products with other numbers of rows round differently, and large states that cancel in the
     # last blocks amplify that to a few 1e-5 of the logits; a wrong mask or position changes all.

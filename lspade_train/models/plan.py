@@ -154,7 +154,7 @@ class _Selection:
         if isinstance(value, BlockMask):
             # Its function gets a row's index in the batch, inside a compiled kernel.
             raise UnsupportedModelError(
-                "flex_attention's masks hold for the whole batch: rows cannot leave it.\n"
+                "flex_attention's masks apply to the whole batch, so rows cannot be dropped.\n"
                 "Call model.set_attn_implementation('sdpa') first."
             )
         # One-dimensional tensors are over tokens, for any length.

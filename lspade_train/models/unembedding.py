@@ -144,7 +144,7 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
     if not isinstance(weight, Tensor):
         raise UnsupportedModelError(
             f"The head of {type(model).__name__} ({type(head).__name__}) has no weight of its own; "
-            "expected a linear layer.\nUnwrap the head before the model is used here."
+            "expected a linear layer.\nUnwrap the head first."
         )
     if any(p.device != weight.device for stage in stages for p in stage.parameters()):
         stages.append(_MoveTo(weight.device))

@@ -251,7 +251,7 @@ def _load_gate(path: Path, digest: str) -> Gate:
     gate = Gate.load(path)
     if file_digest(path, PolicyError) != digest:
         raise PolicyError(
-            f"{path} is not the gate that policy.json names ({digest[:12]}...).\n"
+            f"{path} does not match the gate in policy.json ({digest[:12]}...).\n"
             "Restore the file that was written beside policy.json, or run lspade-train calibrate."
         )
     return gate
@@ -263,7 +263,7 @@ def _check_gate(policy: ExitPolicy) -> None:
         raise PolicyError(f"The gate was not fitted for layers {missing}. {REMEDY}")
     if policy.measure == GATED and policy.gate is None and policy.check_layers:
         raise PolicyError(
-            "The measure is gate, and there is no gate: load the policy from its folder "
+            "The measure is gate, but no gate is loaded: load the policy from its folder "
             f"(ExitPolicy.load), which holds {GATE}."
         )
 

@@ -158,7 +158,7 @@ def time_pieces(
     if spread > UNSTEADY:
         log.warning(
             "the rounds differ by %.0f%%: other work seems to run here, and the seconds are not to "
-            "be relied on. Run it again on a quiet machine.",
+            "be relied on. Run it again on an idle machine.",
             100 * spread,
         )
     counts = count_flops(adapter)

@@ -50,7 +50,7 @@ def check_baseline(plain: "PreTrainedModel", adapter: ModelAdapter) -> None:
     places = [{p.data_ptr() for p in part.values()} - {0} for part in (mine, theirs)]
     if places[0] & places[1]:
         raise UnsupportedModelError(
-            f"The baseline is the runtime's own model, which is no longer untouched.\n{remedy}"
+            f"The baseline is the runtime's own model, which has been modified.\n{remedy}"
         )
     shapes = [{name: p.shape for name, p in part.items()} for part in (mine, theirs)]
     if shapes[0] != shapes[1] or plain.dtype != adapter.model.dtype:

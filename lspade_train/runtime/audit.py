@@ -167,7 +167,7 @@ class Auditor:
                 self._flush()
             except AuditError as error:
                 if not self._failing:
-                    log.error("The audit's counts wait in memory: %s", error)
+                    log.error("The audit's counts are kept in memory: %s", error)
                 self._failing = True
 
     def flush(self) -> AuditState:

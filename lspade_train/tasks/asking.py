@@ -15,7 +15,7 @@ from lspade_train.tasks.prompts import Prompter
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.rows import labels_of, load_rows, rename, shot_questions
 
-RAW = "Give prompts as they stand with --raw."
+RAW = "Use --raw for prompts without a template."
 ROW_FAULTS = (ValueError, TypeError, KeyError, AttributeError)
 
 

@@ -262,6 +262,6 @@ def _unreachable(name: str, subset: str | None, revision: str | None) -> str:
 
 def _absent(name: str) -> str:
     return (
-        f"{name} is neither a file or folder here nor a data set on the Hub that you may read. "
+        f"{name} is neither a file or folder here nor a data set on the Hub that you can read. "
         "Correct --data.dataset, or log in with `hf auth login`."
     )
