@@ -1,0 +1,186 @@
+"""`Drafting`: which layer drafts tokens for the model to verify; `drafting.json` beside the heads.
+
+Also what a draft costs and is expected to give, from which the length of the next one is chosen.
+Knows nothing of models.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from lspade_train.errors import PolicyError
+from lspade_train.io.fetch import local_folder
+from lspade_train.io.layout import DRAFTING
+from lspade_train.io.storage import read_json, require_kinds, write_json
+from lspade_train.policies.policy import Reader
+
+FORMAT_VERSION = 1
+REMEDY = "Choose one with lspade-train calibrate --for generate."
+
+START, PRIOR, MEMORY = 0.8, 2.0, 0.98
+"""Before any draft was verified: acceptance, drafts it counts for; what a round keeps of the past.
+
+What is seen fades, so that a head that was given up for a hard passage is tried again behind it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """Lossless decoding: a head at a lower layer drafts, the whole model verifies.
+
+    Attributes:
+        layer: l, 0..L-1: the drafts' tokens run through blocks 1..l one by one, and through those
+            above at once.
+        tokens: most drafts per verification. How many are in use follows the acceptance seen.
+        confidence: probability that the whole draft stands, by the head's own probabilities, at
+            which drafting stops: 0 never does. Our default.
+        reader: which head drafts: `tuned_lens` (heads fitted with target final), `l-spade`, or
+            `logit_lens` (no head); None: the first of these that there is at the layer.
+        calibration: free-form record of how it was chosen.
+
+    Raises:
+        PolicyError: a value out of range.
+
+    Source: arXiv:2404.16710 (LayerSkip), self-speculative decoding; here without retraining.
+    """
+
+    layer: int
+    tokens: int = 8
+    confidence: float = 0.4
+    reader: Reader | None = None
+    calibration: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+
+    def __post_init__(self) -> None:
+        numbers: tuple[tuple[str, Any, type | tuple[type, ...], float, str], ...] = (
+            ("layer", self.layer, int, 0, "0 or more"),
+            ("tokens", self.tokens, int, 1, "1 or more"),
+            ("confidence", self.confidence, (int, float), 0, "0 up to, but not, 1"),
+        )
+        for name, value, kind, least, words in numbers:
+            good = isinstance(value, kind) and not isinstance(value, bool) and value >= least
+            if not good or (name == "confidence" and value >= 1):
+                raise PolicyError(f"{name} is {value!r}; expected {words}. {REMEDY}")
+        if self.reader not in (*get_args(Reader), None):
+            raise PolicyError(
+                f"reader is {self.reader!r}; expected {', '.join(get_args(Reader))} or None. "
+                f"{REMEDY}"
+            )
+
+    def check_fit(self, num_layers: int) -> None:
+        """Refuse a layer that a model of so many blocks does not have below its last.
+
+        Raises:
+            PolicyError: it has not.
+        """
+        if self.layer >= num_layers:
+            raise PolicyError(
+                f"Drafting at layer {self.layer}; this model's layers that can draft go from 0 to "
+                f"{num_layers - 1}. {REMEDY}"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write `drafting.json`.
+
+        Raises:
+            PolicyError: the folder cannot be written.
+        """
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        write_json(
+            Path(folder) / DRAFTING, {"format_version": FORMAT_VERSION, **values}, PolicyError
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> Self:
+        """The `drafting.json` in a heads folder, or in a repository of the Hub.
+
+        Args:
+            path: folder such as `checkpoints/arc`, a URL, or `org/name`.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            PolicyError: none there, malformed, or of an unknown format.
+            HubError: neither a folder nor a repository that can be read.
+        """
+        file = local_folder(path, revision) / DRAFTING
+        if not file.exists():
+            raise PolicyError(f"{file} does not exist. {REMEDY}")
+        values = read_json(file, PolicyError)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise PolicyError(
+                f"{file} has format_version {version!r}; this lspade-train reads "
+                f"{FORMAT_VERSION}. {REMEDY}"
+            )
+        unknown = values.keys() - {item.name for item in fields(cls)}
+        if unknown:
+            raise PolicyError(f"{file} has the unknown key {min(unknown)!r}. {REMEDY}")
+        require_kinds(values, {"layer": int}, file, PolicyError, REMEDY)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """What a round of drafts and their verification costs, in any unit, against a plain token.
+
+    Where weights are read for one row, time is what there is to read: a verification of several
+    tokens costs no more than one token's. That makes `speedup` a ceiling.
+
+    Attributes:
+        below: blocks 1..l for one token.
+        above: blocks l+1..L, once for all tokens of a verification.
+        readout: final norm and unembedding, once for each draft and once for a verification.
+    """
+
+    below: float
+    above: float
+    readout: float
+
+    def of(self, drafts: int) -> float:
+        """A round: the token before the drafts and each of them go up to l, and then all on."""
+        return (drafts + 1) * self.below + drafts * self.readout + self.above + self.readout
+
+    def speedup(self, acceptance: float, drafts: int) -> float:
+        """Plain decoding's cost per token over that of rounds of so many drafts."""
+        return expected_tokens(acceptance, drafts) * self.of(0) / self.of(drafts)
+
+    def best(self, acceptance: float, most: int) -> int:
+        """How many drafts make a token cheapest; 0: plain decoding does."""
+        return max(range(most + 1), key=lambda drafts: self.speedup(acceptance, drafts))
+
+
+def expected_tokens(acceptance: float, drafts: int) -> float:
+    """Tokens of one verification where each draft stands with the same probability.
+
+    Those before the first that falls, and the model's own in its place: 1 + a + ... + a^drafts.
+
+    Source: arXiv:2211.17192, equation 1.
+    """
+    return sum(acceptance**count for count in range(drafts + 1))
+
+
+class DraftLength:
+    """How many tokens to draft next, by the acceptance seen so far.
+
+    Args:
+        costs: of a round.
+        most: drafts.
+    """
+
+    def __init__(self, costs: DraftCosts, most: int) -> None:
+        self.costs, self.most = costs, most
+        self._stood = self._seen = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Probability that a draft stands: what was seen, and what was expected before."""
+        return (START * PRIOR + self._stood) / (PRIOR + self._seen)
+
+    @property
+    def next(self) -> int:
+        """Drafts of the next round; 0 where they do not pay."""
+        return self.costs.best(self.acceptance, self.most)
+
+    def saw(self, stood: int, fell: int) -> None:
+        """Count a round's drafts; those behind one that fell say nothing."""
+        self._stood = MEMORY * self._stood + stood
+        self._seen = MEMORY * self._seen + stood + fell
