@@ -17,7 +17,7 @@ from lspade_train.policies.policy import Reader
 FORMAT_VERSION = 1
 REMEDY = "Choose one with lspade-train calibrate --for generate."
 
-START, PRIOR, MEMORY = 0.8, 2.0, 0.98
+START, PRIOR, MEMORY = 0.8, 2.0, 0.95
 """Before any draft was verified: acceptance, drafts it counts for; what a round keeps of the past.
 
 What is seen fades, so that a head that was given up for a hard passage is tried again behind it.
@@ -51,12 +51,13 @@ class Drafting:
     calibration: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
     def __post_init__(self) -> None:
-        numbers: tuple[tuple[str, Any, type | tuple[type, ...], float, str], ...] = (
-            ("layer", self.layer, int, 0, "0 or more"),
-            ("tokens", self.tokens, int, 1, "1 or more"),
-            ("confidence", self.confidence, (int, float), 0, "0 up to, but not, 1"),
-        )
-        for name, value, kind, least, words in numbers:
+        given: dict[str, Any] = vars(self)
+        for name, kind, least, words in (
+            ("layer", int, 0, "0 or more"),
+            ("tokens", int, 1, "1 or more"),
+            ("confidence", int | float, 0, "0 or more and under 1"),
+        ):
+            value = given[name]
             good = isinstance(value, kind) and not isinstance(value, bool) and value >= least
             if not good or (name == "confidence" and value >= 1):
                 raise PolicyError(f"{name} is {value!r}; expected {words}. {REMEDY}")

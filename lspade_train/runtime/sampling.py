@@ -63,15 +63,16 @@ class Sampling:
         Args:
             logits: the model's, at the token before the drafts and at each of them.
             drafts: drafted tokens.
-            drawn_from: distributions that `draft` gave with them.
+            drawn_from: distributions that `draft` gave with them; None where there are no drafts.
 
         Source: arXiv:2211.17192, algorithm 1.
         """
-        if self.temperature == 0 or drawn_from is None:
+        if self.temperature == 0:
             own = logits.argmax(-1)
             accepted = (own[:, :-1] == drafts).long().cumprod(-1).sum(-1)
             return accepted, own.gather(1, accepted[:, None])[:, 0]
         own = self._probabilities(logits)
+        drawn_from = own[:, :0] if drawn_from is None else drawn_from
         at = drafts[..., None]
         theirs, ours = drawn_from.gather(-1, at)[..., 0], own[:, :-1].gather(-1, at)[..., 0]
         chance = torch.rand(theirs.shape, device=theirs.device, generator=self.generator)
