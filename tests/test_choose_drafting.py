@@ -1,0 +1,109 @@
+"""`choose_drafting`: what is counted, and what is chosen by time."""
+
+import pytest
+import torch
+from test_generate import endless
+from test_lossless import fitted_heads, own_texts
+from test_runtime import prompts_of
+from tiny_models import LAYERS, WIDTH, tiny
+
+from lspade_train import LSpadeHeads, ModelAdapter
+from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.profiling import drafting as profiling
+from lspade_train.profiling.drafting import accepted_by_layer, choose_drafting, plain_texts
+
+NEW = 8
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds by what is timed instead of a clock; `plain` takes 2 and every layer 3."""
+    times = {"plain": [2.0, 2.0, 2.0]}
+
+    def rounds(work, *_):
+        for one in work.values():
+            one.run()
+        return {name: times.get(name, [3.0, 3.0, 3.0]) for name in work}
+
+    monkeypatch.setattr(profiling, "time_rounds", rounds)
+    return times
+
+
+def choose(heads=None, **settings):
+    adapter = ModelAdapter(endless("llama"))
+    return choose_drafting(
+        adapter, endless("llama"), heads, prompts_of(), new_tokens=NEW, **settings
+    )
+
+
+@torch.no_grad()
+def test_acceptance_is_the_share_of_own_tokens_that_a_head_says():
+    model, prompts = endless("llama"), prompts_of()
+    texts, adapter = own_texts(model, prompts, NEW), ModelAdapter(model)
+    assert plain_texts(model, prompts, NEW) == texts
+    joined = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
+    heads = fitted_heads(model, joined, 2)
+    found = accepted_by_layer(adapter, heads, prompts, texts)
+    assert set(found) == set(range(LAYERS))
+    assert found[2][0] == "tuned_lens"
+    assert {found[layer][0] for layer in (0, 1, 3)} == {"logit_lens"}
+    hits = 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        for count, token in enumerate(text):
+            states = model(torch.tensor([[*prompt, *text[:count]]]), output_hidden_states=True)
+            hits += int(heads.logits(states.hidden_states[2][0, -1], 2).argmax()) == token
+    assert found[2][1] == pytest.approx(hits / (NEW * len(prompts)))
+    assert found[2][1] > 0.5
+
+
+def test_texts_end_where_the_model_ends_them():
+    model, prompts = endless("llama"), prompts_of()
+    free = own_texts(model, prompts, NEW)
+    end = free[0][-1]
+    model.generation_config.eos_token_id = end
+    expected = [t[: t.index(end) + 1] if end in t else t for t in free]
+    assert plain_texts(model, prompts, NEW) == expected
+    assert len(set(map(len, expected))) > 1
+
+
+def test_the_fastest_in_every_round_is_chosen(clock):
+    clock |= {"0": [1.0, 1.0, 2.5], "1": [1.9, 1.5, 1.8], "2": [1.5, 1.6, 1.7]}
+    found = choose()
+    assert found.chosen is not None
+    assert found.chosen.layer == 2  # layer 0 has the better median, and was slower in one round
+    assert [row.drafting.layer for row in found.rows] == [0, 2, 1, 3]
+    (row,) = (row for row in found.rows if row.drafting.layer == 2)
+    assert (row.speedup, row.slowest) == (pytest.approx(2 / 1.6), pytest.approx(2 / 1.7))
+    assert row.equal == 1
+    record = found.chosen.calibration
+    assert (record["speedup"], record["new_tokens"], record["batch_size"]) == (row.speedup, NEW, 1)
+    assert found.tokens_per_second == pytest.approx(NEW * len(prompts_of()) / 2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_nothing_is_chosen_where_nothing_is_faster():
+    found = choose(batch_size=4)
+    assert found.chosen is None
+    assert len(found.rows) == 4
+    assert all(row.equal == 1 for row in found.rows)
+
+
+def test_a_baseline_that_is_no_second_load_is_refused():
+    model = tiny("llama")
+    with pytest.raises(UnsupportedModelError, match="untouched"):
+        choose_drafting(ModelAdapter(model), model, None, prompts_of())
+
+
+@pytest.mark.parametrize("settings", [{"new_tokens": 0}, {"batch_size": 0}, {"prompts": []}])
+def test_nothing_to_measure_is_one_clear_error(settings):
+    asked = {"prompts": prompts_of()} | settings
+    with pytest.raises(RecipeError, match="expected 1 or more"):
+        choose_drafting(ModelAdapter(tiny("llama")), tiny("llama"), None, **asked)
+
+
+def test_heads_over_the_choices_are_not_counted():
+    model, prompts = endless("llama"), prompts_of()
+    heads = LSpadeHeads(range(LAYERS), WIDTH).requires_grad_(False)
+    heads.metadata = {"training": {"recipe": {"model": {"scope": "choices"}}}}
+    found = accepted_by_layer(ModelAdapter(model), heads, prompts, own_texts(model, prompts, 4))
+    assert {reader for reader, _ in found.values()} == {"logit_lens"}
