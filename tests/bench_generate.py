@@ -1,0 +1,75 @@
+"""Lossless drafting on a real model: acceptance by layer, ceilings, and time in turn with generate.
+
+`python tests/bench_generate.py FOLDER` takes a transformers folder; `--heads` adds fitted heads to
+the logit lens, `--text` the file that prompts are cut from (default: this project's README).
+
+The ceiling of a layer is (1 + a + ... + a^k) tokens of a verification, where each of k drafts
+stands with probability a, over its cost: (k + 1) l + k u + (L - l) + u blocks' weights read, u
+those of the unembedding, against L + u for a plain token. A verification of k + 1 tokens is taken
+to cost no more than one token's: on a CPU, or with many rows, it costs more.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from bench_subject import real_subject
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from lspade_train import LSpadeHeads
+from lspade_train.policies.drafting import expected_tokens
+from lspade_train.profiling.drafting import DraftingChoice, choose_drafting
+from lspade_train.runtime.lossless import draft_costs
+
+tell = Console(highlight=False, soft_wrap=True, markup=False).print
+README = Path(__file__).parents[1] / "README.md"
+
+
+def main() -> None:
+    """Measure one model and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, metavar="FOLDER")
+    parser.add_argument("--heads", type=Path, help="heads folder")
+    parser.add_argument("--text", type=Path, default=README, help="what prompts are cut from")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    subject = real_subject(asked.model)
+    ids = AutoTokenizer.from_pretrained(asked.model)(asked.text.read_text("utf-8")).input_ids
+    step = max((len(ids) - asked.length) // asked.prompts, 1)
+    prompts = [ids[at * step : at * step + asked.length] for at in range(asked.prompts)]
+    heads = None if asked.heads is None else LSpadeHeads.from_pretrained(asked.heads)
+    tell(f"{subject.name}, {torch.get_num_threads()} threads, {subject.adapter.device}")
+    found = choose_drafting(
+        subject.adapter, subject.plain, heads, prompts,
+        new_tokens=asked.new_tokens, batch_size=asked.batch_size, rounds=asked.rounds,
+    )  # fmt: skip
+    report(found, subject.adapter)
+
+
+def report(found: DraftingChoice, adapter: object) -> None:
+    """Acceptance and ceiling of each layer, then what was timed."""
+    tell("layer  acceptance  drafts  tokens/verification  blocks/verification  ceiling")
+    for layer, share in found.acceptance.items():
+        costs = draft_costs(adapter, layer)
+        drafts = max(costs.best(share, 8), 1)
+        tell(
+            f"{layer:5}  {share:10.2f}  {drafts:6}  {expected_tokens(share, drafts):19.2f}  "
+            f"{costs.of(drafts):19.1f}  {costs.speedup(share, drafts):6.2f}x"
+        )
+    tell(f"plain token: {costs.of(0):.1f} blocks; generate: {found.tokens_per_second:.1f} tokens/s")
+    for row in found.rows:
+        tell(
+            f"layer {row.drafting.layer}, {row.drafting.reader}, {row.drafting.tokens} drafts: "
+            f"{row.speedup * found.tokens_per_second:.1f} tokens/s, {row.speedup:.2f}x (slowest "
+            f"round {row.slowest:.2f}x, ceiling {row.ceiling:.2f}x), "
+            f"{row.tokens_per_verification:.2f} tokens/verification, same text {row.equal:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
