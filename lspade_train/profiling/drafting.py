@@ -8,6 +8,7 @@ model's `generate`. Knows nothing of where the prompts come from.
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.profiling.clock import hardware
 from lspade_train.profiling.rounds import Work, time_rounds
 from lspade_train.profiling.shapes import check_baseline
-from lspade_train.runtime import ExitRuntime
+from lspade_train.runtime import ExitRuntime, Generation
 from lspade_train.runtime.lossless import draft_costs
 
 if TYPE_CHECKING:
@@ -115,37 +116,30 @@ def choose_drafting(
     )  # fmt: skip
     own = [text for group in groups for text in plain_texts(plain, group, new_tokens)]
     said = accepted_by_layer(adapter, heads, prompts, own)
-    tried = list(_promising(adapter, said))
+    tried = {f"{drafting.layer}": (drafting, top) for drafting, top in _promising(adapter, said)}
+    texts: dict[str, list[Generation]] = {}
 
-    def work(drafting: Drafting) -> Work:
-        return Work(lambda: [runtime.generate(g, new_tokens, drafting=drafting) for g in groups])
+    def run(name: str) -> None:
+        drafting, _ = tried[name]
+        runs = (runtime.generate(group, new_tokens, drafting=drafting) for group in groups)
+        texts[name] = [one for found in runs for one in found]
 
-    everything = {"plain": Work(lambda: [plain_texts(plain, g, new_tokens) for g in groups])}
-    everything |= {f"{d.layer}": work(d) for d, _ in tried}
-    timed = time_rounds(everything, adapter.device, rounds)
-    rows: list[DraftingRow] = []
-    for drafting, ceiling in tried:
-        found = [one for g in groups for one in runtime.generate(g, new_tokens, drafting=drafting)]
-        ratios = [
-            base / own for base, own in zip(timed["plain"], timed[f"{drafting.layer}"], strict=True)
-        ]
-        behind = [
-            one.drafts for one in found if one.drafts is not None and one.drafts.verifications
-        ]
-        rows.append(
-            DraftingRow(
-                drafting,
-                acceptance=said[drafting.layer][1],
-                ceiling=ceiling,
-                tokens_per_verification=sum(d.accepted + d.verifications for d in behind)
-                / max(sum(d.verifications for d in behind), 1),
-                speedup=statistics.median(ratios),
-                slowest=min(ratios),
-                equal=statistics.mean(
-                    one.token_ids == text for one, text in zip(found, own, strict=True)
-                ),
-            )
+    work = {"plain": Work(lambda: [plain_texts(plain, group, new_tokens) for group in groups])}
+    timed = time_rounds(
+        work | {name: Work(partial(run, name)) for name in tried}, adapter.device, rounds
+    )
+    rows = [
+        _row(
+            drafting,
+            said[drafting.layer][1],
+            ceiling,
+            texts[name],
+            own,
+            timed["plain"],
+            timed[name],
         )
+        for name, (drafting, ceiling) in tried.items()
+    ]
     rows.sort(key=lambda row: -row.speedup)
     best = next((row for row in rows if row.slowest > 1), None)
     acceptance = {layer: share for layer, (_, share) in said.items()}
@@ -157,10 +151,35 @@ def choose_drafting(
         "hardware": hardware(adapter.device), "threads": torch.get_num_threads(),
         "dtype": str(adapter.dtype).removeprefix("torch."), "prompts": len(prompts),
         "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds,
-        "tokens_per_second": rate, "acceptance": {str(n): share for n, share in acceptance.items()},
+        "tokens_per_second": rate,
+        "acceptance_by_layer": {str(layer): share for layer, share in acceptance.items()},
         **{name: value for name, value in asdict(best).items() if name != "drafting"},
     }  # fmt: skip
     return replace(choice, chosen=replace(best.drafting, calibration=record))
+
+
+def _row(
+    drafting: Drafting,
+    acceptance: float,
+    ceiling: float,
+    found: Sequence[Generation],
+    own: Sequence[Text],
+    plain: Sequence[float],
+    seconds: Sequence[float],
+) -> DraftingRow:
+    """A setting's texts and seconds against the untouched model's, round by round."""
+    ratios = [base / mine for base, mine in zip(plain, seconds, strict=True)]
+    drafts = [one.drafts for one in found if one.drafts is not None]
+    rounds = sum(one.verifications for one in drafts)
+    return DraftingRow(
+        drafting,
+        acceptance=acceptance,
+        ceiling=ceiling,
+        tokens_per_verification=(sum(one.accepted for one in drafts) + rounds) / max(rounds, 1),
+        speedup=statistics.median(ratios),
+        slowest=min(ratios),
+        equal=statistics.mean(a.token_ids == b for a, b in zip(found, own, strict=True)),
+    )
 
 
 def plain_texts(
