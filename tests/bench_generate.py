@@ -10,10 +10,10 @@ to cost no more than one token's: on a CPU, or with many rows, it costs more.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
-from bench_subject import real_subject
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -30,6 +30,7 @@ def main() -> None:
     """Measure one model and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="FOLDER")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--heads", type=Path, help="heads folder")
     parser.add_argument("--text", type=Path, default=README, help="what prompts are cut from")
     parser.add_argument("--prompts", type=int, default=8)
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    os.environ["BENCH_MODEL_DTYPE"] = asked.dtype
+    from bench_subject import real_subject  # reads it
+
     subject = real_subject(asked.model)
     ids = AutoTokenizer.from_pretrained(asked.model)(asked.text.read_text("utf-8")).input_ids
     step = max((len(ids) - asked.length) // asked.prompts, 1)

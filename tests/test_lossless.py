@@ -330,7 +330,8 @@ def test_the_reader_is_the_best_head_there_is_at_the_layer():
             PolicyError,
             "layer 4; this model's layers that can draft go from 0 to 3",
         ),
-        ({"layer": 1, "tokens": 0}, PolicyError, "tokens is 0; expected 1 or more"),
+        ({"layer": 1, "tokens": 0}, PolicyError, "tokens is 0; expected 1 to 64"),
+        ({"layer": 1, "tokens": 10**9}, PolicyError, "tokens is 1000000000; expected 1 to 64"),
         ({"layer": 1, "tokens": 2.5}, PolicyError, r"tokens is 2\.5"),
         ({"layer": 1, "confidence": 1}, PolicyError, "confidence is 1"),
         ({"layer": 1, "reader": "spade"}, PolicyError, "reader is 'spade'; expected l-spade"),
@@ -401,6 +402,7 @@ def test_a_drafting_survives_the_disk(tmp_path):
         (lambda values: values | {"format_version": 9}, "format_version 9"),
         (lambda values: values | {"layer": "two"}, "layer"),
         (lambda values: {"format_version": 1}, "layer"),
+        (lambda values: values | {"calibration": 3}, "calibration"),
         (None, "does not exist"),
     ],
 )

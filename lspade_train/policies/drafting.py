@@ -4,6 +4,7 @@ Also what a draft costs and is expected to give, from which the length of the ne
 Knows nothing of models.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -16,6 +17,8 @@ from lspade_train.policies.policy import Reader
 
 FORMAT_VERSION = 1
 REMEDY = "Choose one with lspade-train calibrate --for generate."
+
+MOST_TOKENS = 64
 
 START, PRIOR, MEMORY = 0.8, 2.0, 0.95
 """Before any draft was verified: acceptance, drafts it counts for; what a round keeps of the past.
@@ -31,7 +34,8 @@ class Drafting:
     Attributes:
         layer: l, 0..L-1: the drafts' tokens run through blocks 1..l one by one, and through those
             above at once.
-        tokens: most drafts per verification. How many are in use follows the acceptance seen.
+        tokens: most drafts per verification, 1 to 64. How many are in use follows the acceptance
+            seen.
         confidence: probability that the whole draft stands, by the head's own probabilities, at
             which drafting stops: 0 never does. Our default.
         reader: which head drafts: `tuned_lens` (heads fitted with target final), `l-spade`, or
@@ -52,14 +56,14 @@ class Drafting:
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = vars(self)
-        for name, kind, least, words in (
-            ("layer", int, 0, "0 or more"),
-            ("tokens", int, 1, "1 or more"),
-            ("confidence", int | float, 0, "0 or more and under 1"),
+        for name, kind, least, most, words in (
+            ("layer", int, 0, math.inf, "0 or more"),
+            ("tokens", int, 1, MOST_TOKENS, f"1 to {MOST_TOKENS}"),
+            ("confidence", int | float, 0, math.nextafter(1, 0), "0 or more and under 1"),
         ):
             value = given[name]
-            good = isinstance(value, kind) and not isinstance(value, bool) and value >= least
-            if not good or (name == "confidence" and value >= 1):
+            kin = isinstance(value, kind) and not isinstance(value, bool)
+            if not (kin and least <= value <= most):
                 raise PolicyError(f"{name} is {value!r}; expected {words}. {REMEDY}")
         if self.reader not in (*get_args(Reader), None):
             raise PolicyError(
@@ -115,7 +119,8 @@ class Drafting:
         unknown = values.keys() - {item.name for item in fields(cls)}
         if unknown:
             raise PolicyError(f"{file} has the unknown key {min(unknown)!r}. {REMEDY}")
-        require_kinds(values, {"layer": int}, file, PolicyError, REMEDY)
+        kinds = {"layer": int, "calibration": dict}
+        require_kinds({"calibration": {}, **values}, kinds, file, PolicyError, REMEDY)
         return cls(**values)
 
 
