@@ -283,22 +283,28 @@ def test_a_head_that_is_never_right_is_given_up(monkeypatch):
     assert right.token_ids == wrong.token_ids
     assert right.drafts.accepted == right.drafts.drafted > 30
     assert wrong.drafts.accepted == 0
-    assert wrong.drafts.drafted < 10
+    assert wrong.drafts.drafted < 20  # 148, were it not given up
     assert wrong.drafts.verifications == 39
 
 
 @pytest.mark.usefixtures("free")
-@pytest.mark.parametrize(("confidence", "drafts"), [(0.0, 4), (0.5, 2), (0.7, 1), (0.9, 0)])
+@pytest.mark.parametrize(("confidence", "drafts"), [(0.0, 4), (0.5, 3), (0.7, 1), (0.9, 0)])
 def test_drafting_stops_under_the_confidence(confidence, drafts, monkeypatch):
     logits = torch.zeros(1, VOCAB)
-    logits[0, 5] = torch.tensor(0.8 * (VOCAB - 1) / 0.2).log()  # 0.8, then 0.64, 0.51, 0.41
+    logits[0, 5] = torch.tensor(0.8 * (VOCAB - 1) / 0.2).log()  # 0.8: then 0.64, 0.51 and 0.41
     monkeypatch.setattr(Drafter, "read", lambda *_: logits)
-    (found,) = runtime_of(endless("llama")).generate(
+    draft, made = Drafter.draft, list[int]()
+
+    def spy(*arguments):
+        found = draft(*arguments)
+        made.append(found[1].shape[1] - 1)
+        return found
+
+    monkeypatch.setattr(Drafter, "draft", spy)
+    runtime_of(endless("llama")).generate(
         [[1, 7, 9]], 6, drafting=Drafting(layer=1, tokens=4, confidence=confidence)
     )
-    first = min(drafts, 3 if confidence == 0.5 else drafts)
-    assert found.drafts.drafted >= first
-    assert (found.drafts.drafted == 0) == (drafts == 0)
+    assert made[0] == drafts
 
 
 # Settings -----------------------------------------------------------------------------------------
