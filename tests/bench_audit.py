@@ -1,13 +1,14 @@
-"""How often an audit rings without a reason, how many rows a shift takes, and what an audit costs.
+"""False-alarm rate, detection delay and cost of an audit.
 
     python tests/bench_audit.py
     python tests/bench_audit.py --shifts
     python tests/bench_audit.py --overhead --config recipes/quickstart.yaml
 
-The first draws only the coins and the losses of a stream, as the runtime does: no model is needed.
-The second answers shifted rows with the quickstart's policy, and draws streams at the disagreement
-found. The third answers a recipe's test rows with and without an audit in turn, and gives the ratio
-of the CPU seconds (a shared machine's wall time says little) beside the FLOPs, which are exact.
+The first simulates only a stream's audit draws and failures, as the runtime makes them: no model is
+needed. The second answers shifted rows with the quickstart's policy, then simulates streams at the
+measured disagreement. The third answers a recipe's test rows alternately with and without an audit,
+and gives the ratio of CPU seconds (wall time is unreliable on a shared machine) beside the FLOPs,
+which are exact.
 """
 
 import argparse
@@ -36,7 +37,7 @@ show = Console(width=120, highlight=False).print
 
 
 def blocks_of(losses):
-    """The blocks of drawn rows."""
+    """Yield the audited rows in blocks."""
     blocks = ()
     for loss in losses:
         blocks = add_to_blocks(blocks, 1, int(loss))
@@ -44,7 +45,7 @@ def blocks_of(losses):
 
 
 def first_alarm(rng, blocks, disagreement, most):
-    """Drawn rows until the alarm; None where `most` do not raise it."""
+    """Audited rows until the alarm; None if `most` rows do not raise it."""
     for n in range(1, most + 1):
         loss = int(rng.random() < disagreement)
         blocks = add_to_blocks(blocks, 1, loss)
@@ -54,13 +55,13 @@ def first_alarm(rng, blocks, disagreement, most):
 
 
 def false_alarms(rng, disagreement, rows):
-    """Share of streams at 2% audit that ring."""
+    """Fraction of streams audited at 2% that raise an alarm."""
     drawn = rng.binomial(rows, 0.02, STREAMS)
     return np.mean([first_alarm(rng, (), disagreement, int(n)) is not None for n in drawn])
 
 
 def delays(rng, disagreement, audit, history, streams, before=CALIBRATED):
-    """Rows in use from the shift to the alarm, and the share of streams that rang before it."""
+    """Rows served from the shift to the alarm, and the fraction of earlier (false) alarms."""
     found, early = [], 0
     for _ in range(streams):
         past = rng.random(rng.binomial(history, audit)) < before
@@ -74,7 +75,7 @@ def delays(rng, disagreement, audit, history, streams, before=CALIBRATED):
 
 
 def served(config, heads):
-    """What answers as `predict` does, what asks, and the recipe's data section."""
+    """The `predict` runtime, the prompt renderer and the recipe's data section."""
     parsed = parse(command_parser("predict", ""), ["--config", config])
     folder = heads or Path("checkpoints") / parsed.recipe.name
     loaded, adapter, tokenizer = runtime_parts(parsed, folder)
@@ -86,13 +87,13 @@ def served(config, heads):
 
 
 def question_first(row):
-    """The same prompt in a template in which one line has moved."""
+    """The same prompt with one line of the template moved."""
     *facts, question = row["prompt"].splitlines()
     return {**row, "prompt": "\n".join([question, *facts])}
 
 
 def shifts(heads):
-    """Rows from a real shift to the alarm."""
+    """Rows from a real shift until the alarm."""
     runtime_with, ask, data = served("recipes/quickstart.yaml", heads)
     rows = tasks.load_rows(data, "test").records
     others = tasks.load_rows(replace(data, dataset="recipes/quickstart/data_open"), "test").records
@@ -118,12 +119,12 @@ def shifts(heads):
             (half, most), _ = delays(rng, rate, audit, ROWS, 200, before)
             cells.append(f"{half:9,.0f} / {most:9,.0f}")
         before = before if cells else rate if name == "no shift" else before
-        told = "   ".join(cells) or "within the budget"
-        show(f"  {name} (n = {seen.rows:,}): {rate:.1%} of the answers differ: {told}")
+        summary = "   ".join(cells) or "within the budget"
+        show(f"  {name} (n = {seen.rows:,}): {rate:.1%} of the answers differ: {summary}")
 
 
 def overhead(config, heads, rate, rounds, window):
-    """CPU seconds with the audit over those without, and the FLOPs that the audit took."""
+    """CPU seconds with the audit over those without, and the FLOPs the audit used."""
     runtime_with, ask, data = served(config, heads)
     records = tasks.load_rows(data, tasks.evaluation_split(data)).records
     asked = [ask(records[place]) for place in range(min(len(records), rounds * window))]

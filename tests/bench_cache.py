@@ -1,4 +1,4 @@
-"""The cache: extraction against the plain forward, its size, its reading, its peak memory."""
+"""The cache: extraction against a plain forward, size on disk, read speed, peak memory."""
 
 import os
 import tempfile
@@ -47,7 +47,7 @@ def build(
     *,
     spade: bool = True,
 ) -> Manifest:
-    """A whole cache of all layers, with SPADE targets or without, as the command builds it."""
+    """Build a complete cache of all layers, with or without SPADE targets, as the command does."""
     layers = tuple(range(1, adapter.num_layers))
     what = Extraction(layers, "original", "hidden", 64, 4, ("",), spade)
     job = cache.Build(folder, adapter, what, {"layers": list(layers)}, overwrite=True)
@@ -58,12 +58,12 @@ def build(
 
 
 def row_bytes() -> int:
-    """2 x layers x d x bytes: what a row should take."""
+    """2 x layers x d x bytes: the expected size of a row."""
     return 2 * LAYERS * WIDTH * torch.empty(0, dtype=DTYPE).element_size()
 
 
 def extraction(rounds: int = ROUNDS) -> list[Row]:
-    """Extraction with writing against an untouched model's forward over the same batches."""
+    """Extraction including writes against an untouched model's forward over the same batches."""
     adapter, plain, rows = llama(), untouched_llama(), []
     with tempfile.TemporaryDirectory() as folder:
         for tokens, most in ((256, 1.15),) if GPU else ((256, 1.20), (128, 1.35)):
@@ -73,7 +73,7 @@ def extraction(rounds: int = ROUNDS) -> list[Row]:
 
             @torch.no_grad()
             def forward(batches: Any = batches) -> None:
-                # The strictest baseline: unembeds the last position only.
+                # The strictest baseline: it unembeds the last position only.
                 for ids in batches:
                     mask = torch.ones_like(ids)
                     plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -111,7 +111,7 @@ def extraction(rounds: int = ROUNDS) -> list[Row]:
 
 
 def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> list[Row]:
-    """All positions of running text, for the model's own answer as target, against the forward."""
+    """Extraction at all positions of running text, final target, against the forward."""
     adapter, plain = llama(), untouched_llama()
     places = np.arange(tokens)
     examples = [
@@ -119,7 +119,8 @@ def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> 
         for e in prompts(count, tokens)
     ]
     ids = torch.from_numpy(np.stack([e.input_ids for e in examples])).long().to(DEVICE)
-    shard_mb = row_bytes() * count * tokens / 2e6
+    # Four shards, each written while the next is computed, as in any real job.
+    shard_mb = row_bytes() / 2 * count * tokens / 1e6 / 4
 
     @torch.no_grad()
     def forward() -> None:
@@ -143,10 +144,10 @@ def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> 
 
 
 def compiled(rounds: int = ROUNDS, tokens: int = 256) -> list[Row]:
-    """Extraction with writing through compiled blocks against the same blocks as they are."""
+    """Extraction including writes with compiled blocks against uncompiled ones."""
     examples = prompts(TOKENS_PER_BATCH // tokens, tokens)
     with tempfile.TemporaryDirectory() as name, patch.dict(os.environ):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/inductor"  # nothing compiled before
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/inductor"  # drop earlier compilations
         eager = llama()
         fast = ModelAdapter(eager.model, check=False, compile=True)
 
@@ -154,7 +155,7 @@ def compiled(rounds: int = ROUNDS, tokens: int = 256) -> list[Row]:
             build(Path(name) / "cache", adapter, examples, 256, TOKENS_PER_BATCH)
 
         start = time.perf_counter()
-        extract(fast)  # checks the adapter, and compiles
+        extract(fast)  # runs the adapter's check, and compiles
         first = time.perf_counter() - start
         cases = {"compiled": partial(extract, fast), "eager": partial(extract, eager)}
         taken = interleaved(cases, rounds)
@@ -172,7 +173,7 @@ def compiled(rounds: int = ROUNDS, tokens: int = 256) -> list[Row]:
 def reading(
     rounds: int = ROUNDS, rows: int = 1024 if QUICK else 4096, shards: int = 4
 ) -> list[Row]:
-    """A shuffled epoch from mapped shards against copying the same bytes."""
+    """A shuffled epoch from memory-mapped shards against copying the same bytes."""
     per_shard = rows // shards
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

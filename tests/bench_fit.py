@@ -1,7 +1,7 @@
-"""A training step of all layers: against its matrix products, and against a loop over layers.
+"""A training step for all layers, against its matrix products and against a loop over layers.
 
-The step is that of a fit long enough to reduce its targets first, which takes two products over the
-vocabulary. In half precision (on a GPU) targets are not reduced, and it takes three.
+The step is from a fit long enough to reduce its targets first, which takes two products over the
+vocabulary. In half precision (on a GPU) targets are not reduced, and a step takes three.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ LARGE = 16_000 if QUICK else 151_936
 
 
 class Setting:
-    """Random states and targets, a frozen unembedding, and the heads both ways train."""
+    """Random states and targets, a frozen unembedding, and the heads that both approaches train."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Setting:
         self.loop_optimizer = torch.optim.AdamW([p for m in self.loop for p in m.parameters()])
 
     def reduced(self) -> StateBatch:
-        """The batch as a fit holds it once its targets are reduced."""
+        """The batch as a fit holds it after reducing its targets."""
         target = target_logits(self.unreduced, "spade", self.unembed)
         memory, shape = chunk_memory(self.unembed), self.hidden.shape[:2]
         found = reduce_target(target, self.rows * shape[1], self.unembed, memory)
@@ -75,11 +75,11 @@ class Setting:
         )
 
     def step(self) -> None:
-        """All layers at once, as `fit` trains them."""
+        """A step for all layers at once, as `fit` trains them."""
         self._step(self.batch)
 
     def unreduced_step(self) -> None:
-        """The same with the target's logits made in the step: a third product."""
+        """The same with the target's logits computed in the step: a third product."""
         self._step(self.unreduced)
 
     def _step(self, batch: StateBatch) -> None:
@@ -88,11 +88,11 @@ class Setting:
         self.optimizer.step()
 
     def layer_by_layer(self) -> None:
-        """The loop of the usual lens trainers: a layer's logits, KL as tuned-lens writes it."""
+        """The loop of common lens trainers: one layer at a time, KL as tuned-lens writes it."""
         self._loop(_kl)
 
     def layer_by_layer_fused(self) -> None:
-        """The same loop with PyTorch's own cross-entropy, the fastest that autograd has."""
+        """The same loop with PyTorch's own cross-entropy, the fastest option in autograd."""
         self._loop(lambda logits, goal: nn.functional.cross_entropy(logits, goal.softmax(-1)))
 
     def _loop(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -107,7 +107,7 @@ class Setting:
 
     @torch.no_grad()
     def products(self) -> None:
-        """The step's products alone: student's logits, gradient, target's logits if not reduced."""
+        """The step's products alone: student logits, gradient, and target logits if not reduced."""
         student, target = (it.flatten(0, 1) for it in (self.hidden, self.target))
         chunk = 192 if DEVICE == "cpu" else 8192
         for part in range(0, len(student), chunk):
@@ -131,12 +131,12 @@ def prepared() -> Setting:
     full = Setting()
     full.optimizer, full.module = setting.optimizer, setting.module
     full.loop_optimizer, full.loop = setting.loop_optimizer, setting.loop
-    full.module.__dict__.pop("_memory")  # kept from step to step, and counted
+    full.module.__dict__.pop("_memory")  # persists across steps, and is counted
     return full
 
 
 def fit(rounds: int = ROUNDS) -> list[Row]:
-    """Time of a step, and its peak memory over inputs, heads and optimiser state."""
+    """Time of a step, and its peak memory beyond inputs, heads and optimiser state."""
     setting = Setting()
     cases = {
         "step": setting.step,
@@ -176,7 +176,7 @@ def fit(rounds: int = ROUNDS) -> list[Row]:
 
 
 def fit_memory() -> list[Row]:
-    """Peak memory of a step over inputs, heads and optimiser state."""
+    """Peak memory of a step beyond inputs, heads and optimiser state."""
     step, loop, three = (
         peak_memory("bench_fit", "prepared()", f"it.{way}()")
         for way in ("step", "layer_by_layer", "unreduced_step")
@@ -196,7 +196,7 @@ def fit_memory() -> list[Row]:
 
 
 def warmed(scope: LossScope) -> Setting:
-    """A setting with a large vocabulary that has made a step, its working memory forgotten."""
+    """A setting with a large vocabulary that has taken a step and released its working memory."""
     setting = Setting(ROWS // 8, LARGE, scope)
     setting.step()
     setting.module.__dict__.pop("_memory", None)
@@ -204,7 +204,7 @@ def warmed(scope: LossScope) -> Setting:
 
 
 def choices(rounds: int = ROUNDS) -> list[Row]:
-    """A step over four choices of each row against one over a vocabulary of today's models."""
+    """A step over four choices per row against one over a vocabulary of modern size."""
     ways: dict[str, LossScope] = {"over the choices": "choices", "vocabulary": "vocabulary"}
     cases = {name: Setting(ROWS // 8, LARGE, scope).step for name, scope in ways.items()}
     taken = interleaved(cases, rounds)

@@ -1,9 +1,9 @@
-"""How cost grows: seconds and memory at doubled sizes, one panel each, with the last exponent.
+"""How cost scales: seconds and memory at doubling sizes, one panel each, with the final exponent.
 
     python tests/bench_growth.py growth.svg
 
 Random models in fp32; calibrate and evaluate on the quickstart's heads (`make quickstart` first).
-An exponent is the slope of the last two points on logarithmic axes: 1 is linear, 2 quadratic.
+An exponent is the slope between the last two points on log-log axes: 1 is linear, 2 quadratic.
 """
 
 import argparse
@@ -40,11 +40,11 @@ QUICKSTART = "recipes/quickstart.yaml"
 
 @dataclass(frozen=True)
 class Series:
-    """What one thing costs at several sizes.
+    """The cost of one operation at several sizes.
 
     Attributes:
-        name: of what was run.
-        against: of the size.
+        name: of the operation.
+        against: what the size measures.
         unit: s or MB.
         points: cost by size, ascending.
     """
@@ -56,7 +56,7 @@ class Series:
 
     @property
     def exponent(self) -> float:
-        """Slope of the last two points on logarithmic axes."""
+        """Slope between the last two points on log-log axes."""
         (x0, y0), (x1, y1) = list(self.points.items())[-2:]
         return math.log(y1 / y0) / math.log(x1 / x0)
 
@@ -64,13 +64,13 @@ class Series:
 def timed(
     name: str, against: str, cases: Mapping[int, Callable[[], object]], rounds: int = ROUNDS
 ) -> Series:
-    """Median seconds of each case, taken in turn."""
+    """Median seconds of each case, run alternately."""
     taken = interleaved({str(size): run for size, run in cases.items()}, rounds)
     return Series(name, against, "s", {size: seconds(taken, str(size)) for size in cases})
 
 
 def extraction() -> Iterator[Series]:
-    """Caching states and SPADE targets of all layers."""
+    """Cache the states and SPADE targets of all layers."""
     adapter = llama(WIDTH, LAYERS, VOCAB)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -84,7 +84,7 @@ def extraction() -> Iterator[Series]:
 
 
 def fitting() -> Iterator[Series]:
-    """One training step over 128 rows; its peak memory over inputs, heads and optimiser."""
+    """One training step over 128 rows; its peak memory beyond inputs, heads and optimiser."""
     settings: dict[str, dict[int, dict[str, int]]] = {
         "layers": {n: {"layers": n} for n in (4, 8, 16, 32)},
         "d": {n: {"width": n} for n in (128, 256, 512, 1024)},
@@ -102,12 +102,12 @@ def fitting() -> Iterator[Series]:
 
 
 def sized(layers: int = LAYERS, width: int = WIDTH, vocab: int = VOCAB) -> Setting:
-    """Heads, states and targets of one step."""
+    """Heads, states and targets for one step."""
     return Setting(128, vocab, layers=layers, width=width)
 
 
 def warmed(**sizes: int) -> Setting:
-    """The same after a step, its working memory forgotten."""
+    """The same after one step, with its working memory released."""
     setting = sized(**sizes)
     setting.step()
     setting.module.__dict__.pop("_memory", None)
@@ -115,7 +115,7 @@ def warmed(**sizes: int) -> Setting:
 
 
 def choosing(config: str) -> Iterator[Series]:
-    """`calibrate` and `evaluate` on the first rows of a fitted recipe, states at hand."""
+    """`calibrate` and `evaluate` on the first rows of a fitted recipe, with its states cached."""
     recipe = parse(command_parser("calibrate", ""), ["--config", config]).recipe
     folder = heads_folder(recipe)
     if not (folder / "config.json").exists():
@@ -138,7 +138,7 @@ def _calibrate(fitted: FittedRecipe) -> Any:
 
 
 def serving() -> Iterator[Series]:
-    """A batch through the runtime that exits half-way, answered by SPADE."""
+    """A batch through the runtime that exits halfway, answered by SPADE."""
     adapter = llama(WIDTH, LAYERS, VOCAB)
     heads = LSpadeHeads(range(1, LAYERS), WIDTH).to(DEVICE)
     probe = ExitRuntime(adapter, heads, policy=ExitPolicy.always(LAYERS // 2)).probe
@@ -153,7 +153,7 @@ def serving() -> Iterator[Series]:
 
 
 def draw(found: Sequence[Series], path: Path) -> None:
-    """One panel per series, on logarithmic axes, beside a line of slope 1."""
+    """One panel per series on log-log axes, beside a line of slope 1."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -189,7 +189,7 @@ def main() -> None:
     options.add_argument("--config", default=QUICKSTART, help="a fitted recipe")
     asked = options.parse_args()
     show = Console(highlight=False, width=140).print
-    show(f"{torch.get_num_threads()} threads, d={WIDTH}, L={LAYERS}, V={VOCAB:,} where not said")
+    show(f"{torch.get_num_threads()} threads, d={WIDTH}, L={LAYERS}, V={VOCAB:,} unless stated")
     found: list[Series] = []
     for series in (extraction(), fitting(), serving(), choosing(asked.config)):
         for one in series:

@@ -1,7 +1,7 @@
-"""An epoch of a tuned lens, beside the package of that name where it is installed.
+"""One epoch of a tuned lens, beside the `tuned-lens` package where it is installed.
 
-Theirs is that package's lens in its own loop: forward, each layer's logits, KL, backward. Ours is
-an extraction of the same positions and one epoch on them, with `model.target: final`.
+Theirs is that package's lens in its own loop: forward, each layer's logits, KL, backward. Ours
+extracts the same positions and trains one epoch on them, with `model.target: final`.
 """
 
 import logging
@@ -28,10 +28,10 @@ TEXTS, TOKENS = (64, 256) if GPU else (6, 128)
 
 
 class Setting:
-    """The two ways to a tuned lens, over the same positions.
+    """The two ways to train a tuned lens, over the same positions.
 
     Args:
-        folder: of a real model; empty takes the random one.
+        folder: of a real model; empty for the random one.
     """
 
     def __init__(self, folder: str = "") -> None:
@@ -45,7 +45,7 @@ class Setting:
         self.optimizer = torch.optim.AdamW(p for p in self.lens.parameters() if p.requires_grad)
 
     def theirs(self) -> None:
-        """One pass over the texts, one step each."""
+        """One pass over the texts, one step per text."""
         for text in self.ids[:, None]:
             with torch.no_grad():
                 found: Any = self.subject.plain(text, output_hidden_states=True, use_cache=False)
@@ -57,7 +57,7 @@ class Setting:
             self.optimizer.zero_grad(set_to_none=False)
 
     def ours(self) -> None:
-        """An extraction into files, and an epoch of as many steps."""
+        """An extraction to disk, and an epoch with the same number of steps."""
         adapter, places = self.subject.adapter, np.arange(TOKENS)
         examples = [
             Example(np.array(row, dtype=np.int32), places, np.array(row), (), i)
@@ -97,7 +97,7 @@ def lens(folder: str = "", rounds: int = ROUNDS) -> list[Row]:
 
 
 def parts(folder: Path | None) -> dict[str, Part]:
-    """The part, where the package is there."""
+    """The benchmark, if the package is installed."""
     if find_spec("tuned_lens") is None:
         return {}
     return {"lens": Part(partial(lens, str(folder or "")), 120)}

@@ -1,6 +1,6 @@
-"""The chunked distillation loss against every logit at once, and against its matrix products.
+"""The chunked distillation loss against materialised logits, and against its matrix products.
 
-Floor: three products of rows x vocab x d (student's logits, target's logits, gradient).
+Lower bound: three products of rows x vocab x d (student logits, target logits, gradient).
 """
 
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def setting() -> tuple[Tensor, Tensor, Unembedding]:
 
 
 def chunked(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
-    """One loss and gradient as training computes them."""
+    """The loss and gradient as training computes them."""
     student.grad = None
     distillation(student, HiddenTarget(goal, unembed), unembed).loss.mean().backward()
 
 
 def naive(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
-    """Every logit at once, gradient by autograd."""
+    """All logits at once, gradient by autograd."""
     student.grad = None
     with torch.no_grad():
         target = unembed(goal).softmax(-1)
@@ -45,7 +45,7 @@ def naive(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
 
 @torch.no_grad()
 def products(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
-    """The three matrix products alone, in chunks of about the same size."""
+    """The three matrix products alone, in chunks of similar size."""
     for rows in range(0, len(goal), chunk := 192 if DEVICE == "cpu" else 8192):
         logits: Tensor = unembed.head(student[rows : rows + chunk])
         unembed.head(goal[rows : rows + chunk])
@@ -55,14 +55,14 @@ def products(student: Tensor, goal: Tensor, unembed: Unembedding) -> None:
 def warmed(
     way: Callable[[Tensor, Tensor, Unembedding], None],
 ) -> tuple[Tensor, Tensor, Unembedding]:
-    """A setting in a process that has run a small step before."""
+    """A setting in a process that has already run a small step."""
     student, goal, unembed = setting()
     way(student[:64].detach().requires_grad_(), goal[:64], unembed)
     return student, goal, unembed
 
 
 def loss(rounds: int = ROUNDS) -> list[Row]:
-    """Time of one step, and its peak memory over its inputs."""
+    """Time of one step, and its peak memory beyond its inputs."""
     inputs = setting()
     cases = {way.__name__: partial(way, *inputs) for way in (chunked, naive, products)}
     taken = interleaved(cases, rounds)

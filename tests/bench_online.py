@@ -1,4 +1,4 @@
-"""One epoch of `data.mode: online` against the model's forward and against an epoch of a cache."""
+"""One epoch of `data.mode: online` against the model's forward and a cached epoch."""
 
 import logging
 import tempfile
@@ -30,7 +30,7 @@ PROMPTS, TOKENS, BATCH = (512, 256, 64) if GPU else (32, 128, 16)
 
 
 class Setting:
-    """A random Llama, prompts, their cache, and a whole fit of one epoch over either.
+    """A random Llama, prompts, their cache, and a full one-epoch fit in either mode.
 
     Args:
         folder: where the cache goes.
@@ -54,28 +54,28 @@ class Setting:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """An untouched model's forward in the same batches; unembeds the last position only."""
+        """An untouched model's forward on the same batches; unembeds the last position only."""
         for ids in self.ids.split(BATCH):
             mask = torch.ones_like(ids)
             self.plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
     def online_epoch(self) -> None:
-        """States and targets computed batch by batch, and a step on each."""
+        """States and targets computed batch by batch, with a step on each."""
         fit_heads(self.recipe, HeadConfig(), self.online, self.adapter, PROMPTS // BATCH)
 
     def cached_epoch(self) -> None:
-        """The same steps on states that are read."""
+        """The same steps on states read from the cache."""
         fit_heads(self.recipe, HeadConfig(), self.cached, self.adapter, PROMPTS // BATCH)
 
 
 def peak_of(epoch: str) -> float:
-    """MB that one epoch adds to the loaded model, in a process of its own."""
+    """MB that one epoch adds to the loaded model, measured in a subprocess."""
     with tempfile.TemporaryDirectory() as folder:
         return peak_memory("bench_online", f"Setting(Path({folder!r}))", f"it.{epoch}()")
 
 
 def online(rounds: int = ROUNDS) -> list[Row]:
-    """Time, memory and bytes of an online epoch."""
+    """Time, memory and disk space of an online epoch."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder))
         stored = Manifest.read(Path(folder)).bytes

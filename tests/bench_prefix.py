@@ -1,7 +1,7 @@
-"""Prompts that begin alike: the beginning run once, against the same prompts run whole.
+"""Prompts with a shared prefix: the prefix run once, against the same prompts run in full.
 
-A saving of exits is quoted against a plain model that shares the beginning, too, as servers that
-keep prefixes do.
+Savings from exits are quoted against a plain model that also shares the prefix, as servers with a
+prefix cache do.
 """
 
 import copy
@@ -28,13 +28,13 @@ PROMPTS, TOKENS, SHARED = (12, 200, 170) if QUICK else (64, 400, 340)
 
 
 def whole(prompts, own=None):
-    """In place of `shared_prefixes`: every prompt for itself."""
+    """Stands in for `shared_prefixes`: no prompt shares a prefix."""
     return [(0, list(range(len(prompts))))]
 
 
 @torch.no_grad()
 def shared_forward(subject: Subject, ids: Tensor, rows: int) -> None:
-    """The untouched model behind keys and values that it made once, as `generate` continues."""
+    """The untouched model continuing from keys and values it computed once, as `generate` does."""
     start = DynamicCache(config=subject.plain.config)
     subject.plain(ids[:1, :SHARED], past_key_values=start, use_cache=True, logits_to_keep=1)
     for part in ids.split(rows):
@@ -47,7 +47,7 @@ def shared_forward(subject: Subject, ids: Tensor, rows: int) -> None:
 
 
 def rows_of(subject: Subject, rounds: int) -> list[Row]:
-    """Extraction, answers without an exit and answers half-way up."""
+    """Extraction, answers without an exit and answers from halfway up."""
     ids = subject.tokens(PROMPTS, TOKENS)
     ids[:, :SHARED] = ids[0, :SHARED]
     examples = [
@@ -59,7 +59,7 @@ def rows_of(subject: Subject, rounds: int) -> list[Row]:
     half = subject.runtime(ExitPolicy.always(subject.adapter.num_layers // 2))
 
     def fresh() -> None:
-        subject.adapter.refresh()._prefixes.clear()  # kept prefixes would cost nothing
+        subject.adapter.refresh()._prefixes.clear()  # cached prefixes would cost nothing
 
     def extraction() -> None:
         fresh()
@@ -102,7 +102,7 @@ def rows_of(subject: Subject, rounds: int) -> list[Row]:
 
 
 def prefix(rounds: int = ROUNDS) -> list[Row]:
-    """On the random model."""
+    """The benchmark on the random model."""
     return rows_of(random_subject(), rounds)
 
 

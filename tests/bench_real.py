@@ -1,4 +1,4 @@
-"""A real model, from a folder: single prompts, and prompts that begin alike."""
+"""A real model from a folder: single prompts, and prompts with a shared prefix."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bench_timing import Part, Row
 
 
 def parts(folder: Path) -> dict[str, Part]:
-    """The parts that take a model's folder."""
+    """The benchmarks that take a model folder."""
 
     def real() -> list[Row]:
         subject = real_subject(folder)

@@ -1,4 +1,4 @@
-"""Wall time of forced exits and of checks, as ratios to the forward of an untouched model."""
+"""Wall time of forced exits and of checks, as ratios to an untouched model's forward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ TOKENS, ROWS = (128, 4) if QUICK else (256, 8)
 
 
 def runtime(rounds: int = ROUNDS) -> list[Row]:
-    """Exits at a quarter, half and three quarters of the blocks; checks that no row exits at."""
+    """Exits at a quarter, half and three quarters of the blocks; checks at which no row exits."""
     adapter, plain = llama(), untouched_llama()
     ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
     with torch.device(DEVICE):
@@ -43,8 +43,8 @@ def runtime(rounds: int = ROUNDS) -> list[Row]:
 
     @torch.no_grad()
     def forward() -> None:
-        # The strictest baseline: unembeds the answer position only. Not the adapter's own model,
-        # which may be slower for what was done to it.
+        # The strictest baseline: it unembeds the answer position only. Not the adapter's own model,
+        # which may be slower because of its hooks.
         plain(batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1)
 
     cases: dict[str, Callable[[], object]] = {"forward": forward}

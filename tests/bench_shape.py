@@ -1,7 +1,7 @@
-"""Sizes of the benchmarks, and the random models and prompts that they run.
+"""Benchmark sizes, and the random models and prompts they use.
 
 On a GPU the shape of Llama-7B in bf16; on a CPU a small one in fp32; with BENCH_QUICK=1 a smaller
-one yet, whose ratios are rougher.
+one still, whose ratios are rougher.
 """
 
 import os
@@ -33,7 +33,7 @@ def llama(width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB) -> Model
 def untouched_llama(
     width: int = WIDTH, layers: int = LAYERS, vocab: int = VOCAB
 ) -> LlamaForCausalLM:
-    """The same weights as a user's own model: the baseline of times."""
+    """The same weights as a user's own model: the baseline for timings."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers,
@@ -45,7 +45,7 @@ def untouched_llama(
 
 
 def prompts(count: int, tokens: int, vocab: int = VOCAB, shared: int = 1) -> list[Example]:
-    """Random prompts of one length that begin alike, with four choices."""
+    """Random prompts of one length with a shared prefix and four choices."""
     ids = np.random.default_rng(0).integers(3, vocab, (count, tokens), dtype=np.int32)
     ids[:, :shared] = ids[0, :shared]
     ids[:, 0] = 1
@@ -54,5 +54,5 @@ def prompts(count: int, tokens: int, vocab: int = VOCAB, shared: int = 1) -> lis
 
 
 def shape() -> str:
-    """The random model in words."""
+    """A description of the random model."""
     return f"d={WIDTH}, L={LAYERS}, V={VOCAB:,}, {str(DTYPE).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
-"""Single prompts and short ones: where an exit pays, and how far the runtime is from its floor.
+"""Single and short prompts: where an exit pays off, and how close the runtime is to its bound.
 
-The floor of an answer from a head is the share of the blocks that run. That of SPADE's answer adds
-one reading of the upper blocks' weights, for a single token: their products with one vector.
+For a head's answer the lower bound is the fraction of blocks that run. SPADE's answer adds one read
+of the upper blocks' weights for a single token: their products with one vector.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ SHAPES = ((1, 32), (1, 64), (1, 256), (8, 64))
 
 
 def rows_of(subject: Subject, rounds: int, shapes=SHAPES) -> list[Row]:
-    """No exit, and an exit half-way that a head or SPADE answers, of each shape of batch."""
+    """No exit, and a halfway exit answered by a head or by SPADE, for each batch shape."""
     half = subject.adapter.num_layers // 2
     policies = {
         "no exit": ExitPolicy.never(),
@@ -67,7 +67,7 @@ def rows_of(subject: Subject, rounds: int, shapes=SHAPES) -> list[Row]:
 
 
 def single(rounds: int = 5 * ROUNDS) -> list[Row]:
-    """On the random model."""
+    """The benchmark on the random model."""
     return rows_of(random_subject(), rounds, SHAPES[1::2] if QUICK else SHAPES)
 
 

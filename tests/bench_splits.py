@@ -1,13 +1,13 @@
-"""How often a calibrated policy breaks its promise, over random splits of a recipe's cached rows.
+"""How often a calibrated policy violates its guarantee, over random splits of cached rows.
 
     python tests/bench_splits.py --config recipes/quickstart.yaml --splits 200
     python tests/bench_splits.py --config recipes/quickstart.yaml --per_group --per_depth
 
-Training and validation rows are pooled. Two fifths, dealt out at random, propose policies (gates
-are fitted on them); the others stand for the prompts to come. Half as many as these are drawn from
-them, with replacement, to test the policies: so the risk on all of them is the true one, without
-chance. Heads that were fitted on some of the rows treat all splits alike. A promise at 95% may be
-broken in 5% of the splits, give or take what 200 coins do.
+Training and validation rows are pooled. A random two fifths propose policies (gates are fitted on
+them); the rest stand for the population of future prompts. Half their number is drawn from them
+with replacement to test the policies, so the risk on all of them is the exact true risk. Heads that
+were fitted on some of the rows treat all splits alike. A 95% guarantee may be violated in 5% of the
+splits, up to the sampling error of 200 splits.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Pool(CachedExits):
 
 
 def pooled(parts: list[CachedExits]) -> Pool:
-    """All rows of several splits as one; their data set is never read."""
+    """All rows of several splits as one split; their data set is never read."""
     first = parts[0]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in JOINED}
     choices = None if first.choices is None else torch.cat([part.choices for part in parts])
@@ -75,14 +75,14 @@ def pooled(parts: list[CachedExits]) -> Pool:
 
 
 class Nothing:
-    """Stands for the data set of pooled rows."""
+    """Placeholder for the data set of pooled rows."""
 
     def select(self, _: torch.Tensor) -> "Nothing":
         return self
 
 
 def group_names(parts: list[StateDataset]) -> np.ndarray:
-    """Each pooled row's group; thirds by the prompt's length where the task has none."""
+    """Each pooled row's group; terciles of the prompt length where the task has none."""
     names = np.concatenate([np.array(part.groups)[part.labels["group"]] for part in parts])
     if len(np.unique(names)) > 1:
         return names
@@ -94,7 +94,7 @@ def group_names(parts: list[StateDataset]) -> np.ndarray:
 def over_by_kind(
     found: Choice, truth: Pool, names: np.ndarray, risk: RiskKind, budget: float
 ) -> tuple[dict[str, list[bool]], float]:
-    """Which of a choice's promises are broken, for all rows and by kind; what it saves."""
+    """Which of a policy's guarantees are violated, overall and by kind, and what it saves."""
     policy = found.policy
     assert policy is not None
     readers = policy.gate.readers if policy.gate else (policy.reader,) if policy.reader else ()
@@ -116,14 +116,14 @@ def over_by_kind(
 
 
 def risk_of(row: PolicyRow, risk: RiskKind) -> float:
-    """What the budget is about."""
+    """The risk that the budget bounds."""
     value = row.disagreement if risk == "disagreement" else row.drop
     assert value is not None
     return value
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     options = argparse.ArgumentParser(description=__doc__)
     add = options.add_argument
     add("--config", required=True)
@@ -140,7 +140,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Deal, choose, count."""
+    """Split, choose, count."""
     asked = arguments()
     recipe = parse(command_parser("calibrate", ""), ["--config", asked.config]).recipe
     fitted = FittedRecipe(recipe, asked.heads or Path("checkpoints") / recipe.name)

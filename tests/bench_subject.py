@@ -1,6 +1,6 @@
-"""What the runtime is timed on: the random model, or a real one that is loaded twice.
+"""The models the runtime is timed on: the random one, or a real one loaded twice.
 
-The baseline is never the adapter's own model, which may be slower for what was done to it.
+The baseline is never the adapter's own model, which may be slower because of its hooks.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from lspade_train.runtime import ExitRuntime
 
 @dataclass(frozen=True)
 class Subject:
-    """A model twice.
+    """Two copies of a model.
 
     Attributes:
-        name: in words.
-        adapter: driven by the package.
-        plain: as transformers loads it, and untouched.
+        name: for display.
+        adapter: the copy driven by the package.
+        plain: the copy as transformers loads it, untouched.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Subject:
     plain: PreTrainedModel
 
     def runtime(self, policy: ExitPolicy) -> ExitRuntime:
-        """The package's own runtime; heads that are fresh cost what fitted ones cost."""
+        """The package's own runtime; untrained heads cost the same as fitted ones."""
         return ExitRuntime(self.adapter, self._heads(), policy=policy)
 
     def _heads(self) -> LSpadeHeads:
@@ -49,10 +49,10 @@ class Subject:
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
-        """The untouched model on whole prompts: the strictest, it unembeds the last position only.
+        """The untouched model on full prompts: strictest, as it unembeds the last position only.
 
         Returns:
-            Its answers, as someone who asks for one token needs them, on the host.
+            Its one-token answers, on the host.
         """
         mask = torch.ones_like(ids)
         found: Any = self.plain(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -61,13 +61,13 @@ class Subject:
 
 @cache
 def random_subject() -> Subject:
-    """The benchmarks' random model."""
+    """Two copies of the benchmarks' random model."""
     return Subject(shape(), llama(), untouched_llama())
 
 
 @cache
 def real_subject(folder: Path) -> Subject:
-    """A transformers folder."""
+    """Two copies of the model in a transformers folder."""
 
     def load() -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, MODEL_DTYPE))

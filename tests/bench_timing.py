@@ -1,4 +1,4 @@
-"""Timing and memory for the benchmarks: cases in turn, ratios of medians, peaks of processes."""
+"""Timing and memory for the benchmarks: interleaved cases, ratios of medians, peak memory."""
 
 import os
 import statistics
@@ -17,12 +17,12 @@ Row = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark that is run by name.
+    """A benchmark, run by name.
 
     Attributes:
-        run: gives its rows.
-        seconds: what it takes on two idle cores.
-        quick: the same for the smaller sizes of `--quick`; None leaves it out there.
+        run: returns its rows.
+        seconds: duration on two idle cores.
+        quick: the same with the smaller sizes of `--quick`; None leaves it out.
     """
 
     run: Callable[[], list[Row]]
@@ -31,10 +31,10 @@ class Part:
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, taken in turn so that a slow minute slows all; the first round warms.
+    """Seconds of each case, run alternately so that a slow spell affects all; round one warms up.
 
-    On a GPU the times are those between two CUDA events around the case; on a CPU wall time, or
-    with BENCH_CPU_TIME=1 the processor's time of this process.
+    On a GPU the time between two CUDA events around the case; on a CPU the wall time, or with
+    BENCH_CPU_TIME=1 the CPU time of this process.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
@@ -44,7 +44,7 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def versus(taken: dict[str, list[float]], case: str, base: str) -> str:
-    """A case's median time over another's, and the range of the ratios within one round."""
+    """Ratio of two cases' median times, and the range of the ratios within one round."""
     paired = [one / other for one, other in zip(taken[case], taken[base], strict=True)]
     middle = seconds(taken, case) / seconds(taken, base)
     return f"{middle:.2f} ({min(paired):.2f}-{max(paired):.2f})"
@@ -56,12 +56,12 @@ def seconds(taken: dict[str, list[float]], case: str) -> float:
 
 
 def peak_memory(module: str, prepare: str, run: str, *, whole: bool = False) -> float:
-    """Peak MB of a run in a process of its own: the device's memory on a GPU, else resident.
+    """Peak MB of a run in a subprocess: device memory on a GPU, else resident memory.
 
     Args:
         module: a benchmark beside this file.
-        prepare: expression whose value the run may use as `it`.
-        run: expression that is measured.
+        prepare: expression whose value the run can use as `it`.
+        run: expression to measure.
         whole: count the whole process instead of what the run adds.
     """
     code = f"""
@@ -79,16 +79,16 @@ print((bench_timing.peak() - {"0" if whole else "start"}) / 1e6)
 
 
 def forget_peak() -> int:
-    """Begin a new peak; the bytes in use now."""
+    """Reset the peak and return the bytes in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
     return _resident("VmRSS:")
 
 
 def peak() -> int:
-    """Most bytes in use since `forget_peak`."""
+    """Peak bytes in use since `forget_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _resident("VmHWM:")

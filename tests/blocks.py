@@ -1,4 +1,4 @@
-"""The fenced blocks of README and docs, and the commands in them. Runs nothing."""
+"""The fenced code blocks of README and docs, and the commands in them. Runs nothing."""
 
 import re
 import shlex
@@ -18,9 +18,9 @@ class Block:
     """One fenced block.
 
     Attributes:
-        language: as the fence names it.
-        title: the file that it shows; "" where it shows none.
-        text: what is between the fences.
+        language: the fence's info string.
+        title: name of the file it shows; "" if none.
+        text: the content between the fences.
     """
 
     language: str
@@ -36,14 +36,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The words of each command of a bash block."""
+    """The words of each command in a bash block."""
     lines = block.text.replace("\\\n", " ").splitlines()
     words = [shlex.split(_plain_quotes(line), comments=True) for line in lines]
     return [command for command in words if command]
 
 
 def toolkit_command(words: list[str]) -> list[str] | None:
-    """What `lspade-train` is given, whoever starts it (torchrun, srun); None for other commands."""
+    """The arguments of `lspade-train`, whatever launches it (torchrun, srun); None for others."""
     for place, word in enumerate(words):
         if word in {"lspade-train", "lspade_train"}:
             return words[place + 1 :]
@@ -51,7 +51,7 @@ def toolkit_command(words: list[str]) -> list[str] | None:
 
 
 def _plain_quotes(line: str) -> str:
-    """Bash's quotes that begin with a dollar sign, as quotes that shlex knows."""
+    """Rewrite bash's `$'...'` quotes as quotes that shlex understands."""
     return re.sub(
         r"\$'([^']*)'", lambda found: shlex.quote(found[1].encode().decode("unicode_escape")), line
     )

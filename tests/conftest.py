@@ -1,26 +1,26 @@
-"""What every test shares: no network, seeded randomness, and the developers' data where present.
+"""Shared by all tests: no network, seeded randomness, and the developers' data where available.
 
-Imports nothing heavy: with xdist this file is read by the process that only hands tests out, too.
+Imports nothing heavy: with xdist the controller, which only distributes tests, loads it too.
 """
 
 import gc
 import inspect
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-# Before any Hugging Face import: a test never asks the Hub.
+# Before any Hugging Face import: tests never contact the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Tiny matrices: threads cost more than they give, and bit-for-bit claims want one order of sums.
-# Before torch is imported; the processes that tests start and Lightning look there, too.
+# Tiny matrices: threads cost more than they gain, and bitwise comparisons need one summation order.
+# Set before torch is imported; subprocesses and Lightning read it too.
 os.environ |= dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
 
 import pytest
@@ -40,12 +40,11 @@ def pytest_runtest_setup():
     pytest_socket.socket_allow_hosts(["127.0.0.1", "localhost", "::1"], allow_unix_socket=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the markers are selected by
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """Mark what uses the developers' data, and say why it is skipped where that is absent.
+    """Mark tests that use the developers' data, and skip them with a reason where it is absent.
 
-    A test that runs for every family runs for one of each kind by default, and is slow for the
-    rest.
+    A test over every family runs for one family of each kind by default; the rest are marked slow.
     """
     import torch
     from tiny_models import FAMILIES, KINDS
@@ -53,7 +52,7 @@ def pytest_collection_modifyitems(items):
     families = [(item, item.callspec.params.get("family")) for item in items if _is_varied(item)]
     variants = Counter(item.function for item, family in families if family in FAMILIES)
     for item, family in families:
-        # More than twice the kinds: it runs for all families.
+        # More than twice the kinds: it is parametrised over all families.
         if variants[item.function] > 2 * len(KINDS) and family not in KINDS:
             item.add_marker("slow")
     for item in items:
@@ -72,7 +71,7 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Also for what had imported torch before this file was read."""
+    """Also applies where torch was imported before this file."""
     import torch
 
     torch.set_num_threads(1)
@@ -80,22 +79,28 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting():
-    """Nothing here outlives a power cut; jsonargparse needs no source of pytest's many frames."""
+    """Skip fsync (no power cut to survive) and jsonargparse's costly source lookups."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(inspect, "stack", partial(inspect.stack, 0))
+        patch.setattr(inspect, "stack", _caller)
         yield
+
+
+def _caller(context: int = 0) -> list[inspect.FrameInfo]:
+    """The two innermost frames, without their source."""
+    frames = sys._getframe(1), sys._getframe(2)
+    return [inspect.FrameInfo(one, "", one.f_lineno, "", None, None) for one in frames]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Nothing is kept under the home of whoever runs the tests."""
+    """Keep nothing in the home directory of whoever runs the tests."""
     os.environ["LSPADE_CACHE"] = str(tmp_path_factory.mktemp("user-cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _figures_are_drawn_once():
-    """Drawing is most of what `evaluate` costs: a test of figures asks for `results.drawing`."""
+    """Drawing dominates the time of `evaluate`: tests of figures request `results.drawing`."""
     from results import draw_again
 
     from lspade_train.reporting.plots import static
@@ -121,7 +126,7 @@ def stories(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """A folder by name, made by the first worker that asks for it and read by all; read only."""
+    """A named folder, made by the first worker that asks for it and shared by all; read-only."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if WORKER else base
 
@@ -130,7 +135,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         finished = Path(f"{place}.finished")
         with FileLock(f"{place}.lock"):
             if not finished.exists():
-                shutil.rmtree(place, ignore_errors=True)  # where making it failed for another
+                shutil.rmtree(place, ignore_errors=True)  # another worker failed to make it
                 place.mkdir()
                 make(place)
                 finished.touch()
@@ -141,7 +146,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 @pytest.fixture(scope="session")
 def toy_root(made_once) -> Path:
-    """A tiny saved model with its tokenizer, questions and texts; read only."""
+    """A tiny saved model with its tokenizer, questions and texts; read-only."""
     import toy
 
     def make(root: Path) -> None:
@@ -154,7 +159,7 @@ def toy_root(made_once) -> Path:
 
 @pytest.fixture
 def project(toy_root: Path, tmp_path: Path):
-    """That model and data, with a folder of the test's own for caches and heads."""
+    """That model and data, with a per-test folder for caches and heads."""
     import toy
 
     return toy.Project(toy_root, tmp_path)
@@ -162,7 +167,7 @@ def project(toy_root: Path, tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def evaluated_once(toy_root: Path, made_once):
-    """A toy project fitted and evaluated; read only: a test that writes takes a `copy`."""
+    """A toy project, fitted and evaluated; read-only: tests that write take a `copy`."""
     import toy
     from results import Evaluated, evaluate_toy
 
@@ -176,6 +181,6 @@ def evaluated_once(toy_root: Path, made_once):
 
 
 def pytest_collection_finish():
-    """What the imports left behind is for good: no later collection of garbage goes through it."""
+    """Freeze what the imports allocated, so that later garbage collections skip it."""
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""The table of families and features, each cell computed on a tiny random model.
+"""The table of model families and features, each cell computed on a tiny random model.
 
-`python tests/families.py` prints it, `--write` puts it into docs/models.md; a test compares both.
+`python tests/families.py` prints it, `--write` updates docs/models.md; a test compares the two.
 """
 
 import sys
@@ -25,12 +25,12 @@ BEGIN, END = "<!-- families -->\n", "<!-- /families -->"
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for rounding."""
+    """Equal up to rounding."""
     return torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def replay(model: PreTrainedModel) -> bool:
-    """Blocks run one by one give the model's logits, bit for bit."""
+    """Blocks run one by one give the model's logits bit for bit."""
     adapter, (ids, mask) = ModelAdapter.of(model), padded_batch("left")
     expected = model(
         input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
@@ -40,14 +40,14 @@ def replay(model: PreTrainedModel) -> bool:
 
 
 def spade(model: PreTrainedModel) -> bool:
-    """The sweep over all layers gives what the model's own forward of two tokens gives."""
+    """The sweep over all layers equals the model's own two-token forward."""
     prompt = padded_batch("left")[0][0]
     got = spade_logits(model, prompt[None], layers=range(LAYERS))[0]
     return close(got, torch.stack([naive_spade(model, prompt, layer) for layer in range(LAYERS)]))
 
 
 def runtime(model: PreTrainedModel) -> bool:
-    """No exit gives the model's logits bit for bit, a forced one SPADE's."""
+    """Without an exit the model's logits bit for bit; with a forced exit SPADE's."""
     batch = batch_of(prompts_of())
     expected = model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions_of(batch.mask),
@@ -72,7 +72,7 @@ def generate(model: PreTrainedModel) -> bool:
 
 
 def padding(model: PreTrainedModel) -> bool:
-    """SPADE's answer is the same padded on either side and alone."""
+    """SPADE's answer is the same with left padding, right padding and none."""
     left, right = (spade_logits(model, *padded_batch(side)) for side in ("left", "right"))
     ids, mask = padded_batch("right")
     prompts = (row[real.bool()] for row, real in zip(ids, mask, strict=True))
@@ -81,7 +81,7 @@ def padding(model: PreTrainedModel) -> bool:
 
 
 def prefix(model: PreTrainedModel) -> bool:
-    """Rows behind a prefix that is run once, longer than every window, give the model's logits."""
+    """Rows after a shared prefix longer than every window give the model's logits."""
     adapter, batch = ModelAdapter.of(model), prefix_batch(alike())
     expected = model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions_of(batch.mask),
@@ -93,7 +93,7 @@ def prefix(model: PreTrainedModel) -> bool:
 
 
 def positions(model: PreTrainedModel) -> str:
-    """Whether `positions` changes SPADE: ALiBi and learned positions leave it nothing to set."""
+    """Whether `positions` changes SPADE: with ALiBi or learned positions it has no effect."""
     batch = padded_batch("left")
     original, compact = (
         spade_logits(model, *batch, positions=kind) for kind in ("original", "compact")
@@ -117,19 +117,19 @@ def row(family: str) -> list[str]:
     """One family's cells."""
     model = tiny(family)
     found = [feature(model) for feature in FEATURES.values()]
-    found.append(replay(tiny(family, dtype=torch.bfloat16)))  # its load-time check passes, too
+    found.append(replay(tiny(family, dtype=torch.bfloat16)))  # its load-time check passes too
     return [f"`{family}`", *({True: "yes", False: "no"}.get(cell, str(cell)) for cell in found)]
 
 
 def table(families: Sequence[str] = FAMILIES) -> str:
-    """The block between the page's markers, or that of some of the families."""
+    """The block between the page's markers, for all or some of the families."""
     head = ["family", *FEATURES, "bf16"]
     lines = [head, ["---"] * len(head), *map(row, families)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def between_markers(text: str) -> str:
-    """What a page holds between its markers."""
+    """The text of a page between its markers."""
     return text.split(BEGIN)[1].split(END)[0]
 
 

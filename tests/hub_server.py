@@ -1,7 +1,7 @@
-"""A Hub on loopback: as much of the Hub's HTTP API as the real `huggingface_hub` client asks for.
+"""A Hub on loopback: the part of the Hub's HTTP API that the real `huggingface_hub` client uses.
 
 Commits, branches, tags, pull requests, large files over git-LFS, tokens, private repositories. No
-Xet: a client that has `hf_xet` needs HF_HUB_DISABLE_XET=1.
+Xet: a client with `hf_xet` needs HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -24,7 +24,7 @@ Files = dict[str, bytes]
 
 
 class RefusalError(Exception):
-    """An answer other than 200, as the Hub words it."""
+    """An error response, worded as the Hub words it."""
 
     def __init__(self, status: int, message: str, code: str = "", body: Any = None) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class RefusalError(Exception):
 
 @dataclass
 class Repo:
-    """One repository: its commits by id, what its names point to, and who may read it."""
+    """One repository: its commits by id, its refs, and who may read it."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Repo:
         return oid
 
     def resolve(self, revision: str) -> str:
-        """The commit that a branch, tag or commit id means."""
+        """The commit that a branch, tag or commit id refers to."""
         oid = self.refs.get(revision, revision)
         if oid not in self.commits:
             raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -62,12 +62,12 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server holds, and how a test makes it fail.
+    """The server's state, and hooks for tests to make it fail.
 
     Attributes:
         repos: by `org/name`.
         blobs: large files by SHA-256.
-        requests: `METHOD path` of each request, in order.
+        requests: `METHOD path` of every request, in order.
         on_upload: called with each large file's id and data before it is stored; may raise.
     """
 
@@ -80,7 +80,7 @@ class Hub:
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A hub that answers on a free port of 127.0.0.1 until the block ends."""
+    """Run a hub on a free port of 127.0.0.1 until the block exits."""
     hub = Hub()
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -97,17 +97,17 @@ def serve() -> Iterator[Hub]:
 
 
 def git_oid(data: bytes) -> str:
-    """A file's id in git."""
+    """A file's git object id."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def is_large(path: str) -> bool:
-    """What the Hub's own .gitattributes sends to LFS, of the files met here."""
+    """Which of the files used here the Hub's default .gitattributes sends to LFS."""
     return path.endswith((".safetensors", ".png"))
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: find the route, answer JSON or bytes, word a refusal as the Hub does."""
+    """Handles one request: finds the route, answers JSON or bytes, words errors as the Hub does."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -147,13 +147,13 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             value = refusal.body or {"error": refusal.message}
             self.send(json.dumps(value).encode(), refusal.status, headers)
-        except ConnectionAbortedError:  # a test pulls the cable
+        except ConnectionAbortedError:  # a test drops the connection
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815
 
     def send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Answer bytes."""
+        """Send bytes."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             if value:
@@ -163,41 +163,41 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def json(self, value: Any, headers: dict[str, str] | None = None) -> None:
-        """Answer JSON."""
+        """Send JSON."""
         self.send(json.dumps(value).encode(), headers=headers)
 
     def log_message(self, *_: Any) -> None:
-        """A test prints nothing."""
+        """Keep test output clean."""
 
     def token(self) -> str | None:
-        """The request's token; one that nobody was given is refused."""
+        """The request's token; an unknown one is rejected."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         if token not in {None, TOKEN, READ_TOKEN}:
             raise RefusalError(401, "Invalid credentials in Authorization header")
         return token
 
     def may_write(self, repo: str) -> None:
-        """Refuse who may not write to `repo`."""
+        """Reject users without write access to `repo`."""
         if self.token() is None:
             raise RefusalError(401, "Invalid username or password.")
         if self.token() != TOKEN or repo.split("/")[0] != USER:
             raise RefusalError(403, f"You don't have the rights to write to {repo}")
 
     def readable(self, repo: str) -> Repo:
-        """A repository that exists and that the token may see."""
+        """A repository that exists and that the token can read."""
         found, token = self.hub.repos.get(repo), self.token()
         if found is None or (found.private and token is None):
             raise RefusalError(404 if token else 401, "Repository not found", "RepoNotFound")
         return found
 
     def whoami(self) -> None:
-        """Who a token belongs to."""
+        """The user a token belongs to."""
         if self.token() is None:
             raise RefusalError(401, "Invalid username or password.")
         self.json({"type": "user", "name": USER, "orgs": []})
 
     def create_repo(self) -> None:
-        """A new repository with its first, empty commit."""
+        """Create a repository with an empty first commit."""
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         self.may_write(name)
@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(answer)
 
     def validate_yaml(self) -> None:
-        """The parts of the Hub's rules for card metadata that can be told offline."""
+        """The parts of the Hub's rules for card metadata that can be checked offline."""
         content = json.loads(self.body)["content"]
         found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         data = yaml.safe_load(found[1]) if found else {}
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(body)
 
     def preupload(self, repo: str, revision: str) -> None:
-        """How each file is to be sent."""
+        """How each file is to be uploaded."""
         if not self.query.get("create_pr"):
             self.may_write(repo)
         files = self.readable(repo).at(revision)
@@ -244,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"files": listed})
 
     def lfs_batch(self, repo: str) -> None:
-        """Where large files go; those that are here need not be sent again."""
+        """Upload URLs for large files; those already stored need no upload."""
         self.readable(repo)
         objects = []
         for asked in json.loads(self.body)["objects"]:
@@ -259,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str) -> None:
-        """Store a large file whose bytes are what its id says."""
+        """Store a large file whose bytes match its id."""
         self.hub.on_upload(oid, self.body)
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise RefusalError(400, "The file does not match its SHA-256")
@@ -267,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(b"")
 
     def lfs_verify(self) -> None:
-        """Whether a large file arrived whole."""
+        """Whether a large file arrived complete."""
         asked = json.loads(self.body)
         if len(self.hub.blobs.get(asked["oid"], b"")) != asked["size"]:
             raise RefusalError(404, "Object not found")
@@ -297,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(answer)
 
     def apply(self, key: str, value: dict[str, Any], files: Files) -> None:
-        """One operation of a commit."""
+        """Apply one operation of a commit."""
         if key == "file":
             files[value["path"]] = base64.b64decode(value["content"])
         elif key == "lfsFile" and value["oid"] in self.hub.blobs:
@@ -308,7 +308,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(400, f"Cannot apply {key} {value['path']}")
 
     def create_branch(self, repo: str, branch: str) -> None:
-        """A branch that starts at main."""
+        """Create a branch from main."""
         self.may_write(repo)
         found = self.readable(repo)
         if branch in found.refs:
@@ -317,13 +317,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(b"")
 
     def list_refs(self, repo: str) -> None:
-        """Branches."""
+        """List the branches."""
         refs = self.readable(repo).refs.items()
         listed = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in refs]
         self.json({"branches": listed, "tags": [], "converts": [], "pullRequests": []})
 
     def model_info(self, repo: str, revision: str = "main") -> None:
-        """What a repository is at a revision."""
+        """Metadata of a repository at a revision."""
         found = self.readable(repo)
         siblings = [{"rfilename": path} for path in sorted(found.at(revision))]
         self.json(
@@ -350,7 +350,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(entries)
 
     def download(self, repo: str, revision: str, path: str) -> None:
-        """One file, with the headers that a client's cache goes by."""
+        """One file, with the headers that the client's cache relies on."""
         found = self.readable(repo)
         files, commit = found.at(revision), found.resolve(revision)
         if path not in files:

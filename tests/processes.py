@@ -1,4 +1,4 @@
-"""Real processes that run commands: forked from this one, so that they need not import again."""
+"""Real processes that run commands, forked from this one so that they skip the imports."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import lightning.pytorch  # noqa: F401  (what is imported here, the forked processes inherit)
+import lightning.pytorch  # noqa: F401  (forked processes inherit these imports)
 import torch
 import toy
 
@@ -30,15 +30,15 @@ def _child(home: Path, arguments: list[str], log: str, environment: dict[str, st
     os.environ |= {"WANDB_MODE": "disabled"} | environment
     with (home / log).open("a", buffering=1) as file:
         sys.stderr = file
-        logging.getLogger().handlers.clear()  # those of pytest, inherited
+        logging.getLogger().handlers.clear()  # inherited from pytest
         sys.exit(main(arguments))
 
 
 def started(
     home: Path, arguments: list[str], log: str = "stderr", environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """A process that runs a command in `home`; what it says goes to `log` there."""
-    (home / log).touch()  # it may be stopped before it opens it
+    """Start a process that runs a command in `home`; its output goes to `log` there."""
+    (home / log).touch()  # the process may be stopped before it opens the file
     process = CONTEXT.Process(
         target=_child, args=(home, arguments, log, environment or {}), daemon=True
     )
@@ -47,7 +47,7 @@ def started(
 
 
 def finished(home: Path, arguments: list[str]) -> float:
-    """Run to the end; seconds that it took."""
+    """Run to completion; return the seconds it took."""
     began = time.monotonic()
     process = started(home, arguments)
     process.join(120)
@@ -65,16 +65,16 @@ def stopped(home: Path, arguments: list[str], sent: signal.Signals, after: float
 
 
 def wait_for(what: Callable[[], object], *processes: BaseProcess) -> None:
-    """Wait until something is so, which only running processes can bring about."""
+    """Wait until a condition holds that only running processes can bring about."""
     give_up = time.monotonic() + 60
     while not what():
-        assert all(process.is_alive() for process in processes), "it ended before that happened"
+        assert all(process.is_alive() for process in processes), "a process ended too early"
         assert time.monotonic() < give_up
         time.sleep(0.002)
 
 
 def slurm(home: Path, arguments: list[str]) -> list[BaseProcess]:
-    """Two tasks of a job on one node, by the environment that srun gives them; logs err0, err1."""
+    """Two tasks of one job on one node, with the environment srun gives them; logs err0, err1."""
     job = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NNODES": "1",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
@@ -88,21 +88,21 @@ def slurm(home: Path, arguments: list[str]) -> list[BaseProcess]:
 
 
 def codes(processes: list[BaseProcess]) -> list[int | None]:
-    """Their exit codes, once they have ended."""
+    """The processes' exit codes, once they have ended."""
     for process in processes:
         process.join(60)
     return [process.exitcode for process in processes]
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """A loopback port that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def recipe(project: toy.Project, **changes) -> list[str]:
-    """Paths in it are relative, so that the recipe recorded with the heads is the same one."""
+    """Write a recipe with relative paths, so that heads anywhere record the same one."""
     settings = {
         "data__cache_dir": "cache", "data__shard_mb": 0.01, "data__tokens_per_batch": 128,
         "data__batch_size": 4, "trainer__max_epochs": 3, "trainer__log_every_n_steps": 1,
@@ -112,14 +112,14 @@ def recipe(project: toy.Project, **changes) -> list[str]:
 
 
 def digests(home: Path, *patterns: str) -> dict[str, str]:
-    """Of files, by path; not of notes to oneself, such as the times of the last check."""
+    """Digests of files, by path; bookkeeping such as the times of the last check is left out."""
     found = [path for pattern in patterns for path in sorted(home.glob(pattern)) if path.is_file()]
     own = [path for path in found if not path.name.startswith(".") or path.suffix == ".tmp"]
     return {str(path.relative_to(home)): file_digest(path) for path in own}
 
 
 def heads_made(home: Path) -> dict[str, str]:
-    """Digests of the heads' files, but for the time it took and what changed meanwhile."""
+    """Digests of the heads' files, without durations and other values that vary between runs."""
     found = digests(home, f"{HEADS}/*")
     for name in ("config.json", "README.md"):
         del found[f"{HEADS}/{name}"]
@@ -130,7 +130,7 @@ def heads_made(home: Path) -> dict[str, str]:
 
 
 def cache_digests(home: Path) -> dict[str, str]:
-    """Of the caches in `home`."""
+    """Digests of the caches in `home`."""
     return digests(home, "cache/*/*.json", "cache/*/*.safetensors", "cache/**/*.tmp")
 
 
@@ -140,12 +140,12 @@ def shards(home: Path) -> dict[str, int]:
 
 
 def steps_saved(home: Path) -> int:
-    """Steps that the last checkpoint stands for."""
+    """Number of steps in the last checkpoint."""
     path = home / HEADS / "training/last.ckpt"
     return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
 
 
 def steps_logged(log: Path) -> list[int]:
-    """Steps whose loss was logged."""
+    """Number of steps whose loss was logged."""
     with log.open(newline="") as file:
         return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss/mean")]

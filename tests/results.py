@@ -1,4 +1,4 @@
-"""A toy project that was fitted and evaluated, made once and copied by the tests that write."""
+"""A toy project, fitted and evaluated once and copied by the tests that write to it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ DRAWN: list[bytes] = []
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A project with heads of both targets, results, figures and a report.
+    """A project with heads for both targets, results, figures and a report.
 
     Attributes:
         project: its recipe is in `home/recipe.yaml`, its heads in `home/checkpoints/toy`.
@@ -35,12 +35,12 @@ class Evaluated:
 
     @property
     def cards(self) -> dict[str, str]:
-        """The model card after `fit` and after `evaluate`."""
+        """The model cards after `fit` and after `evaluate`."""
         return json.loads((self.project.home / "cards.json").read_text(encoding="utf-8"))
 
     @property
     def printed(self) -> str:
-        """What the commands printed, `evaluate` at the end."""
+        """The commands' output, with `evaluate` last."""
         return (self.project.home / "printed.txt").read_text(encoding="utf-8")
 
     @property
@@ -50,11 +50,11 @@ class Evaluated:
 
     @property
     def results(self) -> dict[str, Any]:
-        """`results.json`, read anew."""
+        """`results.json`, read afresh."""
         return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
 
     def copy(self, home: Path) -> "Evaluated":
-        """The same in an empty folder, to write into."""
+        """A copy in an empty folder, to write to."""
         shutil.copytree(self.project.home, home, dirs_exist_ok=True)
         project = toy.Project(self.root, home)
         project.recipe()
@@ -62,7 +62,7 @@ class Evaluated:
 
 
 def draw_again(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """The PNG and SVG of the first figure that was to be drawn, under this one's name."""
+    """Reuse the PNG and SVG of the first figure drawn, under this figure's name."""
     paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     if not DRAWN:
         DRAW(figure, stem)
@@ -75,7 +75,7 @@ def draw_again(figure: Figure, stem: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def drawing(*names: str) -> Iterator[None]:
-    """The figures of these names are drawn as in use; all of them where none is named."""
+    """Draw the figures of these names for real; all of them if none is named."""
 
     def draw(figure: Figure, stem: Path) -> tuple[Path, Path]:
         return (DRAW if not names or stem.name in names else draw_again)(figure, stem)
@@ -86,7 +86,7 @@ def drawing(*names: str) -> Iterator[None]:
 
 
 def evaluate_toy(root: Path, home: Path) -> None:
-    """Fit L-SPADE and a tuned lens for two epochs, then evaluate; the process must be in `home`."""
+    """Fit L-SPADE and a tuned lens for two epochs, then evaluate; run it from `home`."""
     project, cards = toy.Project(root, home), {}
     folder = Evaluated(project, root).folder
     printed = StringIO()

@@ -1,4 +1,4 @@
-"""moto's S3 on loopback, behind a gate that notes what passes and where something may happen."""
+"""moto's S3 on loopback, behind a gate that records requests and lets tests interrupt them."""
 
 import logging
 from collections.abc import Callable, Generator
@@ -13,12 +13,12 @@ BUCKET = "states"
 
 
 class Gate:
-    """Every request goes through it.
+    """WSGI middleware that every request passes through.
 
     Attributes:
         seen: requests for files, as `PUT shard-00001.safetensors`.
-        cut: by request: called once in place of answering it; may return a status.
-        port: where it listens.
+        cut: by request: called once instead of answering it; may return a status.
+        port: the port it listens on.
     """
 
     def __init__(self, inner: Callable) -> None:
@@ -28,7 +28,7 @@ class Gate:
         self.port = 0
 
     def __call__(self, environ, start_response):
-        """Note a request, then pass it on or cut it."""
+        """Record a request, then forward it or interrupt it."""
         path = PurePosixPath(environ["PATH_INFO"])
         request = f"{environ['REQUEST_METHOD']} {path.name}"
         if path.suffix:
@@ -39,7 +39,7 @@ class Gate:
         return self.inner(environ, start_response)
 
     def files(self, method: str) -> list[str]:
-        """Files asked for with a method, in order, since the last look; forgets everything seen."""
+        """Files requested with a method, in order, since the last call; clears the record."""
         found = [name for verb, name in map(str.split, self.seen) if verb == method]
         self.seen.clear()
         return found
@@ -47,7 +47,7 @@ class Gate:
 
 @contextmanager
 def serve() -> Generator[Gate]:
-    """A running server."""
+    """Run a server."""
     moto = pytest.importorskip("moto.server", reason="needs moto, of the dev extra")
     pytest.importorskip("s3fs", reason="needs s3fs, of the s3 extra")
     from werkzeug.serving import make_server
@@ -58,7 +58,7 @@ def serve() -> Generator[Gate]:
     gate.port = running.server_port
     thread = Thread(target=running.serve_forever)
     thread.start()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients of another server
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # cached clients of another server
     try:
         yield gate
     finally:
@@ -67,7 +67,7 @@ def serve() -> Generator[Gate]:
 
 
 def point_client_at(gate: Gate, monkeypatch) -> None:
-    """Address and credentials in the environment, where the client looks; a bucket is there."""
+    """Set the address and credentials in the client's environment, and create a bucket."""
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}",
         "AWS_ACCESS_KEY_ID": "testing",

@@ -61,7 +61,7 @@ def test_the_fast_unembedding_gives_the_models_logits(family):
 # As many rows as tokens, as many as heads.
 @pytest.mark.parametrize("lengths", [(5, 5, 3, 4, 2), (5, 5, 3, 4)], ids=["tokens", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_dropped_halfway_leave_the_others_as_they_were(family, lengths):
+def test_dropping_rows_halfway_leaves_the_other_rows_unchanged(family, lengths):
     adapter = ModelAdapter(tiny(family))
     ids, mask = padded_batch("left", lengths=lengths)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_rows_dropped_halfway_leave_the_others_as_they_were(family, lengths):
         fewer = plan.select(keep)
         for block in range(1, LAYERS):
             hidden = adapter.run_block(fewer, block, hidden)
-    # Matrix products of other heights round differently in the last bit.
+    # Matrix products with other row counts round differently in the last bit.
     real = mask[keep].bool()
     torch.testing.assert_close(hidden[real], everything[keep][real], rtol=1e-5, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_half_precision_models_pass_the_check(family, dtype):
     assert ModelAdapter(tiny(family).to(dtype)).dtype == dtype
 
 
-def test_a_bidirectional_model_is_refused():
+def test_a_bidirectional_model_is_rejected():
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=48,
@@ -115,7 +115,7 @@ def test_a_bidirectional_model_is_refused():
         ModelAdapter(model)
 
 
-def test_a_bias_with_one_entry_per_head_is_taken_for_what_it_is():
+def test_a_bias_with_one_entry_per_head_is_not_indexed_as_a_batch():
     plans = {
         name: ModelAdapter(tiny(name)).plan(*padded_batch("left")) for name in ("bloom", "mpt")
     }
@@ -123,7 +123,7 @@ def test_a_bias_with_one_entry_per_head_is_taken_for_what_it_is():
     assert plans["mpt"].per_row["position_bias"] == 0  # shared by all rows
 
 
-def test_an_encoder_decoder_is_refused():
+def test_an_encoder_decoder_is_rejected():
     from transformers import AutoModelForSeq2SeqLM
 
     config = AutoConfig.for_model(
@@ -133,7 +133,7 @@ def test_an_encoder_decoder_is_refused():
         ModelAdapter(AutoModelForSeq2SeqLM.from_config(config))
 
 
-def test_a_model_with_nan_weights_is_refused():
+def test_a_model_with_nan_weights_is_rejected():
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
@@ -141,7 +141,7 @@ def test_a_model_with_nan_weights_is_refused():
         ModelAdapter(model)
 
 
-def test_a_model_whose_head_is_not_what_it_seems_is_refused():
+def test_a_model_whose_head_does_not_reproduce_its_logits_is_rejected():
     model = tiny("llama")
 
     def double(_, __, output):
@@ -153,7 +153,7 @@ def test_a_model_whose_head_is_not_what_it_seems_is_refused():
 
 
 class Box:
-    """What `Plan.select` cannot see into."""
+    """A container that `Plan.select` cannot look into."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -171,31 +171,31 @@ class BoxedDecoder(LlamaModel):
         return super().forward(input_ids, position_ids=position_ids, box=Box(rows), **kwargs)
 
 
-def test_a_family_whose_rows_cannot_be_dropped_is_refused(monkeypatch):
+def test_a_family_whose_rows_cannot_be_dropped_is_rejected(monkeypatch):
     model = tiny("llama")
     model.model.__class__ = BoxedDecoder
     for block in model.model.layers:
         block.__class__ = BoxedBlock
     with pytest.raises(UnsupportedModelError, match="change when others are dropped halfway"):
         ModelAdapter(model)
-    # Nothing else tells: with every row kept it runs as any other.
+    # Only dropping rows reveals it: with every row kept it runs like any other.
     monkeypatch.setattr(load_check, "KEPT", (0, 1, 2, 3))
     assert ModelAdapter(model).num_layers == LAYERS
 
 
-def test_a_mask_of_flex_attention_is_never_given_to_the_wrong_rows():
+def test_a_flex_attention_mask_is_never_applied_to_the_wrong_rows():
     blocks = create_block_mask(lambda row, _, query, key: query >= key, 3, None, 7, 7, "cpu")
     plan = Plan(torch.zeros(3, 7, WIDTH), (((), {"attention_mask": blocks}),))
     with pytest.raises(UnsupportedModelError, match=r"set_attn_implementation\('sdpa'\)"):
         plan.select(torch.tensor([0, 2]))
 
 
-def test_a_missing_folder_is_a_named_error(tmp_path):
+def test_a_missing_folder_raises_a_clear_error(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"check data\.model_id"):
         ModelAdapter.from_pretrained(str(tmp_path / "nothing"))
 
 
-def test_one_changed_weight_changes_the_identity():
+def test_changing_one_weight_changes_the_identity():
     model = tiny("llama")
     before = ModelAdapter(model).identity
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""An audit in use: what it counts, what it charges, when it rings, and what its file survives."""
+"""An audit in use: what it counts, what it costs, when it raises an alarm, and its state file."""
 
 import json
 import multiprocessing
@@ -49,14 +49,14 @@ def never(prompts):
 
 @pytest.fixture(autouse=True)
 def _without_wandb(monkeypatch):
-    """`audit` logs a run of its own where W&B is on, which takes seconds."""
+    """`audit` logs its own run where W&B is on, which takes seconds."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-# What is counted ----------------------------------------------------------------------------
+# Counting -----------------------------------------------------------------------------------
 
 
-def test_failures_are_the_rows_that_the_full_model_answers_otherwise(tmp_path):
+def test_failures_are_the_rows_that_the_full_model_answers_differently(tmp_path):
     prompts = prompts_of([7, 3, 5, 6, 2, 7] * 8)
     runtime = audited(tmp_path, budget=0.99)
     found = runtime.decide(prompts)
@@ -68,7 +68,7 @@ def test_failures_are_the_rows_that_the_full_model_answers_otherwise(tmp_path):
     assert seen.failures == differ
 
 
-def test_the_choices_of_a_row_are_those_that_the_full_model_answers_among(tmp_path):
+def test_the_full_model_answers_among_the_same_choices_of_each_row(tmp_path):
     prompts, choices = TWENTY, [[5, 6], [7, 8, 9]] * 10
     policy = ExitPolicy.always(1, decoder="l-spade", scope="choices")
     runtime = audited(tmp_path, policy, budget=0.99)
@@ -78,7 +78,7 @@ def test_the_choices_of_a_row_are_those_that_the_full_model_answers_among(tmp_pa
     assert runtime.auditor.flush().seen.failures == differ < 20
 
 
-def test_rows_that_did_not_exit_count_as_agreeing_and_cost_nothing(tmp_path):
+def test_rows_without_an_exit_count_as_agreeing_at_no_cost(tmp_path):
     runtime = audited(tmp_path, ExitPolicy(layers=(1,), threshold=0.0))
     runtime.decide(TWENTY)
     seen = runtime.auditor.flush().seen
@@ -86,12 +86,12 @@ def test_rows_that_did_not_exit_count_as_agreeing_and_cost_nothing(tmp_path):
     assert seen.flops[2] == 0
 
 
-def test_an_audit_changes_no_answer(tmp_path):
+def test_auditing_changes_no_answer(tmp_path):
     plain = runtime_of(tiny("llama"), ALWAYS).decide(TWENTY)
     assert audited(tmp_path, budget=0.99).decide(TWENTY) == plain
 
 
-def test_the_share_of_drawn_rows_is_the_rate(tmp_path):
+def test_the_fraction_of_sampled_rows_matches_the_rate(tmp_path):
     runtime = audited(tmp_path, ExitPolicy.never(), rate=0.2)
     for _ in range(20):
         runtime.decide(prompts_of([2] * 100))
@@ -101,7 +101,7 @@ def test_the_share_of_drawn_rows_is_the_rate(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_restart_flips_other_coins_than_the_run_before(tmp_path):
+def test_a_restart_samples_other_rows_than_the_previous_run(tmp_path):
     blocks = []
     for _ in range(4):
         runtime = audited(tmp_path, ExitPolicy.never(), rate=0.5)
@@ -110,9 +110,9 @@ def test_a_restart_flips_other_coins_than_the_run_before(tmp_path):
     assert len({b - a for a, b in zip([0, *blocks], blocks, strict=False)}) > 1
 
 
-def test_flops_are_those_that_pytorch_counts(tmp_path):
+def test_flops_match_pytorchs_counter(tmp_path):
     audit = Audit(state=tmp_path / "audit.json", rate=1.0, budget=0.99)
-    # One prompt at a time: a batch is charged for what its rows share, too.
+    # One prompt at a time: a batch is also charged for what its rows share.
     runtime = runtime_of(tiny("llama"), ALWAYS, audit=audit, tokens_per_batch=1)
     runtime.decide(TWENTY)  # the model's parts are counted at the first call
     before = runtime.auditor.flush().seen.flops
@@ -121,9 +121,9 @@ def test_flops_are_those_that_pytorch_counts(tmp_path):
     model, policy, audit = (
         now - then for now, then in zip(runtime.auditor.flush().seen.flops, before, strict=True)
     )
-    # The counter also sees the few products that work out what a row costs.
+    # The counter also sees the few products that compute the cost of a row.
     assert policy + audit == pytest.approx(count.get_total_flops(), rel=1e-3)
-    assert model < audit < 1.05 * model  # every row had exited; its check's answer is read, too
+    assert model < audit < 1.05 * model  # every row exited; its check's answer is read too
 
 
 def test_nan_logits_of_the_full_model_count_as_a_failure(tmp_path, monkeypatch):
@@ -136,14 +136,14 @@ def test_nan_logits_of_the_full_model_count_as_a_failure(tmp_path, monkeypatch):
     assert runtime.auditor.flush().seen.failures == 20
 
 
-def test_a_call_that_fails_counts_no_row(tmp_path):
+def test_a_failing_call_counts_no_rows(tmp_path):
     runtime = audited(tmp_path)
     with pytest.raises(Exception, match="outside"):
         runtime.decide([*TWENTY, [10**6]])
     assert runtime.auditor.flush().seen.rows == 0
 
 
-def test_threads_of_one_runtime_lose_no_count(tmp_path):
+def test_threads_sharing_a_runtime_lose_no_counts(tmp_path):
     runtime = audited(tmp_path, budget=0.99)
     threads = [
         threading.Thread(target=lambda: [runtime.decide(TWENTY[:4]) for _ in range(5)])
@@ -161,7 +161,7 @@ def test_threads_of_one_runtime_lose_no_count(tmp_path):
 # The alarm ----------------------------------------------------------------------------------
 
 
-def test_an_alarm_warns_once_calls_back_once_and_outlives_a_restart(tmp_path, caplog):
+def test_an_alarm_warns_once_calls_back_once_and_survives_a_restart(tmp_path, caplog):
     calls = []
     runtime = audited(tmp_path, budget=0.02, callback=calls.append)
     for _ in range(3):
@@ -174,7 +174,7 @@ def test_an_alarm_warns_once_calls_back_once_and_outlives_a_restart(tmp_path, ca
     assert len(calls) == 2
 
 
-def test_a_callback_may_ask_for_the_state(tmp_path):
+def test_a_callback_can_read_the_state(tmp_path):
     found = []
     runtime = audited(
         tmp_path, budget=0.02, callback=lambda _: found.append(runtime.auditor.flush().alarm)
@@ -183,7 +183,7 @@ def test_a_callback_may_ask_for_the_state(tmp_path):
     assert found == [runtime.auditor.state.alarm]
 
 
-def test_with_never_exit_an_alarm_hands_every_row_to_the_full_model(tmp_path):
+def test_with_never_exit_an_alarm_routes_every_row_to_the_full_model(tmp_path):
     runtime = audited(tmp_path, budget=0.02, on_alarm="never_exit")
     assert all(decision.exited for decision in runtime.decide(TWENTY))
     assert runtime.decide(TWENTY) == never(TWENTY)
@@ -191,14 +191,14 @@ def test_with_never_exit_an_alarm_hands_every_row_to_the_full_model(tmp_path):
     assert (seen.rows, seen.unaudited) == (20, 20)
 
 
-def test_an_alarm_of_one_process_is_known_to_the_others_after_their_next_update(tmp_path):
+def test_an_alarm_in_one_process_reaches_the_others_at_their_next_update(tmp_path):
     first, second = (audited(tmp_path, budget=0.02, on_alarm="never_exit") for _ in range(2))
     first.decide(TWENTY)
     second.decide(TWENTY[:1])
     assert not second.decide(TWENTY[:1])[0].exited
 
 
-def test_no_alarm_where_the_disagreement_is_the_budget(tmp_path):
+def test_no_alarm_when_the_disagreement_equals_the_budget(tmp_path):
     file = AuditFile(tmp_path / "audit.json", KEY)
     for _ in range(20):
         state = file.add(Seen(rows=2500, exits={4: 2500}, drawn=50, failures=1, audited=50))
@@ -207,7 +207,7 @@ def test_no_alarm_where_the_disagreement_is_the_budget(tmp_path):
 
 
 def stream(rng, rows, rate, disagreement, state, batch=250):
-    """Rows in use until the alarm; None where `rows` do not raise it."""
+    """Rows served until the alarm; None if `rows` rows do not raise it."""
     for done in range(0, rows, batch):
         drawn = int(rng.binomial(batch, rate))
         failures = int(rng.binomial(drawn, disagreement))
@@ -218,14 +218,14 @@ def stream(rng, rows, rate, disagreement, state, batch=250):
 
 
 @pytest.mark.slow
-def test_of_500_healthy_streams_of_5000_rows_at_most_5_percent_ring():
+def test_at_most_5_percent_of_healthy_streams_raise_an_alarm():
     rng, fresh = np.random.default_rng(0), AuditState(key=KEY)
-    rung = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]
-    assert sum(rung) <= 25
+    alarms = [stream(rng, 5000, 0.02, KEY.budget, fresh) is not None for _ in range(500)]
+    assert sum(alarms) <= 25
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05])
-def test_a_shift_rings_about_when_foretold_at_any_audit_rate(rate):
+def test_a_shift_raises_the_alarm_after_about_the_predicted_number_of_rows(rate):
     rng, fresh = np.random.default_rng(1), AuditState(key=KEY)
     found = [stream(rng, 200_000, rate, 0.1, fresh) for _ in range(60)]
     assert None not in found
@@ -235,13 +235,13 @@ def test_a_shift_rings_about_when_foretold_at_any_audit_rate(rate):
 # The budget ---------------------------------------------------------------------------------
 
 
-def test_the_budget_is_the_promised_disagreement():
+def test_the_default_budget_is_the_guaranteed_disagreement():
     record = {"risk": "disagreement", "budget": 0.03, "n": 500, "chosen": {"disagreement": 0.0}}
     assert default_budget(ExitPolicy(layers=(), calibration=record)) == 0.03
 
 
 @pytest.mark.parametrize("failures", [0, 7, 299, 300])
-def test_else_the_budget_is_an_exact_bound_of_the_measured_disagreement(failures):
+def test_the_fallback_budget_is_an_exact_bound_on_the_measured_disagreement(failures):
     chosen = {"disagreement": failures / 300}
     record = {"risk": "accuracy_drop", "budget": 0.01, "n": 300, "chosen": chosen}
     exact = binomtest(failures, 300, alternative="less").proportion_ci(0.95, "exact").high
@@ -250,7 +250,7 @@ def test_else_the_budget_is_an_exact_bound_of_the_measured_disagreement(failures
     assert found < 1
 
 
-def test_a_policy_that_nobody_calibrated_needs_a_budget(tmp_path):
+def test_an_uncalibrated_policy_requires_a_budget(tmp_path):
     with pytest.raises(AuditError, match=r"such as 0\.02"):
         audited(tmp_path, budget=None)
 
@@ -258,7 +258,7 @@ def test_a_policy_that_nobody_calibrated_needs_a_budget(tmp_path):
 @pytest.mark.parametrize(
     "setting", [{"rate": 0.0}, {"rate": 1.5}, {"budget": 1.0}, {"alpha": 0.0}, {"on_alarm": "cry"}]
 )
-def test_settings_out_of_range_are_named(tmp_path, setting):
+def test_out_of_range_settings_are_named_in_the_error(tmp_path, setting):
     with pytest.raises(AuditError, match=next(iter(setting))):
         audited(tmp_path, **setting)
 
@@ -285,7 +285,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_is_a_named_error_and_stays_as_it_is(tmp_path, damage):
+def test_a_damaged_state_file_raises_a_clear_error_and_is_not_modified(tmp_path, damage):
     path = tmp_path / "audit.json"
     AuditFile(path, KEY).add(Seen(rows=9, exits={1: 9}, drawn=3, audited=3, failures=1))
     path.write_text(DAMAGES[damage](json.loads(path.read_text())))
@@ -304,7 +304,7 @@ def test_a_damaged_state_is_a_named_error_and_stays_as_it_is(tmp_path, damage):
         ({"alpha": 0.01}, "alpha"),
     ],
 )
-def test_the_state_of_another_audit_is_refused_by_name(tmp_path, change, name):
+def test_the_state_of_another_audit_is_rejected_with_the_differing_field(tmp_path, change, name):
     path = tmp_path / "audit.json"
     AuditFile(path, KEY).add(Seen(rows=1, exits={1: 1}))
     before = path.read_bytes()
@@ -313,7 +313,7 @@ def test_the_state_of_another_audit_is_refused_by_name(tmp_path, change, name):
     assert path.read_bytes() == before
 
 
-def test_a_state_that_breaks_while_rows_are_answered_costs_no_answer(tmp_path, caplog):
+def test_damage_to_the_state_file_while_serving_loses_no_answers(tmp_path, caplog):
     runtime = audited(tmp_path, budget=0.99)
     first = runtime.decide(TWENTY)
     path = tmp_path / "audit.json"
@@ -328,7 +328,7 @@ def test_a_state_that_breaks_while_rows_are_answered_costs_no_answer(tmp_path, c
     assert runtime.auditor.flush().seen.rows == 60
 
 
-def test_the_digest_of_a_policy_is_of_what_it_does():
+def test_a_policy_digest_depends_only_on_its_behaviour():
     first = ExitPolicy(layers=(1,), threshold=0.5)
     assert policy_digest(first) == policy_digest(
         ExitPolicy(layers=(1,), threshold=0.5, calibration={"n": 3})
@@ -336,12 +336,12 @@ def test_the_digest_of_a_policy_is_of_what_it_does():
     assert policy_digest(first) != policy_digest(ExitPolicy(layers=(1,), threshold=0.6))
 
 
-def _count(path, updates, told):
-    """Add rows one at a time, and say after each that it is done."""
+def _count(path, updates, reported):
+    """Add rows one at a time, and report after each that it is done."""
     file = AuditFile(path, KEY)
     for _ in range(updates):
         file.add(Seen(rows=1, exited=1, exits={1: 1}, drawn=1, audited=1))
-        os.write(told, b".")
+        os.write(reported, b".")
 
 
 def _counting(path, updates):
@@ -352,9 +352,9 @@ def _counting(path, updates):
     return process, read
 
 
-def test_two_processes_lose_no_count_and_a_kill_costs_none_that_was_done(tmp_path):
+def test_concurrent_and_killed_processes_lose_no_completed_counts(tmp_path):
     path = tmp_path / "audit.json"
-    draw, told = random.Random(3), 0
+    draw, reported = random.Random(3), 0
     other, read_other = _counting(path, 60)
     for _ in range(6):
         process, read = _counting(path, 10**6)
@@ -362,18 +362,18 @@ def test_two_processes_lose_no_count_and_a_kill_costs_none_that_was_done(tmp_pat
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         while done := os.read(read, 4096):
-            told += len(done)
+            reported += len(done)
         os.close(read)
     other.join(60)
     os.close(read_other)
     assert other.exitcode == 0
     state = AuditState.load(path)
-    # Each killed process may have written one update that it could not tell of any more.
-    assert 60 + told <= state.seen.rows <= 60 + told + 6
+    # Each killed process may have written one update that it could no longer report.
+    assert 60 + reported <= state.seen.rows <= 60 + reported + 6
     assert AuditFile(path, KEY).add(Seen(rows=1, exits={1: 1})).seen.rows == state.seen.rows + 1
 
 
-# What is shown ------------------------------------------------------------------------------
+# Reporting ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -396,24 +396,24 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_audit_prints_what_was_seen_and_writes_it_as_a_page(folder, capsys):
+def test_audit_prints_the_counts_and_writes_a_page(folder, capsys):
     assert main(["audit", str(folder), "--html", str(folder / "audit.html")]) == 0
     printed, page = capsys.readouterr().out, (folder / "audit.html").read_text()
     for text in (printed, page):
         assert "12.00% [" in text
         assert "0.40% of the full model" in text
-        assert "66.7%" in text  # exits at layer 1 at calibration
+        assert "66.7%" in text  # exits at layer 1 during calibration
         assert "ALARM on" in text
         assert "chi-square p = " in text
 
 
-def test_audit_shows_a_state_without_its_policy(folder, capsys):
+def test_audit_shows_a_state_file_without_its_policy(folder, capsys):
     (folder / "policy.json").unlink()
     assert main(["audit", str(folder / "audit.json")]) == 0
     assert "5,000" in capsys.readouterr().out
 
 
-def test_audit_refuses_a_state_that_is_not_there_and_another_policy(folder, capsys):
+def test_audit_rejects_a_missing_state_and_another_policy(folder, capsys):
     assert main(["audit", str(folder / "nothing.json")]) == 1
     assert "nothing.json does not exist" in capsys.readouterr().err
     ExitPolicy(layers=(2,), threshold=0.5).save(folder)
@@ -421,7 +421,7 @@ def test_audit_refuses_a_state_that_is_not_there_and_another_policy(folder, caps
     assert "belongs to a different policy" in capsys.readouterr().err
 
 
-def test_the_promise_says_what_for_which_prompts_how_surely_and_until_when_audited(folder):
+def test_the_guarantee_states_risk_prompts_confidence_and_audit_status(folder):
     words = promise(ExitPolicy.load(folder).calibration, audit_of(folder))
     assert "At most 2% of the answers differ from the full model's, with 95% confidence" in words
     assert "as the 300 rows on which it was tested (validation split of jsonl)" in words
@@ -429,7 +429,7 @@ def test_the_promise_says_what_for_which_prompts_how_surely_and_until_when_audit
     assert "ALARM" in words
 
 
-def test_the_audit_of_another_policy_is_not_taken_for_this_ones(folder):
+def test_the_audit_of_another_policy_is_not_shown_for_this_one(folder):
     assert audit_of(folder) is not None
     ExitPolicy(layers=(2,), threshold=0.5).save(folder)
     assert audit_of(folder) is None

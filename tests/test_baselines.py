@@ -1,4 +1,4 @@
-"""Other rules of when to stop, against loops over rows and scikit-learn."""
+"""Other exit rules, against loops over rows and scikit-learn."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from lspade_train.io.layout import read_results
 from lspade_train.reporting.tables import baselines_table
 
 
-def test_a_streak_counts_equal_answers_up_to_each_check():
+def test_a_streak_counts_consecutive_equal_answers_up_to_each_check():
     answers = torch.tensor([[1, 1, 2, 2, 2], [3, 1, 1, 3, 3]])
     expected = [[1, 2, 1, 2, 3], [1, 1, 2, 1, 2]]
     np.testing.assert_array_equal(baselines._streak(answers), expected)
 
 
-def test_the_support_vector_machine_decides_as_scikit_learns():
+def test_the_support_vector_machine_matches_scikit_learn():
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(400, 2)) * [3, 0.1] + [1, 5]
     wrong = inputs[:, 0] - 20 * inputs[:, 1] + rng.normal(size=400) > -98
@@ -36,7 +36,7 @@ def test_the_support_vector_machine_decides_as_scikit_learns():
     assert (found == wrong).mean() > 0.8
 
 
-def test_the_probe_answers_as_scikit_learns_regression():
+def test_the_probe_matches_scikit_learns_regression():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(300, 8)).astype(np.float32)
     answers = states[:, :3].argmax(1)
@@ -66,7 +66,7 @@ def found(toy_root, tmp_path_factory):
     return {row["name"]: row for row in rows}, data
 
 
-def test_every_baseline_is_measured_and_says_its_setting(found):
+def test_every_baseline_is_measured_and_reports_its_setting(found):
     rows, data = found
     assert [*rows] == [
         *("fixed layer", "linear probe", "one entropy threshold", "patience"),
@@ -77,14 +77,14 @@ def test_every_baseline_is_measured_and_says_its_setting(found):
         assert 1 <= row["row"]["mean_exit_layer"] <= data.adapter.num_layers
 
 
-def test_the_fixed_layer_saves_most_among_those_within_the_budget(found):
+def test_the_fixed_layer_is_the_cheapest_within_the_budget(found):
     fixed = found[0]["fixed layer"]
     assert fixed["within_budget"]
     layer = int(fixed["setting"].split(",")[0].removeprefix("layer "))
     assert fixed["row"]["mean_exit_layer"] == layer
 
 
-def test_a_rule_that_no_setting_keeps_within_the_budget_is_shown_as_such(found):
+def test_a_rule_over_budget_at_every_setting_is_reported_as_such(found):
     _, data = found
     heads = LSpadeHeads(data.layers, WIDTH).requires_grad_(False).bind(data.adapter)
     states = data.stored("validation")
@@ -96,7 +96,7 @@ def test_a_rule_that_no_setting_keeps_within_the_budget_is_shown_as_such(found):
     assert any(not row["within_budget"] for row in rows)
 
 
-def test_evaluate_prints_the_rules_beside_the_policy_and_keeps_them(
+def test_evaluate_prints_the_rules_beside_the_policy_and_saves_them(
     toy_root, tmp_path, capsys, monkeypatch
 ):
     project = toy.Project(toy_root, tmp_path)

@@ -1,4 +1,4 @@
-"""`model.target: both`: one fit ends with the heads that two fits would end with, in one folder."""
+"""`model.target: both`: one fit produces the same heads as two fits, in one folder."""
 
 import json
 
@@ -23,7 +23,7 @@ def _here(project, monkeypatch):
 
 @pytest.fixture(scope="module")
 def apart(toy_root, tmp_path_factory):
-    """A project whose two kinds of heads were fitted one after the other; read only."""
+    """A project whose two kinds of heads were fitted one after the other; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("apart"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
@@ -34,7 +34,7 @@ def apart(toy_root, tmp_path_factory):
 
 
 def fit(project, *options, cache=None, **changes):
-    """The exit code of a fit of low-rank heads in three epochs: enough to reduce the targets."""
+    """The exit code of a three-epoch fit of low-rank heads: long enough to reduce the targets."""
     settings = {"model__form": "low_rank", "model__rank": 4, "trainer__max_epochs": 3}
     settings |= {"model__target": "both", "data__cache_dir": str(cache or project.cache)}
     return main(["fit", "--config", str(project.recipe(**settings | changes)), *options])
@@ -56,14 +56,12 @@ def assert_same(project, other, slack=1e-6):
             torch.testing.assert_close(value, expected[name], rtol=0, atol=slack)
 
 
-def test_one_fit_of_both_gives_the_heads_of_two_fits(apart, project):
+def test_fitting_both_gives_the_heads_of_two_separate_fits(apart, project):
     assert fit(project, cache=apart.cache) == 0
     assert_same(project, apart)
 
 
-def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(
-    project, toy_root, tmp_path
-):
+def test_reducing_the_spade_target_of_a_layer_keeps_its_final_target(project, toy_root, tmp_path):
     alone = toy.Project(toy_root, tmp_path / "alone")
     alone.home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +73,7 @@ def test_one_layer_whose_spade_target_is_reduced_keeps_its_other_target(
 
 
 @pytest.mark.slow
-def test_each_folder_records_the_metrics_that_its_own_fit_would(apart, project):
+def test_each_folder_records_the_metrics_of_a_separate_fit(apart, project):
     assert fit(project, cache=apart.cache) == 0
     for one, two in zip(folders(project), folders(apart), strict=True):
         mine, expected = (config(folder)["training"] for folder in (one, two))
@@ -84,7 +82,7 @@ def test_each_folder_records_the_metrics_that_its_own_fit_would(apart, project):
             assert epoch == pytest.approx(other, abs=1e-6)
 
 
-def test_the_log_names_the_metrics_of_the_tuned_lens_final(apart, project):
+def test_the_log_prefixes_the_tuned_lens_metrics_with_final(apart, project):
     assert fit(project, cache=apart.cache, trainer__log_every_n_steps=1) == 0
     (log,) = project.home.glob("checkpoints/toy/logs/*/metrics.csv")
     names = set(log.read_text().splitlines()[0].split(","))
@@ -93,23 +91,23 @@ def test_the_log_names_the_metrics_of_the_tuned_lens_final(apart, project):
             assert {f"{stage}/{name}/layer_01", f"{stage}/final/{name}/layer_01"} <= names
 
 
-def test_what_was_fitted_is_loaded_with_the_tuned_lens_beside(apart, project):
+def test_loading_the_heads_also_loads_the_tuned_lens(apart, project):
     assert fit(project, cache=apart.cache) == 0
     heads = LSpadeHeads.from_pretrained(folders(project)[0])
     assert (heads.target, heads.tuned_lens.target) == ("spade", "final")
 
 
 @pytest.mark.slow
-def test_groups_of_layers_give_both_kinds_of_heads(apart, project):
+def test_fitting_layer_groups_gives_both_kinds_of_heads(apart, project):
     assert fit(project, cache=apart.cache, model__layer_groups=2) == 0
-    # A group's targets are not reduced, which decides the last bits; Adam amplifies them.
+    # A group's targets are not reduced, which changes the last bits; Adam amplifies them.
     assert_same(project, apart, slack=1e-4)
     for one, two in zip(folders(project), folders(apart), strict=True):
         mine, expected = (config(folder)["training"]["metrics"] for folder in (one, two))
         assert mine == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_stopped_fit_of_both_resumes_to_the_same_heads(apart, project, monkeypatch):
+def test_an_interrupted_fit_of_both_resumes_to_the_same_heads(apart, project, monkeypatch):
     step = LSpadeModule.training_step
 
     def stop(self, batch, batch_idx):
@@ -124,13 +122,13 @@ def test_a_stopped_fit_of_both_resumes_to_the_same_heads(apart, project, monkeyp
     assert_same(project, apart)
 
 
-def test_a_checkpoint_of_one_kind_is_refused_for_both(apart, project, capsys):
+def test_a_checkpoint_of_one_target_is_rejected_for_both(apart, project, capsys):
     assert fit(project, cache=apart.cache, model__target="spade") == 0
     assert fit(project, "--ckpt_path", "last", cache=apart.cache) == 1
     assert "holds other heads" in capsys.readouterr().err
 
 
-def test_validate_measures_both_kinds(apart, project):
+def test_validate_measures_both_kinds_of_heads(apart, project):
     assert fit(project, cache=apart.cache) == 0
     recipe = str(project.home / "recipe.yaml")
     assert main(["validate", "--config", recipe]) == 0
@@ -142,7 +140,7 @@ def test_validate_measures_both_kinds(apart, project):
         assert found["val/kl/mean".replace("/", place, 1)] == pytest.approx(expected, rel=1e-5)
 
 
-def test_heads_without_a_tuned_lens_are_refused_where_both_are_asked_for():
+def test_heads_without_a_tuned_lens_are_rejected_for_both():
     heads = LSpadeHeads([1], 8, form="bias")
     with pytest.raises(ArtifactError, match="no tuned lens beside them"):
         LSpadeModule(HeadConfig(target="both"), heads)

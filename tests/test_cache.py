@@ -1,4 +1,4 @@
-"""The cache: what is in it, what is refused, and what survives being killed."""
+"""The cache: its contents, what it rejects, and surviving kills."""
 
 import contextlib
 import multiprocessing
@@ -68,7 +68,7 @@ def encoded_of(data, split="train"):
 
 @pytest.fixture(scope="module")
 def finished(toy_root, tmp_path_factory):
-    """A finished cache of several shards; copied by whoever damages it."""
+    """A finished cache of several shards; tests that damage it make a copy."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("finished"))
     build(project, shard_mb=TINY_SHARDS)
     return project
@@ -76,12 +76,12 @@ def finished(toy_root, tmp_path_factory):
 
 @pytest.fixture
 def damaged(finished, project):
-    """This test's own copy of the finished cache, checked once already."""
+    """A per-test copy of the finished cache, already checked once."""
     shutil.copytree(finished.cache, project.cache)
     return project
 
 
-# What the rows are
+# Contents of the rows
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
@@ -120,7 +120,7 @@ def test_rows_equal_plain_hooks_and_the_naive_two_token_forward(project, setting
     assert row == len(dataset)
 
 
-def test_some_of_the_rows_are_those_rows_whatever_shard_they_are_in(finished):
+def test_selecting_rows_gives_the_right_rows_from_any_shard(finished):
     dataset = finished.module().states("train")
     some = dataset.select(torch.tensor([40, 3, 3, 17, 0]))
     again = some.select(torch.tensor([3, 0, 4]))
@@ -131,7 +131,7 @@ def test_some_of_the_rows_are_those_rows_whatever_shard_they_are_in(finished):
 
 
 @torch.no_grad()
-def test_stored_logits_are_those_of_the_stored_hidden_state(project):
+def test_stored_logits_match_the_stored_hidden_state(project):
     data, hidden = build(project, mode="memory")
     _, logits = build(project, mode="memory", targets="logits")
     expected = data.adapter.unembed(everything(hidden).target)
@@ -141,7 +141,7 @@ def test_stored_logits_are_those_of_the_stored_hidden_state(project):
 
 
 @pytest.mark.parametrize("k", [5, 1000])
-def test_stored_topk_are_the_best_of_the_logits(project, k):
+def test_stored_topk_are_the_largest_logits(project, k):
     _, logits = build(project, mode="memory", targets="logits")
     _, best = build(project, mode="memory", targets="topk", topk=k)
     expected = everything(logits).target_logits.float().topk(min(k, VOCAB))
@@ -151,7 +151,7 @@ def test_stored_topk_are_the_best_of_the_logits(project, k):
     torch.testing.assert_close(got.target_values, whole)
 
 
-def test_a_row_does_not_depend_on_its_shard_or_its_batch(project):
+def test_a_row_does_not_depend_on_its_shard_or_batch(project):
     _, one = build(project, mode="memory")
     _, many = build(project, shard_mb=TINY_SHARDS, tokens_per_batch=40)
     assert len(one.shards) == 1
@@ -169,7 +169,7 @@ def test_every_mode_gives_the_same_batches(project, targets):
     assert_same_rows(found["disk"], found["online"])
 
 
-def test_online_text_gathers_all_positions_of_a_prompt(project):
+def test_online_mode_yields_all_positions_of_a_text(project):
     settings = TEXT | {"dataset": str(project.texts)}
     _, disk = build(project, **settings)
     data, online = build(project, mode="online", **settings)
@@ -179,7 +179,7 @@ def test_online_text_gathers_all_positions_of_a_prompt(project):
 
 
 @pytest.mark.gpu
-def test_online_states_stay_on_the_device_and_are_those_that_come_to_the_host(project):
+def test_online_states_stay_on_the_device_and_equal_those_on_the_host(project):
     data, online = build(project, mode="online", device="cuda")
     batch, host = everything(online), everything(data.stored("train"))
     assert batch.hidden.is_cuda
@@ -188,7 +188,7 @@ def test_online_states_stay_on_the_device_and_are_those_that_come_to_the_host(pr
     assert_same_rows(batch.to("cpu"), host, rtol=1e-5, atol=1e-5)
 
 
-def test_gathering_across_shards_keeps_the_asked_order():
+def test_gathering_across_shards_preserves_the_requested_order():
     pieces = torch.arange(12.0).reshape(12, 1)
     shards = [{"final": pieces[a:b], "hidden": pieces[a:b, None]} for a, b in ((0, 5), (5, 12))]
     labels = ("start_id", "position_id", "answer_id", "labelled", "choice_ids", "choice_count")
@@ -201,15 +201,15 @@ def test_gathering_across_shards_keeps_the_asked_order():
 
 
 @pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
-def test_the_estimate_is_within_a_tenth_of_what_lies_on_disk(project, targets, caplog):
+def test_the_size_estimate_is_within_10_percent_of_the_size_on_disk(project, targets, caplog):
     with caplog.at_level("INFO", "lspade_train"):
         build(project, targets=targets, topk=16)
-    said = re.search(r"caching (\d+) rows x [\d.]+ k?B = ([\d.]+) kB in", caplog.text)
-    rows, told = int(said[1]), 1000 * float(said[2])
+    logged = re.search(r"caching (\d+) rows x [\d.]+ k?B = ([\d.]+) kB in", caplog.text)
+    rows, estimate = int(logged[1]), 1000 * float(logged[2])
     manifest = Manifest.read(project.cache / "train")
     header = 2000
     assert rows == manifest.rows == 48
-    assert 0.99 * (manifest.bytes - header) <= told <= manifest.bytes * 1.1
+    assert 0.99 * (manifest.bytes - header) <= estimate <= manifest.bytes * 1.1
 
 
 def test_the_start_tokens_states_are_stored_once(project):
@@ -219,16 +219,16 @@ def test_the_start_tokens_states_are_stored_once(project):
     assert starts["hidden"].shape == (1, len(dataset.layers), 32)
 
 
-def test_reading_maps_the_files_instead_of_loading_them(project):
+def test_reading_memory_maps_the_files(project):
     _, dataset = build(project)
     assert len(dataset) == 48
     maps = Path("/proc/self/maps")
     if not maps.exists():
-        pytest.skip("needs /proc to see what is mapped")
+        pytest.skip("needs /proc to list memory mappings")
     assert str(project.cache / "train/shard-00000.safetensors") in maps.read_text()
 
 
-# Whose cache it is
+# Identity
 
 OTHERS = {
     "dtype": {"dtype": "bfloat16"},
@@ -245,7 +245,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("field", OTHERS)
-def test_a_cache_of_another_recipe_is_refused_by_the_name_of_the_field(finished, field):
+def test_a_cache_of_another_recipe_is_rejected_naming_the_differing_field(finished, field):
     before = contents(finished.cache / "train")
     with pytest.raises(CacheError, match=rf"another {field}:") as caught:
         build(finished, **OTHERS[field])
@@ -255,13 +255,13 @@ def test_a_cache_of_another_recipe_is_refused_by_the_name_of_the_field(finished,
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_cache_of_another_model_is_refused(finished, tmp_path, family):
+def test_a_cache_of_another_model_is_rejected(finished, tmp_path, family):
     other = toy.save_model(tmp_path / "other", family, seed=3)
     with pytest.raises(CacheError, match=r"another model_(config|weights)"):
         build(finished, model_id=str(other))
 
 
-def test_a_cache_of_other_data_is_refused(finished, tmp_path):
+def test_a_cache_of_other_data_is_rejected(finished, tmp_path):
     other = toy.write_data(tmp_path / "other", train=48)
     rows = toy.questions(48, seed=99)
     toy.write_jsonl(other / "train.jsonl", rows)
@@ -269,19 +269,19 @@ def test_a_cache_of_other_data_is_refused(finished, tmp_path):
         build(finished, dataset=str(other))
 
 
-def test_another_topk_is_refused(project):
+def test_a_cache_with_another_topk_is_rejected(project):
     build(project, targets="topk", topk=4)
     with pytest.raises(CacheError, match="another topk: it has 4, the recipe asks for 5"):
         build(project, targets="topk", topk=5)
 
 
-def test_the_models_folder_does_not_matter_only_what_is_in_it(finished, tmp_path):
+def test_the_identity_depends_on_the_models_content_not_its_folder(finished, tmp_path):
     shutil.copytree(finished.model, tmp_path / "moved")
     data, _ = build(finished, model_id=str(tmp_path / "moved"))
     assert data.reused == {"train": True}
 
 
-def test_without_a_cache_folder_each_recipe_gets_its_own(project, monkeypatch):
+def test_the_default_cache_folder_differs_by_recipe(project, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(project.home / "root"))
     data, _ = build(project, cache_dir=None)
     build(project, cache_dir=None, positions="compact")
@@ -299,7 +299,7 @@ def test_overwrite_replaces_another_cache(damaged):
     assert len(list((damaged.cache / "train").glob("shard-*"))) == len(dataset.shards) == 1
 
 
-def test_overwrite_keeps_the_old_cache_where_the_new_one_cannot_be(damaged, monkeypatch):
+def test_overwrite_keeps_the_old_cache_if_the_new_one_cannot_be_built(damaged, monkeypatch):
     before = contents(damaged.cache / "train")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 0))
     with pytest.raises(CacheError, match=r"\d B free"):
@@ -307,7 +307,7 @@ def test_overwrite_keeps_the_old_cache_where_the_new_one_cannot_be(damaged, monk
     assert contents(damaged.cache / "train") == before
 
 
-# Targets that are asked for later
+# Targets added later
 
 
 def without_targets(project, **settings):
@@ -315,7 +315,7 @@ def without_targets(project, **settings):
     return data, data.states("train")
 
 
-def test_a_cache_for_the_models_own_answer_holds_no_spade_targets(project):
+def test_a_cache_for_the_final_target_holds_no_spade_targets(project):
     _, dataset = without_targets(project)
     assert not list(project.cache.glob("train/target-*"))
     assert everything(dataset).target is None
@@ -324,9 +324,7 @@ def test_a_cache_for_the_models_own_answer_holds_no_spade_targets(project):
 
 
 @pytest.mark.parametrize("targets", ["hidden", "logits", "topk"])
-def test_targets_asked_for_later_are_added_without_touching_the_states(
-    project, monkeypatch, targets
-):
+def test_targets_can_be_added_later_without_touching_the_states(project, monkeypatch, targets):
     settings = {"shard_mb": TINY_SHARDS, "targets": targets, "topk": 4}
     without_targets(project, **settings)
     folder = project.cache / "train"
@@ -340,7 +338,7 @@ def test_targets_asked_for_later_are_added_without_touching_the_states(
     assert contents(folder) == contents(project.home / "whole/train")
 
 
-def test_the_command_caches_what_the_recipes_target_asks_for(project):
+def test_the_command_caches_what_the_recipes_target_needs(project):
     recipe = ["--config", str(project.recipe()), "--splits", "[train]"]
     assert main(["cache", *recipe, "--model.target", "final"]) == 0
     assert not list(project.cache.glob("train/target-*"))
@@ -349,26 +347,26 @@ def test_the_command_caches_what_the_recipes_target_asks_for(project):
     assert main(["cache", "--verify", str(project.cache)]) == 0
 
 
-def test_a_cache_with_spade_targets_serves_the_models_own_answer(finished):
+def test_a_cache_with_spade_targets_also_serves_the_final_target(finished):
     data, dataset = without_targets(finished)
     assert data.reused == {"train": True}
     assert everything(dataset).target is None
 
 
-def test_targets_of_states_that_were_damaged_meanwhile_are_refused(project):
+def test_adding_targets_to_damaged_states_is_rejected(project):
     without_targets(project, shard_mb=TINY_SHARDS)
     flip_a_bit(project.cache / "train/shard-00001.safetensors")
     with pytest.raises(CacheError, match=r"shard-00001\.safetensors does not have its checksum"):
         build(project)
 
 
-def test_states_without_targets_say_how_to_add_them(project):
+def test_missing_targets_raise_an_error_saying_how_to_add_them(project):
     without_targets(project)
     with pytest.raises(CacheError, match=r"without SPADE targets.*\nAdd them: lspade-train cache"):
         open_cache(project.cache / "train")
 
 
-def test_the_sweep_holds_no_more_rows_than_it_may(project, monkeypatch):
+def test_the_sweep_stays_within_its_row_limit(project, monkeypatch):
     settings = TEXT | {
         "dataset": str(project.texts),
         "text": TextConfig(length=20, first_position=3),
@@ -424,7 +422,7 @@ DAMAGES = [truncate, flip_a_bit, flip_a_bit_of_the_header, Path.unlink, swap_wit
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_shard_is_named_with_its_remedy(damaged, damage):
+def test_a_damaged_shard_raises_an_error_with_the_remedy(damaged, damage):
     damage(damaged.cache / "train/shard-00001.safetensors")
     for look in (
         lambda: build(damaged),
@@ -438,7 +436,7 @@ def test_a_damaged_shard_is_named_with_its_remedy(damaged, damage):
         assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_shard_replaced_by_a_link_is_refused(damaged, tmp_path):
+def test_a_shard_replaced_by_a_symlink_is_rejected(damaged, tmp_path):
     shard = damaged.cache / "train/shard-00000.safetensors"
     shutil.move(shard, tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
@@ -460,7 +458,7 @@ def test_a_shard_replaced_by_a_link_is_refused(damaged, tmp_path):
     ],
     ids=["cut", "rows", "identity", "version", "key", "path", "list", "empty"],
 )
-def test_a_damaged_manifest_is_named_with_its_remedy(damaged, change):
+def test_a_damaged_manifest_raises_an_error_with_the_remedy(damaged, change):
     path = damaged.cache / "train/manifest.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(CacheError, match="--overwrite") as caught:
@@ -469,28 +467,28 @@ def test_a_damaged_manifest_is_named_with_its_remedy(damaged, change):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_missing_cache_says_how_to_build_one(tmp_path):
+def test_a_missing_cache_raises_an_error_saying_how_to_build_one(tmp_path):
     with pytest.raises(CacheError, match="lspade-train cache --config RECIPE.yaml"):
         cache.split_folders(tmp_path)
     with pytest.raises(CacheError, match="lspade-train cache --config RECIPE.yaml"):
         open_cache(tmp_path)
 
 
-def test_an_unchanged_cache_is_not_read_through_again(damaged, monkeypatch):
+def test_an_unchanged_cache_is_not_verified_again(damaged, monkeypatch):
     build(damaged)
     monkeypatch.setattr("lspade_train.cache.reader.file_digest", lambda *_: pytest.fail("read"))
     build(damaged)
 
 
-def test_a_damaged_note_of_the_last_check_only_costs_time(damaged):
+def test_a_damaged_record_of_the_last_check_only_costs_time(damaged):
     (damaged.cache / "train/.verified.json").write_text("{")
     build(damaged)
 
 
-# Numbers that are none
+# NaN
 
 
-def test_nan_states_stop_the_build_and_leave_no_shard_of_them(project, tmp_path):
+def test_nan_states_stop_the_build_and_are_not_written(project, tmp_path):
     model = toy.save_model(tmp_path / "nan", poisoned=True)
     rows = toy.questions(12)
     rows[9]["prompt"] = f"w1 {toy.POISON} ? :"
@@ -512,7 +510,7 @@ def test_nan_states_stop_the_build_and_leave_no_shard_of_them(project, tmp_path)
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Mounts a small file system of memory; root may, others skip."""
+    """Mounts a small tmpfs; skips without the right to mount."""
     places = []
 
     def mount(size, *options):
@@ -531,16 +529,16 @@ def mounted(tmp_path):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_model_runs(project, mounted):
+def test_insufficient_disk_space_is_reported_before_the_model_runs(project, mounted):
     place = mounted("32k")
     data = project.module(cache_dir=str(place))
-    data.adapter.check = lambda: pytest.fail("the model ran")
+    data.adapter.check = lambda: pytest.fail("ran the model")
     with pytest.raises(CacheError, match=r"B free\.\nChoose another --data\.cache_dir"):
         data.states("train")
     assert [path.name for path in (place / "train").iterdir()] == [".lock"]
 
 
-def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted, monkeypatch):
+def test_a_disk_that_fills_up_midway_leaves_only_complete_shards(project, mounted, monkeypatch):
     place = mounted("30k")
     monkeypatch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
     with pytest.raises(
@@ -557,7 +555,7 @@ def test_a_disk_that_fills_up_half_way_leaves_whole_shards_only(project, mounted
         read_tensors(shard, CacheError)
 
 
-def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounted, monkeypatch):
+def test_a_build_resumes_with_more_disk_space_to_the_same_bytes(finished, mounted, monkeypatch):
     place = mounted("48k")
     with monkeypatch.context() as patch:
         patch.setattr("lspade_train.cache.writer.require_space", lambda *_: None)
@@ -568,13 +566,13 @@ def test_with_more_room_it_goes_on_and_ends_with_the_same_bytes(finished, mounte
     assert contents(place / "train") == contents(finished.cache / "train")
 
 
-def test_a_read_only_folder_is_a_named_error(project, mounted):
+def test_a_read_only_folder_raises_a_clear_error(project, mounted):
     place = mounted("1m", "ro")
     with pytest.raises(CacheError, match=r"cannot be (made|created|written).*--data\.cache_dir"):
         build(project, cache_dir=str(place / "cache"))
 
 
-def test_a_file_in_the_caches_place_is_a_named_error(project):
+def test_a_file_in_place_of_the_cache_folder_raises_a_clear_error(project):
     project.cache.write_text("")
     with pytest.raises(CacheError, match=r"cannot be created.*--data\.cache_dir"):
         build(project)
@@ -592,7 +590,7 @@ def test_a_finished_cache_can_be_read_from_a_read_only_folder(finished, mounted)
 # Interruptions
 
 
-def test_a_resumed_run_with_another_shard_size_or_batch_gives_whole_rows(project, finished):
+def test_resuming_with_another_shard_or_batch_size_gives_the_same_rows(project, finished):
     build(project, shard_mb=TINY_SHARDS * 3, tokens_per_batch=64)
     (project.cache / "train/manifest.json").unlink()
     build(project, shard_mb=TINY_SHARDS)
@@ -617,13 +615,13 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
     assert contents(folder) == before
 
 
-def test_an_unfinished_cache_of_another_recipe_is_refused(damaged):
+def test_an_unfinished_cache_of_another_recipe_is_rejected(damaged):
     (damaged.cache / "train/manifest.json").unlink()
     with pytest.raises(CacheError, match="another positions"):
         build(damaged, positions="compact")
 
 
-def test_two_processes_that_build_the_same_cache_end_with_one_good_one(project, finished):
+def test_two_processes_building_the_same_cache_leave_one_valid_cache(project, finished):
     context = multiprocessing.get_context("fork")
     both = [
         context.Process(target=build, args=(project,), kwargs={"shard_mb": TINY_SHARDS})
@@ -644,7 +642,7 @@ MAIN = "import sys\nfrom lspade_train.cli import main\nsys.exit(main())\n"
 
 @contextlib.contextmanager
 def many(project, processes, *more, **settings):
-    """A real `lspade-train cache` of several processes, as Lightning starts them."""
+    """A real multi-process `lspade-train cache`, as Lightning launches it."""
     script = project.home / "main.py"
     script.write_text(MAIN)
     sizes = {"data__shard_mb": TINY_SHARDS, "data__tokens_per_batch": 128}
@@ -662,7 +660,7 @@ def many(project, processes, *more, **settings):
             process.kill()
 
 
-@pytest.mark.slow  # test_launchers has a quicker way to two processes
+@pytest.mark.slow  # test_launchers covers two processes more quickly
 def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
     before = contents(finished.cache / "train")
     with many(project, 2, "--splits", "[train]", data__tokens_per_batch=8192) as process:
@@ -671,8 +669,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(project, finished):
     assert contents(project.cache / "train") == before
 
 
-@pytest.mark.slow  # test_launchers has a quicker way to two processes
-def test_an_error_of_one_process_is_told_once(project, tmp_path):
+@pytest.mark.slow  # test_launchers covers two processes more quickly
+def test_an_error_in_one_process_is_printed_once(project, tmp_path):
     model = toy.save_model(tmp_path / "nan", poisoned=True)
     rows = toy.questions(12)
     rows[-1]["prompt"] = f"w1 {toy.POISON} ? :"
@@ -689,7 +687,7 @@ def test_an_error_of_one_process_is_told_once(project, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_killed_process_is_a_named_error_and_the_run_goes_on_from_there(project, seed):
+def test_a_killed_process_raises_a_clear_error_and_the_run_resumes(project, seed):
     project.data = toy.write_data(project.home / "data", train=1500, validation=4)
     draw, folder = random.Random(seed), project.cache / "train"
     with many(project, 2, "--splits", "[train]") as process:
@@ -706,10 +704,10 @@ def test_a_killed_process_is_a_named_error_and_the_run_goes_on_from_there(projec
         _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     after = contents(folder)
-    calm = project.module(cache_dir=str(project.home / "calm"), shard_mb=TINY_SHARDS,
+    undisturbed = project.module(cache_dir=str(project.home / "undisturbed"), shard_mb=TINY_SHARDS,
                           tokens_per_batch=128)  # fmt: skip
-    calm.states("train")
-    assert after == contents(project.home / "calm/train")
+    undisturbed.states("train")
+    assert after == contents(project.home / "undisturbed/train")
 
 
 def child_of(pid: int) -> int:
@@ -717,7 +715,7 @@ def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-def test_a_batch_that_is_held_is_never_written_over():
+def test_a_batch_still_in_use_is_never_overwritten():
     count = torch.arange(64, dtype=torch.float32)
     states = count[:, None, None].expand(64, 2, 8).contiguous()
     shard = {"hidden": states, "target": states, "final": states[:, 0].contiguous()}
@@ -725,12 +723,13 @@ def test_a_batch_that_is_held_is_never_written_over():
     labels = dict.fromkeys(ids, count.int()) | {"choice_ids": count.int()[:, None]}
     dataset = StateDataset([shard | labels], ("",), (1, 2))
     gathered = torch.randperm(64).split(4)
-    held = [dataset.gather(rows).hidden[:, 1] for rows in gathered]  # a view is enough to hold it
+    # A view is enough to keep a batch alive.
+    held = [dataset.gather(rows).hidden[:, 1] for rows in gathered]
     for rows, value in zip(gathered, held, strict=True):
         assert torch.equal(value[:, 0], rows.float())
 
 
-def test_memory_is_lent_again_once_no_tensor_uses_it():
+def test_a_buffer_is_reused_once_no_tensor_references_it():
     memory = BufferPool()
     first = memory.take((4, 8), torch.float32)
     place, other = first.data_ptr(), memory.take((4, 8), torch.float32).data_ptr()

@@ -1,4 +1,4 @@
-"""The exit rule against loops, the p-values against enumeration, the promise against simulation."""
+"""The exit rule against loops, p-values against enumeration, the guarantee against simulation."""
 
 import json
 import math
@@ -43,7 +43,7 @@ ANSWER = 0.01
 
 
 def table_of(confidence, answers, full_answer, gold, check=0.004, bounds=None) -> ExitTable:
-    """A model of cost 1 and K+1 equal blocks that is checked after each of the first K."""
+    """A model with cost 1 and K+1 equal blocks, checked after each of the first K."""
     n, checks = confidence.shape
     reach = np.tile(np.arange(1, checks + 2) / (checks + 1), (n, 1))
     reach[:, -1] -= ANSWER
@@ -66,16 +66,16 @@ def table_of(confidence, answers, full_answer, gold, check=0.004, bounds=None) -
 
 
 def on_every_layer(table, thresholds=None):
-    """Rules that check all the table's layers: the grid's, or those of other thresholds."""
+    """Rules that check all of the table's layers, with the grid's or the given thresholds."""
     return [ExitRule(layers=table.layers, threshold=t) for t in thresholds or table.grid()]
 
 
 def realistic(
     n: int, seed: int, checks: int = 8, skew: float = 0.0, check: float = 0.004
 ) -> ExitTable:
-    """Rows of varied difficulty; deeper layers agree with the model more, sure ones above all.
+    """Rows of varying difficulty; deeper and more confident answers agree with the model more.
 
-    `skew` makes some layers' heads overconfident and others timid.
+    `skew` makes some layers' heads overconfident and others underconfident.
     """
     rng = np.random.default_rng(seed)
     depth = np.arange(1, checks + 1) / (checks + 1)
@@ -93,12 +93,12 @@ def realistic(
 
 
 def proposed(table) -> list[ExitRule]:
-    """Thresholds per layer, from what the confidences say of the chance to be wrong."""
+    """Per-layer thresholds, from what the confidences say about the error probability."""
     return propose(table, chance_wrong(table))
 
 
 def propose_limits(table) -> tuple[float, ...]:
-    """A threshold per layer at which about a third of the rows is sure."""
+    """A per-layer threshold that about a third of the rows meet."""
     return tuple(np.quantile(table.confidence, 0.3, axis=0).tolist())
 
 
@@ -109,7 +109,7 @@ def population() -> ExitTable:
 
 @given(n=st.integers(1, 12), seed=st.integers(0, 10_000), place=st.integers(0, 79))
 @settings(max_examples=40, deadline=None)
-def test_a_policys_row_equals_a_loop_over_prompts(n, seed, place):
+def test_evaluating_a_policy_equals_a_loop_over_prompts(n, seed, place):
     table = realistic(n, seed, checks=3)
     threshold = table.grid()[place]
     exits, costs, right, unlike = [], [], [], []
@@ -131,7 +131,7 @@ def test_a_policys_row_equals_a_loop_over_prompts(n, seed, place):
     assert found.disagreement == pytest.approx(np.mean(unlike))
 
 
-def test_each_layer_is_held_to_its_own_threshold():
+def test_each_layer_is_checked_against_its_own_threshold():
     table = realistic(200, seed=3, checks=3)
     limits = (0.01, 0.3, 0.1)
     expected = [
@@ -141,7 +141,7 @@ def test_each_layer_is_held_to_its_own_threshold():
     np.testing.assert_array_equal(table.exits(limits), expected)
 
 
-def test_the_oracle_stops_at_the_first_layer_that_answers_like_the_model_and_pays_no_check():
+def test_the_oracle_exits_at_the_first_agreeing_layer_and_pays_for_no_check():
     answers = np.array([[1, 0, 0], [1, 1, 1], [0, 1, 0]])
     table = table_of(np.ones((3, 3)), answers, np.zeros(3, int), None)
     paid = (2 / 4 + ANSWER) + 1 + (1 / 4 + ANSWER)
@@ -150,7 +150,7 @@ def test_the_oracle_stops_at_the_first_layer_that_answers_like_the_model_and_pay
 
 @given(seed=st.integers(0, 10_000), price=st.floats(0.001, 0.2))
 @settings(max_examples=25, deadline=None)
-def test_no_check_of_a_pruned_rule_could_be_dropped_with_a_gain(seed, price):
+def test_dropping_any_check_of_a_pruned_rule_saves_nothing(seed, price):
     table = realistic(80, seed, checks=5, check=price)
     rule = prune(table, propose_limits(table))
     if rule is None:
@@ -168,7 +168,7 @@ def test_no_check_of_a_pruned_rule_could_be_dropped_with_a_gain(seed, price):
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_pruning_drops_the_check_whose_removal_saves_most_each_time(seed):
+def test_each_pruning_step_drops_the_check_whose_removal_saves_most(seed):
     table = realistic(60, seed, checks=4, check=0.05)
     limits = dict(zip(table.layers, propose_limits(table), strict=True))
 
@@ -189,7 +189,7 @@ def test_pruning_drops_the_check_whose_removal_saves_most_each_time(seed):
 
 
 def price_of(table, chance, price, limits) -> float:
-    """Cost of the rows and of their expected wrong answers; a limit of None drops the check."""
+    """Cost of the rows plus that of their expected errors; a limit of None drops the check."""
     total = 0.0
     for row in range(len(table)):
         paid = 0.0
@@ -208,9 +208,7 @@ def price_of(table, chance, price, limits) -> float:
 
 @given(seed=st.integers(0, 10_000), price=st.floats(0.5, 20), check=st.sampled_from([0.004, 0.1]))
 @settings(max_examples=25, deadline=None)
-def test_no_threshold_of_the_cheapest_rule_could_be_moved_or_dropped_with_a_gain(
-    seed, price, check
-):
+def test_moving_or_dropping_a_threshold_of_the_cheapest_rule_gains_nothing(seed, price, check):
     table = realistic(20, seed, checks=3, check=check)
     chance = np.random.default_rng(seed).random((20, 3)) * table.confidence / math.log(CHOICES)
     rule = cheapest(table, chance, price)
@@ -224,7 +222,7 @@ def test_no_threshold_of_the_cheapest_rule_could_be_moved_or_dropped_with_a_gain
             assert price_of(table, chance, price, moved) >= least - 1e-6
 
 
-def test_dearer_answers_make_stricter_rules_and_expect_less_risk(population):
+def test_proposed_rules_are_sorted_by_expected_risk(population):
     table = population.rows(np.arange(1000))
     chance = chance_wrong(table)
     risks = [expected_risk(table, rule, chance) for rule in propose(table, chance)]
@@ -232,7 +230,7 @@ def test_dearer_answers_make_stricter_rules_and_expect_less_risk(population):
     assert risks == sorted(risks)
 
 
-def test_the_chance_to_be_wrong_is_what_is_seen_among_rows_of_that_chance(population):
+def test_estimated_error_probabilities_match_observed_error_rates(population):
     table = population.rows(np.arange(4000))
     chance = chance_wrong(table)
     wrong = table.answers != table.full_answer[:, None]
@@ -253,27 +251,27 @@ def test_the_most_promising_sequence_gets_two_thirds_of_the_error_probability(po
     assert error_shares([[], good], 0.01) == [0, 1]
 
 
-def test_a_check_that_stops_nobody_is_not_in_a_proposed_rule(population):
+def test_proposed_rules_contain_no_check_at_which_no_row_exits(population):
     table = population.rows(np.arange(800))
     for rule in [*proposed(table), *uniform_rules(table)]:
         stops = table.at(rule.layers).exits(rule.threshold)
         assert {*range(len(rule.layers))} <= {*stops.tolist()}
 
 
-def test_checks_too_dear_to_pay_leave_no_rule():
+def test_no_rule_is_proposed_when_checks_are_too_expensive():
     full = np.zeros(100, int)
     table = table_of(np.ones((100, 3)), np.zeros((100, 3), int), full, full, check=0.9)
     assert proposed(table) == uniform_rules(table) == []
 
 
-def test_never_stopping_with_checks_costs_more_than_the_plain_model(population):
+def test_checking_without_ever_exiting_costs_more_than_the_plain_model(population):
     assert (population.costs.stops()[:, -1] > population.costs.plain).all()
     strictest = evaluate_policy(population, 0.0)
     assert strictest.mean_exit_layer == population.num_layers
     assert strictest.compute_saved == pytest.approx(-0.004 * len(population.layers))
 
 
-def test_costs_at_some_layers_are_those_of_a_table_of_these_layers_alone(population):
+def test_costs_restricted_to_some_layers_count_only_those_checks(population):
     some = population.costs.at([1, 4])
     check, reach = 0.004, [2 / 9, 5 / 9, 1 - ANSWER]
     expected = [r + k * check + ANSWER for r, k in zip(reach, (1, 2, 2), strict=True)]
@@ -281,12 +279,12 @@ def test_costs_at_some_layers_are_those_of_a_table_of_these_layers_alone(populat
 
 
 def as_probability(table) -> ExitTable:
-    """The same confidences as a measure that is high where it is certain."""
+    """The same confidences as a measure that is high when confident."""
     upper = math.log(CHOICES)
     return replace(table, confidence=1 - table.confidence / upper, bounds=(1.0, 0.0))
 
 
-def test_a_measure_that_is_high_when_sure_chooses_the_same_exits(population):
+def test_a_measure_that_is_high_when_confident_chooses_the_same_exits(population):
     proposing, tested = population.rows(np.arange(1500)), population.rows(np.arange(1500, 4000))
     found = {
         name: learn_then_test([(of(tested), proposed(of(proposing)))], "disagreement", 0.05)
@@ -299,7 +297,7 @@ def test_a_measure_that_is_high_when_sure_chooses_the_same_exits(population):
     assert all(0 <= limit <= 1 for limit in high.threshold)
 
 
-def test_a_grid_of_a_measure_that_is_high_when_sure_runs_from_strict_to_loose(population):
+def test_the_grid_of_a_high_when_confident_measure_runs_from_strict_to_loose(population):
     table = as_probability(population.rows(np.arange(500)))
     assert (table.grid()[0], table.grid()[-1]) == (1.0, 0.0)
     layers = [evaluate_policy(table, threshold).mean_exit_layer for threshold in table.grid()]
@@ -315,7 +313,7 @@ def test_looser_thresholds_never_exit_later():
     assert layers[-1] < 2
 
 
-def test_the_grid_is_ascending_and_looks_at_no_row():
+def test_the_grid_is_ascending_and_independent_of_the_rows():
     grid = realistic(50, seed=5).grid()
     assert grid == sorted(set(grid)) == realistic(60, seed=6).grid()
     assert (grid[0], grid[-1]) == (0.0, pytest.approx(math.log(CHOICES)))
@@ -328,13 +326,13 @@ def test_the_plain_model_saves_and_loses_nothing(population):
 
 
 @pytest.mark.parametrize(("failures", "n"), [(0, 1), (0, 300), (3, 300), (25, 2000), (300, 300)])
-def test_the_disagreement_p_value_is_the_exact_binomial(failures, n):
+def test_the_disagreement_p_value_is_exactly_binomial(failures, n):
     expected = binomtest(failures, n, 0.02, alternative="less").pvalue
     assert disagreement_p_value(failures, n, 0.02) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.3])
-def test_the_drop_p_value_is_the_largest_probability_over_the_rate_of_gains(budget):
+def test_the_drop_p_value_is_the_maximum_over_the_rate_of_gains(budget):
     n = 9
     points = [(lost, won) for lost in range(n + 1) for won in range(n + 1 - lost)]
 
@@ -357,12 +355,12 @@ def test_the_drop_p_value_is_the_largest_probability_over_the_rate_of_gains(budg
         likely = (rates >= interval.low) & (rates <= interval.high)
         expected = chances[likely][:, scores <= own + 1e-3].sum(1).max() if own < 0 else 1.0
         found = drop_p_value(lost, won, n, budget)
-        slack = 0.003 * expected + 1e-5  # the oracle's own grid
+        slack = 0.003 * expected + 1e-5  # tolerance of the oracle's grid
         assert expected - slack <= found
         assert found <= expected * (1 + RELATIVE_GAP) + ABSOLUTE_GAP + NUISANCE + slack
 
 
-def test_without_gains_or_losses_the_drop_p_value_is_the_binomial_one():
+def test_without_gains_the_drop_p_value_is_binomial():
     assert drop_p_value(0, 0, 300, 0.01) == pytest.approx(0.99**300, rel=0.011)
 
 
@@ -374,7 +372,7 @@ def test_the_drop_p_value_rises_with_losses_and_falls_with_gains():
 
 
 def rejection_rate(n, loss_rate, gain_rate, budget=0.01, level=0.05):
-    """Probability that the test passes a policy, summed over all outcomes, not sampled."""
+    """Probability that the test passes a policy, summed exactly over all outcomes."""
     gains = np.arange(binom.ppf(1e-7, n, gain_rate), binom.isf(1e-7, n, gain_rate) + 1).astype(int)
     limits, most = [], 0
     for won in gains.tolist():
@@ -398,14 +396,14 @@ def rejection_rate(n, loss_rate, gain_rate, budget=0.01, level=0.05):
         ),
     ],
 )
-def test_a_drop_of_exactly_the_budget_passes_at_most_as_often_as_promised(n, gain_rate):
+def test_a_drop_equal_to_the_budget_passes_at_most_at_the_nominal_rate(n, gain_rate):
     rate = rejection_rate(n, 0.01 + gain_rate, gain_rate)
-    # 0.05 is the promise; far under it, power would be given away.
+    # 0.05 is the nominal level; far below it, power would be wasted.
     assert 0.035 < rate <= 0.05 + 1e-6
 
 
 @pytest.mark.slow
-def test_it_has_power_where_hoeffding_bentkus_has_none():
+def test_the_drop_test_has_power_where_hoeffding_bentkus_has_none():
     n, loss_rate, gain_rate, budget = 1000, 0.004, 0.003, 0.01
     rescaled, limit = (1 + loss_rate - gain_rate) / 2, (1 + budget) / 2
     gap = rescaled * math.log(rescaled / limit) + (1 - rescaled) * math.log(
@@ -417,7 +415,7 @@ def test_it_has_power_where_hoeffding_bentkus_has_none():
 
 
 def exceeded(population, risk, sequences_of, splits, n):
-    """Splits whose chosen policy's true risk, that of the population, is over the budget."""
+    """Splits whose chosen policy's true (population) risk exceeds the budget."""
     over, saved = 0, []
     for seed in range(splits):
         rng = np.random.default_rng(seed)
@@ -432,18 +430,16 @@ def exceeded(population, risk, sequences_of, splits, n):
 
 @pytest.mark.parametrize("splits", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("risk", BUDGETS)
-def test_the_promise_holds_over_random_splits(population, risk, splits):
+def test_the_guarantee_holds_over_random_splits(population, risk, splits):
     over, saved = exceeded(
         population, risk, lambda split: [(split, on_every_layer(split))], splits, 500
     )
     assert over <= binom.ppf(0.99, splits, 0.05)
-    assert saved > 0.15  # a promise kept by never exiting would be worth nothing
+    assert saved > 0.15  # a guarantee kept by never exiting would be worthless
 
 
 @pytest.mark.parametrize("splits", [5, pytest.param(40, marks=pytest.mark.slow)])
-def test_the_promise_holds_when_the_split_also_proposes_and_several_sequences_are_tried(
-    population, splits
-):
+def test_the_guarantee_holds_with_several_sequences_proposed_on_one_split(population, splits):
     def sequences_of(split):
         tested = split.rows(np.arange(0, len(split), 2))
         proposing = split.rows(np.arange(1, len(split), 2))
@@ -453,7 +449,7 @@ def test_the_promise_holds_when_the_split_also_proposes_and_several_sequences_ar
     assert over <= binom.ppf(0.99, splits, 0.05)
 
 
-def test_thresholds_per_layer_save_more_where_layers_heads_differ():
+def test_per_layer_thresholds_save_more_when_the_layers_heads_differ():
     others, all_rows = realistic(6000, seed=7, skew=1.5), realistic(10_000, seed=8, skew=1.5)
     one, each = uniform_rules(others), proposed(others)
     _, saved_one = exceeded(all_rows, "disagreement", lambda s: [(s, one)], 5, 1500)
@@ -480,14 +476,14 @@ def test_several_sequences_share_the_error_probability(population):
     assert any(0.025 < row.p_value <= 0.05 and not row.accepted for row in found.curve)
 
 
-def test_the_record_survives_json(population):
+def test_the_record_round_trips_through_json(population):
     table = population.rows(np.arange(400))
     record = learn_then_test([(table, proposed(table))], "accuracy_drop", 0.05).to_json()
     assert json.loads(json.dumps(record, allow_nan=False))["n"] == 400
 
 
 @pytest.mark.parametrize("risk", BUDGETS)
-def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, risk):
+def test_too_few_rows_are_rejected_with_the_number_needed(population, risk):
     one = population.rows(np.array([0]))
     found = learn_then_test([(one, on_every_layer(one, [0.1]))], risk, 0.01)
     assert found.chosen.threshold is None
@@ -496,7 +492,7 @@ def test_one_row_proves_nothing_and_the_reason_says_how_many_would(population, r
     assert rows_needed(0.01, 0.95) == 299
 
 
-def test_wrong_answers_that_are_sure_lead_to_never_exit():
+def test_confidently_wrong_answers_lead_to_never_exit():
     table = table_of(np.zeros((1000, 3)), np.ones((1000, 3), int), np.zeros(1000, int), None)
     found = learn_then_test([(table, on_every_layer(table))], "disagreement", 0.02)
     assert (found.chosen.threshold, found.chosen.compute_saved) == (None, 0)
@@ -505,7 +501,7 @@ def test_wrong_answers_that_are_sure_lead_to_never_exit():
     assert found.chosen.efficiency is None
 
 
-def test_checks_dearer_than_what_exits_save_lead_to_never_exit():
+def test_checks_that_cost_more_than_exits_save_lead_to_never_exit():
     full = np.zeros(1000, int)
     table = table_of(np.ones((1000, 3)), np.zeros((1000, 3), int), full, full, check=0.9)
     found = learn_then_test([(table, on_every_layer(table))], "accuracy_drop", 0.01)
@@ -513,38 +509,38 @@ def test_checks_dearer_than_what_exits_save_lead_to_never_exit():
     assert "checks" in found.reason
 
 
-def test_an_accuracy_budget_without_right_answers_names_the_other_budget():
+def test_an_accuracy_budget_without_labels_suggests_the_disagreement_budget():
     table = table_of(np.ones((5, 2)), np.ones((5, 2), int), np.ones(5, int), None)
     with pytest.raises(TaskError, match="--max_disagreement"):
         learn_then_test([(table, on_every_layer(table, [0.1]))], "accuracy_drop", 0.01)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_confidence_that_is_not_finite_is_refused_by_row_and_layer(value):
+def test_a_non_finite_confidence_is_rejected_with_its_row_and_layer(value):
     confidence = np.ones((4, 3))
     confidence[2, 1] = value
     with pytest.raises(NumericsError, match=r"row 2 at layer 2.*lspade-train evaluate"):
         table_of(confidence, np.ones((4, 3), int), np.ones(4, int), None)
 
 
-def test_a_split_without_rows_is_refused():
+def test_a_split_without_rows_is_rejected():
     with pytest.raises(PolicyError, match="0 rows"):
         table_of(np.ones((0, 3)), np.ones((0, 3), int), np.ones(0, int), None)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_are_rejected():
     with pytest.raises(PolicyError, match=r"answers has shape \(4, 2\), expected \(4, 3\)"):
         table_of(np.ones((4, 3)), np.ones((4, 2), int), np.ones(4, int), None)
 
 
 @pytest.mark.parametrize(("budget", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.01, 1.0)])
-def test_budgets_and_confidences_out_of_range_are_refused(population, budget, confidence):
+def test_budgets_and_confidences_out_of_range_are_rejected(population, budget, confidence):
     with pytest.raises(PolicyError, match=r"--(max_disagreement|confidence) .* out of range"):
         learn_then_test(
             [(population, on_every_layer(population))], "disagreement", budget, confidence
         )
 
 
-def test_nothing_to_test_is_refused():
+def test_an_empty_list_of_candidates_is_rejected():
     with pytest.raises(PolicyError, match="check layers"):
         learn_then_test([], "disagreement", 0.02)

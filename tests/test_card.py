@@ -1,4 +1,4 @@
-"""The model card: valid metadata, numbers that are the folder's own, code that runs."""
+"""The model card: valid metadata, numbers from the folder's own files, code that runs."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ from lspade_train.probes.heads import LSpadeHeads
 
 @pytest.fixture(scope="module")
 def made(evaluated_once, tmp_path_factory):
-    """Cards after fit, after evaluate and after calibrate, and the finished folder; read only."""
+    """Cards after fit, after evaluate and after calibrate, and the finished folder; read-only."""
     mine = evaluated_once.copy(tmp_path_factory.mktemp("made"))
     recipe = str(mine.project.home / "recipe.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +30,7 @@ def made(evaluated_once, tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """The finished folder, to change."""
+    """A copy of the finished folder, to modify."""
     project, _ = made
     source, place = project.home / "checkpoints/toy", tmp_path / "toy"
     shutil.copytree(source, place, ignore=shutil.ignore_patterns("training", "logs", "cache"))
@@ -42,7 +42,7 @@ def change(path, **values):
 
 
 def from_the_hub(folder):
-    """The same heads, had model and data come from the Hub."""
+    """The same heads as if model and data came from the Hub."""
     config = json.loads((folder / "config.json").read_text())
     config["base_model"] |= {"model_id": "org/base-7b", "revision": "a" * 40}
     config["training"]["data"] |= {"dataset": "allenai/ai2_arc", "subset": "ARC-Easy"}
@@ -52,7 +52,7 @@ def from_the_hub(folder):
 # Metadata
 
 
-def test_the_metadata_says_what_the_hub_asks_of_an_adapter(folder):
+def test_the_metadata_has_the_fields_the_hub_expects_of_an_adapter(folder):
     from_the_hub(folder)
     data = ModelCard(card(folder, repo="someone/heads", license="apache-2.0")).data
     assert data.library_name == "lspade-train"
@@ -64,7 +64,7 @@ def test_the_metadata_says_what_the_hub_asks_of_an_adapter(folder):
     assert "early-exit" in data.tags
 
 
-def test_the_metadata_is_what_the_clients_own_classes_read_and_write_back(folder):
+def test_the_metadata_round_trips_through_the_hub_clients_classes(folder):
     from_the_hub(folder)
     written = ModelCard(card(folder, repo="someone/heads"))
     again = ModelCardData(**written.data.to_dict())
@@ -86,13 +86,13 @@ def test_model_index_holds_the_measured_numbers(folder):
     assert saved == pytest.approx(chosen["compute_saved"], abs=1e-4)
 
 
-def test_model_index_leaves_out_what_was_measured_on_other_data(folder):
+def test_model_index_omits_results_measured_on_other_data(folder):
     change(folder / "results.json", dataset="someone/other-questions")
     splits = {result.dataset_split for result in ModelCard(card(folder)).data.eval_results}
     assert splits == {"validation"}
 
 
-def test_a_base_model_that_is_a_folder_is_no_hub_id_and_shows_no_path(folder):
+def test_a_local_base_model_is_not_listed_as_a_hub_id_or_path(folder):
     text = card(folder, repo="someone/heads")
     assert ModelCard(text).data.base_model is None
     assert ModelCard(text).data.datasets is None
@@ -103,7 +103,7 @@ def test_a_base_model_that_is_a_folder_is_no_hub_id_and_shows_no_path(folder):
     assert "/tmp" not in text
 
 
-def test_no_licence_is_stated_unless_one_was_given_and_one_that_was_stays(folder):
+def test_the_licence_is_unknown_unless_given_and_then_kept(folder):
     write_card(folder)
     assert ModelCard((folder / "README.md").read_text()).data.license == "unknown"
     write_card(folder, license="mit")
@@ -111,10 +111,10 @@ def test_no_licence_is_stated_unless_one_was_given_and_one_that_was_stays(folder
     assert ModelCard((folder / "README.md").read_text()).data.license == "mit"
 
 
-# What it says, and when
+# Content
 
 
-def test_the_card_grows_with_what_is_measured(made):
+def test_the_card_grows_with_each_measurement(made):
     _, cards = made
     assert "KL to the target (nats)" in cards["fit"]
     assert "None yet: `lspade-train calibrate`" in cards["fit"]
@@ -133,7 +133,7 @@ def test_the_table_has_every_lens_and_layer_of_the_results(folder):
         assert all(cell in row for cell in cells)
 
 
-def test_intervals_stand_beside_the_numbers_they_belong_to(folder):
+def test_intervals_appear_next_to_their_numbers(folder):
     results = json.loads((folder / "results.json").read_text())
     for place, lens in enumerate(results["lenses"].values()):
         lens["accuracy"] = [0.5] * 3
@@ -174,7 +174,7 @@ CHOSEN = {
         ("disagreement", "At most 2% of the answers differ from the full model's"),
     ],
 )
-def test_the_policy_stands_with_its_guarantee(folder, risk, words):
+def test_the_policy_is_shown_with_its_guarantee(folder, risk, words):
     record = {"risk": risk, "budget": 0.02, "confidence": 0.9, "n": 1234, "chosen": CHOSEN}
     plain = {"measure": "entropy", "decoder": "spade", "gate_digest": None}
     change(folder / "policy.json", layers=[1, 2, 3], threshold=0.25, calibration=record, **plain)
@@ -190,14 +190,14 @@ def test_the_policy_stands_with_its_guarantee(folder, risk, words):
     assert row in text
 
 
-def test_a_policy_that_was_chosen_by_time_says_for_what_and_where(folder):
+def test_a_policy_chosen_by_time_states_batch_shape_and_hardware(folder):
     record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9}
     record |= {"chosen": CHOSEN | {"time_saved": 0.1}, "seconds": seconds_of().to_json()}
     change(folder / "policy.json", threshold=0.25, calibration=record)
     assert "a predicted 10.0% at 2 x 16 tokens, on abacus, 1 thread, float32." in card(folder)
 
 
-def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
+def test_the_policys_test_results_appear_beside_its_calibration(folder):
     record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9, "chosen": CHOSEN}
     change(folder / "policy.json", threshold=0.25, calibration=record)
     on_test = CHOSEN | {"accuracy": None, "drop": None, "compute_saved": 0.2}
@@ -205,7 +205,7 @@ def test_the_policy_on_the_test_split_stands_beside_its_calibration(folder):
     assert "| test split | - | - | 0.010 | 2.50 | 20.0% |" in card(folder)
 
 
-def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
+def test_results_on_held_out_and_on_selection_rows_are_shown_separately(folder):
     rows = {"split": "validation", "part": "calibration"}
     record = {"risk": "disagreement", "budget": 0.1, "confidence": 0.9, "n": 9, "chosen": CHOSEN}
     change(folder / "policy.json", threshold=0.25, calibration=record | {"rows": rows})
@@ -226,7 +226,7 @@ def test_held_out_rows_and_those_that_chose_the_policy_stand_apart(folder):
     }
 
 
-def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder):
+def test_per_layer_and_hand_set_policies_are_described(folder):
     plain = {"layers": [1, 2, 3], "measure": "entropy", "decoder": "spade", "gate_digest": None}
     limits = [0.1, 0.2, 0.33333333]
     change(folder / "policy.json", threshold=limits, calibration={}, **plain)
@@ -235,12 +235,12 @@ def test_a_policy_of_one_threshold_per_layer_and_one_that_was_set_by_hand(folder
     assert "Guarantee" not in text
 
 
-def test_a_policy_that_never_exits_says_why(folder):
+def test_the_card_says_why_a_policy_never_exits(folder):
     change(folder / "policy.json", threshold=None, calibration={"reason": "Never: too few rows."})
     assert "The policy never exits early. Never: too few rows." in card(folder)
 
 
-def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):
+def test_results_of_other_heads_are_not_shown(folder):
     change(folder / "policy.json", heads_digest="0" * 64, threshold=0.125)
     change(folder / "results.json", heads={"weights_sha256": "0" * 64})
     text = card(folder)
@@ -250,7 +250,7 @@ def test_what_is_about_other_heads_is_not_shown_as_about_these(folder):
     assert "`policy.json` in this folder is about other heads" in text
 
 
-def test_provenance_says_how_many_steps_were_really_taken(folder):
+def test_provenance_reports_the_number_of_steps_actually_taken(folder):
     text = card(folder)
     assert "6 optimiser steps taken, batches of 16" in text
     assert "asked for: 2 epochs" in text
@@ -259,7 +259,7 @@ def test_provenance_says_how_many_steps_were_really_taken(folder):
     assert config["base_model"]["unembedding"][:16] in text
 
 
-def test_what_was_written_below_the_generated_part_is_kept(folder):
+def test_text_below_the_generated_part_is_preserved(folder):
     write_card(folder)
     path = folder / "README.md"
     path.write_text(path.read_text() + "\n## Notes\n\nMine.\n")
@@ -273,13 +273,13 @@ def test_what_was_written_below_the_generated_part_is_kept(folder):
 
 
 @pytest.mark.parametrize("text", ["---\n[: broken\n---\n", "---\n- a list\n---\n", "no card", ""])
-def test_a_readme_that_is_no_card_is_written_over(folder, text):
+def test_a_readme_that_is_not_a_model_card_is_overwritten(folder, text):
     (folder / "README.md").write_text(text)
     write_card(folder)
     assert ModelCard((folder / "README.md").read_text()).data.library_name == "lspade-train"
 
 
-def test_heads_without_provenance_have_a_card_too(tmp_path):
+def test_heads_without_provenance_also_have_a_card(tmp_path):
     LSpadeHeads([1, 2], 8, form="low_rank", rank=2).save_pretrained(tmp_path)
     write_card(tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -287,7 +287,7 @@ def test_heads_without_provenance_have_a_card_too(tmp_path):
     assert "Nothing was measured yet" in text
 
 
-def test_a_damaged_file_is_named_with_what_to_do(folder):
+def test_a_damaged_file_is_named_with_the_remedy(folder):
     (folder / "results.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"results.json is not valid JSON(.|\n)*Delete it"):
         write_card(folder)
@@ -307,14 +307,14 @@ def test_a_damaged_file_is_named_with_what_to_do(folder):
         ("config.json", {"base_model": "llama"}),
     ],
 )
-def test_json_of_another_shape_is_a_named_error(folder, name, values):
+def test_json_with_an_unexpected_structure_raises_a_clear_error(folder, name, values):
     change(folder / name, **values)
     with pytest.raises(ArtifactError, match=r"not as lspade-train writes them(.|\n)*evaluate"):
         write_card(folder)
 
 
 @pytest.mark.parametrize("policy", [True, False])
-def test_the_five_statements_run_as_they_stand(made, folder, monkeypatch, policy):
+def test_the_cards_example_code_runs_as_written(made, folder, monkeypatch, policy):
     project, _ = made
     if not policy:
         (folder / "policy.json").unlink()
@@ -330,7 +330,7 @@ def test_the_five_statements_run_as_they_stand(made, folder, monkeypatch, policy
     assert answer.text.strip() in {*toy.WORDS, "A", "B"}
 
 
-def test_ranges_are_short():
+def test_consecutive_layers_are_written_as_ranges():
     assert ranges([1, 2, 3, 7]) == "1-3, 7"
     assert ranges([4]) == "4"
     assert ranges([]) == ""

@@ -1,4 +1,4 @@
-"""A recipe looked at before it costs anything: against transformers, scipy and counting."""
+"""Checking a recipe before an expensive run: against transformers, scipy and counting."""
 
 import logging
 from types import SimpleNamespace
@@ -29,18 +29,18 @@ def recipe(project, trainer=None, model=None, **settings) -> Recipe:
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (113, 200)])
-def test_the_interval_is_wilsons(right, n):
+def test_the_interval_is_the_wilson_interval(right, n):
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(right, n) == pytest.approx((expected.low, expected.high))
 
 
-def test_the_baselines_are_guessing_and_the_most_frequent_one():
+def test_the_baselines_are_guessing_and_the_most_frequent_answer():
     answers, counts = torch.tensor([5, 5, 9, 5]), torch.tensor([2, 4, 4, 2])
     assert baseline_accuracies(answers, counts) == (pytest.approx(0.375), 0.75, 5)
     assert baseline_accuracies(answers, torch.tensor([2, 0, 4, 2]))[0] is None
 
 
-def test_a_check_of_every_row_is_what_transformers_answers(project):
+def test_checking_every_row_matches_transformers(project):
     rows = toy.questions(TRAIN)
     model = AutoModelForCausalLM.from_pretrained(project.model)
     tokenizer = AutoTokenizer.from_pretrained(project.model)
@@ -62,7 +62,7 @@ def test_a_check_of_every_row_is_what_transformers_answers(project):
     assert found.balance == pytest.approx(shares)
 
 
-def test_the_shown_prompt_is_the_row_it_names(project):
+def test_the_prompt_shown_matches_its_row(project):
     found = check_recipe(recipe(project), rows=1).shown
     row = toy.questions(TRAIN)[found.row]
     assert found.prompt == f"<s> {row['prompt']}"
@@ -70,7 +70,7 @@ def test_the_shown_prompt_is_the_row_it_names(project):
     assert found.answers[found.right] == row["answer"]
 
 
-def test_the_disk_estimate_is_what_fit_and_evaluate_write(project):
+def test_the_disk_estimate_matches_what_fit_and_evaluate_write(project):
     found = check_recipe(recipe(project), rows=4)
     data = project.module()
     written = {}
@@ -79,10 +79,11 @@ def test_the_disk_estimate_is_what_fit_and_evaluate_write(project):
         files = data.folder(split).glob("*-*.safetensors")
         written[split] = sum(path.stat().st_size for path in files)
     assert found.cache_bytes == pytest.approx(written["train"] + written["validation"], rel=0.1)
-    assert found.test_bytes == pytest.approx(written["test"], rel=0.25)  # headers of a few rows
+    # With few rows the shards' headers weigh more.
+    assert found.test_bytes == pytest.approx(written["test"], rel=0.25)
 
 
-def test_rows_over_the_context_are_counted_and_not_an_error(project):
+def test_rows_over_the_context_length_are_counted_without_an_error(project):
     folder = toy.write_data(project.home / "data")
     long = [{"prompt": "w1 " * 4000, "choices": ["A", "B"], "answer": "A"}] * 12
     toy.write_jsonl(folder / "train.jsonl", [*toy.questions(36), *long])
@@ -101,14 +102,14 @@ def test_rows_over_the_context_are_counted_and_not_an_error(project):
         ({"logger": False}, 6000),
     ],
 )
-def test_the_steps_are_those_that_lightning_would_take(project, trainer, steps):
+def test_the_number_of_steps_matches_lightning(project, trainer, steps):
     model = HeadConfig(target="both", scope="choices")
     found = check_recipe(recipe(project, trainer | {"accelerator": "cpu"}, model), rows=4)
     assert found.steps == steps
     assert (found.fit_seconds is None) is (steps is None)
 
 
-def test_running_text_has_no_chance_and_is_shown_up_to_a_position(project):
+def test_running_text_has_no_chance_level_and_is_shown_up_to_a_position(project):
     text = {"task": "text", "dataset": str(project.texts), "text": TextConfig(length=24)}
     found = check_recipe(recipe(project, **text), rows=3)
     assert found.baseline.chance is None
@@ -116,12 +117,12 @@ def test_running_text_has_no_chance_and_is_shown_up_to_a_position(project):
     assert found.shown.answers
 
 
-def test_no_rows_or_no_time_is_refused(project):
+def test_zero_rows_or_zero_time_is_rejected(project):
     with pytest.raises(RecipeError, match=r"--rows is 0"):
         check_recipe(recipe(project), rows=0)
 
 
-def test_the_command_shows_prompt_accuracy_and_costs_and_writes_nothing(
+def test_the_command_prints_prompt_accuracy_and_costs_without_writing_files(
     project, capsys, monkeypatch, caplog
 ):
     monkeypatch.chdir(project.home)
@@ -135,7 +136,7 @@ def test_the_command_shows_prompt_accuracy_and_costs_and_writes_nothing(
     assert set(project.home.rglob("*")) == before
 
 
-def test_fit_warns_of_a_model_at_chance_and_of_no_other(project, caplog):
+def test_fit_warns_only_about_a_model_at_chance(project, caplog):
     data = project.module(mode="memory")
     trainer = SimpleNamespace(datamodule=data, is_global_zero=True)
     caplog.set_level(logging.WARNING)

@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit its configuration, or is damaged, is an error that names it."""
+"""A checkpoint that is damaged or does not match its configuration raises an error naming it."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from lspade_train.models.tokenizer import load_tokenizer
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Saves a tiny model; then its tensors and its configuration may be changed."""
+    """Saves a tiny model whose tensors and configuration can then be changed."""
 
     def save(family="llama", *, drop=(), add=None, **config):
         folder = tmp_path / "model"
@@ -55,7 +55,7 @@ NORM = {"llama": "model.norm.weight", "gpt2": "transformer.ln_f.weight"}
 
 @pytest.mark.parametrize("family", NORM)
 @pytest.mark.parametrize("way", [load, load_alone, load_in_harness])
-def test_a_missing_final_norm_is_refused_however_a_model_is_loaded(checkpoint, family, way):
+def test_a_missing_final_norm_is_rejected_by_every_way_of_loading(checkpoint, family, way):
     with pytest.raises(UnsupportedModelError, match=f"lacks weights.*: {NORM[family]}\\."):
         way(checkpoint(family, drop=[NORM[family]]))
 
@@ -64,46 +64,46 @@ DEPTH = {"llama": ("num_hidden_layers", "model.layers"), "gpt2": ("n_layer", "h"
 
 
 @pytest.mark.parametrize("family", DEPTH)
-def test_a_checkpoint_deeper_than_its_configuration_is_refused(checkpoint, family):
+def test_a_checkpoint_deeper_than_its_configuration_is_rejected(checkpoint, family):
     key, blocks = DEPTH[family]
     with pytest.raises(UnsupportedModelError, match=rf"no place for: .*{blocks}\.3\.\* \(\d+ tens"):
         load(checkpoint(family, **{key: 3}))
 
 
 @pytest.mark.parametrize("family", DEPTH)
-def test_a_checkpoint_shallower_than_its_configuration_is_refused(checkpoint, family):
+def test_a_checkpoint_shallower_than_its_configuration_is_rejected(checkpoint, family):
     key, blocks = DEPTH[family]
     with pytest.raises(UnsupportedModelError, match=rf"lacks weights.*{blocks}\.4\.\* \(\d+ tens"):
         load(checkpoint(family, **{key: 5}))
 
 
 @pytest.mark.parametrize("way", [load, load_alone])
-def test_an_embedding_of_another_size_is_refused_with_both_sizes(checkpoint, way):
+def test_an_embedding_of_another_size_is_rejected_naming_both_sizes(checkpoint, way):
     with pytest.raises(UnsupportedModelError, match=r"\(64, 32\).*asks for \(70, 32\)"):
         way(checkpoint(vocab_size=VOCAB + 6))
 
 
-def test_one_bias_that_the_configuration_has_no_place_for_is_refused(checkpoint):
+def test_an_extra_bias_that_the_configuration_lacks_is_rejected(checkpoint):
     name = "model.layers.2.self_attn.q_proj.bias"
     with pytest.raises(UnsupportedModelError, match=f"no place for: {name}"):
         load(checkpoint(add={name: torch.ones(32)}))
 
 
-def test_parts_beside_the_language_model_are_left_out_with_a_warning(checkpoint, caplog):
+def test_weights_outside_the_language_model_are_skipped_with_a_warning(checkpoint, caplog):
     folder = checkpoint(add={"v_head.summary.weight": torch.ones(1, 32)})
     assert load(folder).num_layers == 4
     [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert line.endswith("left out: v_head.summary.weight")
 
 
-def test_computed_buffers_in_an_old_checkpoint_are_not_refused(checkpoint, caplog):
+def test_computed_buffers_in_an_old_checkpoint_are_accepted(checkpoint, caplog):
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     load(checkpoint(add={name: torch.ones(4)}))
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("command", ["fit", "info"])
-def test_no_command_accepts_a_model_of_random_weights(
+def test_no_command_accepts_a_model_with_missing_weights(
     checkpoint, project, monkeypatch, capsys, command
 ):
     monkeypatch.chdir(project.home)
@@ -127,7 +127,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("way", [load, load_in_harness])
-def test_a_damaged_weights_file_is_named(checkpoint, damage, way):
+def test_a_damaged_weights_file_is_named_in_the_error(checkpoint, damage, way):
     folder = checkpoint()
     change, message = DAMAGES[damage]
     file = folder / "model.safetensors"
@@ -136,7 +136,7 @@ def test_a_damaged_weights_file_is_named(checkpoint, damage, way):
         way(folder)
 
 
-def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named(checkpoint):
+def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named_in_the_error(checkpoint):
     folder = checkpoint()
     (folder / "tokenizer.json").write_bytes(POINTER)
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json is a Git LFS pointer"):
@@ -145,7 +145,7 @@ def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named(checkpoint):
 
 @pytest.fixture
 def adapter_of(tmp_path):
-    """Saves a LoRA adapter of a model that lies in a folder."""
+    """Saves a LoRA adapter for a model in a folder."""
     peft = pytest.importorskip("peft")
 
     def save(base, *targets):
@@ -164,13 +164,15 @@ def test_an_adapter_is_loaded_onto_its_base(checkpoint, adapter_of):
     assert adapted.identity["model_weights"] != load(base).identity["model_weights"]
 
 
-def test_the_base_of_an_adapter_must_be_complete_too(checkpoint, adapter_of):
+def test_the_base_model_of_an_adapter_must_be_complete(checkpoint, adapter_of):
     base = checkpoint(drop=["model.norm.weight"])
     with pytest.raises(UnsupportedModelError, match=r"lacks weights.*: model\.norm\.weight"):
         load(adapter_of(base, "q_proj"))
 
 
-def test_heads_are_not_fitted_through_an_adapted_head(checkpoint, adapter_of, project, capsys):
+def test_fitting_heads_through_an_adapted_lm_head_is_rejected(
+    checkpoint, adapter_of, project, capsys
+):
     folder = str(adapter_of(checkpoint(), "lm_head"))
     recipe = project.recipe(data__model_id=folder, trainer__logger=False)
     assert main(["fit", "--config", str(recipe)]) == 1

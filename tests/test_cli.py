@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what they print, write, refuse and leave behind."""
+"""The commands as users see them: what they print, write, reject and leave behind."""
 
 import io
 import json
@@ -34,7 +34,7 @@ CODE = "import sys; from lspade_train.cli import main; sys.exit(main())"
 
 @pytest.fixture(autouse=True)
 def _quiet_place(request, monkeypatch):
-    """Relative outputs land in the test's own folder; W&B is off unless a test asks for it."""
+    """Relative outputs go to a per-test folder; W&B is off unless a test enables it."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     if "project" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("project").home)
@@ -48,7 +48,7 @@ def run(*arguments):
 
 
 def loaded_by(*commands):
-    """Top-level modules that a real process has loaded after these commands."""
+    """Top-level modules loaded by a real process that ran these commands."""
     code = f"""
 import sys
 from lspade_train.cli import main
@@ -65,8 +65,8 @@ print("loaded", *{{name.split(".")[0] for name in sys.modules}})
     return found
 
 
-def refused(capsys, *arguments):
-    """Run in this process; the one named error on standard error, stripped of its prefix."""
+def error_of(capsys, *arguments):
+    """Run in this process; return the one error line on standard error, without its prefix."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     printed = capsys.readouterr().err
@@ -77,7 +77,7 @@ def refused(capsys, *arguments):
 
 
 def code_of(arguments):
-    """The exit code, however it comes."""
+    """The exit code, whether returned or raised."""
     try:
         return main(arguments)
     except SystemExit as stop:
@@ -85,7 +85,7 @@ def code_of(arguments):
 
 
 def left_behind(project):
-    """Finished caches, heads and temporary files below the test's folder."""
+    """Finished caches, heads and temporary files in the test's folder."""
     patterns = ("**/manifest.json", "**/heads.safetensors", "**/config.json", "**/*.tmp")
     return [path for pattern in patterns for path in project.home.glob(pattern)]
 
@@ -100,11 +100,11 @@ def heads_of(project, name="toy"):
     return project.home / "checkpoints" / name
 
 
-# What cannot be used: exit code 1, two lines at most, nothing half-written
+# Unusable inputs: exit code 1, at most two lines, nothing half-written
 
 
 def other_model(project, kind):
-    """A folder with a model that is no decoder."""
+    """A folder with a model that is not a decoder."""
     folder = project.home / kind
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 64}
     if kind == "bert":
@@ -128,7 +128,7 @@ def rows(project, *changed):
 
 
 def poisoned(project):
-    """A model that gives NaN for one word only, and data with that word."""
+    """A model that gives NaN for one word, and data with that word."""
     model = toy.save_model(project.home / "poisoned-model", poisoned=True)
     data = rows(project, lambda d: d[2].update(prompt=f"w1 {toy.POISON} ? :"))
     return {"data__model_id": model, "data__dataset": data}
@@ -243,11 +243,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_fit_refuses(project, capsys, case):
+def test_fit_rejects_unusable_models_and_data(project, capsys, case):
     change, message = REFUSED[case]
     recipe = project.recipe(**{k: plain(v) for k, v in change(project).items()})
     given = set(left_behind(project))
-    printed = refused(capsys, "fit", "--config", recipe)
+    printed = error_of(capsys, "fit", "--config", recipe)
     assert re.search(message, printed), printed
     assert set(left_behind(project)) == given
 
@@ -256,53 +256,53 @@ def plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def test_a_missing_recipe_is_named(capsys, tmp_path):
-    assert "none.yaml" in refused(capsys, "fit", "--config", tmp_path / "none.yaml")
+def test_a_missing_recipe_is_named_in_the_error(capsys, tmp_path):
+    assert "none.yaml" in error_of(capsys, "fit", "--config", tmp_path / "none.yaml")
 
 
-def test_a_recipe_that_is_not_yaml_is_named(capsys, tmp_path):
+def test_a_recipe_that_is_not_yaml_is_named_in_the_error(capsys, tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("data: [1, {")
-    assert "broken.yaml, line 1 is not YAML" in refused(capsys, "fit", "--config", path)
+    assert "broken.yaml, line 1 is not YAML" in error_of(capsys, "fit", "--config", path)
 
 
-def test_a_missing_checkpoint_is_named(project, capsys):
+def test_a_missing_checkpoint_is_named_in_the_error(project, capsys):
     recipe = project.recipe()
-    message = refused(capsys, "fit", "--config", recipe, "--ckpt_path", "no.ckpt")
+    message = error_of(capsys, "fit", "--config", recipe, "--ckpt_path", "no.ckpt")
     assert message.startswith("no.ckpt does not exist. This fit's own, in checkpoints/toy, is")
 
 
-def test_a_checkpoint_that_is_none_is_named(project, capsys):
+def test_an_invalid_checkpoint_is_named_in_the_error(project, capsys):
     (project.home / "bad.ckpt").write_bytes(b"not a checkpoint")
-    message = refused(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
+    message = error_of(capsys, "fit", "--config", project.recipe(), "--ckpt_path", "bad.ckpt")
     assert message.startswith("bad.ckpt is damaged or not a checkpoint")
 
 
-def test_a_checkpoint_of_other_heads_is_named(fitted, project, capsys):
+def test_a_checkpoint_of_other_heads_is_named_in_the_error(fitted, project, capsys):
     recipe = project.recipe(data__cache_dir=str(fitted.cache), model__form="bias")
     last = heads_of(fitted) / "training/last.ckpt"
-    message = refused(capsys, "fit", "--config", recipe, "--ckpt_path", last)
+    message = error_of(capsys, "fit", "--config", recipe, "--ckpt_path", last)
     assert "holds other heads" in message
     assert "model.layers, model.form, model.rank and model.target" in message
 
 
-def test_a_setting_that_the_trainer_refuses_is_named(project, capsys):
+def test_a_setting_rejected_by_the_trainer_is_named_in_the_error(project, capsys):
     recipe = project.recipe(trainer__max_epochs=-7)
-    assert "max_epochs" in refused(capsys, "fit", "--config", recipe)
+    assert "max_epochs" in error_of(capsys, "fit", "--config", recipe)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "validate", "test"])
-def test_heads_that_are_not_there_are_named(project, capsys, command):
-    message = refused(capsys, command, "--config", project.recipe())
+def test_missing_heads_are_named_in_the_error(project, capsys, command):
+    message = error_of(capsys, command, "--config", project.recipe())
     assert "checkpoints/toy" in message
     assert "lspade-train fit" in message
 
 
 @pytest.mark.parametrize("command", ["evaluate", "validate", "test"])
-def test_heads_used_with_another_model_are_refused(fitted, project, capsys, command):
+def test_heads_used_with_another_model_are_rejected(fitted, project, capsys, command):
     model = toy.save_model(project.home / "other", seed=5)
     recipe = project.recipe(data__model_id=str(model))
-    message = refused(capsys, command, "--config", recipe, "--heads", heads_of(fitted))
+    message = error_of(capsys, command, "--config", recipe, "--heads", heads_of(fitted))
     assert "These heads were trained for" in message
     assert not list(project.cache.glob("*/manifest.json"))
 
@@ -317,18 +317,18 @@ def test_heads_used_with_another_model_are_refused(fitted, project, capsys, comm
         ({"data__targets": "logits"}, "targets"),
     ],
 )
-def test_a_cache_of_another_recipe_is_refused(fitted, project, capsys, change, field):
+def test_a_cache_of_another_recipe_is_rejected(fitted, project, capsys, change, field):
     recipe = project.recipe(data__cache_dir=str(fitted.cache), **change)
-    message = refused(capsys, "fit", "--config", recipe)
+    message = error_of(capsys, "fit", "--config", recipe)
     assert f"another {field}:" in message
     assert "--overwrite" in message
     assert not (project.home / "checkpoints/toy/config.json").exists()
 
 
-def test_a_cache_of_another_model_is_refused(fitted, project, capsys):
+def test_a_cache_of_another_model_is_rejected(fitted, project, capsys):
     model = toy.save_model(project.home / "other", seed=5)
     recipe = project.recipe(data__cache_dir=str(fitted.cache), data__model_id=str(model))
-    assert "another model_weights:" in refused(capsys, "fit", "--config", recipe)
+    assert "another model_weights:" in error_of(capsys, "fit", "--config", recipe)
 
 
 def damage(project, how):
@@ -339,15 +339,13 @@ def damage(project, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_damaged_shard_is_refused_by_fit_and_by_verify_and_cured_by_overwrite(
-    project, capsys, how
-):
+def test_a_damaged_shard_fails_fit_and_verify_and_overwrite_repairs_it(project, capsys, how):
     recipe = project.recipe()
     assert main(["cache", "--config", str(recipe)]) == 0
     assert main(["cache", "--verify", str(project.cache)]) == 0
     damage(project, how)
     for command in (["fit", "--config", recipe], ["cache", f"--verify={project.cache}"]):
-        message = refused(capsys, *command)
+        message = error_of(capsys, *command)
         assert "shard-00000.safetensors" in message
         assert "lspade-train cache --config RECIPE.yaml --overwrite" in message
     assert not heads_of(project).exists()
@@ -355,22 +353,22 @@ def test_a_damaged_shard_is_refused_by_fit_and_by_verify_and_cured_by_overwrite(
     assert main(["cache", "--verify", str(project.cache / "train")]) == 0
 
 
-def test_verify_of_a_folder_without_a_cache_is_refused(tmp_path, capsys):
-    assert "No finished cache" in refused(capsys, "cache", "--verify", tmp_path)
+def test_verify_of_a_folder_without_a_cache_is_rejected(tmp_path, capsys):
+    assert "No finished cache" in error_of(capsys, "cache", "--verify", tmp_path)
 
 
-def test_a_split_that_is_not_there_is_refused(fitted, project, capsys):
+def test_a_missing_split_is_rejected(fitted, project, capsys):
     recipe = project.recipe()
-    assert "holdout" in refused(capsys, "cache", "--config", recipe, "--splits", "[holdout]")
-    message = refused(
+    assert "holdout" in error_of(capsys, "cache", "--config", recipe, "--splits", "[holdout]")
+    message = error_of(
         capsys, "evaluate", "--config", recipe, "--split", "holdout", "--heads", heads_of(fitted)
     )
     assert "train, validation, test" in message
 
 
 @pytest.mark.parametrize("mode", ["memory", "online"])
-def test_cache_refuses_a_mode_that_stores_nothing(project, capsys, mode):
-    message = refused(capsys, "cache", "--config", project.recipe(data__mode=mode))
+def test_cache_rejects_a_mode_that_stores_nothing(project, capsys, mode):
+    message = error_of(capsys, "cache", "--config", project.recipe(data__mode=mode))
     assert "Set data.mode to disk" in message
 
 
@@ -389,12 +387,12 @@ def mounted(place, size):
         ("cache", "16k", {}),
         ("heads", "16k", {"trainer__enable_checkpointing": False}),
         ("checkpoint", "16k", {}),
-        # Room for a part of it: torch then fails while it closes its archive.
+        # Room for a part of it: torch then fails while closing its archive.
         ("checkpoint", "32k", {}),
         ("checkpoint", "64k", {}),
     ],
 )
-def test_a_full_disk_is_a_named_error(fitted, project, capsys, what, size, settings):
+def test_a_full_disk_raises_a_clear_error(fitted, project, capsys, what, size, settings):
     place = project.home / "full"
     mounted(place, size)
     try:
@@ -405,7 +403,7 @@ def test_a_full_disk_is_a_named_error(fitted, project, capsys, what, size, setti
             recipe = project.recipe(
                 data__cache_dir=str(fitted.cache), trainer__logger=False, **settings
             )
-        message = refused(capsys, "fit", "--config", recipe)
+        message = error_of(capsys, "fit", "--config", recipe)
         assert re.search(r"B free|is full|No space left", message), message
         assert not list(place.rglob("manifest.json"))
         assert not list(place.rglob("heads.safetensors"))
@@ -423,7 +421,7 @@ def test_a_real_process_prints_the_error_and_nothing_else(project):
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_validation_rows_are_looked_at_before_any_model_is_loaded(project, capsys, monkeypatch):
+def test_validation_rows_are_checked_before_any_model_is_loaded(project, capsys, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("the model was loaded")
 
@@ -431,12 +429,12 @@ def test_validation_rows_are_looked_at_before_any_model_is_loaded(project, capsy
     toy.write_jsonl(project.home / "rows/train.jsonl", toy.questions(6))
     data = project.home / "rows"
     recipe = project.recipe(data__dataset=str(data), data__validation_fraction=0)
-    assert "no validation split" in refused(capsys, "fit", "--config", recipe)
+    assert "no validation split" in error_of(capsys, "fit", "--config", recipe)
     toy.write_jsonl(data / "validation.jsonl", [{"prompt": 3}])
-    assert "validation.jsonl, line 1" in refused(capsys, "fit", "--config", recipe)
+    assert "validation.jsonl, line 1" in error_of(capsys, "fit", "--config", recipe)
 
 
-# A recipe's text -> what is said of it. `ok` is one that would parse.
+# A recipe's text -> the error message. `OK` is a recipe that parses.
 OK = "name: t\ndata: {model_id: m, task: jsonl}\n"
 RECIPES = {
     "nothing": ("", r"holds nothing; expected keys"),
@@ -477,11 +475,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_is_refused_by_file_and_line(case, tmp_path, capsys):
+def test_an_invalid_recipe_is_rejected_with_file_and_line(case, tmp_path, capsys):
     text, message = RECIPES[case]
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    printed = refused(capsys, "evaluate", "--config", path)
+    printed = error_of(capsys, "evaluate", "--config", path)
     assert re.search(message, printed), printed
     assert "r.yaml" in printed
     assert not re.search("Parser key|Union|subtypes|Namespace|typing", printed), printed
@@ -491,9 +489,9 @@ def test_a_recipe_is_refused_by_file_and_line(case, tmp_path, capsys):
     ("encoding", "message"),
     [("latin-1", r"line 1 is not UTF-8 text \(byte 0xf1\)"), ("utf-16-le", r"not YAML|not UTF-8")],
 )
-def test_a_recipe_in_another_encoding_is_refused(encoding, message, tmp_path, capsys):
+def test_a_recipe_in_another_encoding_is_rejected(encoding, message, tmp_path, capsys):
     (tmp_path / "r.yaml").write_bytes(OK.replace("t\n", "señor\n", 1).encode(encoding))
-    assert re.search(message, refused(capsys, "evaluate", "--config", tmp_path / "r.yaml"))
+    assert re.search(message, error_of(capsys, "evaluate", "--config", tmp_path / "r.yaml"))
 
 
 def parsed(path, *arguments):
@@ -507,7 +505,7 @@ def test_a_recipe_with_a_byte_order_mark_is_read(encoding, tmp_path):
     assert parsed(tmp_path / "r.yaml").name == "señor"
 
 
-def test_sections_that_hold_nothing_keep_their_defaults(tmp_path):
+def test_empty_sections_keep_their_defaults(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "name: t\nmodel:\n  # rank: 3\ntrainer:\ndata:\n  model_id: m\n  task: jsonl\n"
         "  prompt:\n  text:\n  shard_mb: 1e-1\n"
@@ -518,14 +516,14 @@ def test_sections_that_hold_nothing_keep_their_defaults(tmp_path):
     assert found == plain
 
 
-def test_home_is_written_out_in_paths(tmp_path, monkeypatch):
+def test_a_tilde_in_a_path_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/some/home")
     (tmp_path / "r.yaml").write_text(OK)
     found = parsed(tmp_path / "r.yaml", "--data.cache_dir=~/x", "--data.dataset", "~/d").data
     assert (found.cache_dir, found.dataset) == ("/some/home/x", "/some/home/d")
 
 
-# On the command line: exit code and what is said.
+# Command line -> exit code and error message.
 LINES = {
     "--data.batch_size many": (
         1,
@@ -543,7 +541,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_line_is_refused_in_words(line, tmp_path, capsys):
+def test_an_invalid_command_line_is_rejected_in_plain_words(line, tmp_path, capsys):
     code, message = LINES[line]
     (tmp_path / "r.yaml").write_text(OK)
     given = ["evaluate", *([] if line == "--config" else ["--config", f"{tmp_path}/r.yaml"])]
@@ -558,44 +556,42 @@ def test_a_command_line_is_refused_in_words(line, tmp_path, capsys):
     ("name", "near"),
     [("quikstart", "quickstart"), ("arc_esay", "arc_easy"), ("mine.yml", "mine.yaml")],
 )
-def test_a_recipe_that_is_not_there_is_answered_with_a_near_one(
-    name, near, tmp_path, monkeypatch, capsys
-):
+def test_a_missing_recipe_is_reported_with_a_suggestion(name, near, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(OK)
-    assert f"did you mean {near}?" in refused(capsys, "fit", "--config", name)
+    assert f"did you mean {near}?" in error_of(capsys, "fit", "--config", name)
 
 
-def test_a_recipe_that_is_not_there_is_told_before_anything_heavy_is_imported():
+def test_a_missing_recipe_is_reported_before_anything_heavy_is_imported():
     assert not {"torch", "lightning", "transformers"} & loaded_by(["fit", "--config", "nosuch"])
 
 
-def test_trainer_keys_are_listed_apart_and_near_ones_are_named(project, capsys):
+def test_trainer_keys_have_their_own_help_and_suggestions(project, capsys):
     assert code_of(["fit", "--help"]) == 0
     assert "--trainer.max_epochs" not in capsys.readouterr().out.split("options:")[1]
     assert code_of(["fit", "--help-trainer"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
     recipe = project.recipe(trainer__max_epoch=1)
-    assert "did you mean trainer.max_epochs?" in refused(capsys, "fit", "--config", recipe)
+    assert "did you mean trainer.max_epochs?" in error_of(capsys, "fit", "--config", recipe)
     given = ["--trainer.max_steps", "many"]
-    message = refused(capsys, "fit", "--config", project.recipe(), *given)
+    message = error_of(capsys, "fit", "--config", project.recipe(), *given)
     assert "trainer.max_steps is many; expected a whole number" in message
 
 
-def test_examples_keep_their_lines_in_help(capsys):
+def test_help_preserves_the_line_breaks_of_examples(capsys):
     assert code_of(["predict", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "\n  lspade-train predict --config arc --input questions.jsonl --output" in printed
 
 
 @pytest.mark.parametrize("arguments", [["help", "cache"], ["-V"], ["help"]], ids=" ".join)
-def test_short_ways_to_ask(arguments, capsys):
+def test_short_forms_of_help_and_version(arguments, capsys):
     assert code_of(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(("usage: lspade-train", "lspade-train 0."))
 
 
-def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatch):
+def test_an_unencodable_character_in_an_error_does_not_crash_the_command(monkeypatch):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(printed, "ascii", write_through=True))
     assert main(["fit", "--config", "señor"]) == 1
@@ -603,22 +599,22 @@ def test_a_terminal_that_cannot_show_a_character_is_no_reason_to_stop(monkeypatc
 
 
 @pytest.mark.parametrize("key", ["model.lr", "trainer.gradient_clip_val", "data.shard_mb"])
-def test_an_infinite_number_is_refused_by_its_key(key, tmp_path, capsys):
+def test_an_infinite_number_is_rejected_naming_its_key(key, tmp_path, capsys):
     section, name = key.split(".")
     root = Path(__file__).parents[1]
     data = {"model_id": str(root / "checkpoints" / "tiny-world"), "task": "jsonl"}
     values = {"data": data | {"dataset": str(root / "recipes" / "quickstart" / "data")}}
     values.setdefault(section, {})[name] = float("inf")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "t", **values}))
-    message = refused(capsys, "fit", "--config", tmp_path / "r.yaml")
+    message = error_of(capsys, "fit", "--config", tmp_path / "r.yaml")
     assert message.startswith(f"{key} is inf; expected a finite number")
 
 
-def test_a_machine_without_a_home_keeps_its_cache_where_it_is_told(monkeypatch, tmp_path):
-    def homeless():
+def test_without_a_home_directory_the_configured_cache_folder_is_used(monkeypatch, tmp_path):
+    def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     assert default_cache_root() == tmp_path
     monkeypatch.delenv("LSPADE_CACHE")
@@ -645,12 +641,12 @@ def labelled(count=60):
     ]
 
 
-def test_init_writes_a_recipe_that_says_what_it_saw_and_fits(project, monkeypatch, capsys):
+def test_init_writes_a_recipe_that_describes_the_data_and_fits(project, monkeypatch, capsys):
     assert initialised(project.home, monkeypatch, labelled(), project.model) == 0
-    told = capsys.readouterr().err
-    assert "Texts under 'sentence', answered by one of 2 labels." in told
-    assert "A 50.0%, B 50.0% (majority baseline 50.0%)" in told
-    assert told.endswith("next:   lspade-train fit --config mine.yaml\n")
+    printed = capsys.readouterr().err
+    assert "Texts under 'sentence', answered by one of 2 labels." in printed
+    assert "A 50.0%, B 50.0% (majority baseline 50.0%)" in printed
+    assert printed.endswith("next:   lspade-train fit --config mine.yaml\n")
     recipe = parsed(project.home / "mine.yaml").data
     assert recipe.columns == {"question": "sentence", "answer": "label"}
     assert recipe.prompt.labels == ["A", "B"]
@@ -682,7 +678,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
+def test_init_recognises_each_kind_of_data(kind, tmp_path, monkeypatch):
     rows, expected = KINDS[kind]
     assert initialised(tmp_path, monkeypatch, rows, "org/model") == 0
     recipe = parsed(tmp_path / "mine.yaml")
@@ -690,7 +686,7 @@ def test_init_tells_the_kinds_of_data_apart(kind, tmp_path, monkeypatch):
     assert recipe.model.scope == ("choices" if kind == "choices" else "vocabulary")
 
 
-def test_init_says_which_answer_no_token_tells_apart(project, monkeypatch, capsys):
+def test_init_reports_an_answer_that_no_token_distinguishes(project, monkeypatch, capsys):
     rows = [{"text": f"w{n}", "label": ["w1", "w1 w2"][n % 2]} for n in range(60)]
     assert initialised(project.home, monkeypatch, rows, project.model) == 0
     assert "first:  An answer must have tokens of its own" in capsys.readouterr().err
@@ -700,7 +696,7 @@ def test_init_says_which_answer_no_token_tells_apart(project, monkeypatch, capsy
     ("rows", "message"),
     [([], "No column holds text"), ([{"n": 3}], r"No column holds text in every row \(found: n\)")],
 )
-def test_init_refuses_data_that_it_cannot_ask_about(rows, message, tmp_path, monkeypatch, capsys):
+def test_init_rejects_data_without_a_text_column(rows, message, tmp_path, monkeypatch, capsys):
     assert initialised(tmp_path, monkeypatch, rows, "org/model") == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "mine.yaml").exists()
@@ -711,7 +707,7 @@ def test_init_refuses_data_that_it_cannot_ask_about(rows, message, tmp_path, mon
 
 @pytest.fixture
 def asks(fitted, project, capsys):
-    """Runs predict on lines of input; exit code, answers and standard error."""
+    """Runs predict on lines of input; returns the exit code, answers and standard error."""
 
     def run_it(lines, *options):
         (project.home / "in").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
@@ -725,7 +721,7 @@ def asks(fitted, project, capsys):
     return run_it
 
 
-def test_predict_reports_the_accuracy_of_rows_with_answers(asks, caplog):
+def test_predict_reports_the_accuracy_on_rows_with_answers(asks, caplog):
     rows = toy.questions(6)
     with caplog.at_level("INFO", "lspade_train"):
         code, answers, _ = asks("".join(json.dumps(row) + "\n" for row in rows))
@@ -737,7 +733,7 @@ def test_predict_reports_the_accuracy_of_rows_with_answers(asks, caplog):
     ]
 
 
-def test_predict_counts_bad_lines_and_fails_where_all_are(asks):
+def test_predict_counts_bad_lines_and_fails_if_all_are_bad(asks):
     good = json.dumps(toy.questions(1)[0]).encode()
     code, answers, err = asks(good + b'\n\xff\xfe{"prompt"\n')
     assert (code, ["error" in answer for answer in answers]) == (0, [False, True])
@@ -748,7 +744,7 @@ def test_predict_counts_bad_lines_and_fails_where_all_are(asks):
     assert len(err.splitlines()) == 1
 
 
-def test_raw_prompts_are_not_rendered(fitted, project, asks):
+def test_raw_prompts_are_not_rendered_with_the_template(fitted, project, asks):
     template = "w1 {prompt}"
     plain = asks('{"prompt": "w2 w3 ? :"}\n')[1]
     assert (
@@ -759,7 +755,7 @@ def test_raw_prompts_are_not_rendered(fitted, project, asks):
     assert rendered == by_hand != plain
 
 
-def test_the_examples_of_predicts_help_run(fitted, project, monkeypatch, capsys):
+def test_the_examples_in_predicts_help_run(fitted, project, monkeypatch, capsys):
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
     shutil.copytree(heads_of(fitted), heads_of(project))
     ExitPolicy.always(2).save(heads_of(project))
@@ -776,7 +772,7 @@ def test_the_examples_of_predicts_help_run(fitted, project, monkeypatch, capsys)
     assert len((project.home / "answers.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_heads_say_what_stood_before_the_answers(fitted):
+def test_the_heads_record_the_answer_prefix(fitted):
     config = json.loads((heads_of(fitted) / "config.json").read_text())
     manifest = json.loads((fitted.cache / "train/manifest.json").read_text())
     assert config["training"]["data"]["answer_prefix"] == manifest["answer_prefix"]
@@ -801,14 +797,14 @@ def test_the_heads_say_what_stood_before_the_answers(fitted):
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_two(arguments, capsys):
+def test_wrong_usage_exits_with_code_2(arguments, capsys):
     assert code_of(arguments) == 2
     printed = capsys.readouterr()
     assert "lspade-train" in printed.out + printed.err
     assert "Traceback" not in printed.err
 
 
-def test_an_unknown_option_beside_a_recipe_is_wrong_usage(project, capsys):
+def test_an_unknown_option_alongside_a_recipe_exits_with_code_2(project, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(project.recipe()), "--colour", "1"])
     assert stop.value.code == 2
@@ -822,24 +818,24 @@ def test_help_names_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command, capsys):
+def test_every_command_has_help(command, capsys):
     assert code_of([command, "--help"]) == 0
     printed = capsys.readouterr().out
     assert f"usage: lspade-train {command}" in printed
     assert len(printed.splitlines()) > 5
 
 
-def test_help_of_no_command_waits_for_torch():
+def test_no_commands_help_imports_torch():
     asked = [[command, "--help"] for command in COMMANDS]
     assert not {"torch", "lightning", "transformers", "datasets"} & loaded_by(*asked)
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lspade-train 0.")
 
 
-# What works
+# Successful runs
 
 
 def test_fit_writes_a_complete_heads_folder(fitted):
@@ -858,7 +854,7 @@ def test_fit_writes_a_complete_heads_folder(fitted):
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: lspade-train")
 
 
-def test_a_second_fit_reuses_the_cache_runs_no_forward_and_gives_the_same_heads(
+def test_a_second_fit_reuses_the_cache_without_a_forward_and_gives_equal_heads(
     fitted, project, caplog, monkeypatch
 ):
     def forbidden(*_, **__):
@@ -875,23 +871,23 @@ def test_a_second_fit_reuses_the_cache_runs_no_forward_and_gives_the_same_heads(
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_device_that_is_too_small_is_a_named_error(fitted, project, monkeypatch, capsys):
+def test_running_out_of_device_memory_raises_a_clear_error(fitted, project, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore")
 
     monkeypatch.setattr("lspade_train.training.module.LSpadeModule.training_step", full)
     recipe = project.recipe(data__cache_dir=str(fitted.cache))
     assert main(["fit", "--config", str(recipe)]) == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
-    assert told == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert lines == ["error: CUDA out of memory. Tried to allocate 20.00 GiB."]
 
 
-def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
+def test_an_interrupted_fit_resumes_to_the_same_heads(fitted, project):
     settings = {"data__cache_dir": str(fitted.cache), "name": "whole"}
     whole = project.recipe(trainer__max_epochs=3, **settings)
     assert main(["fit", "--config", str(whole)]) == 0
     settings["name"] = "part"
-    # The schedule is of three epochs, also for the run that is cut short.
+    # The schedule spans three epochs in the interrupted run too.
     part = project.recipe(trainer__max_epochs=3, **settings)
 
     from lspade_train.training.module import LSpadeModule
@@ -913,7 +909,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_heads(fitted, project):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_evaluate_measures_test_or_the_split_asked_for_and_prints_what_it_writes(
+def test_evaluate_measures_test_or_the_given_split_and_prints_what_it_writes(
     fitted, project, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
@@ -946,7 +942,7 @@ def test_validate_and_test_run_on_their_splits(fitted, project, capsys):
         assert f"toy: {split} split, " in printed
 
 
-def test_cache_builds_the_splits_that_it_is_asked_for(project, caplog):
+def test_cache_builds_the_requested_splits(project, caplog):
     recipe = project.recipe()
     with caplog.at_level("INFO", "lspade_train"):
         assert main(["cache", "--config", str(recipe), "--splits", "[test]"]) == 0
@@ -954,7 +950,7 @@ def test_cache_builds_the_splits_that_it_is_asked_for(project, caplog):
     assert "test: caching 12 rows x " in caplog.text
 
 
-# In a group, values that can be set together.
+# Each group holds values that can be set together.
 VALUES = [
     [
         {"data__positions": "compact"},
@@ -1005,7 +1001,7 @@ def test_every_value_of_every_option_fits_and_evaluates(project, change):
         assert (heads_of(project) / "results.json").exists()
 
 
-def test_overrides_go_before_the_recipe(project):
+def test_overrides_take_precedence_over_the_recipe(project):
     recipe = project.recipe()
     changes = ["--model.layers", "[2]", "--trainer.max_epochs=1"]
     assert main(["fit", "--config", str(recipe), *changes]) == 0
@@ -1015,7 +1011,7 @@ def test_overrides_go_before_the_recipe(project):
 
 
 @pytest.mark.slow
-def test_a_recipe_fits_in_a_real_process_and_its_heads_are_those_of_this_one(fitted, project):
+def test_a_fit_in_a_real_process_gives_the_same_heads_as_in_this_one(fitted, project):
     recipe = project.recipe(data__cache_dir=str(project.cache))
     done = run("fit", "--config", recipe)
     assert done.returncode == 0, done.stderr
@@ -1030,7 +1026,7 @@ def test_a_recipe_fits_in_a_real_process_and_its_heads_are_those_of_this_one(fit
 # info
 
 
-def test_info_on_heads_names_model_task_and_layers(fitted, capsys):
+def test_info_on_heads_prints_model_task_and_layers(fitted, capsys):
     assert main(["info", str(heads_of(fitted))]) == 0
     printed = capsys.readouterr().out
     assert str(fitted.model) in printed
@@ -1053,20 +1049,20 @@ def test_info_on_a_model_runs_its_check(project, capsys):
     assert "passed" in printed
 
 
-def test_info_on_nothing_is_a_named_error(tmp_path, capsys):
-    assert "nowhere" in refused(capsys, "info", tmp_path / "nowhere")
+def test_info_on_a_missing_path_raises_a_clear_error(tmp_path, capsys):
+    assert "nowhere" in error_of(capsys, "info", tmp_path / "nowhere")
 
 
 @pytest.mark.slow
-def test_info_on_heads_and_caches_loads_no_lightning(fitted):
+def test_info_on_heads_and_caches_does_not_import_lightning(fitted):
     paths = [str(heads_of(fitted)), str(fitted.cache)]
     assert not {"lightning", "datasets", "wandb"} & loaded_by(*(["info", path] for path in paths))
 
 
-# W&B out of reach
+# W&B unreachable
 
 
-def test_a_run_is_written_offline_where_wandb_cannot_be_reached(tmp_path, monkeypatch, caplog):
+def test_a_run_is_logged_offline_when_wandb_is_unreachable(tmp_path, monkeypatch, caplog):
     wandb = pytest.importorskip("wandb")
     asked = []
 
@@ -1083,5 +1079,5 @@ def test_a_run_is_written_offline_where_wandb_cannot_be_reached(tmp_path, monkey
         assert logger.experiment == "run"
         assert start_run(dir=tmp_path, project="x") == "run"
     assert asked[1::2] == ["offline", "offline"]
-    said = "W&B: no such host; writing offline, send it with `wandb sync`."
-    assert [record.getMessage() for record in caplog.records] == [said, said]
+    notice = "W&B: no such host; writing offline, send it with `wandb sync`."
+    assert [record.getMessage() for record in caplog.records] == [notice, notice]

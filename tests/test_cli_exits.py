@@ -1,4 +1,4 @@
-"""`calibrate`, `predict` and `profile` on the model that ships here."""
+"""`calibrate`, `predict` and `profile` on the model that ships with the repository."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Fitted:
-    """The quickstart's recipe on fewer rows, with both kinds of heads."""
+    """The quickstart recipe on fewer rows, with both kinds of heads."""
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "checkpoints/quickstart"
@@ -58,14 +58,14 @@ def fitted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(fitted, tmp_path_factory):
-    """What `calibrate --max_accuracy_drop 0.05` wrote."""
+    """The policy that `calibrate --max_accuracy_drop 0.05` wrote."""
     assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
     return shutil.copy(fitted.folder / "policy.json", tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture
 def calibrated(fitted, policy):
-    """The heads with that policy, whatever another test has put beside them."""
+    """The heads with that policy, restored if another test replaced it."""
     shutil.copy(policy, fitted.folder / "policy.json")
     return fitted
 
@@ -75,7 +75,7 @@ def data_of(fitted):
     return HiddenStateDataModule(recipe.data, "all", name=recipe.name)
 
 
-def test_calibrate_writes_a_policy_for_these_heads_and_says_what_it_promises(fitted, capsys):
+def test_calibrate_writes_a_policy_for_these_heads_and_prints_its_guarantee(fitted, capsys):
     assert fitted.run("calibrate", "--max_accuracy_drop=0.05") == 0
     policy = ExitPolicy.load(fitted.folder / "policy.json")
     assert (
@@ -90,7 +90,7 @@ def test_calibrate_writes_a_policy_for_these_heads_and_says_what_it_promises(fit
     assert len(printed.splitlines()) < 35
 
 
-def test_the_papers_kind_of_policy_has_thresholds_per_layer_proposed_by_training_rows(fitted):
+def test_the_papers_policy_has_per_layer_thresholds_proposed_on_training_rows(fitted):
     asked = ["--measure=entropy", "--reader=l-spade", "--decoder=spade"]
     assert fitted.run("calibrate", "--max_disagreement=0.05", *asked) == 0
     found = ExitPolicy.load(fitted.folder / "policy.json").calibration
@@ -99,7 +99,7 @@ def test_the_papers_kind_of_policy_has_thresholds_per_layer_proposed_by_training
 
 
 @pytest.mark.slow
-def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, capsys):
+def test_calibrate_by_time_prices_policies_and_profile_confirms_them(fitted, capsys):
     shape = ["--cost=time", "--batch_size=2", "--prompt_length=24"]
     assert fitted.run("calibrate", "--max_accuracy_drop=0.05", *shape) == 0
     record = ExitPolicy.load(fitted.folder / "policy.json").calibration
@@ -115,7 +115,7 @@ def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, 
         assert f"{chosen['time_saved']:.1%} of the time saved" in printed
     assert fitted.run("evaluate", "--split=validation") == 0
     row = json.loads((fitted.folder / "results.json").read_text())["exits"]["policy"]["row"]
-    assert row["time_saved"] == pytest.approx(chosen["time_saved"])  # of the rows that chose it
+    assert row["time_saved"] == pytest.approx(chosen["time_saved"])  # of the selection rows
     assert row["timed_as"] == f"2 x 24 tokens on {Seconds.from_json(seconds).where}"
     capsys.readouterr()
     quick = ["--lengths=[16]", "--batch_sizes=[1]", "--repeats=2"]
@@ -134,14 +134,14 @@ def test_calibrate_by_time_prices_policies_here_and_profile_confirms_it(fitted, 
         (["--batch_size=4"], "give it with --cost time"),
     ],
 )
-def test_a_cost_that_cannot_be_priced_is_named(fitted, capsys, options, match):
+def test_an_unknown_cost_is_named_in_the_error(fitted, capsys, options, match):
     assert fitted.run("calibrate", *options) == 1
     assert match in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
 @pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens", "tuned_lens"])
-def test_the_table_from_cached_states_is_what_the_runtime_does(fitted, decoder, scope):
+def test_the_exit_table_from_cached_states_matches_the_runtime(fitted, decoder, scope):
     data = data_of(fitted)
     folder = fitted.folder / "tuned_lens" if decoder == "tuned_lens" else fitted.folder
     heads = LSpadeHeads.from_pretrained(folder).bind(data.adapter)
@@ -175,7 +175,7 @@ def test_the_table_from_cached_states_is_what_the_runtime_does(fitted, decoder, 
         ("--reader=oracle", "oracle"),
     ],
 )
-def test_a_policy_that_cannot_be_is_one_clear_error(fitted, capsys, option, match):
+def test_an_invalid_policy_raises_a_clear_error(fitted, capsys, option, match):
     assert fitted.run("calibrate", option) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     error = next(i for i, line in enumerate(printed) if line.startswith("error: "))
@@ -183,13 +183,13 @@ def test_a_policy_that_cannot_be_is_one_clear_error(fitted, capsys, option, matc
     assert len(printed) - error <= 2
 
 
-def test_heads_of_a_tuned_lens_answer_by_themselves(fitted):
+def test_heads_of_a_tuned_lens_give_their_own_answers(fitted):
     heads = fitted.folder / "tuned_lens"
     assert fitted.run("calibrate", f"--heads={heads}", "--max_accuracy_drop=0.05") == 0
     assert ExitPolicy.load(heads / "policy.json").decoder == "tuned_lens"
 
 
-def test_profile_prints_and_writes_what_the_policy_gains(calibrated, capsys):
+def test_profile_prints_and_writes_the_policys_savings(calibrated, capsys):
     shapes = ["--lengths=[16,32]", "--batch_sizes=[2]", "--repeats=1", "--generate=2"]
     assert calibrated.run("profile", *shapes) == 0
     printed = capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_profile_prints_and_writes_what_the_policy_gains(calibrated, capsys):
     assert (calibrated.folder / "figures/speedup.svg").exists()
 
 
-def test_profile_takes_thresholds_and_refuses_a_length_over_the_context(fitted, capsys):
+def test_profile_accepts_thresholds_and_rejects_a_length_over_the_context(fitted, capsys):
     one = ["--batch_sizes=[1]", "--repeats=1"]
     assert fitted.run("profile", "--lengths=[16]", "--thresholds=[0.0,0.5]", *one) == 0
     written = json.loads((fitted.folder / "profile.json").read_text())
@@ -234,14 +234,14 @@ def rows_of(split, count):
 
 
 def asked(fitted, rows, *more):
-    """The answers of `predict` to these rows."""
+    """The answers of `predict` for these rows."""
     source, target = fitted.folder / "in.jsonl", fitted.folder / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert fitted.run("predict", f"--input={source}", f"--output={target}", *more) == 0
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
-def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, monkeypatch):
+def test_predict_audits_its_answers_and_audit_reports_them(calibrated, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     rows = rows_of("test", 40)
     plain = asked(calibrated, rows)
@@ -264,7 +264,7 @@ def test_predict_audits_its_answers_and_audit_shows_them(calibrated, capsys, mon
     (calibrated.folder / "audit.json").unlink()
 
 
-def test_predict_refuses_the_audit_of_another_policy(calibrated, capsys):
+def test_predict_rejects_the_audit_of_another_policy(calibrated, capsys):
     asked(calibrated, rows_of("test", 4), "--audit=1.0", "--audit_budget=0.5")
     assert calibrated.run("predict", "--threshold=0.01", "--audit=1", "--audit_budget=0.5") == 1
     assert "belongs to another policy" in capsys.readouterr().err
@@ -273,14 +273,14 @@ def test_predict_refuses_the_audit_of_another_policy(calibrated, capsys):
     (calibrated.folder / "audit.json").unlink()
 
 
-def test_the_profile_of_a_policy_is_where_predict_exits_on_the_same_rows(calibrated):
+def test_a_policys_exit_profile_matches_predict_on_the_same_rows(calibrated):
     policy = ExitPolicy.load(calibrated.folder / "policy.json")
     answers = asked(calibrated, rows_of("validation", 250))
     found = Counter(answer["layer"] for answer in answers)
     assert {k: v for k, v in calibrated_exits(policy.calibration).items() if v} == found
 
 
-def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibrated, caplog):
+def test_predict_reports_when_exits_differ_from_those_at_calibration(calibrated, caplog):
     rows = rows_of("validation", 250)
     with caplog.at_level("WARNING"):
         answered = zip(rows, asked(calibrated, rows), strict=True)
@@ -290,7 +290,7 @@ def test_predict_says_where_prompts_exit_unlike_those_of_the_calibration(calibra
     assert caplog.text.count("exit layers differ from calibration") == 1
 
 
-def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
+def test_calibrate_gives_the_same_guarantee_per_group_and_per_depth(fitted, capsys):
     more = ["--max_accuracy_drop=0.1", "--measure=entropy", "--per_group", "--per_depth"]
     assert fitted.run("calibrate", *more) == 0
     record = ExitPolicy.load(fitted.folder / "policy.json").calibration
@@ -307,11 +307,11 @@ def test_calibrate_promises_the_same_per_group_and_per_depth(fitted, capsys):
     assert any(answer["exited"] for answer in asked(fitted, rows))
     data = data_of(fitted)
     timed, _ = prompts_of(data.config, data.tokenizer, None, policy.may_exit)
-    assert len(timed) == sum(one["n"] for one in groups if one["held"])  # what profile times
+    assert len(timed) == sum(one["n"] for one in groups if one["held"])  # what profile measures
 
 
 @pytest.mark.slow
-def test_small_groups_are_excluded_where_that_is_asked_for(fitted, capsys):
+def test_small_groups_are_excluded_on_request(fitted, capsys):
     more = ["--max_accuracy_drop=0.05", "--per_group", "--small_groups=exclude"]
     assert fitted.run("calibrate", *more) == 0
     assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None

@@ -1,4 +1,4 @@
-"""`data.compile`: the same states in few variants, and errors that name their remedy."""
+"""`data.compile`: the same states with few compiled variants, and errors with a remedy."""
 
 import os
 import re
@@ -26,7 +26,7 @@ SHAPES = [(4, 4), (4, 7), (3, 9), (1, 12), (8, 5), (2, 20), (6, 6), (5, 2), (1, 
 
 @pytest.fixture
 def fresh():
-    """Neither compiled code nor counts of other tests."""
+    """Reset the compiled code and counters of other tests."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -49,7 +49,7 @@ def states(adapter, rows, tokens, *, padded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_compiled_blocks_give_the_states_of_uncompiled_ones_in_few_variants(fresh, family):
+def test_compiled_blocks_give_the_uncompiled_states_with_few_variants(fresh, family):
     model = tiny(family)
     eager = ModelAdapter(model)
     fast = ModelAdapter(model, compile=True)
@@ -60,13 +60,13 @@ def test_compiled_blocks_give_the_states_of_uncompiled_ones_in_few_variants(fres
                 states(fast, rows, tokens, padded=padded), expected, strict=True
             ):
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    # One row or many x one token or many x with and without mask, whatever the number of blocks.
+    # One or many rows x one or many tokens x with or without mask, whatever the number of blocks.
     assert 2 <= counters["stats"]["unique_graphs"] <= 8
     assert not counters["graph_break"]
 
 
 @pytest.mark.slow
-def test_a_run_resumed_with_the_other_setting_leaves_no_shard_of_the_first(project):
+def test_resuming_with_the_other_setting_discards_the_earlier_shards(project):
     one, before = build(project, shard_mb=TINY_SHARDS)
     before = everything(before)
     folder = project.cache / "train"
@@ -81,8 +81,8 @@ def test_a_run_resumed_with_the_other_setting_leaves_no_shard_of_the_first(proje
 
 
 @pytest.mark.slow
-def test_blocks_whose_cache_grows_run_as_they_are(fresh):
-    """Each block has keys of its own there, so that each would be compiled for itself."""
+def test_blocks_with_a_growing_cache_run_uncompiled(fresh):
+    """Each block has its own keys there, so each would be compiled separately."""
     model = tiny("llama")
     ids = torch.tensor([[1, 5, 9], [1, 7, 4]])
     mask, positions = torch.ones_like(ids), torch.arange(3).expand(2, -1)
@@ -103,7 +103,7 @@ NO_COMPILER = r"data\.compile needs a C\+\+ compiler: install g\+\+.*\nOr set it
 BROKEN = r"torch\.compile fails on LlamaDecoderLayer: .*\n.*set data\.compile to false"
 
 
-def test_a_compiler_that_is_not_there_is_an_error_that_says_what_to_install(monkeypatch):
+def test_a_failing_compiler_raises_an_error_saying_what_to_install(monkeypatch):
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -117,10 +117,10 @@ def test_a_compiler_that_is_not_there_is_an_error_that_says_what_to_install(monk
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_error_says_what_to_install(fresh, tmp_path, monkeypatch):
+def test_a_missing_compiler_raises_an_error_saying_what_to_install(fresh, tmp_path, monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # drop earlier compilations
     absent = {"cpp.cxx": (None, str(tmp_path / "absent"))}
     with config.patch(absent), pytest.raises(RecipeError) as error:
         ModelAdapter(tiny("llama"), compile=True)
@@ -128,8 +128,8 @@ def test_without_a_compiler_the_error_says_what_to_install(fresh, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "said"), [(None, NO_COMPILER), ("exit 1", BROKEN)])
-def test_the_command_stops_without_a_traceback_where_nothing_compiles(project, script, said):
+@pytest.mark.parametrize(("script", "message"), [(None, NO_COMPILER), ("exit 1", BROKEN)])
+def test_the_command_stops_without_a_traceback_if_compilation_fails(project, script, message):
     path = project.home / "c++"
     if script:
         path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n{script}\n')
@@ -143,4 +143,4 @@ def test_the_command_stops_without_a_traceback_where_nothing_compiles(project, s
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert re.search(said, done.stderr), done.stderr
+    assert re.search(message, done.stderr), done.stderr

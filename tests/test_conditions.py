@@ -1,4 +1,4 @@
-"""Promises within groups and depths: against the marginal test, and against simulation."""
+"""Guarantees within groups and depths: against the marginal test, and against simulation."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def population():
 
 @pytest.fixture(scope="module")
 def losses(population):
-    """Which rows a rule answers unlike the full model, and where it stops them."""
+    """Which rows a rule answers differently from the full model, and where it exits."""
 
     def of(rule, table=population):
         stops = table.at(rule.layers).exits(rule.threshold)
@@ -36,7 +36,7 @@ def losses(population):
 
 @pytest.fixture(scope="module")
 def group(population, losses):
-    """Four tenths of the rows, with most of those that a rule within the budget would lose."""
+    """Four tenths of the rows, including most of those that a rule within the budget would lose."""
     rules = on_every_layer(population, population.grid(24))
     fine = [rule for rule in rules if losses(rule)[0].mean() < 0.8 * BUDGET]
     draw = np.random.default_rng(0).random(len(population))
@@ -67,7 +67,7 @@ def over_in_group(population, losses, group, splits, *, conditional):
 
 
 @SPLITS
-def test_within_groups_the_promise_is_broken_in_at_most_5_percent_of_splits(
+def test_the_per_group_guarantee_fails_in_at_most_5_percent_of_splits(
     population, losses, group, splits
 ):
     over = over_in_group(population, losses, group, splits, conditional=True)
@@ -75,14 +75,14 @@ def test_within_groups_the_promise_is_broken_in_at_most_5_percent_of_splits(
 
 
 @SPLITS
-def test_without_the_condition_a_group_is_over_the_budget_in_most_splits(
+def test_without_the_condition_a_group_exceeds_the_budget_in_most_splits(
     population, losses, group, splits
 ):
     assert over_in_group(population, losses, group, splits, conditional=False) > splits / 2
 
 
 @SPLITS
-def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_splits(population, losses, splits):
+def test_the_per_depth_guarantee_fails_in_at_most_5_percent_of_splits(population, losses, splits):
     proposing, over, exits = realistic(2000, seed=5, checks=4), 0, 0
     for rows in drawn(population, splits):
         found = chosen_on(population, rows, Conditions(groups={}, proposing=proposing))
@@ -99,7 +99,7 @@ def test_by_depth_the_promise_is_broken_in_at_most_5_percent_of_splits(populatio
     assert over <= binom.ppf(0.99, splits, 0.05)
 
 
-def test_each_condition_is_the_same_test_on_its_rows(population, losses, group):
+def test_each_condition_applies_the_same_test_to_its_rows(population, losses, group):
     rows = np.arange(2000)
     found = chosen_on(
         population, rows, Conditions(groups={"hard": group[rows]}, proposing=population)
@@ -115,7 +115,7 @@ def test_each_condition_is_the_same_test_on_its_rows(population, losses, group):
         assert one.p_value is None or one.p_value <= 0.05
 
 
-def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(population):
+def test_a_group_with_too_few_rows_is_left_out_and_the_guarantee_says_so(population):
     few = np.arange(ROWS) < 10
     found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
     assert [one.held for one in found.conditions] == [False, True]
@@ -124,7 +124,7 @@ def test_a_group_with_too_few_rows_is_left_out_and_the_promise_says_so(populatio
     assert "It is NOT guaranteed within the group rare (10 rows): too few rows" in words
 
 
-def test_rows_of_small_groups_are_held_back_and_cost_no_check(population):
+def test_rows_of_small_groups_never_exit_and_pay_for_no_check(population):
     tested, few = population.rows(np.arange(ROWS)), np.arange(ROWS) < 10
     table, large = without_small(tested, {"rare": few, "usual": ~few}, needed=60)
     assert large == ("usual",)
@@ -138,7 +138,7 @@ def test_rows_of_small_groups_are_held_back_and_cost_no_check(population):
     assert profile["exit_counts"][str(table.num_layers)] >= 10
 
 
-def test_the_promise_says_that_small_groups_never_exit(population):
+def test_the_guarantee_says_that_small_groups_never_exit(population):
     few = np.arange(ROWS) < 10
     found = chosen_on(population, np.arange(ROWS), Conditions(groups={"rare": few, "usual": ~few}))
     words = promise(found.to_json() | {"small_groups": "never_exit"})
@@ -146,7 +146,7 @@ def test_the_promise_says_that_small_groups_never_exit(population):
     assert "NOT guaranteed" not in words
 
 
-def test_rows_without_groups_are_refused(project):
+def test_rows_without_groups_are_rejected(project):
     rows = project.module(mode="memory").states("validation")
     with pytest.raises(PolicyError, match="difficulty"):
         groups_of(rows)

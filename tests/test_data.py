@@ -1,4 +1,4 @@
-"""`HiddenStateDataModule` and its loader: order, resumption, modes, and what is refused."""
+"""`HiddenStateDataModule` and its loader: order, resumption, modes, and rejected inputs."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lspade_train.errors import CacheError, RecipeError, TaskError
 
 
 class Numbers:
-    """A data set whose rows are their own index, in two shards."""
+    """A data set whose rows are their own indices, in two shards."""
 
     def __init__(self, rows, rows_at_once):
         self.rows, self.rows_at_once = rows, rows_at_once
@@ -30,7 +30,7 @@ def loader(rows=23, batch_size=4, at_once=8, **options):
     return RowLoader(Numbers(rows, at_once), batch_size, **{"seed": 1} | options)
 
 
-def test_an_epoch_holds_every_row_once_in_another_order_than_the_next():
+def test_an_epoch_holds_every_row_once_in_a_different_order_each_time():
     found = loader()
     first, second = list(found), list(found)
     for epoch in (first, second):
@@ -39,21 +39,21 @@ def test_an_epoch_holds_every_row_once_in_another_order_than_the_next():
     assert first != second
 
 
-def test_rows_read_together_are_dealt_out_evenly_and_anew_in_every_epoch():
+def test_rows_read_together_are_spread_evenly_and_reshuffled_every_epoch():
     found = loader(rows=1000, batch_size=10, at_once=1000)
     first, second = list(found), list(found)
     assert sorted(sum(first, [])) == list(range(1000))
     assert all(sum(row < 500 for row in batch) == 5 for batch in first)
     kept = [len(set(a) & set(b)) for a, b in zip(first, second, strict=True)]
-    assert sum(kept) < 30  # 10 by chance
+    assert sum(kept) < 30  # 10 expected by chance
 
 
-def test_the_same_seed_gives_the_same_order_and_another_seed_another():
+def test_the_order_depends_on_the_seed_alone():
     assert list(loader()) == list(loader())
     assert list(loader(seed=2)) != list(loader())
 
 
-def test_without_a_seed_rows_come_in_order_each_time():
+def test_without_a_seed_rows_come_in_order():
     found = loader(seed=None)
     assert sum(list(found), []) == sum(list(found), []) == list(range(23))
 
@@ -63,7 +63,7 @@ def test_without_a_seed_rows_come_in_order_each_time():
     rows=st.integers(1, 40), size=st.integers(1, 7), at_once=st.integers(1, 50),
     stop=st.integers(0, 30),
 )  # fmt: skip
-def test_a_loader_resumed_anywhere_continues_where_it_was(rows, size, at_once, stop):
+def test_a_loader_resumed_at_any_batch_continues_where_it_stopped(rows, size, at_once, stop):
     whole = loader(rows, size, at_once)
     expected = [*whole, *whole, *whole]
     first, got = loader(rows, size, at_once), []
@@ -76,7 +76,7 @@ def test_a_loader_resumed_anywhere_continues_where_it_was(rows, size, at_once, s
             break
     second = loader(rows, size, at_once)
     second.load_state_dict(first.state_dict())
-    # A state taken at an epoch's last batch belongs to that epoch: its rest is empty.
+    # A state taken at an epoch's last batch belongs to that epoch, of which nothing remains.
     while len(got) < len(expected):
         got.extend(second)
     assert got == expected
@@ -90,15 +90,15 @@ OTHER_ORDERS = {
 }
 
 
-@pytest.mark.parametrize("said", OTHER_ORDERS)
-def test_a_loader_is_not_resumed_into_other_batches(said):
+@pytest.mark.parametrize("change", OTHER_ORDERS)
+def test_a_loader_is_not_resumed_with_another_batch_size(change):
     first = loader()
     next(iter(first))
-    with pytest.raises(RecipeError, match=rf"written with {said}: .* skip rows.*\nResume with"):
-        loader(**OTHER_ORDERS[said]).load_state_dict(first.state_dict())
+    with pytest.raises(RecipeError, match=rf"written with {change}: .* skip rows.*\nResume with"):
+        loader(**OTHER_ORDERS[change]).load_state_dict(first.state_dict())
 
 
-def test_a_loader_resumed_by_more_processes_with_smaller_batches_continues_the_same_rows():
+def test_resuming_with_more_processes_and_smaller_batches_continues_the_rows():
     whole = list(loader(rows=24))
     first = loader(rows=24)
     for _ in zip(range(2), first, strict=False):
@@ -112,7 +112,7 @@ def test_a_loader_resumed_by_more_processes_with_smaller_batches_continues_the_s
     assert together == [sorted(batch) for batch in whole[2:]]
 
 
-def test_an_epoch_cut_short_is_not_resumed_in_the_next():
+def test_an_epoch_cut_short_is_not_continued_in_the_next():
     found = loader()
     for _ in zip(range(2), found, strict=False):
         pass
@@ -125,7 +125,7 @@ def test_an_epoch_cut_short_is_not_resumed_in_the_next():
 @pytest.mark.parametrize(("rows", "size"), [(24, 3), (23, 4), (5, 2), (2, 8)])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("at_once", [1, 12, 100])
-def test_processes_share_the_batches_that_one_process_would_have(rows, size, world, at_once):
+def test_processes_split_the_batches_of_a_single_process(rows, size, world, at_once):
     parts = [list(loader(rows, size, at_once, rank=rank, world=world)) for rank in range(world)]
     assert all(len({len(batch) for batch in batches}) == 1 for batches in zip(*parts, strict=True))
     alone = list(loader(rows - rows % world, size * world, at_once))
@@ -138,7 +138,7 @@ def test_processes_share_the_batches_that_one_process_would_have(rows, size, wor
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
-def test_validation_rows_are_all_read_by_some_process(rows):
+def test_every_validation_row_is_read_by_some_process(rows):
     parts = [list(loader(rows, 2, seed=None, rank=rank, world=2)) for rank in range(2)]
     assert sorted(sum(sum(parts, []), [])) == list(range(rows))
 
@@ -154,12 +154,12 @@ def test_a_process_without_validation_rows_gets_an_empty_batch(project, mode, ta
     assert kinds[0] == kinds[1]
 
 
-def test_a_batch_size_below_one_is_a_named_error():
+def test_a_batch_size_below_one_raises_a_clear_error():
     with pytest.raises(RecipeError, match=r"data\.batch_size is 0; expected 1 or more"):
         loader(batch_size=0)
 
 
-def test_fit_opens_train_and_validation_and_nothing_else(project):
+def test_fit_opens_only_the_train_and_validation_splits(project):
     data = project.module()
     data.setup("fit")
     assert data.reused == {"train": False, "validation": False}
@@ -168,27 +168,27 @@ def test_fit_opens_train_and_validation_and_nothing_else(project):
     assert set(data.reused) == {"train", "validation", "test"}
 
 
-def test_a_fit_that_has_built_its_caches_holds_no_block(project):
+def test_a_fit_releases_the_blocks_once_its_caches_are_built(project):
     data = project.module()
     expected = data.adapter.unembed.digest
     data.setup("fit")
     assert data.frozen._adapter is None
     assert data.unembed.digest == expected
-    assert data.adapter.num_layers == 4  # loaded again
+    assert data.adapter.num_layers == 4  # reloaded
 
 
-def test_layers_are_sorted_and_counted_once(project):
+def test_layers_are_sorted_and_deduplicated(project):
     assert project.module([3, 0, 3]).layers == (0, 3)
     assert project.module("all").layers == (1, 2, 3)
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], []])
-def test_a_layer_without_a_head_is_a_named_error(project, layers):
+def test_a_layer_without_a_head_raises_a_clear_error(project, layers):
     with pytest.raises(RecipeError, match=r"this model has 4 blocks, so layers go from 0 to 3"):
         project.module(layers).states("train")
 
 
-def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, monkeypatch):
+def test_splits_with_different_answer_tokens_are_rejected(project, tmp_path, monkeypatch):
     from lspade_train import tasks
     from lspade_train.training import datamodule as module
 
@@ -209,14 +209,14 @@ def test_splits_whose_answers_are_other_tokens_are_refused(project, tmp_path, mo
 
 
 @pytest.mark.parametrize("mode", ["memory", "online"])
-def test_states_that_do_not_fit_into_memory_are_refused(project, monkeypatch, mode):
+def test_states_that_do_not_fit_in_memory_are_rejected(project, monkeypatch, mode):
     monkeypatch.setattr("os.sysconf", lambda name: 100)
     data = project.module(mode=mode)
     with pytest.raises(CacheError, match=r"machine has 10 kB of memory\.\nUse --data\.mode"):
         data.stored("train")
 
 
-def test_rows_that_are_skipped_are_counted(project, tmp_path, caplog):
+def test_skipped_rows_are_counted(project, tmp_path, caplog):
     rows = toy.questions(6)
     rows[2]["prompt"] = " ".join(["w1"] * 70)
     toy.write_jsonl(tmp_path / "long/train.jsonl", rows)
@@ -225,7 +225,7 @@ def test_rows_that_are_skipped_are_counted(project, tmp_path, caplog):
     assert "train: 1 of 6 rows skipped" in caplog.text
 
 
-def test_the_labels_say_which_rows_have_a_right_answer(project, tmp_path):
+def test_the_labels_mark_rows_without_a_right_answer(project, tmp_path):
     rows = toy.questions(6)
     del rows[4]["answer"]
     toy.write_jsonl(tmp_path / "some/train.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Models whose blocks lie on several devices, or off them until they run."""
+"""Models whose blocks are spread over several devices, or offloaded until they run."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ MAPS = {
 
 @pytest.fixture
 def whole(project):
-    """The cache of the model as it is loaded without a map."""
+    """The cache of the model loaded without a device map."""
     project.module().states("train")
     made = cache_digests(project.home)
     project.cache.rename(project.home / "whole")
@@ -37,15 +37,16 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_cache(project, whole, whe
     assert cache_digests(project.home) == whole
 
 
-def test_the_map_of_a_recipe_gives_the_same_cache(project, whole):
+def test_a_recipes_device_map_gives_the_same_cache(project, whole):
     project.module(device_map="auto").states("train")
     assert cache_digests(project.home) == whole
 
 
-def test_a_norm_on_another_device_than_the_head_hands_its_states_on(monkeypatch):
-    monkeypatch.setattr(module, "_is_linear", lambda head, weight: True)  # meta has no numbers
+def test_a_norm_on_another_device_moves_its_states_to_the_head(monkeypatch):
+    # Meta tensors hold no values to check.
+    monkeypatch.setattr(module, "_is_linear", lambda head, weight: True)
     model = tiny("llama")
-    model.lm_head.to("meta")  # a second device that every machine has
+    model.lm_head.to("meta")  # a second device available on every machine
     unembed = module.find_unembedding(model, model.model)
     hidden, ids = torch.randn(5, WIDTH), torch.zeros(5, 2, dtype=torch.long, device="meta")
     assert unembed(hidden).device.type == "meta"
@@ -53,7 +54,7 @@ def test_a_norm_on_another_device_than_the_head_hands_its_states_on(monkeypatch)
 
 
 @pytest.mark.gpu
-def test_heads_read_the_states_of_blocks_on_another_device():
+def test_heads_accept_states_from_blocks_on_another_device():
     from accelerate import dispatch_model
 
     heads, hidden = trained(), torch.randn(5, WIDTH)

@@ -1,4 +1,4 @@
-"""Disks that cannot be written, or fill up, under what each command makes."""
+"""Disks that are read-only or fill up while each command writes."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toy
 from processes import HEADS, digests, recipe
-from test_cli import refused
+from test_cli import error_of
 
 from lspade_train.cli import main
 from lspade_train.models import ModelAdapter
@@ -23,7 +23,7 @@ QUICK = {
 
 
 class Made:
-    """A finished fit, evaluated and profiled, with prompts to answer; read only."""
+    """A finished fit, evaluated and profiled, with prompts to answer; read-only."""
 
     def __init__(self, project: toy.Project) -> None:
         self.project, self.home = project, project.home
@@ -37,7 +37,7 @@ class Made:
                 assert main([command, *self.recipe, *QUICK.get(command, [])]) == 0
 
     def arguments(self, command: str, place: Path) -> list[str]:
-        """`command` with what it writes in `place`."""
+        """Arguments of `command`, with its output in `place`."""
         answers, heads = ["--output", place / "answers.jsonl"], ["--heads", place / "heads"]
         output = map(str, answers if command == "predict" else heads)
         return [command, *self.recipe, *QUICK[command], *output]
@@ -50,7 +50,7 @@ def made(toy_root, tmp_path_factory):
 
 @pytest.fixture
 def place(made, tmp_path, monkeypatch):
-    """A file system of its own with the heads on it; root may mount one, others skip."""
+    """A separate file system with the heads on it; skips without the right to mount."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
@@ -68,23 +68,23 @@ def remount(place: Path, options: str) -> None:
 
 
 def fill(place: Path, *, leave: int) -> None:
-    """Use a disk up, but for so many bytes."""
+    """Fill a disk except for so many bytes."""
     with (place / "filler").open("wb") as file:
         file.write(bytes(shutil.disk_usage(place).free - leave))
 
 
 @pytest.mark.parametrize("command", QUICK)
-def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_loaded(
+def test_an_unwritable_folder_is_reported_before_the_model_is_loaded(
     made, place, capsys, monkeypatch, command
 ):
     remount(place, "ro")
     monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    message = refused(capsys, *made.arguments(command, place))
+    message = error_of(capsys, *made.arguments(command, place))
     assert message.startswith(str(place)), message
     assert "cannot be written. Choose a folder that you can write to." in message
 
 
-def test_fit_names_a_folder_that_it_cannot_write_before_the_model_is_loaded(
+def test_fit_reports_an_unwritable_folder_before_the_model_is_loaded(
     made, place, capsys, monkeypatch, tmp_path
 ):
     remount(place, "ro")
@@ -92,22 +92,22 @@ def test_fit_names_a_folder_that_it_cannot_write_before_the_model_is_loaded(
     shutil.copy(made.home / "recipe.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("checkpoints").symlink_to(place)
-    assert "checkpoints/toy cannot be written" in refused(capsys, "fit", *made.recipe)
+    assert "checkpoints/toy cannot be written" in error_of(capsys, "fit", *made.recipe)
     Path("checkpoints").unlink()
     Path("checkpoints").write_text("")
-    assert "checkpoints is a file" in refused(capsys, "fit", *made.recipe)
+    assert "checkpoints is a file" in error_of(capsys, "fit", *made.recipe)
 
 
-def test_predict_names_an_output_that_is_no_file_before_the_model_is_loaded(
+def test_predict_rejects_a_non_file_output_before_the_model_is_loaded(
     made, place, capsys, monkeypatch
 ):
     monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (place / "answers.jsonl").mkdir()
-    message = refused(capsys, *made.arguments("predict", place))
+    message = error_of(capsys, *made.arguments("predict", place))
     assert "cannot be written. Give another file with --output." in message
 
 
-def test_predict_makes_the_folder_of_its_output(made, place):
+def test_predict_creates_the_folder_of_its_output(made, place):
     assert main(made.arguments("predict", place / "new")) == 0
     assert len((place / "new/answers.jsonl").read_text().splitlines()) == 40
 
@@ -120,14 +120,14 @@ WHOLE = {".json": b"}\n", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>\n", ".html
     ("command", "leave"),
     [("evaluate", 0), ("evaluate", 400_000), ("calibrate", 0), ("profile", 20_000), ("predict", 0)],
 )
-def test_a_disk_that_fills_up_is_named_and_nothing_is_half_written(
+def test_a_full_disk_is_named_in_the_error_and_no_file_is_half_written(
     made, place, capsys, command, leave
 ):
     for figure in (place / "heads/figures").iterdir():
         figure.write_bytes(b"of another time")
     before = digests(place, "**/*")
     fill(place, leave=leave)
-    message = refused(capsys, *made.arguments(command, place))
+    message = error_of(capsys, *made.arguments(command, place))
     assert "is full" in message or "No space left" in message, message
     (place / "filler").unlink()
     after = digests(place, "**/*")

@@ -1,4 +1,4 @@
-"""README and docs: every block runs offline; commands that need more than is here are parsed."""
+"""README and docs: every block runs offline; commands that cannot run here are parsed."""
 
 import importlib.util
 import json
@@ -29,18 +29,18 @@ SHORT = {
 REVIEWER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FIRST = [
     [command, "--config", QUICKSTART] for command in ("fit", "calibrate")
-]  # as pages write them
+]  # as written in the pages
 TO_CHECK = [page for page in PAGES if any(block.language in TO_RUN for block in blocks(page))]
 
 
 class Parsed(Exception):  # noqa: N818
-    """A command line was understood, and is not run."""
+    """Raised once a command line has been parsed, to stop before running it."""
 
 
 @pytest.fixture
 def project(fitted, tmp_path, monkeypatch) -> Path:
-    """A copy of the fitted project, where a page starts."""
-    # Not its checkpoints, which hold the path of their own folder.
+    """A copy of the fitted project, the starting point of each page."""
+    # Without its checkpoints, which record their own folder's path.
     without = shutil.ignore_patterns("training")
     shutil.copytree(fitted, tmp_path / "project", symlinks=True, ignore=without)
     monkeypatch.chdir(tmp_path / "project")
@@ -50,7 +50,7 @@ def project(fitted, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory) -> Path:
-    """A folder as a clone is after the quickstart, on few rows and for one epoch."""
+    """A folder like a clone after the quickstart, on few rows and for one epoch."""
     home = tmp_path_factory.mktemp("project")
     (home / "checkpoints").mkdir()
     (home / "recipes").mkdir()
@@ -69,7 +69,7 @@ def fitted(tmp_path_factory) -> Path:
 
 
 def shortened(text: str) -> str:
-    """A recipe on few rows and, where the model has so many, few layers, for one epoch."""
+    """A recipe reduced to few rows, one epoch and, for deep models, few layers."""
     recipe = yaml.safe_load(text.replace(REVIEWER, "reviewer"))
     recipe["data"]["limit"] = 64
     recipe["trainer"] = SHORT
@@ -79,7 +79,7 @@ def shortened(text: str) -> str:
 
 
 def save_reviewer(folder: Path) -> None:
-    """A random Llama that reads the words of the reviews, in the place of a model of the Hub."""
+    """A random Llama whose vocabulary covers the reviews, in place of a model on the Hub."""
     words = ["<unk>", "<s>", "positive", "negative", "Review", "Sentiment", "movie", "witty"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -93,18 +93,18 @@ def save_reviewer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TO_CHECK, ids=lambda page: page.stem)
-def test_the_pages_blocks_run(page, project, monkeypatch):
+def test_the_blocks_of_each_page_run(page, project, monkeypatch):
     run_page(page, monkeypatch, slow=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TO_CHECK, ids=lambda page: page.stem)
-def test_the_pages_heavy_commands_run_too(page, project, monkeypatch):
+def test_the_slow_commands_of_each_page_run(page, project, monkeypatch):
     run_page(page, monkeypatch, slow=True)
 
 
 def run_page(page: Path, monkeypatch, *, slow: bool) -> None:
-    """Write the files that a page shows, then run its commands, and its Python once."""
+    """Write the files that a page shows, then run its commands, then its Python once."""
     found = blocks(page)
     for block in found:
         if block.title:
@@ -120,7 +120,7 @@ def run_page(page: Path, monkeypatch, *, slow: bool) -> None:
 
 
 def file_text(name: str, text: str) -> str:
-    """A file as a page shows it; a few example rows become enough for three splits."""
+    """A file as shown in a page; a few example rows are repeated to fill three splits."""
     if name == "reviews.jsonl":
         rows = [json.loads(line) for line in text.splitlines()]
         many = [{**row, "text": f"{row['text']} {i}"} for i in range(40) for row in rows]
@@ -129,12 +129,12 @@ def file_text(name: str, text: str) -> str:
 
 
 def run_command(words: list[str], monkeypatch, *, slow: bool) -> None:
-    """Run a command of ours if what it needs is here, else parse it; look at others."""
+    """Run one of our commands if its inputs are here, else parse it; check other programs."""
     arguments = toolkit_command(words)
     if arguments is None:
         return run_other(words, slow=slow)
     if arguments in FIRST:
-        return None  # every page begins where they have been run
+        return None  # every page starts after these have run
     command, *options = arguments
     assert command in COMMANDS, words
     recipe = options[options.index("--config") + 1] if "--config" in options else None
@@ -150,12 +150,12 @@ def run_command(words: list[str], monkeypatch, *, slow: bool) -> None:
 
 
 def assert_parsed(command: str, options: list[str], monkeypatch) -> None:
-    """Its recipe is there and it knows every option."""
+    """Check that its recipe exists and that it accepts every option."""
     module = importlib.import_module(f"lspade_train.cli.{command}")
     known = module.parse
 
     def only_parse(*given, **settings):
-        known(*given, **settings | {"early": lambda _: None})  # neither model nor data are here
+        known(*given, **settings | {"early": lambda _: None})  # neither model nor data is available
         raise Parsed
 
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def assert_parsed(command: str, options: list[str], monkeypatch) -> None:
 
 
 def run_other(words: list[str], *, slow: bool) -> None:
-    """A command of another program: the harness answers a few questions; of others all is there."""
+    """Run another program: the harness on a few questions; for others check that inputs exist."""
     program, *rest = words
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -184,18 +184,18 @@ def run_other(words: list[str], *, slow: bool) -> None:
         assert program in {"hf", "ruff"}, f"the tests do not know {words}"
 
 
-def test_every_block_is_of_a_kind_that_the_tests_know():
+def test_every_block_has_a_known_language():
     for page in PAGES:
         for block in blocks(page):
             assert block.language in LANGUAGES, f"{page.name}: {block.text[:60]}"
 
 
-def test_readme_fits_a_first_look():
+def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_files_and_headings_that_exist(page):
+def test_links_point_to_existing_files_and_headings(page):
     for target in re.findall(r"\]\(([^)#\s]*(?:#[\w-]+)?)\)", page.read_text()):
         name, _, anchor = target.partition("#")
         if name.startswith("http"):
@@ -207,7 +207,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as mkdocs names them."""
+    """The heading anchors of a page, as mkdocs generates them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
@@ -221,7 +221,7 @@ def test_every_page_is_in_the_navigation_and_in_llms_txt():
     assert {*nav, "index.md"} == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
-def test_an_option_stays_whole_in_text_but_not_inside_tags_and_scripts():
+def test_options_are_kept_unbroken_in_text_but_not_in_tags_or_scripts():
     hooks = runpy.run_path(str(ROOT / "docs/hooks.py"))
     page = '<a href="x --tag">fit --max-epochs 3</a><script>a --script</script> l-spade'
     kept = page.replace("--max-epochs", '<span class="whole">--max-epochs</span>')
@@ -230,7 +230,7 @@ def test_an_option_stays_whole_in_text_but_not_inside_tags_and_scripts():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs lspade-train[docs]")
-def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+def test_the_site_builds_in_strict_mode_and_loads_no_external_resources(tmp_path):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 

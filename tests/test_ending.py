@@ -1,4 +1,4 @@
-"""How commands end: what was measured, in words and one table, and the next command."""
+"""How commands end: results in words and one table, and the suggested next command."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ def lens(*accuracy):
 
 
 def results(*, drop=0.004, saved=0.4, budget=0.01, flattered=False, risk="accuracy_drop"):
-    """Two layers of four, one lens at each, and a policy; the full model is always right."""
+    """Two layers of four, one lens each, and a policy; the full model is always right."""
     row = {
         "compute_saved": saved, "mean_exit_layer": 2.4, "accuracy": 1 - drop, "drop": drop,
         "drop_interval": [drop - 0.001, drop + 0.001], "disagreement": drop,
@@ -44,8 +44,8 @@ def words(found):
     return " ".join(verdict({**found, "verdict": judge(found)}))
 
 
-def test_the_best_fixed_exit_is_the_one_that_saves_most_within_the_budget():
-    # By hand: layer 2 saves more and loses 2 points; of layer 3 the head costs less than SPADE.
+def test_the_best_fixed_exit_saves_most_within_the_budget():
+    # By hand: layer 2 saves more but loses 2 points; at layer 3 the head costs less than SPADE.
     assert judge(results())["fixed"] == {
         "lens": "l_spade", "layer": 3, "saved": 0.25, "measured": pytest.approx(0.005),
     }  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_best_fixed_exit_is_the_one_that_saves_most_within_the_budget():
 
 
 @pytest.mark.parametrize(("saved", "as_good"), [(0.4, False), (0.2, True)])
-def test_a_fixed_layer_is_as_good_where_it_saves_as_much(saved, as_good):
+def test_a_fixed_layer_is_called_as_good_when_it_saves_as_much(saved, as_good):
     found = results(saved=saved)
     assert judge(found)["fixed_as_good"] is as_good
     assert ("A fixed exit layer does as well here" in words(found)) is as_good
@@ -61,7 +61,7 @@ def test_a_fixed_layer_is_as_good_where_it_saves_as_much(saved, as_good):
 
 
 @pytest.mark.parametrize(
-    ("case", "held", "said"),
+    ("case", "held", "expected"),
     [
         ({}, True, "The guarantee held on these rows: at most 1.00 points of accuracy"),
         ({"drop": 0.03}, False, "did NOT hold on these rows"),
@@ -71,13 +71,13 @@ def test_a_fixed_layer_is_as_good_where_it_saves_as_much(saved, as_good):
         ({"risk": "disagreement"}, True, "at most 1.00% changed answers"),
     ],
 )
-def test_whether_the_promise_held_is_what_was_measured_against_the_budget(case, held, said):
+def test_the_guarantee_held_if_the_measured_risk_is_within_the_budget(case, held, expected):
     found = results(**case)
     assert judge(found)["held"] is held
-    assert said in words(found)
+    assert expected in words(found)
 
 
-def test_without_labels_an_accuracy_budget_cannot_be_seen():
+def test_without_labels_an_accuracy_budget_cannot_be_verified():
     found = results()
     found["full_model"] = {"accuracy": None}
     found["exits"]["policy"]["row"] |= {"drop": None, "drop_interval": None, "accuracy": None}
@@ -86,29 +86,29 @@ def test_without_labels_an_accuracy_budget_cannot_be_seen():
     assert "0.40% of the answers are not the full model's" in words(found)
 
 
-def test_a_policy_that_never_exits_is_said_to_save_nothing():
+def test_a_policy_that_never_exits_is_reported_to_save_nothing():
     found = results(saved=0.0, drop=0.0)
     found["exits"]["policy"]["row"]["mean_exit_layer"] = 4.0
     assert words(found).startswith("The policy saves nothing: it never exits on these 500 rows")
     assert "guarantee held" not in words(found)
 
 
-def test_a_policy_priced_by_time_says_what_time_it_saves_and_where():
+def test_a_policy_priced_by_time_reports_the_time_saved_and_the_hardware():
     found = results()
     assert "of the time" not in words(found)
     found["exits"]["policy"]["row"] |= {"time_saved": 0.125, "timed_as": "8 x 64 tokens on abacus"}
-    said = "saves 12.5% of the time (predicted for 8 x 64 tokens on abacus) and 40.0% of the FLOPs"
-    assert said in words(found)
+    text = "saves 12.5% of the time (predicted for 8 x 64 tokens on abacus) and 40.0% of the FLOPs"
+    assert text in words(found)
 
 
-def test_a_model_at_chance_is_named():
+def test_a_model_at_chance_level_is_reported():
     found = results()
     found["full_model"] |= {"accuracy_interval": [0.55, 1.0], "majority": 0.6}
     assert "not shown to be better than chance (100.0% against 60.0%)" in words(found)
     assert "chance" not in words(results())
 
 
-def test_near_is_from_the_layer_that_no_later_one_falls_behind():
+def test_layers_count_as_near_from_where_no_later_layer_falls_behind():
     found = results()
     assert near_from(found, "l_spade") == 3
     found["lenses"]["l_spade"]["accuracy"] = [1.0, 0.9]
@@ -129,7 +129,7 @@ def test_the_next_command_keeps_the_recipe_and_its_overrides(given, after):
     assert another("evaluate", shlex.split(given)) == f"lspade-train evaluate {after}"
 
 
-def test_resuming_asks_for_the_last_checkpoint_once():
+def test_the_resume_command_gives_the_last_checkpoint_once():
     given = ["--config", "a.yaml", "--ckpt_path", "old.ckpt", "--trainer.max_epochs", "3"]
     plain = "lspade-train fit --config a.yaml --trainer.max_epochs 3"
     assert resumed(given, from_checkpoint=True) == f"{plain} --ckpt_path last"
@@ -140,7 +140,7 @@ def test_resuming_asks_for_the_last_checkpoint_once():
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3900, "1 h 5 min")],
 )
-def test_durations_are_in_words(seconds, text):
+def test_durations_are_formatted_in_words(seconds, text):
     assert duration(seconds) == text
 
 
@@ -148,13 +148,13 @@ def test_durations_are_in_words(seconds, text):
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (26100, "26.1 kB"), (999_999, "1 MB"), (3e12, "3 TB")],
 )
-def test_sizes_have_three_digits(count, text):
+def test_sizes_are_formatted_with_three_digits(count, text):
     assert byte_size(count) == text
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_ctrl_c_prints_one_command_and_it_resumes(epoch, project, monkeypatch, capsys):
-    """Before the first whole epoch a new start, whatever checkpoint an earlier fit has left."""
+def test_ctrl_c_prints_a_single_command_that_resumes(epoch, project, monkeypatch, capsys):
+    """Before the first full epoch it starts anew, even if an earlier fit left a checkpoint."""
     monkeypatch.chdir(project.home)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     last = project.home / "checkpoints/toy/training/last.ckpt"
@@ -175,15 +175,15 @@ def test_ctrl_c_prints_one_command_and_it_resumes(epoch, project, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(LSpadeModule, "training_step", stop)
         assert main(["fit", "--config", recipe]) == 130
-    told = capsys.readouterr().err.splitlines()[-1]
-    command = told.removeprefix("interrupted; resume it with: ")
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    command = last_line.removeprefix("interrupted; resume it with: ")
     assert command == f"lspade-train fit --config {recipe}{' --ckpt_path last' * epoch}"
     monkeypatch.setattr(LSpadeModule, "training_step", count)
     assert main(shlex.split(command)[1:]) == 0
-    assert len(taken) == 3 * (3 - epoch)  # three batches an epoch
+    assert len(taken) == 3 * (3 - epoch)  # three batches per epoch
 
 
-def test_fit_ends_with_its_layers_and_the_command_to_go_on_with(project, monkeypatch, capsys):
+def test_fit_ends_with_a_table_of_layers_and_the_next_command(project, monkeypatch, capsys):
     monkeypatch.chdir(project.home)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     recipe = str(project.recipe(model__target="both", trainer__max_epochs=1))

@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: numbers against brute force, what is written, and reduced results."""
+"""`evaluate` and `compare`: numbers against brute force, files written, and reduced results."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def run(command, recipe, *more):
 
 
 def results_of(project, name="toy"):
-    """What was written, refusing the NaN that Python's reader would let through."""
+    """Read the results strictly: NaN, which Python's reader accepts, fails."""
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -46,7 +46,7 @@ def results_of(project, name="toy"):
 
 
 def with_groups(folder: Path) -> Path:
-    """The toy questions with a difficulty."""
+    """The toy questions with a difficulty column."""
     for split, count, seed in (("train", 48, 0), ("validation", 24, 1), ("test", 40, 2)):
         rows = toy.questions(count, seed=seed)
         for place, row in enumerate(rows):
@@ -57,7 +57,7 @@ def with_groups(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(toy_root, tmp_path_factory):
-    """Heads of both kinds, evaluated with everything on; read only."""
+    """Heads of both kinds, evaluated with every option on; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("evaluated"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
@@ -93,7 +93,7 @@ def subject(fitted):
 
 @pytest.fixture(scope="module")
 def brute(subject):
-    """Logits of every lens by the model's own forward, row by row, and what is right."""
+    """Every lens's logits by the model's own forward, row by row, and the right answers."""
     adapter, tokenizer = subject.data.adapter, subject.data.tokenizer
     lines = (Path(subject.recipe.data.dataset) / "test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -119,7 +119,7 @@ def brute(subject):
 
 
 @pytest.mark.parametrize("lens", ["logit_lens", "l_spade", "spade"])
-def test_accuracy_agreement_and_kl_are_those_of_the_models_own_forward(results, brute, lens):
+def test_accuracy_agreement_and_kl_match_the_models_own_forward(results, brute, lens):
     found, logits = results["lenses"][lens], torch.stack(brute[lens])  # (rows, layers, vocab)
     full, spade = torch.stack(brute["full"])[:, None], torch.stack(brute["spade"])
     pairs = zip(logits, brute["choices"], brute["gold"], strict=True)
@@ -136,7 +136,7 @@ def test_accuracy_agreement_and_kl_are_those_of_the_models_own_forward(results, 
     assert found["kl_to_spade"] == pytest.approx(kl(spade).tolist(), abs=1e-5)
 
 
-def test_auroc_is_that_of_the_entropy_over_the_vocabulary(results, brute):
+def test_auroc_is_computed_from_the_entropy_over_the_vocabulary(results, brute):
     logits = torch.stack(brute["l_spade"])
     entropies = torch.distributions.Categorical(logits=logits).entropy()
     pairs = zip(logits, brute["choices"], brute["gold"], strict=True)
@@ -145,7 +145,7 @@ def test_auroc_is_that_of_the_entropy_over_the_vocabulary(results, brute):
     assert results["lenses"]["l_spade"]["auroc"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_every_lens_stands_beside_the_full_model_with_intervals(results):
+def test_every_lens_is_reported_beside_the_full_model_with_intervals(results):
     assert list(results["lenses"]) == ["logit_lens", "tuned_lens", "l_spade", "spade"]
     assert results["format_version"] == 2
     assert (results["n"], results["n_labelled"], results["layers"]) == (40, 40, LAYERS)
@@ -168,7 +168,7 @@ def test_curves_and_histograms_count_every_row(results):
     assert results["entropy_edges"][-1] == pytest.approx(math.log(results["vocab_size"]))
 
 
-def test_groups_split_the_rows(results):
+def test_groups_partition_the_rows(results):
     groups = results["groups"]
     assert {name: group["n"] for name, group in groups.items()} == {"1": 20, "2": 20}
     for lens in results["lenses"]:
@@ -179,7 +179,7 @@ def test_groups_split_the_rows(results):
 # Exits and compute -----------------------------------------------------------------------------
 
 
-def test_the_sweep_is_the_exit_table_row_by_row(results, subject):
+def test_the_sweep_matches_the_exit_table_row_by_row(results, subject):
     table = exit_table(
         subject.data.stored("test"), subject.data.adapter, subject.heads,
         ExitPolicy(layers=tuple(LAYERS)),
@@ -205,7 +205,7 @@ def test_the_calibrated_policy_is_measured_on_the_same_rows(results, fitted):
     assert sum(found["row"]["exit_counts"]) == 40
 
 
-def test_the_examples_are_the_disagreements_of_which_the_full_model_was_surest(results, brute):
+def test_the_examples_are_the_full_models_most_confident_disagreements(results, brute):
     found, policy = results["examples"], results["exits"]["policy"]["row"]
     assert found["n"] == round(policy["disagreement"] * 40)
     assert len(found["rows"]) == min(found["n"], 8)
@@ -248,15 +248,15 @@ def test_the_reliability_counts_every_row_once_at_each_layer_shown(layers):
 
 
 @pytest.mark.parametrize("measure", ["margin", "max_prob"])
-def test_a_policy_of_another_measure_is_measured_by_it(subject, measure):
+def test_a_policy_with_another_measure_is_evaluated_by_that_measure(subject, measure):
     dataset, adapter = subject.data.stored("test"), subject.data.adapter
     policy = ExitPolicy(layers=(1, 3), measure=measure, threshold=(0.02, 0.0), scope="choices")
     found, _ = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
     assert found["row"]["threshold"] == [0.02, 0.0]
-    assert found["row"]["exit_counts"][2] == 0  # everyone is at or over a margin of 0
+    assert found["row"]["exit_counts"][2] == 0  # every margin is 0 or more
 
 
-def test_a_policy_for_other_heads_is_noted_and_left_out(subject):
+def test_a_policy_for_other_heads_is_left_out_with_a_note(subject):
     policy = ExitPolicy(layers=(1,), threshold=1.0, heads_digest="0" * 64)
     dataset, adapter = subject.data.stored("test"), subject.data.adapter
     found, _ = measure_policy(dataset, adapter, subject.heads, policy, subject.side)
@@ -264,7 +264,7 @@ def test_a_policy_for_other_heads_is_noted_and_left_out(subject):
     assert "lspade-train calibrate" in found["note"]
 
 
-def test_exits_of_rows_without_right_answers_have_no_accuracy():
+def test_exits_on_unlabelled_rows_have_no_accuracy():
     table = ExitTable(
         layers=(1,), num_layers=2, bounds=(0.0, 1.0), confidence=np.array([[0.1], [0.9]]),
         answers=np.array([[1], [2]]), full_answer=np.array([1, 1]), gold=None,
@@ -278,7 +278,7 @@ def test_exits_of_rows_without_right_answers_have_no_accuracy():
     assert (row["disagreement"], row["exit_counts"]) == (0.0, [1, 1])
 
 
-def test_equal_compute_charges_the_continuation_to_spade_and_the_map_to_the_heads(results):
+def test_equal_compute_charges_spade_for_its_blocks_and_heads_for_their_map(results):
     iso = results["iso_compute"]
     flops = {name: np.array(lens["flops"]) for name, lens in iso["lenses"].items()}
     assert (flops["logit_lens"] < flops["l_spade"]).all()
@@ -297,7 +297,7 @@ def test_equal_compute_charges_the_continuation_to_spade_and_the_map_to_the_head
 # Other tasks and ablations ---------------------------------------------------------------------
 
 
-def test_heads_trained_on_text_are_a_row_of_the_matrix_and_text_a_column(results):
+def test_text_is_both_a_row_and_a_column_of_the_cross_task_matrix(results):
     cross = results["cross_task"]
     assert [row["name"] for row in cross["heads"]] == ["toy", "plain_text"]
     assert [task["name"] for task in cross["tasks"]] == ["toy", "plain_text"]
@@ -310,7 +310,7 @@ def test_heads_trained_on_text_are_a_row_of_the_matrix_and_text_a_column(results
     assert other["policy"]["threshold"] == cross["heads"][1]["threshold"]
 
 
-def test_two_recipes_of_one_name_cannot_be_told_apart(fitted, capsys, monkeypatch):
+def test_two_recipes_with_the_same_name_are_rejected(fitted, capsys, monkeypatch):
     monkeypatch.chdir(fitted.home)
     recipe = str(fitted.home / "recipe.yaml")
     assert main(["evaluate", "--config", recipe, "--cross", recipe]) == 1
@@ -333,7 +333,7 @@ def test_ablations_change_the_start_the_heads_and_the_rows_one_at_a_time(results
     assert results["ablations"]["rows"][-1]["accuracy"] == lenses["l_spade"]["accuracy"]
 
 
-def test_ablations_that_are_done_are_not_run_again(fitted, subject, results, monkeypatch):
+def test_finished_ablations_are_not_rerun(fitted, subject, results, monkeypatch):
     kept = fitted.home / "checkpoints/toy/ablations"
     (kept / "rows-12.json").unlink()
     trained = []
@@ -345,7 +345,7 @@ def test_ablations_that_are_done_are_not_run_again(fitted, subject, results, mon
 
 
 def two_tokens(adapter, start, hidden, layer, positions):
-    """`[start, h_a]` through the blocks above by the model's own two-token forward."""
+    """`[start, h_a]` through the upper blocks, by the model's own two-token forward."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     plan = adapter.plan_cached(ids, torch.ones_like(ids), positions[None], None)
     state = torch.stack([start, hidden])[None]
@@ -355,7 +355,7 @@ def two_tokens(adapter, start, hidden, layer, positions):
 
 
 @pytest.mark.parametrize("start", ["original", "compact", "other_token"])
-def test_a_start_variant_is_the_two_token_forward_with_that_start(subject, start):
+def test_a_start_variant_equals_the_two_token_forward_with_that_start(subject, start):
     adapter, dataset = subject.data.adapter, subject.data.stored("test")
     batch = dataset.gather(torch.arange(4))
     found = spade_states(adapter, batch, dataset.layers, start, other=7)
@@ -370,7 +370,7 @@ def test_a_start_variant_is_the_two_token_forward_with_that_start(subject, start
             torch.testing.assert_close(found[row, place], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_start_is_the_answers_token_alone_and_noise_has_the_starts_length(subject):
+def test_no_start_runs_the_answer_token_alone_and_noise_keeps_the_starts_norm(subject):
     adapter, dataset = subject.data.adapter, subject.data.stored("test")
     batch = dataset.gather(torch.arange(4))
     alone = spade_states(adapter, batch, dataset.layers, "no_start")
@@ -387,10 +387,10 @@ def test_no_start_is_the_answers_token_alone_and_noise_has_the_starts_length(sub
     assert not torch.allclose(noisy, other)
 
 
-# What is printed and written -------------------------------------------------------------------
+# Output ----------------------------------------------------------------------------------------
 
 
-def test_the_printed_numbers_are_those_of_results_json(evaluated_once):
+def test_the_printed_numbers_match_results_json(evaluated_once):
     printed, results = evaluated_once.printed, evaluated_once.results
     words = set(printed.split())
     for lens in results["lenses"].values():
@@ -401,20 +401,20 @@ def test_the_printed_numbers_are_those_of_results_json(evaluated_once):
     assert "n = 12" in printed
     assert "seed 0" in printed
     assert "95% intervals" in printed
-    lines = printed.split("next:")[-1].splitlines()  # behind what fit says
+    lines = printed.split("next:")[-1].splitlines()  # after the output of fit
     assert len(lines) <= 40
-    wide = ("n = 12", "lspade-train")  # one line each, as long as it takes
+    wide = ("n = 12", "lspade-train")  # one line each, however long
     assert [line for line in lines if len(line) > 100 and not any(w in line for w in wide)] == []
 
 
-def test_the_results_say_where_they_come_from(results):
+def test_the_results_record_their_provenance(results):
     assert results["provenance"]["versions"]["torch"] == version("torch")
     assert results["recipe"]["name"] == results["name"] == "toy"
     assert results["heads"]["target"] == "spade"
     assert len(results["heads"]["weights_sha256"]) == 64
 
 
-def test_evaluate_after_fit_runs_the_model_once_more_and_then_never(project, monkeypatch):
+def test_evaluate_after_fit_runs_the_model_once_and_is_then_cached(project, monkeypatch):
     monkeypatch.chdir(project.home)
     prompts = []
 
@@ -422,7 +422,7 @@ def test_evaluate_after_fit_runs_the_model_once_more_and_then_never(project, mon
         prompts.append(len(ids))
         return collect_states(adapter, ids, *rest, **options)
 
-    # By its name: the package has a function that is called like this module.
+    # By name: the package exports a function of the same name as this module.
     extract = importlib.import_module("lspade_train.cache.extract")
     monkeypatch.setattr(extract, "collect_states", counting)
     recipe = project.recipe()
@@ -438,7 +438,7 @@ def test_evaluate_after_fit_runs_the_model_once_more_and_then_never(project, mon
 
 
 def evaluated(project, *more, data=None, **changes):
-    """Fit and evaluate a variation; the results."""
+    """Fit and evaluate a variation; return the results."""
     if data is not None:
         changes["data__dataset"] = str(data)
     recipe = project.recipe(**changes)
@@ -466,14 +466,14 @@ def test_rows_without_labels_have_agreement_and_no_accuracy(project, monkeypatch
     assert found["iso_compute"]["metric"] == "answer_agrees_model"
 
 
-def test_one_layer_gives_one_number_each(project, monkeypatch):
+def test_one_layer_gives_one_value_per_metric(project, monkeypatch):
     monkeypatch.chdir(project.home)
     found = evaluated(project, model__layers=[2])
     assert found["layers"] == [2]
     assert all(len(lens["accuracy"]) == 1 for lens in found["lenses"].values())
 
 
-def test_one_row_of_one_class_has_no_auroc(project, monkeypatch):
+def test_a_single_row_has_no_auroc(project, monkeypatch):
     monkeypatch.chdir(project.home)
     data = toy.write_data(project.home / "data", test=1)
     found = evaluated(project, data=data)
@@ -481,7 +481,9 @@ def test_one_row_of_one_class_has_no_auroc(project, monkeypatch):
     assert found["lenses"]["spade"]["auroc"] == [None, None, None]
 
 
-def test_data_of_one_split_is_evaluated_where_it_is_asked_for(fitted, project, capsys, monkeypatch):
+def test_single_split_data_is_evaluated_on_the_requested_split(
+    fitted, project, capsys, monkeypatch
+):
     monkeypatch.chdir(project.home)
     data = project.home / "only"
     toy.write_jsonl(data / "train.jsonl", toy.questions(12))
@@ -491,7 +493,7 @@ def test_data_of_one_split_is_evaluated_where_it_is_asked_for(fitted, project, c
     assert "test split" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeypatch, caplog):
+def test_a_tuned_lens_with_other_layers_is_left_out_with_a_reason(project, monkeypatch, caplog):
     monkeypatch.chdir(project.home)
     run("fit", project.recipe(), *QUIET)
     other = ["--model.target=final", "--model.layers=[1]", "--data.cache_dir=other"]
@@ -502,7 +504,7 @@ def test_a_tuned_lens_of_other_layers_is_left_out_with_a_reason(project, monkeyp
     assert "tuned lens left out: its heads have layers [1]" in caplog.text
 
 
-def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, caplog):
+def test_nan_from_heads_is_written_as_null_with_a_warning(project, monkeypatch, caplog):
     monkeypatch.chdir(project.home)
     run("fit", project.recipe(), *QUIET)
     folder = project.home / "checkpoints/toy"
@@ -518,7 +520,7 @@ def test_heads_that_give_nan_leave_nulls_and_a_warning(project, monkeypatch, cap
     assert [value is None for value in kl] == [False, True, False]
 
 
-def test_heads_without_a_layer_of_the_recipe_are_named(fitted, capsys, monkeypatch):
+def test_heads_lacking_a_layer_of_the_recipe_are_named_in_the_error(fitted, capsys, monkeypatch):
     monkeypatch.chdir(fitted.home)
     arguments = ["--model.layers=[0]", "--data.cache_dir=zero"]
     assert main(["evaluate", f"--config={fitted.home / 'recipe.yaml'}", *arguments]) == 1
@@ -544,12 +546,12 @@ def test_compare_prints_one_row_per_folder_and_draws_one_figure(fitted, capsys, 
     assert figure.stat().st_size > 0
 
 
-def test_folders_of_one_recipe_are_told_apart_by_their_paths(results):
+def test_folders_of_the_same_recipe_are_labelled_by_path(results):
     same = comparable({"a": results, "b": results})
     assert [one["label"] for one in same] == ["a", "b"]
 
 
-def test_compare_says_when_the_rows_are_not_the_same(results, caplog):
+def test_compare_reports_when_the_rows_differ(results, caplog):
     with caplog.at_level("WARNING", "lspade_train"):
         comparable({"a": results, "b": results | {"split": "validation"}})
     assert "not comparable: split differs (test, validation)" in caplog.text
@@ -558,7 +560,7 @@ def test_compare_says_when_the_rows_are_not_the_same(results, caplog):
 @pytest.mark.parametrize(
     ("written", "match"), [(None, "results.json"), ({}, "lspade-train evaluate")]
 )
-def test_compare_refuses_a_folder_without_usable_results(tmp_path, capsys, written, match):
+def test_compare_rejects_a_folder_without_usable_results(tmp_path, capsys, written, match):
     if written is not None:
         (tmp_path / "results.json").write_text(json.dumps(written))
     assert main(["compare", str(tmp_path)]) == 1

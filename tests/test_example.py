@@ -1,4 +1,4 @@
-"""The example script and the notebook run as they stand, offline."""
+"""The example script and the notebook run as written, offline."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def example(monkeypatch):
     return module.from_python
 
 
-def test_it_fits_heads_chooses_a_policy_and_answers(example, tmp_path, capsys):
+def test_the_example_fits_heads_chooses_a_policy_and_answers(example, tmp_path, capsys):
     example(output=tmp_path / "heads", epochs=1, limit=64)
     printed = capsys.readouterr().out
     assert re.findall(r"answer (\w) from layer (\d)", printed) == [
@@ -32,11 +32,11 @@ def test_it_fits_heads_chooses_a_policy_and_answers(example, tmp_path, capsys):
     heads = LSpadeHeads.from_pretrained(tmp_path / "heads")
     policy = ExitPolicy.load(tmp_path / "heads")
     assert policy.heads_digest == heads.digest
-    assert policy.threshold is None  # 64 rows prove no promise of one point at 95%
+    assert policy.threshold is None  # 64 rows cannot guarantee a drop of one point at 95%
 
 
 @pytest.mark.slow
-def test_with_all_the_data_it_answers_from_earlier_layers(example, tmp_path, capsys):
+def test_with_all_the_data_the_example_exits_early(example, tmp_path, capsys):
     example(output=tmp_path / "heads")
     answers = re.findall(r"answer (\w) from layer (\d)", capsys.readouterr().out)
     assert [letter for letter, _ in answers] == ["B", "B", "A"]
@@ -53,5 +53,5 @@ def test_the_notebooks_cells_run(monkeypatch):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), names)
     assert len(names["rows"]) == 300
-    assert names["right"] >= 0.97  # 0.997 when it was written; the promise is one point
+    assert names["right"] >= 0.97  # 0.997 at the time of writing; the guarantee is one point
     assert min(answer.layer for answer in names["answers"]) < names["data"].adapter.num_layers

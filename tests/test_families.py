@@ -1,4 +1,4 @@
-"""What docs/models.md says of each family is what a tiny model of it does."""
+"""What docs/models.md says about each family matches what a tiny model of it does."""
 
 import pytest
 from families import END, PAGE, between_markers, table
@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, KINDS
 @pytest.mark.parametrize(
     "families", [pytest.param(KINDS, id="kinds"), pytest.param(FAMILIES, marks=pytest.mark.slow)]
 )
-def test_the_table_of_families_is_what_the_models_do(families):
+def test_the_documented_table_of_families_matches_the_models(families):
     text = PAGE.read_text(encoding="utf-8")
     assert END in text
     written = between_markers(text).splitlines()

@@ -1,4 +1,4 @@
-"""What survives real signals, sent to real processes at random moments, and damaged files.
+"""Recovery from real signals, sent to real processes at random moments, and from damaged files.
 
 `LSPADE_KILLS=20 pytest tests/test_faults.py` sends twenty per command instead of two.
 """
@@ -38,12 +38,12 @@ from lspade_train.io.storage import file_digest
 KILLS = int(os.environ.get("LSPADE_KILLS", "2"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RESUMABLE = (128 + signal.SIGTERM, -signal.SIGTERM)
-"""Exit codes of SIGTERM: told, or before anything had begun."""
+"""Exit codes after SIGTERM: handled, or before the handler was installed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command: what it is given, what it makes, and what a kill may not cost."""
+    """One command: its arguments, its outputs, and what a kill must not cost."""
 
     prepare: Callable[[toy.Project], list[str]]
     made: Callable[[Path], dict[str, str]]
@@ -69,9 +69,9 @@ def logs_of(home: Path) -> set[Path]:
 
 
 def steps_not_taken_once(home: Path, kept) -> set[int]:
-    """Of the run that went on: steps that were saved before, or that it left out."""
+    """In the resumed run: steps that had already been saved, or that it skipped."""
     saved, before = kept
-    # A run that was stopped between its last step and its export has none to take, and no log.
+    # A run stopped between its last step and its export has no steps left, and no log.
     taken = [step for log in logs_of(home) - before for step in steps_logged(log)]
     return set(taken) ^ set(range(saved, steps_saved(home)))
 
@@ -108,8 +108,8 @@ JOBS = {"cache": CACHE, "fit": FIT, "predict": PREDICT}
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
-    """Undisturbed runs of every command, by name: the project, what it made, the seconds."""
+def undisturbed(toy_root, tmp_path_factory):
+    """Undisturbed runs of every command, by name: the project, its outputs, the seconds."""
     places = {}
     questions = toy.write_data(tmp_path_factory.mktemp("more"), train=100, validation=15)
 
@@ -133,8 +133,8 @@ def calm(toy_root, tmp_path_factory):
     return run
 
 
-def test_a_fit_stopped_between_its_last_step_and_its_export_takes_no_step_again(calm):
-    project, arguments = calm.prepared("fit")
+def test_a_fit_stopped_between_last_step_and_export_repeats_no_step(undisturbed):
+    project, arguments = undisturbed.prepared("fit")
     finished(project.home, arguments)
     made, kept = FIT.made(project.home), FIT.kept(project.home)
     (project.home / HEADS / "heads.safetensors").unlink()
@@ -151,20 +151,18 @@ def test_a_fit_stopped_between_its_last_step_and_its_export_takes_no_step_again(
         for seed in range(KILLS)
     ],
 )
-def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_bytes(
-    calm, name, seed
-):
-    # A fit that is killed at once begins with its last checkpoint; told to stop, it saves one.
+def test_a_process_stopped_at_a_random_moment_resumes_to_the_same_bytes(undisturbed, name, seed):
+    # A fit that is killed resumes from its last checkpoint; one that is terminated saves one first.
     job, sent = JOBS[name], SIGNALS[(seed + (name == "fit")) % 2]
-    _, made, seconds = calm(name)
+    _, made, seconds = undisturbed(name)
     assert made
     part = random.Random(f"{name} {seed}").random()
     while True:
-        project, arguments = calm.prepared(name)
+        project, arguments = undisturbed.prepared(name)
         code = stopped(project.home, arguments, sent, part * seconds)
         if code != 0:
             break
-        part *= 0.9  # it was done already
+        part *= 0.9  # it had already finished
     log = (project.home / "stderr").read_text()
     assert code in (RESUMABLE if sent == signal.SIGTERM else (-signal.SIGKILL,)), log
     kept = job.kept(project.home)
@@ -173,7 +171,7 @@ def test_a_process_stopped_at_a_random_moment_goes_on_and_ends_with_the_same_byt
     assert not job.lost(project.home, kept)
 
 
-def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(project):
+def test_a_fit_ended_by_a_scheduler_saves_its_last_step_and_says_how_to_resume(project):
     arguments = [*FIT.prepare(project), "--trainer.max_epochs", "2000"]
     process = started(project.home, arguments)
     log = project.home / HEADS / "logs/version_0/metrics.csv"
@@ -182,44 +180,44 @@ def test_a_fit_that_a_scheduler_ends_saves_its_last_step_and_says_how_to_go_on(p
     process.join(60)
     printed = (project.home / "stderr").read_text()
     assert process.exitcode == 143, printed
-    *_, said = printed.splitlines()
-    assert said.startswith("terminated; resume it with: lspade-train fit --config "), printed
-    assert said.endswith(" --ckpt_path last")
+    *_, last_line = printed.splitlines()
+    assert last_line.startswith("terminated; resume it with: lspade-train fit --config "), printed
+    assert last_line.endswith(" --ckpt_path last")
     assert steps_saved(project.home) == max(steps_logged(log)) + 1
     assert not list(project.home.glob("checkpoints/**/*.tmp"))
 
 
-def test_who_waits_for_a_builder_that_is_killed_goes_on_in_its_place(calm):
-    project, arguments = calm.prepared("cache")
+def test_a_process_waiting_for_a_killed_builder_takes_over(undisturbed):
+    project, arguments = undisturbed.prepared("cache")
     log = project.home / "stderr"
     first = started(project.home, arguments)
     wait_for(lambda: len(shards(project.home)) > 2, first)
-    os.kill(first.pid or 0, signal.SIGSTOP)  # however long the second takes to come
+    os.kill(first.pid or 0, signal.SIGSTOP)  # however long the second takes to start
     second = started(project.home, arguments)
     wait_for(lambda: "Another process is building" in log.read_text(), second)
     os.kill(first.pid or 0, signal.SIGKILL)
     for process, code in ((first, -signal.SIGKILL), (second, 0)):
         process.join(60)
         assert process.exitcode == code, log.read_text()
-    assert CACHE.made(project.home) == calm("cache")[1]
+    assert CACHE.made(project.home) == undisturbed("cache")[1]
 
 
-# Damage before a run goes on
+# Damage before resuming
 
 
 @pytest.fixture(scope="module")
 def other(toy_root, tmp_path_factory):
-    """A cache of the same prompts with other numbers in it."""
+    """A cache of the same prompts with different numbers."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("other"))
     finished(project.home, ["cache", *recipe(project, data__positions="compact")])
     return project.cache / "train"
 
 
 @pytest.fixture
-def unfinished(calm, monkeypatch):
-    """A copy of the undisturbed cache that lacks its manifests, as a killed run leaves it."""
-    project, arguments = calm.prepared("cache")
-    shutil.copytree(calm("cache")[0].cache, project.cache)
+def unfinished(undisturbed, monkeypatch):
+    """A copy of the undisturbed cache without its manifests, as a killed run leaves it."""
+    project, arguments = undisturbed.prepared("cache")
+    shutil.copytree(undisturbed("cache")[0].cache, project.cache)
     for manifest in project.cache.glob("*/manifest.json"):
         manifest.unlink()
     monkeypatch.chdir(project.home)
@@ -244,7 +242,7 @@ DAMAGES = {
 
 
 def each_damage():
-    """Every damage to a shard; the start tokens' file is read by the same code."""
+    """Every kind of damage to a shard; the start tokens' file is read by the same code."""
     for damage in DAMAGES:
         yield "shard-00001.safetensors", damage
         slow = damage != "bit flipped"
@@ -253,28 +251,30 @@ def each_damage():
 
 
 @pytest.mark.parametrize(("file", "damage"), [*each_damage()])
-def test_a_file_damaged_before_the_run_goes_on_is_made_again(calm, unfinished, other, damage, file):
+def test_a_file_damaged_before_the_run_resumes_is_rebuilt(
+    undisturbed, unfinished, other, damage, file
+):
     home, arguments = unfinished
     path = home / "cache/train" / file
     before = path.read_bytes()
     DAMAGES[damage](path, other)
     assert not path.exists() or path.read_bytes() != before
     assert main(arguments) == 0
-    assert CACHE.made(home) == calm("cache")[1]
+    assert CACHE.made(home) == undisturbed("cache")[1]
 
 
-# Files that changed, clocks that jumped
+# Modified files, clock jumps
 
 
 @pytest.fixture
-def reopened(calm, project):
-    """A copy of the undisturbed cache that was opened, and so checked, once."""
-    shutil.copytree(calm("cache")[0].cache / "train", project.cache)
+def reopened(undisturbed, project):
+    """A copy of the undisturbed cache that was opened, and so verified, once."""
+    shutil.copytree(undisturbed("cache")[0].cache / "train", project.cache)
     open_cache(project.cache)
     return project.cache
 
 
-def test_a_change_that_keeps_size_and_time_is_found(reopened):
+def test_a_change_that_keeps_size_and_mtime_is_detected(reopened):
     shard = reopened / "shard-00001.safetensors"
     stat = shard.stat()
     flip(shard, -60)
@@ -285,7 +285,7 @@ def test_a_change_that_keeps_size_and_time_is_found(reopened):
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """The files that are read through to check them, by name."""
+    """The files that are hashed to verify them, by name."""
     names = []
 
     def counted(path, error):
@@ -296,7 +296,7 @@ def hashed(monkeypatch):
     return names
 
 
-def test_a_cache_is_not_read_through_again_by_the_run_that_wrote_it(project, hashed, monkeypatch):
+def test_a_cache_is_not_verified_by_the_run_that_wrote_it(project, hashed, monkeypatch):
     monkeypatch.chdir(project.home)
     arguments = ["cache", *recipe(project), "--splits", "[train]"]
     assert main(arguments) == main(arguments) == 0
@@ -304,7 +304,7 @@ def test_a_cache_is_not_read_through_again_by_the_run_that_wrote_it(project, has
 
 
 @pytest.mark.parametrize("file", ["shard-00001.safetensors", "starts.safetensors"])
-def test_what_changed_since_it_was_written_is_read_through(project, hashed, monkeypatch, file):
+def test_files_modified_since_writing_are_verified(project, hashed, monkeypatch, file):
     monkeypatch.chdir(project.home)
     assert main(["cache", *recipe(project), "--splits", "[train]"]) == 0
     path = project.cache / "train" / file
@@ -317,7 +317,7 @@ def test_what_changed_since_it_was_written_is_read_through(project, hashed, monk
 
 
 @pytest.mark.parametrize("year", [1971, 2100])
-def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, year):
+def test_a_clock_jump_only_costs_a_verification(reopened, hashed, year):
     for path in reopened.iterdir():
         os.utime(path, times=((year - 1970) * 31_556_952,) * 2)
     manifest, _ = open_cache(reopened)
@@ -330,9 +330,9 @@ def test_a_clock_that_jumped_costs_a_check_and_nothing_else(reopened, hashed, ye
 
 
 @pytest.mark.slow
-def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys):
-    calm("predict")
-    project, arguments = calm.prepared("predict")
+def test_predict_resumes_where_a_full_disk_stopped_it(undisturbed, monkeypatch, capsys):
+    undisturbed("predict")
+    project, arguments = undisturbed.prepared("predict")
     place = project.home / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
@@ -346,6 +346,6 @@ def test_answers_go_on_where_a_full_disk_stopped_them(calm, monkeypatch, capsys)
         grown = ["mount", "-o", "remount,size=16m", str(place)]
         subprocess.run(grown, check=True)
         assert main(arguments) == 0
-        assert answers(place) == answers(calm("predict")[0].home)
+        assert answers(place) == answers(undisturbed("predict")[0].home)
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)

@@ -1,4 +1,4 @@
-"""The FLOPs formula against PyTorch's counter on real runs, and against a count by hand."""
+"""The FLOPs formula against PyTorch's counter on real runs, and against a hand count."""
 
 from dataclasses import replace
 
@@ -14,14 +14,14 @@ from lspade_train.runtime.decide import decide_batch
 
 
 def counted(runtime, batch):
-    decide_batch(runtime.probe, batch)  # the start token's constants are charged to nobody
+    decide_batch(runtime.probe, batch)  # the start token's constants are not charged
     with counter() as found:
         outcome = decide_batch(runtime.probe, batch)
     return outcome, found.get_total_flops()
 
 
 @pytest.mark.parametrize(("family", "decoder"), crossed(["spade", "l-spade", "logit_lens"]))
-def test_the_formula_counts_what_a_real_run_counts(family, decoder):
+def test_the_formula_matches_the_counter_on_a_real_run(family, decoder):
     model, prompts = tiny(family), prompts_of([9, 4, 7, 9, 6, 8])
     policy = mixed_policy(model, prompts, decoder=decoder)
     runtime = runtime_of(model, policy)
@@ -34,7 +34,7 @@ def test_the_formula_counts_what_a_real_run_counts(family, decoder):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_the_choices_scope_is_charged_for_its_choices_only(family):
+def test_the_choices_scope_is_charged_only_for_its_choices(family):
     model = tiny(family)
     policy = ExitPolicy.always(2, scope="choices")
     runtime = runtime_of(model, policy)
@@ -46,7 +46,7 @@ def test_the_choices_scope_is_charged_for_its_choices_only(family):
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade", "logit_lens"])
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-def test_the_parts_of_a_policy_without_threshold_add_up_to_what_it_costs_with_one(scope, decoder):
+def test_the_parts_of_a_policy_without_threshold_sum_to_its_cost_with_one(scope, decoder):
     model, tokens, layers = tiny("llama"), [9, 30], (1, 3)
     policy = ExitPolicy(layers=layers, scope=scope, decoder=decoder)
     counts = count_flops(model, runtime_of(model, policy).heads)
@@ -59,17 +59,17 @@ def test_the_parts_of_a_policy_without_threshold_add_up_to_what_it_costs_with_on
     assert (parts.stops()[:, -1] > parts.plain).all() or scope == "choices"
 
 
-def test_a_llama_is_counted_as_by_hand():
+def test_the_formula_for_a_llama_matches_a_hand_count():
     tokens, inner, heads, head_dim, groups = 50, 48, 4, 8, 2
     linear = 2 * WIDTH * (2 * heads * head_dim + 2 * groups * head_dim + 3 * inner)
     block = tokens * linear + 4 * tokens**2 * heads * head_dim
     expected = LAYERS * block + 2 * WIDTH * VOCAB
     counted = float(count_flops(tiny("llama")).full(torch.tensor([tokens])))
-    # Older transformers (5.16 is one) make the rotary angles by a product that is counted too.
+    # Older transformers (such as 5.16) compute the rotary angles by a product that is counted too.
     assert counted in {expected, expected + 2 * tokens * head_dim // 2}
 
 
-def test_costs_rise_with_the_exit_layer_and_no_exit_pays_the_checks():
+def test_costs_rise_with_the_exit_layer_and_no_exit_still_pays_for_checks():
     model = tiny("llama")
     policy = ExitPolicy(layers=(1, 2, 3), threshold=0.1)
     counts = count_flops(model, runtime_of(model, policy).heads)
@@ -80,7 +80,7 @@ def test_costs_rise_with_the_exit_layer_and_no_exit_pays_the_checks():
     torch.testing.assert_close(free, torch.ones_like(free))
 
 
-def test_a_model_that_was_not_checked_yet_costs_the_same():
+def test_a_model_not_yet_checked_costs_the_same():
     adapter = ModelAdapter(tiny("llama"), check=False)
     first, second = count_flops(adapter), count_flops(adapter)
     assert torch.equal(first.full(torch.tensor([9])), second.full(torch.tensor([9])))

@@ -1,6 +1,6 @@
-"""A family and a task from outside the package: used through the commands, no file of it touched.
+"""A third-party model family and task, used through the commands without changing the package.
 
-A lens from outside stands in test_lenses.py, a measure in test_selection.py.
+A third-party lens is tested in test_lenses.py, a measure in test_selection.py.
 """
 
 import json
@@ -46,7 +46,7 @@ def test_no_file_of_the_package_names_the_family():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_a_family_from_outside_is_replayed_and_unembedded_as_it_runs(side):
+def test_replay_and_unembedding_of_a_third_party_family_match_its_forward(side):
     model = wave()
     ids, mask = padded_batch(side)
     expected = model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits
@@ -57,7 +57,7 @@ def test_a_family_from_outside_is_replayed_and_unembedded_as_it_runs(side):
 
 
 @torch.no_grad()
-def test_spade_of_a_family_from_outside_is_its_own_two_token_forward():
+def test_spade_of_a_third_party_family_matches_its_two_token_forward():
     model = wave()
     prompt = torch.tensor([1, 9, 30, 12, 40])
     got = spade_logits(model, prompt[None])[0]
@@ -68,7 +68,7 @@ def test_spade_of_a_family_from_outside_is_its_own_two_token_forward():
 
 
 @torch.no_grad()
-def test_the_runtime_answers_for_a_family_from_outside_by_spade_of_the_layer_or_as_the_model():
+def test_the_runtime_answers_with_spade_or_the_full_model_for_a_third_party_family():
     model, prompts = wave(), [[1, 9, 30, 12], [1, 7, 8]]
     heads = LSpadeHeads(range(1, LAYERS), WIDTH).requires_grad_(False)
     early = ExitRuntime(model, heads, policy=ExitPolicy.always(2)).decide(prompts)
@@ -81,7 +81,7 @@ def test_the_runtime_answers_for_a_family_from_outside_by_spade_of_the_layer_or_
 
 @torch.no_grad()
 def accuracy_by_hand(model) -> float:
-    """Of the model's own forward on the test split's questions, one by one."""
+    """Accuracy of the model's own forward on the test split's questions, one by one."""
     tokenizer, rows, right = toy.tokenizer(), toy.questions(12, seed=2), 0
     for row in rows:
         ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
@@ -90,7 +90,7 @@ def accuracy_by_hand(model) -> float:
     return right / len(rows)
 
 
-def test_heads_of_a_family_from_outside_are_fitted_evaluated_and_asked(
+def test_heads_of_a_third_party_family_can_be_fitted_evaluated_and_queried(
     wave_project, monkeypatch, capsys
 ):
     monkeypatch.chdir(wave_project.home)
@@ -113,7 +113,7 @@ def test_heads_of_a_family_from_outside_are_fitted_evaluated_and_asked(
     torch.testing.assert_close(moved, model.lm_head(model.model.norm(by_hand)))
 
 
-def test_a_family_whose_final_norm_has_a_new_name_takes_that_name_in_one_file(monkeypatch):
+def test_an_unknown_final_norm_name_is_supported_by_one_registration(monkeypatch):
     model = wave(norm="closing")
     with pytest.raises(UnsupportedModelError, match="final norm and head do not give its logits"):
         ModelAdapter(model)
@@ -125,7 +125,7 @@ def test_a_family_whose_final_norm_has_a_new_name_takes_that_name_in_one_file(mo
 
 
 def riddle(row, labels) -> Question:
-    """Two columns of words: which of them is named?"""
+    """A question with two columns of words: which of them is asked for?"""
     left, right = row["left"], row["right"]
     if left == right:
         raise ValueError(f"left and right are both {left!r}")
@@ -157,7 +157,7 @@ def riddles(count, seed=0) -> list[dict]:
 
 @pytest.fixture
 def known(monkeypatch):
-    """The task is registered."""
+    """Register the task."""
     monkeypatch.setattr("lspade_train.tasks.registry.TASKS", {**TASKS})
     return register_task(RIDDLE)
 
@@ -171,18 +171,18 @@ def riddle_project(project, known, tmp_path):
     return project
 
 
-def test_a_name_that_is_taken_is_refused(known):
+def test_registering_a_taken_name_is_rejected(known):
     with pytest.raises(TaskError, match=r"'riddle' is registered already.*another name"):
         register_task(RIDDLE)
 
 
-def test_a_task_that_was_not_registered_is_named_with_those_that_are(project, capsys):
+def test_an_unregistered_task_is_rejected_listing_the_registered_ones(project, capsys):
     recipe = str(project.recipe(data__task="riddle"))
     assert main(["cache", "--config", recipe]) == 1
     assert "Unknown task 'riddle'. Set data.task to one of arc_easy" in capsys.readouterr().err
 
 
-def test_a_task_from_outside_is_cached_fitted_evaluated_and_asked(
+def test_a_third_party_task_can_be_cached_fitted_evaluated_and_queried(
     riddle_project, monkeypatch, capsys
 ):
     monkeypatch.chdir(riddle_project.home)
@@ -210,7 +210,7 @@ def _model_answer(folder, question) -> str:
     return "AB"[int(scores.argmax())]
 
 
-def test_a_row_that_does_not_fit_a_task_from_outside_is_named(riddle_project, capsys):
+def test_a_row_that_does_not_fit_a_third_party_task_is_named_in_the_error(riddle_project, capsys):
     same = {"left": "w1", "right": "w1", "asked": "w1"}
     toy.write_jsonl(riddle_project.data / "train.jsonl", [*riddles(3), same])
     recipe = str(riddle_project.recipe(data__task="riddle"))

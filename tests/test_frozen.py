@@ -1,4 +1,4 @@
-"""The frozen model is read no further than needed, and what is left unread changes no number."""
+"""The frozen model is loaded no further than needed, without changing any number."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from lspade_train.models.frozen import FrozenModel
 
 @pytest.fixture(autouse=True)
 def records(tmp_path, monkeypatch):
-    """Where the facts of models are kept; empty."""
+    """The empty folder where facts about models are cached."""
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "user-cache"))
     return tmp_path / "user-cache/models"
 
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The models that were loaded whole, in order."""
+    """The models that were loaded in full, in order."""
     seen, load = [], loading.load_model
 
     def counted(model_id, **options):
@@ -49,7 +49,7 @@ def frozen(project, **settings):
 
 @pytest.fixture
 def known(project, loads):
-    """A project whose model was loaded before, and the facts that were kept."""
+    """A project whose model was loaded before, and the facts cached about it."""
     facts = frozen(project).facts
     assert len(loads) == 1
     loads.clear()
@@ -62,7 +62,7 @@ def test_norm_and_head_alone_give_the_logits_of_the_whole_model(family, tmp_path
     whole = ModelAdapter.from_pretrained(str(tmp_path), device="cpu", check=False)
     caplog.clear()
     alone = load_unembedding(str(tmp_path), dtype="float32", device="cpu")
-    assert not caplog.messages  # transformers would list every weight that was left out
+    assert not caplog.messages  # transformers would list every weight that was skipped
     assert alone.digest == whole.unembed.digest
     assert alone.linear
     hidden = torch.randn(5, WIDTH)
@@ -70,7 +70,7 @@ def test_norm_and_head_alone_give_the_logits_of_the_whole_model(family, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_they_come_in_the_precision_that_the_whole_model_was_loaded_in(project, loads, dtype):
+def test_norm_and_head_are_loaded_in_the_precision_of_the_whole_model(project, loads, dtype):
     whole = frozen(project, dtype=dtype).adapter
     alone = frozen(project, dtype=dtype).unembed
     assert len(loads) == 1
@@ -79,9 +79,7 @@ def test_they_come_in_the_precision_that_the_whole_model_was_loaded_in(project, 
     assert torch.equal(alone(hidden), whole.unembed(hidden))
 
 
-def test_a_second_fit_loads_no_block_and_ends_with_the_same_heads(
-    project, loads, monkeypatch, caplog
-):
+def test_a_second_fit_loads_no_blocks_and_gives_the_same_heads(project, loads, monkeypatch, caplog):
     monkeypatch.chdir(project.home)
     recipe = str(project.recipe(trainer__logger=False))
     ends = []
@@ -91,14 +89,14 @@ def test_a_second_fit_loads_no_block_and_ends_with_the_same_heads(
         caplog.clear()
         shutil.rmtree("checkpoints")
     assert len(loads) == 1
-    (first, told), (second, told_again) = ends
+    (first, messages), (second, messages_again) = ends
     assert first == second
     line = "model: only final norm and LM head loaded (8.32 kB)"
-    assert line in told  # once the caches are built
-    assert line in told_again
+    assert line in messages  # once the caches are built
+    assert line in messages_again
 
 
-def test_metrics_of_fitted_heads_need_no_block_either(project, loads, monkeypatch):
+def test_metrics_of_fitted_heads_need_no_blocks(project, loads, monkeypatch):
     monkeypatch.chdir(project.home)
     recipe = str(project.recipe(trainer__logger=False))
     for command in ("fit", "validate"):
@@ -106,7 +104,7 @@ def test_metrics_of_fitted_heads_need_no_block_either(project, loads, monkeypatc
     assert len(loads) == 1
 
 
-def test_a_model_that_is_known_is_loaded_whole_where_a_cache_is_missing(project, known, loads):
+def test_a_known_model_is_loaded_in_full_if_a_cache_is_missing(project, known, loads):
     module, _ = fit(project)
     assert len(loads) == 1
     again, _ = fit(project)
@@ -114,7 +112,7 @@ def test_a_model_that_is_known_is_loaded_whole_where_a_cache_is_missing(project,
     assert_equal_heads(weights(module), weights(again))
 
 
-def test_changed_weights_of_the_same_size_are_another_model(project, loads, tmp_path):
+def test_changed_weights_of_the_same_size_are_a_different_model(project, loads, tmp_path):
     folder = shutil.copytree(project.model, tmp_path / "model")
     fit(project, data=project.module(model_id=str(folder)))
     toy.save_model(folder, seed=3)
@@ -123,7 +121,7 @@ def test_changed_weights_of_the_same_size_are_another_model(project, loads, tmp_
     assert loads == [str(folder)] * 2
 
 
-def test_a_file_that_was_only_touched_costs_one_load(project, loads, tmp_path):
+def test_touching_a_file_costs_one_load(project, loads, tmp_path):
     folder = shutil.copytree(project.model, tmp_path / "model")
     facts = frozen(project, model_id=str(folder)).facts
     os.utime(folder / "model.safetensors", (1, 1))
@@ -132,26 +130,26 @@ def test_a_file_that_was_only_touched_costs_one_load(project, loads, tmp_path):
     assert len(loads) == 2
 
 
-def test_a_hub_model_is_known_by_its_commit(project, loads, monkeypatch, tmp_path):
+def test_facts_about_a_hub_model_are_cached_by_commit(project, loads, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub/models--some--model"
     (repository / "refs").mkdir(parents=True)
-    told = {}
+    by_commit = {}
     for commit in ("1" * 40, "2" * 40):
         shutil.copytree(project.model, repository / "snapshots" / commit)
         (repository / "refs/main").write_text(commit)
         for _ in range(2):
-            told[commit] = frozen(project, model_id="some/model").facts
+            by_commit[commit] = frozen(project, model_id="some/model").facts
             (repository / "snapshots" / commit / "README.md").write_text("fetched later")
             assert frozen(project, model_id="some/model").unembed.digest
-        assert told[commit].revision == commit
-        assert len(loads) == len(told)
-    assert frozen(project, model_id="some/model", revision="1" * 40).facts == told["1" * 40]
+        assert by_commit[commit].revision == commit
+        assert len(loads) == len(by_commit)
+    assert frozen(project, model_id="some/model", revision="1" * 40).facts == by_commit["1" * 40]
     assert len(loads) == 2
 
 
 def change(record, **facts):
-    """A record that says something else and is whole."""
+    """Alter a record but keep it well-formed."""
     value = json.loads(record.read_text())["facts"] | facts
     record.write_text(json.dumps({"facts": value, "sha256": json_digest(value)}))
 
@@ -171,14 +169,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_costs_a_load_and_nothing_else(project, known, loads, records, damage):
+def test_a_damaged_record_only_costs_a_load(project, known, loads, records, damage):
     [record] = records.iterdir()
     DAMAGES[damage](record)
     assert frozen(project).facts == known
     assert len(loads) == 1
 
 
-def test_a_record_of_another_head_is_found_out_and_corrected(project, known, loads, records):
+def test_a_record_of_another_head_is_detected_and_corrected(project, known, loads, records):
     [record] = records.iterdir()
     change(record, identity={**known.identity, "unembedding": "0" * 64})
     with pytest.raises(UnsupportedModelError, match="changed while this run was reading them"):
@@ -188,7 +186,7 @@ def test_a_record_of_another_head_is_found_out_and_corrected(project, known, loa
     assert len(loads) == 1
 
 
-def test_a_family_that_cannot_be_made_without_blocks_is_loaded_whole(
+def test_a_family_that_cannot_be_built_without_blocks_is_loaded_in_full(
     project, known, loads, monkeypatch
 ):
     def refuse(*_, **__):
@@ -200,7 +198,7 @@ def test_a_family_that_cannot_be_made_without_blocks_is_loaded_whole(
 
 
 @pytest.mark.parametrize("place", ["/proc/none", "/dev/null"])
-def test_without_a_place_to_keep_them_facts_are_loaded_each_time(
+def test_facts_are_reloaded_each_time_without_a_writable_cache_folder(
     project, loads, monkeypatch, place
 ):
     monkeypatch.setenv("LSPADE_CACHE", place)
@@ -208,7 +206,7 @@ def test_without_a_place_to_keep_them_facts_are_loaded_each_time(
     assert len(loads) == 2
 
 
-def test_nothing_is_kept_of_a_model_that_brings_its_own_code(project, loads, records):
+def test_nothing_is_cached_about_a_model_with_remote_code(project, loads, records):
     for _ in range(2):
         _ = frozen(project, trust_remote_code=True).facts
     assert len(loads) == 2
@@ -239,7 +237,9 @@ print(alone - before, peak() - alone)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see the peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs /proc to measure the peak"
+)
 def test_the_blocks_weights_are_not_read(project, tmp_path):
     tiny("llama", intermediate_size=100_000).save_pretrained(tmp_path / "large")
     size = (tmp_path / "large/model.safetensors").stat().st_size

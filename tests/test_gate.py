@@ -13,7 +13,7 @@ LAYERS, READERS = (2, 4), ("l_spade", "tuned_lens")
 
 
 def task(rows=400, seed=0):
-    """Rows whose answers at two layers are wrong where a hidden direction says so, mostly."""
+    """Rows whose answers at two layers are mostly wrong where a hidden direction says so."""
     rng = np.random.default_rng(seed)
     inputs = [rng.normal(size=(rows, 6)).astype(np.float32) for _ in LAYERS]
     chance = [1 / (1 + np.exp(-(2 * x[:, 0] - x[:, 3] - 1))) for x in inputs]
@@ -21,7 +21,7 @@ def task(rows=400, seed=0):
 
 
 def blank(like):
-    """States that say nothing."""
+    """Uninformative states."""
     return [np.zeros((len(x), 2), dtype=np.float32) for x in like]
 
 
@@ -30,7 +30,7 @@ def fit_gate(inputs, wrong, hidden=None):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 30.0])
-def test_the_regression_is_scikit_learns(penalty):
+def test_the_regression_matches_scikit_learn(penalty):
     (inputs, _), wrong = task()
     oracle = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000)
     oracle.fit(inputs.astype(float), wrong[:, 0])
@@ -39,18 +39,18 @@ def test_the_regression_is_scikit_learns(penalty):
     assert bias == pytest.approx(oracle.intercept_[0], abs=1e-6)
 
 
-def test_what_a_gate_says_of_a_row_it_was_fitted_on_comes_from_the_other_folds():
+def test_doubts_about_fitted_rows_are_cross_fitted():
     inputs, wrong = task()
     noise = np.random.default_rng(1).random(wrong.shape) < 0.5
     found = fit_gate(inputs, noise)
-    # Nothing can be learned of a coin: unseen rows get its rate, whatever the fitted rows say.
+    # Coin flips cannot be learned: held-out rows get the base rate, whatever the fitted rows say.
     assert np.abs(found.doubt - noise.mean(0)).mean() < 0.1
     right = fit_gate(inputs, wrong)
     doubtful = right.doubt[:, 0] > np.median(right.doubt[:, 0])
     assert wrong[doubtful, 0].mean() > wrong[~doubtful, 0].mean() + 0.3
 
 
-def test_the_gate_says_what_its_regression_says_of_raw_features():
+def test_the_gate_is_invariant_to_feature_scaling():
     inputs, wrong = task()
     scaled = [x * 7 + 3 for x in inputs]
     gate = fit_gate(inputs, wrong).gate
@@ -61,7 +61,7 @@ def test_the_gate_says_what_its_regression_says_of_raw_features():
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
 
 
-def test_a_layer_that_is_never_wrong_has_no_doubt_and_one_that_always_is_has_no_hope():
+def test_layers_that_are_never_or_always_wrong_get_extreme_doubts():
     inputs, wrong = task()
     wrong[:, 0], wrong[:, 1] = False, True
     gate = fit_gate(inputs, wrong).gate
@@ -69,7 +69,7 @@ def test_a_layer_that_is_never_wrong_has_no_doubt_and_one_that_always_is_has_no_
     assert gate.doubt(4, torch.from_numpy(inputs[1]), None).min() > 0.99
 
 
-def test_the_hidden_state_is_read_where_it_was_fitted():
+def test_a_gate_fitted_on_hidden_states_reads_them():
     inputs, wrong = task()
     nothing = blank(inputs)
     gate = fit_gate(nothing, wrong, hidden=inputs).gate
@@ -78,13 +78,13 @@ def test_the_hidden_state_is_read_where_it_was_fitted():
     assert float(doubt[wrong[:, 0]].mean()) > float(doubt[~wrong[:, 0]].mean()) + 0.2
 
 
-def test_a_hidden_state_of_noise_is_left_out():
+def test_uninformative_hidden_states_are_left_out():
     inputs, wrong = task(rows=150)
     noise = np.random.default_rng(2).normal(size=(2, 150, 40)).astype(np.float32)
     assert fit_gate(inputs, wrong, hidden=[*noise]).gate.hidden is None
 
 
-def test_the_directions_are_those_of_the_largest_variances():
+def test_the_directions_are_the_principal_components():
     rng = np.random.default_rng(0)
     states = (rng.normal(size=(300, 20)) * np.geomspace(30, 0.1, 20) + 5).astype(np.float32)
     axes = principal(states, 4)
@@ -95,7 +95,7 @@ def test_the_directions_are_those_of_the_largest_variances():
         assert abs(axis @ expected) == pytest.approx(1, abs=1e-3)
 
 
-def test_the_features_are_those_of_a_loop_over_rows():
+def test_the_features_match_a_loop_over_rows():
     generator = torch.Generator().manual_seed(0)
     now = [torch.randn(5, 4, generator=generator) for _ in READERS]
     before = [torch.randn(5, 4, generator=generator) for _ in READERS]
@@ -126,14 +126,14 @@ def test_the_features_are_those_of_a_loop_over_rows():
         torch.testing.assert_close(got[row], torch.tensor([float(x) for x in expected]))
 
 
-def test_selected_rows_have_the_features_of_those_rows():
+def test_features_of_selected_rows_are_the_selected_features():
     logits = [torch.randn(6, 3) for _ in READERS]
     chosen = torch.tensor([4, 1])
     got = features(Reading.of(logits).rows(chosen), None)
     torch.testing.assert_close(got, features(Reading.of(logits), None)[chosen])
 
 
-def test_a_gate_survives_its_file_and_a_damaged_one_is_named(tmp_path):
+def test_a_gate_round_trips_through_its_file_and_a_damaged_one_is_named_in_the_error(tmp_path):
     inputs, wrong = task()
     gate = fit_gate(inputs, wrong, hidden=inputs).gate
     path = tmp_path / "gate.safetensors"

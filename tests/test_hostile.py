@@ -1,4 +1,4 @@
-"""Files that nobody honest wrote: every reader answers with a named error, soon, in little memory.
+"""Malicious files: every reader rejects them with a clear error, quickly and in little memory.
 
 `LSPADE_FUZZ=20000 pytest tests/test_hostile.py` draws that many inputs per reader.
 """
@@ -66,7 +66,7 @@ JSON = st.recursive(
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
-    """More than this is an error in the test, not a machine that swaps."""
+    """Exceeding this limit fails the test instead of making the machine swap."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY + mapped(), before[1]))
     yield
@@ -79,7 +79,7 @@ def mapped() -> int:
 
 @pytest.fixture(scope="module")
 def cache(toy_root, tmp_path_factory):
-    """A small finished cache; copied by whoever changes it."""
+    """A small finished cache; tests that change it make a copy."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("cache"))
     project.module(shard_mb=0.01).states("train")
     return project.cache / "train"
@@ -95,7 +95,7 @@ def heads(tmp_path_factory):
 
 
 def paths(value, path=()):
-    """Every place in a JSON value."""
+    """The path of every node in a JSON value."""
     yield path
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
@@ -114,7 +114,7 @@ def changed(value, place, new):
 
 
 def mutated(data, honest):
-    """An honest JSON value with something else in one to three places, or something else."""
+    """A valid JSON value with one to three nodes replaced, or replaced entirely."""
     value = honest
     for _ in range(data.draw(st.integers(1, 3))):
         value = changed(value, data.draw(st.sampled_from(list(paths(value)))), data.draw(JSON))
@@ -122,7 +122,7 @@ def mutated(data, honest):
 
 
 def damaged(data, content: bytes) -> bytes:
-    """Bytes with a few of them changed, cut or repeated."""
+    """Bytes with some of them changed, cut or repeated."""
     found = bytearray(content)
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, max(len(found) - 1, 0)))
@@ -132,7 +132,7 @@ def damaged(data, content: bytes) -> bytes:
 
 
 def accepts_or_refuses(error, read, *arguments):
-    """What a reader may do: give something, or raise its named error in a line or two."""
+    """A reader may either return a value, or raise its own error in a line or two."""
     try:
         return read(*arguments)
     except error as cause:
@@ -180,7 +180,7 @@ TENSOR_FILES = {
 
 
 @pytest.mark.parametrize("name", TENSOR_FILES)
-def test_a_hostile_safetensors_file_is_refused(tmp_path, name):
+def test_a_malicious_safetensors_file_is_rejected(tmp_path, name):
     path = tmp_path / "file.safetensors"
     path.write_bytes(TENSOR_FILES[name])
     with pytest.raises(CacheError, match=r"is not a complete safetensors file|cannot be read"):
@@ -211,12 +211,12 @@ def test_fuzz_of_the_safetensors_reader(tmp_path, data):
 
 @fuzz
 @given(st.data())
-def test_fuzz_of_the_manifest_and_the_cache_behind_it(cache, tmp_path_factory, data):
+def test_fuzz_of_the_manifest_and_its_cache(cache, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed-cache"
     shutil.copytree(cache, folder, dirs_exist_ok=True)
     value = mutated(data, json.loads((cache / "manifest.json").read_text()))
     if isinstance(value, dict) and data.draw(st.booleans()):
-        with contextlib.suppress(ValueError):  # a forger would mend the digest
+        with contextlib.suppress(ValueError):  # a forger would fix the digest
             value["digest"] = json_digest(value.get("identity"))
     (folder / "manifest.json").write_text(json.dumps(value))
     accepts_or_refuses(CacheError, Manifest.read, folder)
@@ -226,7 +226,7 @@ def test_fuzz_of_the_manifest_and_the_cache_behind_it(cache, tmp_path_factory, d
 
 
 def forged(cache, folder, tensors, part="shards"):
-    """A cache of which one file holds other tensors, with a manifest that says so."""
+    """A cache with one file's tensors replaced, and a manifest whose checksums match."""
     shutil.copytree(cache, folder)
     value = json.loads((folder / "manifest.json").read_text())
     shard = folder / value[part][0]["file"]
@@ -250,7 +250,7 @@ TENSOR_CHANGES = {
 
 
 @pytest.mark.parametrize("change", TENSOR_CHANGES)
-def test_a_forged_shard_with_its_own_checksum_is_refused(cache, tmp_path, change):
+def test_a_forged_shard_with_a_matching_checksum_is_rejected(cache, tmp_path, change):
     tensors = read_tensors(cache / "shard-00000.safetensors", CacheError)
     TENSOR_CHANGES[change](tensors)
     with pytest.raises(CacheError, match="does not hold the rows of a cache"):
@@ -267,7 +267,7 @@ TARGET_CHANGES = {
 
 
 @pytest.mark.parametrize("change", TARGET_CHANGES)
-def test_forged_targets_with_their_own_checksum_are_refused(cache, tmp_path, change):
+def test_forged_targets_with_a_matching_checksum_are_rejected(cache, tmp_path, change):
     tensors = read_tensors(cache / "target-00000.safetensors", CacheError)
     TARGET_CHANGES[change](tensors)
     with pytest.raises(CacheError, match="does not hold the (rows|targets) of a cache"):
@@ -278,7 +278,7 @@ def test_forged_targets_with_their_own_checksum_are_refused(cache, tmp_path, cha
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "..", "", "a/b", "identity.json", "shard-0.safetensors\n"]
 )
-def test_a_manifest_that_names_another_file_is_refused(cache, tmp_path, name, part):
+def test_a_manifest_that_names_another_file_is_rejected(cache, tmp_path, name, part):
     folder = shutil.copytree(cache, tmp_path / "cache")
     value = json.loads((folder / "manifest.json").read_text())
     value[part][0]["file"] = name
@@ -309,9 +309,7 @@ def test_fuzz_of_the_heads_config(heads, tmp_path_factory, data):
     ],
     ids=["a wide model", "a wider one than numbers go", "rank", "layers", "low rank"],
 )
-def test_heads_that_claim_more_than_there_is_are_refused_before_memory_is_taken(
-    heads, tmp_path, claim
-):
+def test_heads_that_claim_oversized_tensors_are_rejected_before_allocation(heads, tmp_path, claim):
     folder = shutil.copytree(heads, tmp_path / "heads")
     config = json.loads((folder / "config.json").read_text()) | claim
     (folder / "config.json").write_text(json.dumps(config))
@@ -327,7 +325,7 @@ def test_fuzz_of_the_policy(heads, tmp_path, data):
     accepts_or_refuses(PolicyError, ExitPolicy.load, tmp_path)
 
 
-def test_a_threshold_that_no_float_holds_is_out_of_range():
+def test_a_threshold_too_large_for_a_float_is_rejected():
     with pytest.raises(PolicyError, match="out of range for entropy"):
         ExitPolicy(layers=(1,), threshold=10**400)
 
@@ -367,7 +365,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_json_bomb_is_refused(tmp_path, name):
+def test_a_json_bomb_is_rejected(tmp_path, name):
     path = tmp_path / "value.json"
     path.write_bytes(BOMBS[name])
     with pytest.raises(ArtifactError, match=r"not valid JSON|over 64 MB"):
@@ -375,7 +373,7 @@ def test_a_json_bomb_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("version", [0, 3, 99, "1", None, 1.5, [1]], ids=str)
-def test_a_version_that_is_not_known_is_refused(cache, heads, tmp_path, version):
+def test_an_unknown_format_version_is_rejected(cache, heads, tmp_path, version):
     for source, file, read in (
         (cache, "manifest.json", Manifest.read),
         (heads, "config.json", LSpadeHeads.from_pretrained),
@@ -388,7 +386,7 @@ def test_a_version_that_is_not_known_is_refused(cache, heads, tmp_path, version)
             read(folder)
 
 
-def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
+def test_anything_but_a_regular_file_is_rejected_immediately(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -401,14 +399,14 @@ def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../../etc", "a/b/c", "org/../name", "", "org/na me", "-x/y", "org/" + "n" * 200]
 )
-def test_a_repository_name_that_leads_elsewhere_is_refused(tmp_path, monkeypatch, name):
+def test_a_repository_name_with_path_traversal_is_rejected(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LSpadeError):
         local_folder(name or "nowhere/")
 
 
 class Evil:
-    """A pickle that leaves a mark where it is loaded."""
+    """A pickle that creates a marker file when loaded."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -417,9 +415,7 @@ class Evil:
         return (Path.touch, (self.mark,))
 
 
-def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_is_not_run(
-    project, capsys, monkeypatch
-):
+def test_a_checkpoint_containing_code_is_rejected_without_running_it(project, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(project.home)
     path, mark = project.home / "evil.ckpt", project.home / "mark"
@@ -433,13 +429,13 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_is_not_run(
     assert main(["fit", "--config", recipe, "--ckpt_path", str(path)]) == 1
 
 
-# What the package's own text promises
+# Guarantees checked in the package's source
 
 SOURCES = sorted(Path(lspade_train.__file__).parent.rglob("*.py"))
 
 
 def calls(name):
-    """Every call of something with that name, with its keywords."""
+    """Every call of a function of that name, with its keywords."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name:
@@ -447,7 +443,7 @@ def calls(name):
                 yield f"{path.name}:{node.lineno}", ast.unparse(node.func), words
 
 
-def test_no_pickle_is_loaded_but_as_weights_only():
+def test_pickles_are_loaded_only_with_weights_only():
     for where, function, words in calls("load"):
         if function.startswith("torch."):
             assert words.get("weights_only") == "True", where
@@ -465,7 +461,7 @@ def test_no_pickle_is_loaded_but_as_weights_only():
     assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def test_remote_code_is_run_only_where_the_recipe_asks():
+def test_remote_code_runs_only_if_the_recipe_allows_it():
     words = [
         word
         for path in SOURCES
@@ -493,14 +489,14 @@ def _commands(home):
 
 
 @pytest.mark.slow
-def test_no_secret_of_the_environment_is_printed_or_written(project):
+def test_no_secret_in_the_environment_is_printed_or_written(project):
     secret = "0123456789SECRET0123456789SECRET01234567"
     names = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
     environment = dict.fromkeys(names, secret) | {"WANDB_MODE": "offline"}
     project.recipe()
     toy.write_jsonl(project.home / "prompts.jsonl", toy.questions(3))
     code = "from test_hostile import _commands; import pathlib; _commands(pathlib.Path.cwd())"
-    # A W&B run of an earlier test leaves the address of its own service behind.
+    # W&B runs of earlier tests leave their service's address in the environment.
     kept = {name: value for name, value in os.environ.items() if "WANDB_SERVICE" not in name}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project.home, timeout=300, check=False,
@@ -510,6 +506,6 @@ def test_no_secret_of_the_environment_is_printed_or_written(project):
     assert done.returncode == 0, printed
     assert '"token_id"' in printed
     written = [path for path in project.home.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in written), "W&B wrote nothing to look into"
+    assert any(path.suffix == ".wandb" for path in written), "W&B wrote nothing to search"
     assert {"config.json", "README.md", "manifest.json"} <= {path.name for path in written}
     assert not [path for path in written if secret.encode() in path.read_bytes()]

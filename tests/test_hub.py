@@ -1,4 +1,4 @@
-"""To the Hub and back: the real client against a Hub on loopback, over HTTP."""
+"""Push to the Hub and pull back: the real client against a Hub on loopback, over HTTP."""
 
 import json
 import os
@@ -34,7 +34,7 @@ STRAY = (
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub on loopback that the client in this process is pointed at, logged in, with no cache."""
+    """A Hub on loopback that this process's client uses, logged in, with an empty cache."""
     with hub_server.serve() as server:
         point_client_at(server.url, monkeypatch, tmp_path / "hub-cache")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -42,12 +42,12 @@ def hub(monkeypatch, tmp_path):
 
 
 def point_client_at(url, monkeypatch, cache):
-    """What the client reads from the environment when it is imported, set afterwards."""
+    """Set after import what the client reads from the environment when imported."""
     settings = {
         "ENDPOINT": url,
         "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,  # the transfer library talks to the Hub's own storage only
+        "HF_HUB_DISABLE_XET": True,  # the transfer library only talks to the Hub's own storage
         "HF_HUB_CACHE": str(cache),
         "HF_TOKEN_PATH": str(cache / "no-token"),
     }
@@ -58,7 +58,7 @@ def point_client_at(url, monkeypatch, cache):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """`checkpoints/toy` with every known file, and files that are nobody else's business."""
+    """`checkpoints/toy` with every known file, and unrelated private files."""
     monkeypatch.chdir(tmp_path)
     place = Path("checkpoints/toy")
     heads = LSpadeHeads([1, 2, 3], WIDTH, form="bias")
@@ -81,25 +81,25 @@ def recipe(tmp_path):
 
 
 def content(place):
-    """Every file below a folder, by its path there."""
+    """Every file below a folder, by relative path."""
     paths = (path for path in Path(place).rglob("*") if path.is_file())
     return {path.relative_to(place).as_posix(): path.read_bytes() for path in paths}
 
 
-def refused(capsys, *arguments):
-    """The one named error, of one or two lines, on standard error."""
+def error_of(capsys, *arguments):
+    """The one error, of one or two lines, on standard error."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: "), said
-    assert len(said.splitlines()) == 2, said
-    return said
+    error_text = capsys.readouterr().err
+    assert error_text.startswith("error: "), error_text
+    assert len(error_text.splitlines()) == 2, error_text
+    return error_text
 
 
-# There and back
+# Round trip
 
 
-def test_what_is_pushed_is_pulled_byte_for_byte(hub, folder):
+def test_pushed_files_are_pulled_byte_for_byte(hub, folder):
     artifact.push(folder, REPO)
     artifact.pull(REPO, Path("back"))
     sent = {name: path.read_bytes() for name, path in known_files(folder).items()}
@@ -107,7 +107,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte(hub, folder):
     assert {"heads.safetensors", "policy.json", "README.md", "figures/loss.svg"} <= set(sent)
 
 
-def test_heads_and_policy_load_by_the_name_of_their_repository(hub, folder):
+def test_heads_and_policy_load_by_repository_name(hub, folder):
     artifact.push(folder, REPO)
     heads = LSpadeHeads.from_pretrained(REPO)
     assert torch.equal(heads.bias, LSpadeHeads.from_pretrained(folder).bias)
@@ -115,11 +115,11 @@ def test_heads_and_policy_load_by_the_name_of_their_repository(hub, folder):
     policy.check_heads(heads.metadata["weights_sha256"])
 
 
-def test_an_hf_url_reads_a_repository_and_downloads_what_is_the_same_once(
+def test_an_hf_url_reads_a_repository_and_downloads_unchanged_files_once(
     hub, folder, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
-    HfFileSystem.clear_instance_cache()  # clients of another server
+    HfFileSystem.clear_instance_cache()  # cached clients of another server
     artifact.push(folder, REPO)
     expected = LSpadeHeads.from_pretrained(folder).bias
     for downloads in (1, 0):
@@ -132,7 +132,7 @@ def test_an_hf_url_reads_a_repository_and_downloads_what_is_the_same_once(
 
 @pytest.mark.slow
 def test_commands_push_and_pull_with_only_the_environment_set(folder, recipe, tmp_path):
-    """A real process, so that endpoint and token are read as a user's are."""
+    """A real process, so that endpoint and token are read as for a user."""
     push = ["push", "--config", str(recipe), "--repo", REPO, "--license", "mit"]
     commands = [push, ["pull", REPO, "--to", "back"]]
     code = f"from lspade_train.cli import main; print(*map(main, {commands}))"
@@ -153,13 +153,13 @@ def test_commands_push_and_pull_with_only_the_environment_set(folder, recipe, tm
     assert content("back") == {n: p.read_bytes() for n, p in known_files(folder).items()}
 
 
-def test_nothing_but_known_files_is_sent(hub, folder):
+def test_only_known_files_are_uploaded(hub, folder):
     artifact.push(folder, REPO)
     assert set(hub.repos[REPO].at("main")) == {".gitattributes", *known_files(folder)}
     assert not set(known_files(folder)) & set(STRAY)
 
 
-def test_nothing_but_known_files_is_fetched(hub, folder):
+def test_only_known_files_are_downloaded(hub, folder):
     artifact.push(folder, REPO)
     there = hub.repos[REPO]
     there.commit("main", there.at("main") | {"model.pkl": b"x", "figures/../../evil.png": b"x"})
@@ -168,7 +168,7 @@ def test_nothing_but_known_files_is_fetched(hub, folder):
     assert not any("pkl" in line or "evil" in line for line in hub.requests)
 
 
-def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_files(hub, folder):
+def test_pushing_again_deletes_removed_files_and_keeps_foreign_ones(hub, folder):
     artifact.push(folder, REPO)
     there = hub.repos[REPO]
     foreign = {"LICENSE": b"terms", "figures/poster.pdf": b"x", "old/policy.json": b"{}"}
@@ -181,7 +181,7 @@ def test_pushing_again_removes_what_the_folder_no_longer_has_and_leaves_foreign_
     assert foreign.items() <= now.items()
 
 
-def test_a_gate_and_a_tuned_lens_travel_with_the_heads(hub, folder):
+def test_a_gate_and_a_tuned_lens_are_pushed_and_pulled_with_the_heads(hub, folder):
     heads = LSpadeHeads.from_pretrained(folder)
     tuned = LSpadeHeads([1, 2, 3], WIDTH, form="bias")
     heads.beside(tuned).save_pretrained(folder)
@@ -199,7 +199,7 @@ def test_a_gate_and_a_tuned_lens_travel_with_the_heads(hub, folder):
 
 
 @pytest.mark.slow
-def test_a_tuned_lens_that_the_folder_no_longer_has_is_removed_from_the_repository(hub, folder):
+def test_pushing_again_deletes_a_removed_tuned_lens(hub, folder):
     heads = LSpadeHeads.from_pretrained(folder)
     heads.beside(LSpadeHeads([1], WIDTH, form="bias")).save_pretrained(folder)
     push(folder, REPO)
@@ -208,7 +208,7 @@ def test_a_tuned_lens_that_the_folder_no_longer_has_is_removed_from_the_reposito
     assert not any("tuned_lens" in name for name in hub.repos[REPO].at("main"))
 
 
-def test_heads_push_themselves_with_config_and_card(hub, folder):
+def test_push_to_hub_uploads_config_and_card(hub, folder):
     heads = LSpadeHeads.from_pretrained(folder)
     address = push_to_hub(heads, REPO, license="mit", message="First heads")
     there = hub.repos[REPO]
@@ -222,16 +222,16 @@ def test_heads_push_themselves_with_config_and_card(hub, folder):
     assert b"license: mit" in there.at("main")["README.md"]
 
 
-def test_saving_heads_makes_their_digest_known(tmp_path):
+def test_saving_heads_sets_their_digest(tmp_path):
     heads = LSpadeHeads([1], WIDTH)
     heads.save_pretrained(tmp_path)
     assert heads.metadata == LSpadeHeads.from_pretrained(tmp_path).metadata
 
 
-# Where it goes
+# Destination
 
 
-def test_a_revision_is_a_branch_or_a_commit(hub, folder):
+def test_a_revision_can_be_a_branch_or_a_commit(hub, folder):
     artifact.push(folder, REPO)
     first = hub.repos[REPO].refs["main"]
     other = LSpadeHeads([1, 2], WIDTH, form="bias")
@@ -245,12 +245,12 @@ def test_a_revision_is_a_branch_or_a_commit(hub, folder):
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_new_repository_is_private_where_that_is_asked_for(hub, folder, private):
+def test_a_new_repository_is_private_on_request(hub, folder, private):
     artifact.push(folder, REPO, private=private)
     assert hub.repos[REPO].private == private
 
 
-def test_a_public_repository_is_not_pushed_to_where_a_private_one_was_asked_for(hub, folder):
+def test_pushing_as_private_to_a_public_repository_is_rejected(hub, folder):
     artifact.push(folder, REPO)
     before = dict(hub.repos[REPO].refs)
     with pytest.raises(HubError, match=r"is public(.|\n)*settings"):
@@ -258,7 +258,7 @@ def test_a_public_repository_is_not_pushed_to_where_a_private_one_was_asked_for(
     assert hub.repos[REPO].refs == before
 
 
-def test_a_pull_request_needs_no_right_to_write_and_leaves_main_alone(hub, folder, monkeypatch):
+def test_a_pull_request_needs_no_write_access_and_leaves_main_unchanged(hub, folder, monkeypatch):
     repo = hub.repos["other/heads"] = Repo()
     main_before = repo.commit("main", {".gitattributes": b""})
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
@@ -270,7 +270,7 @@ def test_a_pull_request_needs_no_right_to_write_and_leaves_main_alone(hub, folde
 
 @pytest.mark.parametrize("flag", ["--private", "--create_pr"])
 @pytest.mark.parametrize("option", [[], ["--branch", "try"]])
-def test_options_of_the_command_reach_the_hub(hub, folder, recipe, capsys, flag, option):
+def test_command_line_options_reach_the_hub(hub, folder, recipe, capsys, flag, option):
     if flag == "--create_pr":
         hub.repos[REPO] = Repo()
         start = hub.repos[REPO].commit("main", {})
@@ -286,7 +286,7 @@ def test_options_of_the_command_reach_the_hub(hub, folder, recipe, capsys, flag,
         assert printed.strip().endswith(refs["try" if option else "main"])
 
 
-def test_a_dry_run_shows_files_sizes_and_card_and_neither_sends_nor_writes(
+def test_a_dry_run_shows_files_sizes_and_card_without_uploading_or_writing(
     hub, folder, recipe, capsys
 ):
     before = content(folder)
@@ -302,7 +302,7 @@ def test_a_dry_run_shows_files_sizes_and_card_and_neither_sends_nor_writes(
     assert not hub.requests
 
 
-def test_paths_of_this_machine_in_the_config_are_pointed_out(hub, folder, recipe, caplog):
+def test_local_paths_in_the_config_are_reported(hub, folder, recipe, caplog):
     heads = LSpadeHeads.from_pretrained(folder)
     heads.metadata["base_model"] = {"model_id": "/home/someone/models/llama", "revision": None}
     heads.save_pretrained(folder)
@@ -312,38 +312,36 @@ def test_paths_of_this_machine_in_the_config_are_pointed_out(hub, folder, recipe
     assert b"/home" not in hub.repos[REPO].at("main")["README.md"]
 
 
-# What goes wrong
+# Failures
 
 
 @pytest.mark.slow
-def test_a_dropped_connection_in_the_middle_of_an_upload_is_tried_again(hub, folder):
+def test_an_upload_is_retried_after_a_dropped_connection(hub, folder):
     drops = iter([True])
 
-    def pull_the_cable(_oid, _data):
+    def drop_connection(_oid, _data):
         if next(drops, False):
             raise ConnectionAbortedError
 
-    hub.on_upload = pull_the_cable
+    hub.on_upload = drop_connection
     artifact.push(folder, REPO)
     artifact.pull(REPO, Path("back"))
 
 
-@pytest.mark.slow  # the client waits longer before each of its five tries
-def test_a_connection_that_drops_every_time_ends_in_a_named_error_and_no_commit(
+@pytest.mark.slow  # the client backs off before each of its five attempts
+def test_a_connection_that_always_drops_raises_a_clear_error_without_a_commit(
     hub, folder, recipe, capsys
 ):
-    def pull_the_cable(_oid, _data):
+    def drop_connection(_oid, _data):
         raise ConnectionAbortedError
 
-    hub.on_upload = pull_the_cable
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "someone/toy-heads broke off" in said
+    hub.on_upload = drop_connection
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "someone/toy-heads broke off" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
-def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_again(
-    hub, folder, recipe, capsys
-):
+def test_a_failed_upload_commits_nothing_and_resumes_on_the_next_push(hub, folder, recipe, capsys):
     weights = (folder / "heads.safetensors").read_bytes()
 
     def refuse_weights(_oid, data):
@@ -352,10 +350,10 @@ def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_agai
 
     hub.on_upload = refuse_weights
     arguments = ["push", "--config", recipe, "--repo", REPO]
-    said = refused(capsys, *arguments)
-    assert "someone/toy-heads broke off" in said
-    assert "Request has expired" in said
-    assert "run it again" in said
+    error_text = error_of(capsys, *arguments)
+    assert "someone/toy-heads broke off" in error_text
+    assert "Request has expired" in error_text
+    assert "run it again" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
     assert len(hub.blobs) == 1  # the figure
     hub.on_upload, hub.requests[:] = lambda _oid, _data: None, []
@@ -363,84 +361,84 @@ def test_a_failed_upload_in_the_middle_commits_nothing_and_goes_on_when_run_agai
     assert sum(line.startswith("PUT") for line in hub.requests) == 1
 
 
-def test_a_wrong_token_is_named(hub, folder, recipe, capsys, monkeypatch):
+def test_a_wrong_token_is_reported(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "refuses the token (Invalid credentials" in said
-    assert "hf auth login" in said
-    assert "hf_wrong" not in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "refuses the token (Invalid credentials" in error_text
+    assert "hf auth login" in error_text
+    assert "hf_wrong" not in error_text
 
 
-def test_a_token_that_may_not_write_is_named(hub, folder, recipe, capsys, monkeypatch):
+def test_a_token_without_write_access_is_reported(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "may not do that in someone/toy-heads" in said
-    assert "--create_pr" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "may not do that in someone/toy-heads" in error_text
+    assert "--create_pr" in error_text
 
 
-def test_without_a_login_nothing_is_asked_of_the_hub(hub, folder, recipe, capsys, monkeypatch):
+def test_without_a_login_the_hub_is_not_contacted(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "hf auth login" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "hf auth login" in error_text
     assert not hub.requests
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
-def test_a_missing_repository_is_named(hub, capsys, monkeypatch, token):
+def test_a_missing_repository_is_reported(hub, capsys, monkeypatch, token):
     monkeypatch.delenv("HF_TOKEN") if token is None else None
-    said = refused(capsys, "pull", "someone/nothing")
-    assert "no repository someone/nothing that you may read" in said
-    assert "hf auth login" in said
+    error_text = error_of(capsys, "pull", "someone/nothing")
+    assert "no repository someone/nothing that you may read" in error_text
+    assert "hf auth login" in error_text
 
 
-def test_a_private_repository_is_read_with_a_login_only(hub, folder, capsys, monkeypatch):
+def test_reading_a_private_repository_requires_a_login(hub, folder, capsys, monkeypatch):
     artifact.push(folder, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    assert "that you may read" in refused(capsys, "pull", REPO, "--to", "back")
+    assert "that you may read" in error_of(capsys, "pull", REPO, "--to", "back")
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     assert main(["pull", REPO, "--to", "back"]) == 0
 
 
-def test_a_pull_request_to_a_missing_repository_is_named(hub, folder, recipe, capsys):
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO, "--create_pr")
-    assert "no repository someone/toy-heads" in said
+def test_a_pull_request_to_a_missing_repository_is_reported(hub, folder, recipe, capsys):
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO, "--create_pr")
+    assert "no repository someone/toy-heads" in error_text
 
 
-def test_a_missing_revision_is_named(hub, folder, capsys):
+def test_a_missing_revision_is_reported(hub, folder, capsys):
     artifact.push(folder, REPO)
-    said = refused(capsys, "pull", REPO, "--revision", "v9", "--to", "back")
-    assert "someone/toy-heads has no revision 'v9'" in said
+    error_text = error_of(capsys, "pull", REPO, "--revision", "v9", "--to", "back")
+    assert "someone/toy-heads has no revision 'v9'" in error_text
     with pytest.raises(HubError, match="no revision 'v9'"):
         LSpadeHeads.from_pretrained(REPO, revision="v9")
 
 
-def test_a_revision_of_a_local_folder_is_refused(folder):
+def test_a_revision_with_a_local_folder_is_rejected(folder):
     with pytest.raises(HubError, match=r"folder here, which has no revision 'v1'"):
         LSpadeHeads.from_pretrained(folder, revision="v1")
 
 
-def test_no_network_is_named(folder, recipe, capsys, monkeypatch, tmp_path):
+def test_a_missing_network_is_reported(folder, recipe, capsys, monkeypatch, tmp_path):
     with hub_server.serve() as server:
         url = server.url
-    point_client_at(url, monkeypatch, tmp_path / "hub-cache")  # nobody answers there any more
+    point_client_at(url, monkeypatch, tmp_path / "hub-cache")  # the server is down now
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for arguments in (["pull", REPO], ["push", "--config", recipe, "--repo", REPO]):
-        said = refused(capsys, *arguments)
-        assert f"The Hub at {url} cannot be reached" in said
-        assert "HF_ENDPOINT" in said
+        error_text = error_of(capsys, *arguments)
+        assert f"The Hub at {url} cannot be reached" in error_text
+        assert "HF_ENDPOINT" in error_text
 
 
-def test_a_hub_without_xet_storage_is_named_with_the_way_round_it(
+def test_a_hub_without_xet_storage_is_reported_with_a_workaround(
     hub, folder, recipe, capsys, monkeypatch
 ):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "HF_HUB_DISABLE_XET=1" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "HF_HUB_DISABLE_XET=1" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
-def test_a_copy_in_the_cache_serves_where_there_is_no_network(hub, folder, monkeypatch):
+def test_without_a_network_the_cached_copy_is_used(hub, folder, monkeypatch):
     artifact.push(folder, REPO)
     LSpadeHeads.from_pretrained(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -459,24 +457,26 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, folder, recipe, capsys, name):
+def test_an_invalid_repository_name_is_rejected_before_any_request(
+    hub, folder, recipe, capsys, name
+):
     for arguments in (["pull", name], ["push", "--config", recipe, f"--repo={name}"]):
-        assert "Expected org/name" in refused(capsys, *arguments)
+        assert "Expected org/name" in error_of(capsys, *arguments)
     with pytest.raises(HubError, match="Expected org/name"):
         push_to_hub(LSpadeHeads([1], WIDTH), name)
     assert not hub.requests
 
 
-def test_push_without_a_repository_is_wrong_usage(folder, recipe, capsys):
+def test_push_without_a_repository_exits_with_code_2(folder, recipe, capsys):
     assert main(["push", "--config", str(recipe)]) == 2
     assert "--repo" in capsys.readouterr().err
 
 
 def test_a_folder_without_heads_is_not_pushed(hub, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refused(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "checkpoints/toy" in said
-    assert "lspade-train fit" in said
+    error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
+    assert "checkpoints/toy" in error_text
+    assert "lspade-train fit" in error_text
     assert not hub.requests
 
 
@@ -506,7 +506,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_folder_that_is_not_in_order_is_neither_pushed_nor_pulled(hub, folder, case):
+def test_a_damaged_folder_is_neither_pushed_nor_pulled(hub, folder, case):
     artifact.push(folder, REPO)
     break_it, message = DAMAGE[case]
     break_it(folder)
@@ -523,24 +523,24 @@ def test_a_folder_that_is_not_in_order_is_neither_pushed_nor_pulled(hub, folder,
     assert not list(Path().glob(".back*"))
 
 
-def test_a_repository_without_heads_is_named(hub, capsys, tmp_path, monkeypatch):
+def test_a_repository_without_heads_is_reported(hub, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub.repos["someone/llama"] = Repo()
     hub.repos["someone/llama"].commit("main", {"config.json": b"{}", "model.safetensors": b""})
-    assert "holds no heads.safetensors" in refused(capsys, "pull", "someone/llama")
+    assert "holds no heads.safetensors" in error_of(capsys, "pull", "someone/llama")
     assert not Path("checkpoints").exists()
 
 
-def test_pull_touches_no_folder_that_is_there(hub, folder, capsys):
+def test_pull_does_not_overwrite_an_existing_folder(hub, folder, capsys):
     artifact.push(folder, REPO)
     before = content(folder)
-    assert "overwrites nothing" in refused(capsys, "pull", REPO, "--to", folder)
+    assert "overwrites nothing" in error_of(capsys, "pull", REPO, "--to", folder)
     assert content(folder) == before
 
 
-def test_a_card_that_the_hub_does_not_take_stops_the_push(hub, folder, recipe, capsys):
-    said = refused(
+def test_a_card_rejected_by_the_hub_stops_the_push(hub, folder, recipe, capsys):
+    error_text = error_of(
         capsys, "push", "--config", recipe, "--repo", REPO, "--license", "My Own Licence"
     )
-    assert '"license" must be one of' in said
+    assert '"license" must be one of' in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}

@@ -1,4 +1,4 @@
-"""A mistyped model is told at once, and a Hub that does not answer is not asked again."""
+"""A mistyped model id is reported at once, and an unreachable Hub is not contacted again."""
 
 import os
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,12 +10,12 @@ import pytest
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.io.hub_names import is_hub_id, near_model, settle_hub
 
-SILENT = "http://127.0.0.1:9"  # nobody listens there
+SILENT = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Sets what the Hub answers; the paths asked for. An empty cache, no token."""
+    """Sets the Hub's answer and returns the requested paths. An empty cache, no token."""
     asked, status = [], [200]
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,7 +33,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # put back after the test, whatever is set in it
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # restored after the test, whatever it sets
     monkeypatch.chdir(tmp_path)
 
     def answers(code):
@@ -45,7 +45,7 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-def test_an_id_that_the_hub_knows_is_left_to_its_client(hub):
+def test_an_existing_id_is_left_to_the_hub_client(hub):
     asked = hub(200)
     settle_hub("org/name", None)
     assert asked == ["/api/models/org/name"]
@@ -53,21 +53,23 @@ def test_an_id_that_the_hub_knows_is_left_to_its_client(hub):
 
 
 @pytest.mark.parametrize("code", [404, 401])
-def test_an_id_that_the_hub_does_not_know_is_refused_with_a_near_name(hub, code, tmp_path):
+def test_an_unknown_id_is_rejected_with_a_suggestion(hub, code, tmp_path):
     hub(code)
     (tmp_path / "hf/hub/models--org--model").mkdir(parents=True)
-    with pytest.raises(UnsupportedModelError, match=r"may read; did you mean org/model\?") as told:
+    with pytest.raises(
+        UnsupportedModelError, match=r"may read; did you mean org/model\?"
+    ) as caught:
         settle_hub("org/modle", None)
-    assert len(str(told.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 2
 
 
-def test_with_a_token_the_client_is_asked_which_may_read_more(hub, monkeypatch):
+def test_with_a_token_the_lookup_is_left_to_the_hub_client(hub, monkeypatch):
     hub(401)
     monkeypatch.setenv("HF_TOKEN", "secret")
     settle_hub("org/private", None)
 
 
-def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch, tmp_path, caplog):
+def test_an_unreachable_hub_is_not_contacted_again(hub, monkeypatch, tmp_path, caplog):
     (tmp_path / "hf/hub/models--org--name").mkdir(parents=True)
     monkeypatch.setenv("HF_ENDPOINT", SILENT)
     settle_hub("org/name", None)
@@ -75,7 +77,7 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch, tmp_pat
     assert "The Hub cannot be reached (Connection refused)" in caplog.text
 
 
-def test_a_model_that_is_nowhere_is_refused_without_a_network(hub, monkeypatch):
+def test_a_model_not_found_locally_is_rejected_when_offline(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", SILENT)
     with pytest.raises(UnsupportedModelError, match=r"out of reach \(Connection refused\)\.\n"):
         settle_hub("org/name", None)
@@ -84,7 +86,7 @@ def test_a_model_that_is_nowhere_is_refused_without_a_network(hub, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["./models/none", "a/b/c/d", "org//name", "org/na me", "modèle", "org/a--b", "org/a."]
 )
-def test_an_id_that_no_hub_could_have_is_not_asked_for(hub, name):
+def test_an_invalid_id_is_rejected_without_a_request(hub, name):
     asked = hub(404)
     with pytest.raises(UnsupportedModelError, match="no id that the Hub could have.\nCheck PATH."):
         settle_hub(name, None, key="PATH")
@@ -92,23 +94,23 @@ def test_an_id_that_no_hub_could_have_is_not_asked_for(hub, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/name", "Qwen/Qwen2.5-0.5B_x", "0x/a-b"])
-def test_an_id_that_the_hub_could_have_is(name):
+def test_a_valid_id_is_recognised(name):
     assert is_hub_id(name)
 
 
-def test_data_that_no_hub_could_have_are_not_asked_for(hub, tmp_path):
+def test_an_invalid_dataset_id_is_left_to_the_task_without_a_request(hub, tmp_path):
     asked = hub(404)
-    settle_hub(str(tmp_path), "no such/data set")  # the task says what is wrong
+    settle_hub(str(tmp_path), "no such/data set")  # the task reports what is wrong
     assert asked == []
 
 
-def test_nothing_is_asked_where_model_and_data_are_here(hub, tmp_path):
+def test_no_request_is_made_for_a_local_model_and_local_data(hub, tmp_path):
     asked = hub(404)
     settle_hub(str(tmp_path), str(tmp_path))
     assert asked == []
 
 
-def test_a_folder_beside_the_one_that_was_meant_is_named(hub, tmp_path):
+def test_a_similar_folder_name_is_suggested(hub, tmp_path):
     (tmp_path / "models/smollm2").mkdir(parents=True)
     (tmp_path / "models/smollm2/config.json").write_text("{}")
     assert near_model("models/smolm2") == "; did you mean models/smollm2?"

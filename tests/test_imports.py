@@ -1,4 +1,4 @@
-"""Imports point down only, and what serves a model does not load what trains it."""
+"""Imports only point down, and what serves a model does not load what trains it."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ import lspade_train
 
 ROOT = Path(lspade_train.__file__).parent
 
-# Folders and modules at the top, from the ground up: each may import what stands before it, and a
-# folder its own modules.
+# Top-level folders and modules, bottom up: each may import those listed before it, and a folder its
+# own modules.
 ORDER = [
     *("errors", "recipe", "requirements"),
     *("io", "models", "tasks", "probes", "cache", "training", "policies", "runtime"),
@@ -30,7 +30,7 @@ SERVING = [
     "artifacts.folder",
     "probes.lenses",
 ]
-# What checks a command line, before anything that takes seconds to load.
+# Modules that check a command line before anything slow is imported.
 CHECKING = ["cli.parsing", "cli.options", "io.fetch", "io.layout", "tasks", "probes.lenses"]
 
 
@@ -40,7 +40,7 @@ def files_of(name: str) -> list[Path]:
 
 
 def imports(path: Path, *, lazy: bool) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of what a file imports; `lazy` counts imports inside functions too."""
+    """Line and dotted name of a file's imports; with `lazy` those inside functions too."""
     nodes = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
@@ -63,7 +63,7 @@ def internal(path: Path, *, lazy: bool) -> Iterator[tuple[int, str]]:
             yield line, parts[1]
 
 
-def test_every_module_has_a_place_in_the_order():
+def test_every_module_is_listed_in_the_order():
     present = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert present - {"__init__", "__main__", "__pycache__"} <= set(ORDER)
 
@@ -77,13 +77,13 @@ def test_imports_only_point_down(name):
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a dotted module of this package, or None."""
+    """The file of a dotted module name in this package, or None."""
     base = ROOT.parent / name.replace(".", "/")
     return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.exists()), None)
 
 
 def loads(path: Path) -> Iterator[str]:
-    """The modules of this package that importing `path` imports, packages on the way included."""
+    """The package's modules that importing `path` imports, including parent packages."""
     for _, name in imports(path, lazy=False):
         parts = name.split(".")
         if parts[0] == "lspade_train":
@@ -92,7 +92,7 @@ def loads(path: Path) -> Iterator[str]:
 
 
 def reached(names: list[str], forbidden: set[str]) -> set[str]:
-    """The modules that are loaded with those, none of which may import what is forbidden."""
+    """Modules loaded with the given ones, asserting that none imports a forbidden package."""
     waiting, seen = [f"lspade_train.{name}" for name in names], set()
     while waiting:
         name = waiting.pop()
@@ -107,31 +107,31 @@ def reached(names: list[str], forbidden: set[str]) -> set[str]:
     return seen
 
 
-def test_what_the_runtime_reaches_imports_nothing_of_training_at_its_top():
+def test_modules_of_the_runtime_import_no_training_code_at_top_level():
     seen = reached(SERVING, TRAINING_ONLY)
     assert {"lspade_train.models.adapter", "lspade_train.io.storage"} <= seen
 
 
-def test_a_wrong_argument_is_refused_before_torch_is_loaded():
+def test_a_wrong_argument_is_rejected_before_torch_is_imported():
     seen = reached(CHECKING, {"torch", "transformers", *TRAINING_ONLY})
     assert {"lspade_train.tasks.rows", "lspade_train.io.storage"} <= seen
 
 
 def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a new process has loaded after `statement`."""
+    """Top-level modules loaded in a new process after `statement`."""
     code = f"{statement}\nimport sys; print(*{{n.split('.')[0] for n in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_a_process_that_serves_a_model_has_not_loaded_what_trains_it():
+def test_a_serving_process_loads_no_training_libraries():
     trains = {"HiddenStateDataModule", "LSpadeModule"}
     public = ", ".join(name for name in lspade_train.__all__ if name not in trains)
     statement = f"from lspade_train import {public}\nimport lspade_train.tasks"
     assert not loaded_after(statement) & TRAINING_ONLY
 
 
-def test_the_package_its_help_and_what_only_shows_results_load_nothing_heavy():
+def test_importing_the_package_and_showing_help_or_results_stays_light():
     statement = "import lspade_train\nfrom lspade_train.cli import main\nmain(['--help'])"
     statement += "\nimport lspade_train.probes.lenses, lspade_train.reporting.plots"
     heavy = {"torch", "transformers", "numpy", "jsonargparse", *TRAINING_ONLY}

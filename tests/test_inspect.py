@@ -1,4 +1,4 @@
-"""The token view: its numbers against the model's own, and the command as a user meets it."""
+"""The token view: its numbers against the model's own, and the command as users see it."""
 
 import io
 import math
@@ -38,7 +38,7 @@ def best(logits):
 
 
 @torch.no_grad()
-def test_the_top_row_is_the_full_model_at_every_position(adapter):
+def test_the_top_row_shows_the_full_model_at_every_position(adapter):
     view = view_of(adapter, LOGIT_LENS, top_k=VOCAB)
     logits = adapter.model(torch.tensor([IDS])).logits[0]
     assert view.layers == (*BELOW, LAYERS)
@@ -52,7 +52,7 @@ def test_the_top_row_is_the_full_model_at_every_position(adapter):
         assert cell.kl == pytest.approx(0.0, abs=1e-6)
 
 
-def test_spade_at_each_position_is_spade_of_the_prompt_cut_there(adapter):
+def test_spade_at_each_position_equals_spade_of_the_truncated_prompt(adapter):
     view = view_of(adapter, SPADE)
     for place in range(len(IDS)):
         expected = spade_logits(adapter, torch.tensor([IDS[: place + 1]]), layers=BELOW)[0]
@@ -62,19 +62,19 @@ def test_spade_at_each_position_is_spade_of_the_prompt_cut_there(adapter):
             assert view.cells[layer][place].probabilities[0] == pytest.approx(probability, abs=1e-5)
 
 
-def test_spade_at_the_start_token_is_the_full_model(adapter):
+def test_spade_at_the_start_token_equals_the_full_model(adapter):
     column = [row[0] for row in view_of(adapter, SPADE).cells]
     assert all(cell.agrees and cell.kl == pytest.approx(0.0, abs=1e-5) for cell in column)
 
 
-def test_untrained_heads_read_what_the_logit_lens_reads(adapter):
+def test_untrained_heads_read_the_same_as_the_logit_lens(adapter):
     heads = LSpadeHeads([1, 3], adapter.hidden_size).bind(adapter)
     through_heads = view_of(adapter, L_SPADE, heads.layers, heads=heads)
     assert through_heads.layers == (1, 3, LAYERS)
     assert through_heads.cells == view_of(adapter, LOGIT_LENS, (1, 3)).cells
 
 
-def test_the_last_positions_are_those_of_the_whole_view(adapter):
+def test_a_view_of_the_last_positions_matches_the_full_view(adapter):
     lens = LOGIT_LENS
     part, whole = view_of(adapter, lens, last=3), view_of(adapter, lens)
     assert part.first == len(IDS) - 3
@@ -82,7 +82,7 @@ def test_the_last_positions_are_those_of_the_whole_view(adapter):
     assert [cell.tokens for cell in part.answer] == [cell.tokens for cell in whole.answer]
 
 
-def test_white_space_is_made_visible(stories):
+def test_white_space_is_shown_visibly(stories):
     from lspade_train.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(stories))
@@ -94,7 +94,7 @@ def test_white_space_is_made_visible(stories):
     assert not any(re.search(r"\s", token) for token in view.tokens)
 
 
-def test_the_choices_are_scored_against_each_other_by_the_layers_own_logits(adapter):
+def test_the_choices_are_compared_by_the_layers_own_logits(adapter):
     choices = {"yes": 9, "no": 12, "maybe": 30}
     view = view_of(adapter, SPADE, choices=choices)
     expected = spade_logits(adapter, torch.tensor([IDS]), layers=range(LAYERS + 1))[0]
@@ -106,7 +106,7 @@ def test_the_choices_are_scored_against_each_other_by_the_layers_own_logits(adap
     assert "probability among the choices" not in printed(view_of(adapter, SPADE))
 
 
-# How it looks
+# Rendering
 
 
 def printed(view, width=100, **settings):
@@ -115,14 +115,14 @@ def printed(view, width=100, **settings):
     return console.file.getvalue()
 
 
-def test_without_colours_entropy_is_a_number_in_the_cell(adapter):
+def test_without_colour_the_entropy_is_a_number_in_the_cell(adapter):
     view = view_of(adapter, LOGIT_LENS)
     text = printed(view)
     assert f"{view.answer[-1].tokens[0]} {view.answer[-1].entropy:.1f}" in text
     assert "\x1b[" not in text
 
 
-def test_with_colours_entropy_is_the_cells_background(adapter):
+def test_with_colour_the_entropy_is_the_cells_background(adapter):
     view = view_of(adapter, LOGIT_LENS)
     text = printed(view, color_system="truecolor", force_terminal=True)
     background = style(view.answer[-1].entropy, view.uniform)[0]
@@ -130,14 +130,14 @@ def test_with_colours_entropy_is_the_cells_background(adapter):
     assert f"48;2;{red};{green};{blue}" in text
 
 
-def test_a_narrow_terminal_keeps_the_answer_and_says_what_it_left_out(adapter):
+def test_a_narrow_terminal_keeps_the_answer_and_reports_omitted_columns(adapter):
     text = printed(view_of(adapter, LOGIT_LENS), width=60)
     assert all(len(line) <= 60 for line in text.split("answer position")[0].splitlines()[4:])
     assert re.search(r"\d earlier positions are not shown", text)
     assert re.search(r"┃ : +┃\n", text)  # the prompt's last token is the last column
 
 
-def test_the_scale_darkens_all_the_way_and_its_text_stands_out():
+def test_the_colour_scale_darkens_monotonically_with_readable_text():
     def luminance(colour):
         parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
@@ -151,7 +151,7 @@ def test_the_scale_darkens_all_the_way_and_its_text_stands_out():
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA
 
 
-def test_the_page_is_one_file_that_asks_nothing_of_a_network(adapter, tmp_path):
+def test_the_page_is_a_single_file_without_network_requests(adapter, tmp_path):
     view = view_of(adapter, SPADE)
     page = render_html(view, tmp_path / "view.html", model="<b>org/name</b>").read_text()
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
@@ -167,13 +167,13 @@ def test_the_page_is_one_file_that_asks_nothing_of_a_network(adapter, tmp_path):
 
 @pytest.fixture
 def fitted(evaluated_once, monkeypatch):
-    """A project whose heads are found from where the test runs; read only."""
+    """A project whose heads are found from the test's working directory; read-only."""
     monkeypatch.chdir(evaluated_once.project.home)
     return evaluated_once.project
 
 
 @pytest.mark.parametrize("lens", LENSES)
-def test_every_lens_shows_its_layers_and_writes_a_page(fitted, capsys, tmp_path, lens):
+def test_every_lens_prints_its_layers_and_writes_a_page(fitted, capsys, tmp_path, lens):
     page, recipe = tmp_path / f"{lens}.html", str(fitted.home / "recipe.yaml")
     arguments = ["--config", recipe, "--lens", lens, "--html", str(page)]
     assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
@@ -195,7 +195,7 @@ def test_choices_are_shown_by_layer(fitted, capsys, tmp_path):
     assert page.read_text().count("<b>0.") == len(rows)
 
 
-def test_a_prompt_may_come_on_standard_input(fitted, capsys, monkeypatch):
+def test_a_prompt_can_come_from_standard_input(fitted, capsys, monkeypatch):
     arguments = ["--config", str(fitted.home / "recipe.yaml"), "--lens", "spade"]
     assert main(["inspect", "w1 w2 ? :", *arguments]) == 0
     given = capsys.readouterr().out
@@ -225,7 +225,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_inspect_refuses(project, capsys, monkeypatch, case):
+def test_inspect_rejects_invalid_arguments(project, capsys, monkeypatch, case):
     monkeypatch.chdir(project.home)
     arguments, message = REFUSED[case]
     assert main(["inspect", *arguments, "--config", str(project.recipe())]) == 1
@@ -235,6 +235,6 @@ def test_inspect_refuses(project, capsys, monkeypatch, case):
     assert re.search(message, error), error
 
 
-def test_a_layer_that_the_model_does_not_have_is_refused(adapter):
+def test_a_layer_the_model_does_not_have_is_rejected(adapter):
     with pytest.raises(RecipeError, match="Layer 4 is out of range"):
         view_of(adapter, SPADE, (1, LAYERS))

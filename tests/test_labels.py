@@ -1,4 +1,4 @@
-"""Answers of several tokens: where they part, what is cached of them, and who decides each step."""
+"""Multi-token answers: where they diverge, how they are cached, and who decides each step."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def ids(text):
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=2, max_size=9))
-def test_every_label_is_reached_by_its_own_tokens_and_each_step_is_a_choice(lists):
+def test_every_label_is_reached_by_its_own_tokens_with_a_choice_at_each_step(lists):
     paths = {str(n): tuple(tokens) for n, tokens in enumerate(lists)}
     alike = any(
         a != b and paths[b][: len(paths[a])] == paths[a] for a in paths for b in paths
@@ -72,7 +72,7 @@ def test_every_label_is_reached_by_its_own_tokens_and_each_step_is_a_choice(list
         assert [other for other, way in paths.items() if way[: len(read)] == read] == [label]
 
 
-def test_labels_whose_first_tokens_differ_are_decided_there(tmp_path):
+def test_labels_with_different_first_tokens_are_decided_at_the_first(tmp_path):
     rows = rows_of(["A w1 w2", "B w1", "C"], 4)
     encoded = encode(tmp_path, rows)
     assert len(encoded.examples) == 4
@@ -83,14 +83,14 @@ def test_labels_whose_first_tokens_differ_are_decided_there(tmp_path):
     assert "decided at the first that tells them apart ('A w1 w2' is" in encoded.labels
 
 
-def test_a_beginning_that_all_labels_share_ends_the_prompt(tmp_path):
+def test_a_prefix_shared_by_all_labels_is_appended_to_the_prompt(tmp_path):
     rows = rows_of(["w1 w2 A", "w1 w2 B C"], 4)
     for example, row in zip(encode(tmp_path, rows).examples, rows, strict=True):
         assert example.input_ids.tolist() == ids(row["prompt"] + " w1 w2")
         assert example.choice_ids == tuple(ids("A B")[1:])
 
 
-def test_labels_that_begin_alike_are_a_row_for_each_step_to_the_answer(tmp_path):
+def test_labels_with_a_common_prefix_give_one_row_per_step_to_the_answer(tmp_path):
     (row,) = rows_of(NESTED, 1)
     row["answer"] = NESTED[1]
     encoded = encode(tmp_path, [row])
@@ -107,9 +107,9 @@ def test_labels_that_begin_alike_are_a_row_for_each_step_to_the_answer(tmp_path)
     assert "1 rows take 3 steps" in encoded.labels
 
 
-def test_the_prefix_with_the_fewest_steps_is_taken():
+def test_the_answer_prefix_with_the_fewest_steps_is_chosen():
     class Spaced:
-        """A tokenizer of characters in which a space is a token of its own."""
+        """A character tokenizer in which a space is a separate token."""
 
         unk_token_id = None
 
@@ -119,7 +119,7 @@ def test_the_prefix_with_the_fewest_steps_is_taken():
         def convert_ids_to_tokens(self, ids):
             return [chr(i) for i in ids]
 
-    # Both prefixes work; the space would be a beginning that all share, which costs nothing.
+    # Both prefixes work; the space would be a prefix shared by all, which costs nothing.
     assert tasks.resolve_choices(Spaced(), "x", ["yes", "no"]) == {
         "yes": tuple(map(ord, " yes")),
         "no": tuple(map(ord, " no")),
@@ -137,14 +137,14 @@ def test_the_prefix_with_the_fewest_steps_is_taken():
         ({"choices": None, "answer": "w1 w2"}, "2 tokens .* and an answer without choices is one"),
     ],
 )
-def test_labels_that_no_token_tells_apart_are_named_with_the_remedy(change, match, tmp_path):
+def test_indistinguishable_labels_are_rejected_with_the_remedy(change, match, tmp_path):
     (row,) = rows_of(["A", "B"], 1)
     row = {key: value for key, value in {**row, **change}.items() if value is not None}
     with pytest.raises(TaskError, match=match):
         encode(tmp_path, [row])
 
 
-def test_a_row_is_over_the_context_where_a_step_of_it_is(tmp_path):
+def test_a_row_is_overlong_if_one_of_its_steps_is(tmp_path):
     row = {"prompt": "w1 " * 61 + ":", "choices": NESTED, "answer": NESTED[3]}
     assert len(ids(row["prompt"])) == 63
     assert len(encode(tmp_path, [row]).examples) == 1
@@ -153,7 +153,7 @@ def test_a_row_is_over_the_context_where_a_step_of_it_is(tmp_path):
 
 
 def constrained(model, prompt, paths):
-    """What greedy constrained decoding by the untouched model answers, and its tokens."""
+    """The answer of greedy constrained decoding by the untouched model, and its tokens."""
     done: tuple[int, ...] = ()
     while True:
         left = {label: path for label, path in paths.items() if path[: len(done)] == done}
@@ -167,9 +167,9 @@ def constrained(model, prompt, paths):
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_never_exiting_is_constrained_decoding_by_the_model(family, scope):
+def test_without_exits_the_answer_is_the_models_constrained_decoding(family, scope):
     model, prompts = tiny(family), prompts_of([7, 3, 5, 6, 2, 7, 9, 4])
-    shorter = {"a": (5, 9), "b": (5, 10)}  # another list, whose beginning all share
+    shorter = {"a": (5, 9), "b": (5, 10)}  # another list, with a prefix shared by all
     lists = [TRIE, shorter] * 4
     runtime = runtime_of(model, ExitPolicy(layers=(), scope=scope))
     found = runtime.decide(prompts, lists)
@@ -181,7 +181,7 @@ def test_never_exiting_is_constrained_decoding_by_the_model(family, scope):
         assert sum(decision.scores.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_label_of_two_steps_has_the_product_of_their_probabilities():
+def test_the_probability_of_a_label_is_the_product_over_its_steps():
     model, prompt, paths = tiny("llama"), prompts_of([6])[0], {"a": (5, 9), "b": (5, 10), "c": (6,)}
     runtime = runtime_of(model, ExitPolicy.never())
     first = runtime.decide([prompt], [[5, 6]])[0].scores
@@ -194,19 +194,19 @@ def test_a_label_of_two_steps_has_the_product_of_their_probabilities():
     assert found.scores == pytest.approx(expected)
 
 
-# OPT's decoder projects its embeddings in and its last state out around the blocks. Entering the
-# single-token way up runs both once more per row, and nobody is charged for it: 1.1% of all here,
-# under 0.1% of OPT-350m, the released model that has them.
+# OPT's decoder projects embeddings in before the blocks and the last state out after them. SPADE's
+# single-token pass runs both once more per row, which is not charged: 1.1% of the total here, under
+# 0.1% for OPT-350m, the released model that has them.
 OPT = pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="projections uncharged"))
 
 
 @pytest.mark.parametrize("family", [OPT if family == "opt" else family for family in FAMILIES])
 @torch.no_grad()
-def test_every_step_exits_by_the_policy_and_is_charged(family):
+def test_every_step_exits_by_the_policy_and_is_counted_in_flops(family):
     model, prompts = tiny(family), prompts_of([6] * 8)
     runtime = runtime_of(model, mixed_policy(model, prompts))
     paths = {str(n): (first, n, n) for first in (5, 6) for n in range(first, 40, 2)}
-    runtime.decide(prompts, paths)  # the start token's constants are charged to nobody
+    runtime.decide(prompts, paths)  # the start token's constants are not charged
     with counter() as spent:
         found = runtime.decide(prompts, paths)
     assert all(len(decision.steps) == 2 for decision in found)
@@ -221,7 +221,7 @@ def test_every_step_exits_by_the_policy_and_is_charged(family):
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade"])
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-def test_the_runtime_walks_as_the_cached_rows_say(scope, decoder, toy_root, tmp_path):
+def test_the_runtime_takes_the_same_steps_as_the_cached_rows(scope, decoder, toy_root, tmp_path):
     rows = rows_of(NESTED, 40)
     project = toy.Project(toy_root, tmp_path)
     path = toy.write_jsonl(tmp_path / "data" / "train.jsonl", rows)
@@ -233,7 +233,8 @@ def test_the_runtime_walks_as_the_cached_rows_say(scope, decoder, toy_root, tmp_
     heads.bind(data.adapter)
     policy = ExitPolicy(layers=(1, 2, 3), scope=scope, decoder=decoder)
     table = exit_table(states, data.adapter, heads, policy)
-    below = sorted(table.confidence.flatten())[len(states) // 3 :]  # between two: none may round
+    below = sorted(table.confidence.flatten())[len(states) // 3 :]
+    # Halfway between two entropies, so that rounding changes no exit.
     limit = float(below[0] + below[1]) / 2
     runtime = ExitRuntime(
         data.adapter, heads,
@@ -252,7 +253,7 @@ def test_the_runtime_walks_as_the_cached_rows_say(scope, decoder, toy_root, tmp_
     for number, decision in enumerate(found):
         mine = [n for n, example in enumerate(examples) if example.row == number]
         layers = decision.steps or (decision.layer,)
-        # The cached way ends where the answer leaves that of the right answer.
+        # The cached rows end where the answer departs from the right one.
         for n, layer in zip(mine, layers, strict=False):
             assert [1, 2, 3, LAYERS][stops[n]] == layer
             compared += 1
@@ -264,7 +265,7 @@ def test_the_runtime_walks_as_the_cached_rows_say(scope, decoder, toy_root, tmp_
     assert compared > len(rows)
 
 
-def test_predict_asks_and_answers_labels_as_fit_does(toy_root, tmp_path):
+def test_predict_renders_and_answers_labels_as_fit_does(toy_root, tmp_path):
     rows = rows_of(["w1 A B", "w1 C", "w1 w2"], 5)
     config = config_of(tmp_path, rows)
     tokenizer = toy.tokenizer()

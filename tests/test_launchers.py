@@ -1,4 +1,4 @@
-"""Several processes of one run: however they are launched, and whichever of them is lost."""
+"""Multi-process runs under every launcher, and when any one process is lost."""
 
 import os
 import signal
@@ -28,11 +28,11 @@ from processes import (
 )
 from safetensors.torch import load_file
 
-# However they are launched
+# Launchers
 
 
 def torchrun(home: Path, arguments: list[str], *nodes: list[str]) -> str:
-    """Run a command by one torchrun, or by one per node; what they say."""
+    """Run a command with one torchrun, or with one per node; return the output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [sys.executable, "-m", "torch.distributed.run", "--local_addr", "127.0.0.1"]
     launchers = [
@@ -42,9 +42,9 @@ def torchrun(home: Path, arguments: list[str], *nodes: list[str]) -> str:
         )
         for node in nodes
     ]  # fmt: skip
-    said = "".join(launcher.communicate(timeout=120)[1] for launcher in launchers)
-    assert [launcher.returncode for launcher in launchers] == [0] * len(nodes), said
-    return said
+    output = "".join(launcher.communicate(timeout=120)[1] for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0] * len(nodes), output
+    return output
 
 
 def by_torchrun(home: Path, arguments: list[str]) -> str:
@@ -61,14 +61,14 @@ def by_torchrun_on_two_nodes(home: Path, arguments: list[str]) -> str:
 
 def by_slurm(home: Path, arguments: list[str]) -> str:
     ended = codes(slurm(home, arguments))
-    said = "".join((home / f"err{n}").read_text() for n in range(2))
-    assert ended == [0, 0], said
-    return said
+    output = "".join((home / f"err{n}").read_text() for n in range(2))
+    assert ended == [0, 0], output
+    return output
 
 
 @pytest.fixture(scope="module")
 def alone(toy_root, tmp_path_factory):
-    """A fit of one process with the global batch that two have together; read only."""
+    """A single-process fit with the global batch size of two processes; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("alone"))
     finished(project.home, ["fit", *recipe(project, data__batch_size=8)])
     return project.home
@@ -82,9 +82,9 @@ def alone(toy_root, tmp_path_factory):
         pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, project, launched):
-    said = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
-    assert said.count("train: caching 48 rows") == 1, said
+def test_two_processes_produce_the_same_cache_and_heads_as_one(alone, project, launched):
+    output = launched(project.home, ["fit", *recipe(project), "--trainer.strategy", "ddp"])
+    assert output.count("train: caching 48 rows") == 1, output
     assert cache_digests(project.home) == cache_digests(alone)
     expected, heads = (
         load_file(home / HEADS / "heads.safetensors") for home in (alone, project.home)
@@ -94,7 +94,7 @@ def test_two_processes_write_the_bytes_and_train_the_heads_that_one_does(alone, 
         torch.testing.assert_close(heads[name], value, rtol=0, atol=1e-6)
 
 
-# Whichever is lost
+# A lost process
 
 LOST = [
     "error: Another process of this run ended before its work was done.",
@@ -103,9 +103,9 @@ LOST = [
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
-    """What an undisturbed fit of two processes makes."""
-    project = toy.Project(toy_root, tmp_path_factory.mktemp("calm"))
+def undisturbed(toy_root, tmp_path_factory):
+    """The output of an undisturbed two-process fit."""
+    project = toy.Project(toy_root, tmp_path_factory.mktemp("undisturbed"))
     by_slurm(project.home, fit_of_two(project))
     return heads_made(project.home)
 
@@ -115,34 +115,34 @@ def fit_of_two(project: toy.Project) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_fit_that_lost_a_process_is_a_named_error_and_goes_on(calm, project, lost):
+def test_a_fit_that_loses_a_process_raises_a_clear_error_and_resumes(undisturbed, project, lost):
     arguments = fit_of_two(project)
     both = slurm(project.home, arguments)
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
     os.kill(both[lost].pid or 0, signal.SIGKILL)
     ended = codes(both)
-    said = (project.home / f"err{1 - lost}").read_text()
-    assert ended[1 - lost] == 1, said
+    output = (project.home / f"err{1 - lost}").read_text()
+    assert ended[1 - lost] == 1, output
     assert ended[lost] == -signal.SIGKILL
-    assert said.splitlines()[-2:] == LOST
-    assert "Traceback" not in said
+    assert output.splitlines()[-2:] == LOST
+    assert "Traceback" not in output
     assert steps_saved(project.home) < 6 * 6
     by_slurm(project.home, arguments)
-    assert heads_made(project.home) == calm
+    assert heads_made(project.home) == undisturbed
 
 
-# Whichever is told to stop
+# A terminated process
 
 
 @pytest.fixture(scope="module")
 def large(toy_root, tmp_path_factory):
-    """More questions, whose cache takes a while."""
+    """More questions, whose cache takes a while to build."""
     return toy.write_data(tmp_path_factory.mktemp("more"), train=700, validation=4)
 
 
 @pytest.fixture(scope="module")
 def large_cache(toy_root, large, tmp_path_factory):
-    """What an undisturbed `cache` of one process makes of them."""
+    """The output of an undisturbed single-process `cache` on them."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("large"))
     project.data = large
     finished(project.home, ["cache", *recipe(project)])
@@ -151,7 +151,7 @@ def large_cache(toy_root, large, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["cache", "fit"])
-def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
+def test_sigterm_ends_all_cache_processes_and_keeps_their_shards(
     large_cache, project, large, command
 ):
     project.data = large
@@ -161,9 +161,9 @@ def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     for process in both:
         process.terminate()
     assert codes(both) == [143, 143]
-    said = [(project.home / f"err{n}").read_text() for n in range(2)]
-    assert "terminated; resume it with: lspade-train fit" in said[0], said
-    assert not said[1]
+    output = [(project.home / f"err{n}").read_text() for n in range(2)]
+    assert "terminated; resume it with: lspade-train fit" in output[0], output
+    assert not output[1]
     kept = shards(project.home)
     assert 9 < len(kept) < len(large_cache)
     finished(project.home, ["cache", *arguments])
@@ -171,7 +171,7 @@ def test_sigterm_ends_all_processes_that_build_a_cache_and_keeps_their_shards(
     assert kept.items() <= shards(project.home).items()
 
 
-def test_sigterm_is_heard_by_a_process_that_waits_for_another(large_cache, project, large):
+def test_sigterm_stops_a_process_that_waits_for_another(large_cache, project, large):
     project.data = large
     first, second = slurm(project.home, ["cache", *recipe(project)])
     wait_for(lambda: len(shards(project.home)) > 9, first, second)
@@ -183,26 +183,26 @@ def test_sigterm_is_heard_by_a_process_that_waits_for_another(large_cache, proje
     assert codes([first]) == [143]
     os.kill(second.pid or 0, signal.SIGCONT)
     assert codes([second]) == [1]
-    said = (project.home / "err1").read_text()
-    assert said.startswith("error: Another process of this run ended"), said
+    output = (project.home / "err1").read_text()
+    assert output.startswith("error: Another process of this run ended"), output
 
 
-def test_sigterm_to_one_process_ends_a_fit_for_all_after_the_same_step(project):
+def test_sigterm_to_one_process_ends_the_fit_for_all_after_the_same_step(project):
     both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
     log = project.home / HEADS / "logs/version_0/metrics.csv"
     wait_for(log.exists, *both)
     both[1].terminate()
     assert codes(both) == [143, 143]
-    said = [(project.home / f"err{n}").read_text() for n in range(2)]
-    *_, told = said[0].splitlines()
-    assert told.startswith("terminated; resume it with: lspade-train fit --config "), said
-    assert told.endswith(" --ckpt_path last")
-    assert not said[1]
+    output = [(project.home / f"err{n}").read_text() for n in range(2)]
+    *_, last_line = output[0].splitlines()
+    assert last_line.startswith("terminated; resume it with: lspade-train fit --config "), output
+    assert last_line.endswith(" --ckpt_path last")
+    assert not output[1]
     assert steps_saved(project.home) == max(steps_logged(log)) + 1
 
 
 @pytest.mark.slow
-def test_slurms_signal_to_requeue_leaves_no_checkpoint_for_other_recipes_to_go_on_from(project):
+def test_slurms_requeue_signal_leaves_no_checkpoint_for_another_recipe(project):
     both = slurm(project.home, ["fit", *recipe(project, trainer__max_epochs=2000)])
     wait_for((project.home / HEADS / "training/last.ckpt").exists, *both)
     for process in both:
@@ -211,16 +211,16 @@ def test_slurms_signal_to_requeue_leaves_no_checkpoint_for_other_recipes_to_go_o
     assert [path.name for path in project.home.rglob("*.ckpt")] == ["last.ckpt"]
 
 
-# By Lightning itself, which starts the second process and watches over it
+# Lightning's own launcher, which starts and monitors the second process
 
 
 @contextmanager
 def by_lightning(home: Path, arguments: list[str]) -> Generator[subprocess.Popen]:
     """The first of two processes."""
-    with (home / "said").open("w") as said:
+    with (home / "output").open("w") as output:
         first = subprocess.Popen(
             [sys.executable, "-m", "lspade_train", *arguments, "--trainer.devices", "2"],
-            cwd=home, stdout=said, stderr=said,
+            cwd=home, stdout=output, stderr=output,
             env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
@@ -231,7 +231,7 @@ def by_lightning(home: Path, arguments: list[str]) -> Generator[subprocess.Popen
 
 
 def second_of(first: subprocess.Popen) -> int:
-    """The process that Lightning has started beside the first one (Linux)."""
+    """The process that Lightning started beside the first one (Linux)."""
     return int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[0])
 
 
@@ -241,7 +241,7 @@ def has_ended(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["first", "second"])
-def test_a_process_that_loses_the_other_one_does_not_outlive_it(project, lost):
+def test_a_process_that_loses_its_peer_also_exits(project, lost):
     arguments = ["fit", *recipe(project, trainer__max_epochs=2000)]
     with by_lightning(project.home, arguments) as first:
         wait_for((project.home / HEADS / "training/last.ckpt").exists)
@@ -249,16 +249,14 @@ def test_a_process_that_loses_the_other_one_does_not_outlive_it(project, lost):
         os.kill(first.pid if lost == "first" else second, signal.SIGKILL)
         assert first.wait(60) == (-signal.SIGKILL if lost == "first" else 1)
         wait_for(lambda: has_ended(second))
-    assert (project.home / "said").read_text().splitlines()[-2:] == LOST
+    assert (project.home / "output").read_text().splitlines()[-2:] == LOST
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "phase"), [("cache", "caching"), ("fit", "caching"), ("fit", "training")]
 )
-def test_sigterm_to_the_first_process_reaches_the_one_that_it_has_started(
-    project, large, command, phase
-):
+def test_sigterm_to_the_first_process_reaches_the_one_it_started(project, large, command, phase):
     project.data = large
     arguments = [command, *recipe(project, trainer__max_epochs=2000)]
     begun = {
@@ -271,7 +269,7 @@ def test_sigterm_to_the_first_process_reaches_the_one_that_it_has_started(
         first.terminate()
         assert first.wait(20) == 143
         wait_for(lambda: has_ended(second))
-    said = (project.home / "said").read_text()
-    assert said.count("terminated; ") == 1, said
-    assert "error" not in said
-    assert "Traceback" not in said
+    output = (project.home / "output").read_text()
+    assert output.count("terminated; ") == 1, output
+    assert "error" not in output
+    assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Heads fitted one group of layers after another: those of one fit, with the memory of a group."""
+"""Heads fitted one layer group at a time: the heads of one fit, with the memory of one group."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def _here(project, monkeypatch):
 
 @pytest.fixture(scope="module")
 def fitted(toy_root, tmp_path_factory):
-    """A fit of all three layers at once, with its cache; read only."""
+    """A fit of all three layers at once, with its cache; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("fitted"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
@@ -45,7 +45,7 @@ def heads(project, name="full"):
 
 
 def trained_layers(monkeypatch):
-    """Which layers each step trained."""
+    """The layers that each step trained."""
     seen, step = [], LSpadeModule.training_step
 
     def watched(self, batch, batch_idx):
@@ -57,7 +57,7 @@ def trained_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["full", "low_rank"])
-def test_groups_give_the_heads_and_metrics_of_one_fit(fitted, project, monkeypatch, form):
+def test_grouped_fitting_gives_the_heads_and_metrics_of_one_fit(fitted, project, monkeypatch, form):
     seen = trained_layers(monkeypatch)
     assert grouped(fitted, project, name=form, form=form) == 0
     assert seen == [(1,)] * 6 + [(2, 3)] * 6
@@ -74,7 +74,7 @@ def test_groups_give_the_heads_and_metrics_of_one_fit(fitted, project, monkeypat
     assert not list(project.home.glob("checkpoints/*/training/group-*"))
 
 
-def test_one_log_holds_the_layers_of_all_groups(fitted, project):
+def test_one_log_covers_the_layers_of_all_groups(fitted, project):
     assert grouped(fitted, project) == 0
     (log,) = project.home.glob("checkpoints/full/logs/*/metrics.csv")
     header = log.read_text().splitlines()[0].split(",")
@@ -83,7 +83,7 @@ def test_one_log_holds_the_layers_of_all_groups(fitted, project):
 
 @pytest.fixture
 def stopped(fitted, project, monkeypatch):
-    """A fit that was stopped in the fourth step of its second group."""
+    """A fit that was interrupted in the fourth step of its second group."""
     step = LSpadeModule.training_step
 
     def stop(self, batch, batch_idx):
@@ -98,7 +98,7 @@ def stopped(fitted, project, monkeypatch):
     return project
 
 
-def test_a_stopped_fit_keeps_its_finished_groups_and_ends_the_same(
+def test_an_interrupted_fit_keeps_finished_groups_and_gives_the_same_heads(
     fitted, project, stopped, tmp_path_factory, monkeypatch
 ):
     whole = toy.Project(fitted.model.parent, tmp_path_factory.mktemp("whole"))
@@ -111,19 +111,19 @@ def test_a_stopped_fit_keeps_its_finished_groups_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_groups_of_another_recipe_are_fitted_again(fitted, stopped, monkeypatch):
+def test_groups_of_another_recipe_are_refitted(fitted, stopped, monkeypatch):
     seen = trained_layers(monkeypatch)
     assert grouped(fitted, stopped, "--ckpt_path", "last", model__lr=0.01) == 0
     assert seen == [(1,)] * 6 + [(2, 3)] * 6
 
 
-def test_without_a_checkpoint_a_stopped_fit_begins_anew(fitted, stopped, monkeypatch):
+def test_without_a_checkpoint_an_interrupted_fit_starts_over(fitted, stopped, monkeypatch):
     seen = trained_layers(monkeypatch)
     assert grouped(fitted, stopped) == 0
     assert seen == [(1,)] * 6 + [(2, 3)] * 6
 
 
-def test_groups_that_were_all_fitted_are_put_together(fitted, stopped, monkeypatch):
+def test_finished_groups_are_merged_without_refitting(fitted, stopped, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("lspade_train.training.callbacks.forget_groups", lambda _: None)
         assert grouped(fitted, stopped, "--ckpt_path", "last") == 0
@@ -141,17 +141,17 @@ def test_groups_that_were_all_fitted_are_put_together(fitted, stopped, monkeypat
         ({}, ["--ckpt_path", "x.ckpt"], "--ckpt_path is x.ckpt, .* expected: last"),
     ],
 )
-def test_what_cannot_be_grouped_is_a_named_error(
+def test_invalid_layer_groups_raise_a_clear_error(
     fitted, project, capsys, changes, options, message
 ):
     assert grouped(fitted, project, *options, **changes) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert re.search(message, said)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(message, error)
 
 
 @pytest.mark.slow
-def test_two_processes_fit_groups_as_one_does(fitted, project):
+def test_two_processes_fit_groups_like_one(fitted, project):
     recipe = project.recipe(name="full", data__batch_size=8, model__layer_groups=2)
     shutil.copytree(fitted.cache, project.cache)
     arguments = ["fit", "--config", recipe.name, "--trainer.strategy", "ddp"]

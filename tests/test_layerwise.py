@@ -1,4 +1,4 @@
-"""Losses group by group: the numbers and gradients of plain autograd over all layers at once."""
+"""Losses group by group: the values and gradients of plain autograd over all layers at once."""
 
 import weakref
 
@@ -21,7 +21,7 @@ def trained(form):
 
 
 def loss_of(heads, hidden, group):
-    """Some loss that is not linear, per layer."""
+    """A nonlinear loss per layer."""
     return heads(hidden[:, group]).square().exp().log1p().sum(-1).mean(0)
 
 
@@ -42,7 +42,7 @@ def test_losses_and_gradients_equal_autograd_over_all_layers(form, size):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_part_is_the_same_heads_in_the_same_memory(form):
+def test_a_part_of_the_heads_shares_their_memory(form):
     heads, hidden = trained(form), torch.randn(ROWS, LAYERS, WIDTH, dtype=torch.float64)
     part = heads.part(slice(1, 3))
     assert part.layers == (2, 3)
@@ -52,7 +52,7 @@ def test_a_part_is_the_same_heads_in_the_same_memory(form):
     assert torch.equal(part.bias, heads.bias[1:3])
 
 
-def test_nothing_of_a_group_is_left_when_the_next_begins():
+def test_a_groups_memory_is_freed_before_the_next_group():
     heads, hidden = trained("full"), torch.randn(ROWS, LAYERS, WIDTH, dtype=torch.float64)
     alive = []
 

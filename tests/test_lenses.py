@@ -1,4 +1,4 @@
-"""The registry of lenses: one added from outside appears everywhere, and what it refuses."""
+"""The registry of lenses: a third-party lens appears everywhere; invalid ones are rejected."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ from lspade_train.probes.lenses import (
 from lspade_train.reporting.page import write_report
 from lspade_train.reporting.plots import all_figures
 
-# The logit lens and L-SPADE once more, as a user would write them: their numbers are known.
+# The logit lens and L-SPADE again, as a user would write them: their numbers are known.
 PLAIN = Lens(
     key="plain",
     label="plain lens",
@@ -53,7 +53,7 @@ SECOND = Lens(
 
 @contextmanager
 def known():
-    """Both are registered."""
+    """Register both lenses."""
     for lens in (PLAIN, SECOND):
         register(lens)
     try:
@@ -65,7 +65,7 @@ def known():
 
 @pytest.fixture(scope="module")
 def extended(evaluated_once, tmp_path_factory):
-    """A project that was evaluated with the two, and what was printed."""
+    """A project evaluated with the two lenses, and its output."""
     made = evaluated_once.copy(tmp_path_factory.mktemp("extended"))
     (made.folder / "second").mkdir()
     for name in ("config.json", "heads.safetensors"):
@@ -85,30 +85,30 @@ def extended(evaluated_once, tmp_path_factory):
 
 @pytest.fixture
 def made(extended):
-    """That project, while the two are registered."""
+    """That project, while the two lenses are registered."""
     with known():
         yield extended[0]
 
 
 @pytest.mark.parametrize(("lens", "same"), [(PLAIN, LOGIT_LENS), (SECOND, L_SPADE)])
-def test_a_lens_from_outside_is_measured_and_written_to_results(made, lens, same):
+def test_a_third_party_lens_is_measured_and_written_to_results(made, lens, same):
     lenses = made.results["lenses"]
     assert list(lenses) == ["logit_lens", "tuned_lens", "l_spade", "spade", "plain", "second"]
     assert lenses[lens.key] == lenses[same.key]
 
 
-def test_a_lens_from_outside_costs_what_its_decoder_costs_and_without_one_is_left_out(made):
+def test_a_third_party_lens_is_priced_by_its_decoder_or_left_out(made):
     lenses = made.results["iso_compute"]["lenses"]
     assert lenses[SECOND.key] == lenses[L_SPADE.key]
     assert PLAIN.key not in lenses
 
 
-def test_a_lens_from_outside_is_in_the_printed_table(extended):
+def test_a_third_party_lens_is_in_the_printed_table(extended):
     _, printed = extended
     assert {PLAIN.short_label, SECOND.short_label} <= set(printed.split())
 
 
-def test_a_lens_from_outside_is_in_the_figures_in_its_own_style(made):
+def test_a_third_party_lens_is_drawn_in_its_own_style(made):
     (figure,) = (f for f in all_figures(made.results) if f.title == "Accuracy by layer")
     styles = {series.label: series.style for series in figure.series}
     assert styles[PLAIN.label] == PLAIN.style
@@ -118,7 +118,7 @@ def test_a_lens_from_outside_is_in_the_figures_in_its_own_style(made):
     assert SECOND.style.colour in svg
 
 
-def test_a_lens_from_outside_is_in_the_report_and_the_card(made):
+def test_a_third_party_lens_is_in_the_report_and_the_card(made):
     report = (made.folder / "report.html").read_text(encoding="utf-8")
     for lens in (PLAIN, SECOND):
         assert f"<th>{lens.label}</th>" in report
@@ -128,8 +128,8 @@ def test_a_lens_from_outside_is_in_the_report_and_the_card(made):
 
 
 @pytest.mark.parametrize(("lens", "same"), [(PLAIN, LOGIT_LENS), (SECOND, L_SPADE)])
-def test_inspect_reads_through_a_lens_from_outside(made, capsys, monkeypatch, lens, same):
-    monkeypatch.setenv("COLUMNS", "200")  # no wrapped lines
+def test_inspect_supports_a_third_party_lens(made, capsys, monkeypatch, lens, same):
+    monkeypatch.setenv("COLUMNS", "200")  # avoids line wrapping
     recipe, heads = str(made.project.home / "recipe.yaml"), str(made.folder)
     shown = {}
     for one in (lens, same):
@@ -141,9 +141,7 @@ def test_inspect_reads_through_a_lens_from_outside(made, capsys, monkeypatch, le
     assert shown[lens.key] == shown[same.key]
 
 
-def test_results_with_a_lens_that_is_not_registered_here_are_shown_under_its_key(
-    evaluated_once, tmp_path
-):
+def test_results_of_an_unregistered_lens_are_shown_under_its_key(evaluated_once, tmp_path):
     folder = tmp_path / "toy"
     shutil.copytree(evaluated_once.folder, folder)
     results = evaluated_once.results
@@ -156,7 +154,7 @@ def test_results_with_a_lens_that_is_not_registered_here_are_shown_under_its_key
 # Reading
 
 
-def test_spade_is_unembedded_once_per_layer_whatever_the_number_of_lenses(project, monkeypatch):
+def test_spade_is_unembedded_once_per_layer_for_any_number_of_lenses(project, monkeypatch):
     data = project.module()
     dataset, adapter = data.stored("validation"), data.adapter
     heads = LSpadeHeads(data.layers, adapter.hidden_size).bind(adapter)
@@ -166,12 +164,12 @@ def test_spade_is_unembedded_once_per_layer_whatever_the_number_of_lenses(projec
     lenses = {LOGIT_LENS.key: None, TUNED_LENS.key: heads, L_SPADE.key: heads, SPADE.key: None}
     read_lenses(dataset, adapter.unembed, lenses, data.layers)
     hook.remove()
-    # The full model once; then at each layer SPADE once and each of the three other lenses.
+    # The full model once; then per layer SPADE once and each of the three other lenses.
     assert sum(rows) == len(dataset) * (1 + len(data.layers) * (1 + 3))
     assert max(rows) == 8  # one layer of one chunk at a time
 
 
-def test_a_lens_that_reads_through_heads_refuses_a_view_without_any():
+def test_a_lens_that_needs_heads_rejects_a_view_without_heads():
     adapter = ModelAdapter.of(tiny("llama"))
     hidden = torch.zeros(1, adapter.hidden_size)
     view = LayerView(1, hidden, adapter.unembed, None, lambda: hidden)
@@ -182,13 +180,13 @@ def test_a_lens_that_reads_through_heads_refuses_a_view_without_any():
 # The registry
 
 
-def test_a_key_that_is_taken_is_refused():
+def test_registering_a_taken_key_is_rejected():
     with pytest.raises(RecipeError, match=r"'spade' is registered already.*Choose another key"):
         register(SPADE)
 
 
 @pytest.mark.parametrize("style", [{"marker": "hexagon"}, {"dash": "wavy"}])
-def test_a_style_that_cannot_be_drawn_is_refused(style):
+def test_an_invalid_line_style_is_rejected(style):
     settings = vars(PLAIN) | {"style": LineStyle("#000000", **style)}
     with pytest.raises(RecipeError, match=r"hexagon|wavy"):
         register(Lens(**settings))
@@ -196,7 +194,7 @@ def test_a_style_that_cannot_be_drawn_is_refused(style):
 
 
 @pytest.mark.parametrize("lens", [LOGIT_LENS, TUNED_LENS, L_SPADE, SPADE], ids=lambda x: x.key)
-def test_a_policy_with_the_decoder_of_a_lens_takes_the_heads_of_that_lens(lens):
+def test_a_policy_with_a_lenss_decoder_uses_the_heads_of_that_lens(lens):
     policy = ExitPolicy(layers=(1,), decoder=lens.decoder)
     if lens.heads is None:
         return
@@ -211,7 +209,7 @@ def test_a_policy_with_the_decoder_of_a_lens_takes_the_heads_of_that_lens(lens):
                 answer_readers(policy, heads)
 
 
-def test_heads_are_the_lens_of_their_target():
+def test_heads_belong_to_the_lens_of_their_target():
     assert [lens_of_target(target) for target in ("spade", "final", None)] == [
         L_SPADE, TUNED_LENS, L_SPADE,
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The caller's model: left as it was found, followed as it changes, shared between threads."""
+"""The caller's model: left unmodified, tracked as it changes, shared between threads."""
 
 import copy
 import gc
@@ -33,13 +33,13 @@ def spade(model):
 
 
 def oracle(model):
-    """The same by the model's own forward of two tokens."""
+    """The same by the model's own two-token forward."""
     with torch.no_grad():
         return naive_spade(model, PROMPT, LAYER)
 
 
 def attributes(model):
-    """Every attribute of every module, tables of hooks and weights by what is in them."""
+    """Every attribute of every module, with hook tables and weights by content."""
     return [
         {name: dict(value) if isinstance(value, dict) else value for name, value in found.items()}
         for found in map(vars, model.modules())
@@ -57,7 +57,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_what_uses_a_model_leaves_no_trace_on_it(use):
+def test_using_a_model_leaves_no_trace_on_it(use):
     model = tiny("llama").train()
     before = attributes(model)
     needed = [parameter.requires_grad for parameter in model.parameters()]
@@ -67,14 +67,14 @@ def test_what_uses_a_model_leaves_no_trace_on_it(use):
     assert all(needed)
 
 
-def test_a_configuration_that_collects_hidden_states_leaves_no_hooks_on_the_blocks():
+def test_a_config_that_collects_hidden_states_leaves_no_hooks_on_the_blocks():
     model = tiny("llama")
     model.config.output_hidden_states = True
     spade(model)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_no_graph_is_built_though_the_weights_require_gradients():
+def test_no_graph_is_built_even_if_the_weights_require_gradients():
     model = tiny("llama")
     heads = LSpadeHeads([LAYER], WIDTH).requires_grad_(False).bind(model)
     hidden = torch.randn(2, WIDTH)
@@ -83,7 +83,7 @@ def test_no_graph_is_built_though_the_weights_require_gradients():
     assert not heads.logits(hidden, LAYER).requires_grad
 
 
-def test_a_head_that_is_trained_through_a_model_gets_its_gradient():
+def test_a_head_trained_through_a_model_gets_its_gradient():
     heads = LSpadeHeads([LAYER], WIDTH).bind(tiny("llama"))
     heads.logits(torch.randn(2, WIDTH), LAYER).logsumexp(-1).sum().backward()
     assert heads.bias.grad is not None
@@ -91,7 +91,7 @@ def test_a_head_that_is_trained_through_a_model_gets_its_gradient():
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_a_used_model_is_copied_and_saved_as_before(way):
+def test_a_used_model_can_still_be_copied_and_saved(way):
     model = tiny("llama")
     expected = spade(model)
     if way == "torch.save":
@@ -104,7 +104,7 @@ def test_a_used_model_is_copied_and_saved_as_before(way):
     assert torch.equal(spade(twin), expected)
 
 
-def test_a_used_model_is_freed_when_nobody_holds_it_though_its_hook_does():
+def test_a_used_model_is_freed_even_while_its_hook_is_referenced():
     model = tiny("llama")
     modes = []
     blocks_of(model)[0].register_forward_hook(lambda *_: modes.append(model.training))
@@ -169,7 +169,7 @@ def change_dtype(model):
 
 
 class Switched(nn.Module):
-    """A linear map with a part that can be switched off, as adapters have."""
+    """A linear map with a part that can be switched off, as in adapters."""
 
     def __init__(self, base):
         super().__init__()
@@ -190,7 +190,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_has_changed_answers_as_it_is_now(change):
+def test_a_changed_model_answers_with_its_current_weights(change):
     model = tiny("llama")
     mlp = blocks_of(model)[2].mlp
     mlp.gate_proj = Switched(mlp.gate_proj)
@@ -206,14 +206,14 @@ def test_a_model_that_has_changed_answers_as_it_is_now(change):
     torch.testing.assert_close(exited, expected, rtol=close, atol=close)
 
 
-def test_a_change_of_attention_is_followed():
+def test_a_change_of_attention_implementation_is_picked_up():
     model, (ids, mask) = tiny("llama"), padded_batch("left")
     before = spade_logits(model, ids, mask)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(spade_logits(model, ids, mask), before, rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast_start_tokens_are_kept_apart():
+def test_start_tokens_are_cached_separately_under_autocast():
     model = tiny("llama")
     expected = spade(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -221,7 +221,7 @@ def test_under_autocast_start_tokens_are_kept_apart():
     assert torch.equal(spade(model), expected)
 
 
-def test_the_identity_is_that_of_the_model_as_it_is_now():
+def test_the_identity_reflects_the_models_current_weights():
     model = tiny("llama")
     adapter = ModelAdapter.of(model)
     before = adapter.identity
@@ -230,7 +230,7 @@ def test_the_identity_is_that_of_the_model_as_it_is_now():
     assert adapter.identity["unembedding"] == before["unembedding"]
 
 
-def test_a_runtime_whose_heads_no_longer_fit_the_model_says_so():
+def test_a_runtime_whose_heads_no_longer_match_the_model_raises_an_error():
     model, heads = tiny("llama"), random_heads()
     identity = ModelAdapter.of(model).identity
     heads.metadata = {"base_model": {**identity, "model_id": "some/model"}}
@@ -246,7 +246,7 @@ def test_a_runtime_whose_heads_no_longer_fit_the_model_says_so():
     [("llama", {"attention_dropout": 0.1}), ("gpt2", {"resid_pdrop": 0.1})],
     ids=["in a function", "in a module"],
 )
-def test_a_model_that_drops_values_at_random_is_refused_until_it_no_longer_does(family, rate):
+def test_a_model_with_active_dropout_is_rejected_until_it_is_disabled(family, rate):
     model = tiny(family, **rate)
     runtime = ExitRuntime(model, random_heads(), policy=ExitPolicy.always(LAYER))
     before, answer = spade(model), runtime.decide(prompts_of())
@@ -259,7 +259,7 @@ def test_a_model_that_drops_values_at_random_is_refused_until_it_no_longer_does(
     assert runtime.decide(prompts_of()) == answer
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_does_not_change_the_results():
     model, prompts = tiny("llama"), prompts_of()
     policy = mixed_policy(model, prompts)
     before, answers = spade(model), runtime_of(model, policy).decide(prompts)
@@ -270,7 +270,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(block.gradient_checkpointing for block in blocks_of(model))
 
 
-def test_lora_adapters_are_followed_as_they_are_switched_scaled_and_merged():
+def test_lora_adapters_can_be_switched_scaled_and_merged_during_use():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny("llama"), config).eval()
@@ -297,7 +297,7 @@ def test_lora_adapters_are_followed_as_they_are_switched_scaled_and_merged():
 # Threads --------------------------------------------------------------------------------------
 
 
-def test_threads_that_use_one_model_each_get_the_numbers_they_get_alone():
+def test_threads_sharing_a_model_get_the_same_numbers_as_alone():
     model, (ids, mask) = tiny("llama"), padded_batch("left")
     prompts = prompts_of()
     runtime = runtime_of(model, mixed_policy(model, prompts))
@@ -329,7 +329,7 @@ def test_threads_that_use_one_model_each_get_the_numbers_they_get_alone():
         assert list(pool.map(wrong, range(len(work)))) == [0] * len(work)
 
 
-def test_threads_that_meet_a_model_for_the_first_time_prove_it_once(monkeypatch):
+def test_concurrent_first_uses_of_a_model_check_it_once(monkeypatch):
     model, proofs = tiny("llama"), []
     check = "lspade_train.models.adapter.check_adapter"
     real = ModelAdapter.check.__globals__["check_adapter"]
@@ -346,7 +346,7 @@ def test_threads_that_meet_a_model_for_the_first_time_prove_it_once(monkeypatch)
     assert len(proofs) == 1
 
 
-def test_one_call_looks_at_the_model_once_and_the_next_one_again(monkeypatch):
+def test_each_call_checks_the_model_for_changes_once(monkeypatch):
     runtime = runtime_of(tiny("llama"), ExitPolicy.always(2), tokens_per_batch=8)
     looks, real = [], adapter_module.snapshot
     monkeypatch.setattr(adapter_module, "snapshot", lambda model: looks.append(1) or real(model))
@@ -358,7 +358,7 @@ def test_one_call_looks_at_the_model_once_and_the_next_one_again(monkeypatch):
 # Start tokens ---------------------------------------------------------------------------------
 
 
-def test_a_bounded_number_of_start_tokens_is_kept_the_last_ones_used(monkeypatch):
+def test_a_bounded_number_of_recently_used_start_tokens_is_cached(monkeypatch):
     monkeypatch.setattr(known, "START_TOKENS", 3)
     model = tiny("llama")
     adapter = ModelAdapter.of(model)
@@ -370,7 +370,7 @@ def test_a_bounded_number_of_start_tokens_is_kept_the_last_ones_used(monkeypatch
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_generation_leaves_the_kept_start_tokens_as_they_are():
+def test_generation_does_not_modify_the_cached_start_tokens():
     model, prompts = tiny("gpt_oss"), prompts_of([6, 5])
     runtime = runtime_of(model, ExitPolicy.always(LAYERS - 1))
     before = spade_logits(model, PROMPT[None])
@@ -387,7 +387,7 @@ def test_generation_leaves_the_kept_start_tokens_as_they_are():
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=lambda wrap: wrap.__name__)
-def test_a_wrapped_model_answers_as_the_one_inside(wrap):
+def test_a_wrapped_model_answers_like_the_inner_one(wrap):
     model = tiny("llama")
     expected = spade(model)
     assert torch.equal(spade(wrap(model)), expected)
@@ -398,19 +398,19 @@ def test_a_wrapped_model_answers_as_the_one_inside(wrap):
     assert decided[0] == decided[1]
 
 
-def test_what_is_not_a_transformers_model_is_a_named_error():
+def test_an_object_that_is_not_a_transformers_model_raises_a_clear_error():
     with pytest.raises(UnsupportedModelError, match="Got a Linear; expected a decoder-only"):
         spade(nn.Linear(2, 2))
 
 
-def test_a_configuration_without_return_dict_changes_nothing_where_transformers_runs_it():
+def test_return_dict_false_changes_nothing_where_transformers_supports_it():
     expected, model = spade(tiny("bloom")), tiny("bloom")
     model.config.return_dict = False
     assert torch.equal(spade(model), expected)
     assert ExitRuntime(model, None, policy=ExitPolicy.never()).decide(prompts_of())
 
 
-def test_a_configuration_without_return_dict_is_a_named_error_where_transformers_does_not_run_it():
+def test_return_dict_false_raises_a_clear_error_where_transformers_does_not_support_it():
     model = tiny("llama")
     model.config.return_dict = False
     with pytest.raises(UnsupportedModelError, match=r"Set config\.return_dict = True"):
@@ -418,7 +418,7 @@ def test_a_configuration_without_return_dict_is_a_named_error_where_transformers
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
-def test_a_mask_of_any_dtype_is_a_mask(dtype):
+def test_an_attention_mask_of_any_dtype_is_accepted(dtype):
     model, (ids, mask) = tiny("llama"), padded_batch("left")
     assert torch.equal(spade_logits(model, ids, mask.to(dtype)), spade_logits(model, ids, mask))
 
@@ -432,13 +432,13 @@ def test_a_mask_of_any_dtype_is_a_mask(dtype):
         ([[1, 5], [1, 6]], [[1, 1], [0, 0]], "hides every token of a prompt"),
     ],
 )
-def test_prompts_that_cannot_be_read_are_one_clear_error(ids, mask, match):
+def test_invalid_prompts_raise_a_clear_error(ids, mask, match):
     given = None if mask is None else torch.tensor(mask)
     with pytest.raises(TaskError, match=match):
         spade_logits(tiny("llama"), torch.tensor(ids), given)
 
 
-def test_a_decoder_whose_forward_is_bound_elsewhere_is_a_named_error():
+def test_a_decoder_with_a_rebound_forward_raises_a_clear_error():
     model = tiny("llama")
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
@@ -446,7 +446,7 @@ def test_a_decoder_whose_forward_is_bound_elsewhere_is_a_named_error():
         spade(model)
 
 
-def test_a_hook_that_changes_the_models_own_logits_is_found_at_the_next_call():
+def test_a_hook_that_changes_the_models_logits_is_detected_at_the_next_call():
     model = tiny("llama")
     spade(model)
     model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * 2))

@@ -28,7 +28,7 @@ def double(family="llama"):
 
 
 def naive(student, goal_logits, unembed):
-    """Materialise everything and let autograd do the rest."""
+    """Materialise everything and use autograd."""
     logits = unembed(student)
     goal = goal_logits.softmax(-1)
     loss = -(goal * logits.log_softmax(-1)).sum(-1)
@@ -36,7 +36,7 @@ def naive(student, goal_logits, unembed):
     return loss, loss - entropy, logits.argmax(-1) == goal_logits.argmax(-1)
 
 
-# gemma2 caps its logits, opt projects and has a LayerNorm with bias, gpt_neox a plain one.
+# gemma2 soft-caps its logits, opt projects and has a LayerNorm with bias, gpt_neox a plain one.
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt_neox"])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 64])
 def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
@@ -58,13 +58,11 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
     assert torch.equal(got.agrees, agrees)
 
 
-# phi's head has a bias of its own.
+# phi's head has a bias.
 @pytest.mark.parametrize("family", ["llama", "phi", "opt"])
 @pytest.mark.parametrize("chunk_rows", [5, 64])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_a_reduced_target_gives_the_loss_and_gradient_of_float64_autograd(
-    family, chunk_rows, scale
-):
+def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, chunk_rows, scale):
     unembed = replace(double(family), scale=scale)
     if family == "phi":
         torch.nn.init.normal_(unembed.bias)
@@ -86,7 +84,7 @@ def test_a_reduced_target_gives_the_loss_and_gradient_of_float64_autograd(
 
 
 @pytest.mark.parametrize("stored", ["logits", "topk"])
-def test_stored_logits_are_reduced_to_what_they_say(stored):
+def test_reducing_stored_logits_keeps_loss_and_kl(stored):
     unembed = double("phi")
     student, logits = (torch.randn(9, size, dtype=torch.float64) for size in (WIDTH, VOCAB))
     values, tokens = logits.topk(5)
@@ -99,7 +97,7 @@ def test_stored_logits_are_reduced_to_what_they_say(stored):
     assert torch.equal(got.agrees, expected.agrees)
 
 
-def test_only_linear_logits_in_full_precision_are_reduced():
+def test_only_full_precision_linear_logits_are_reduced():
     assert is_reducible(double("llama"))
     assert not is_reducible(double("gemma2"))  # soft-capped
     assert not is_reducible(ModelAdapter(tiny("llama").bfloat16()).unembed)
@@ -110,7 +108,7 @@ LIMITS = {torch.float16: 0.02, torch.bfloat16: 0.02, torch.float32: 1e-5}
 
 
 def gradients(dtype, rows, vocab=2048, width=32):
-    """dL/dA of a head 2% from its target: ours, by kind of target, and float64's."""
+    """dL/dA of a head 2% from its target: ours, by kind of target, and the float64 one."""
     head = torch.nn.Linear(width, vocab, bias=False, dtype=dtype).requires_grad_(False)
     norm = torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype).requires_grad_(False)
     unembed = Unembedding(norm, head)
@@ -139,7 +137,7 @@ def gradients(dtype, rows, vocab=2048, width=32):
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("rows", [64, 256, 1024, pytest.param(4096, marks=pytest.mark.slow)])
-def test_gradients_are_those_of_float64_whatever_the_dtype_and_the_batch(dtype, rows):
+def test_gradients_match_float64_for_any_dtype_and_batch_size(dtype, rows):
     found, expected = gradients(dtype, rows)
     for name, gradient in found.items():
         error = (gradient - expected).norm() / expected.norm()
@@ -156,8 +154,9 @@ def test_a_scaled_head_has_a_scaled_gradient():
     assert (student.grad - expected).abs().max() < 1e-9
 
 
-def test_gradcheck_of_the_whole_path():
-    unembed = double("gpt_neox")  # Llama's norm computes in float32, too coarse for differences
+def test_gradcheck_of_the_full_loss():
+    # Llama's norm computes in float32, too coarse for finite differences.
+    unembed = double("gpt_neox")
     goal = torch.randn(3, VOCAB, dtype=torch.float64)
     student = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -188,7 +187,7 @@ def test_a_target_equal_to_the_student_has_no_kl_and_no_gradient():
     assert got.agrees.all()
 
 
-def test_the_tokens_asked_for_come_back_with_their_logits():
+def test_requested_tokens_are_returned_with_their_logits():
     unembed = double()
     student = torch.randn(5, WIDTH, dtype=torch.float64)
     token_ids = torch.randint(VOCAB, (5, 3))
@@ -196,7 +195,7 @@ def test_the_tokens_asked_for_come_back_with_their_logits():
     torch.testing.assert_close(got.token_logits, unembed(student).gather(-1, token_ids))
 
 
-# opt and gpt_neox have a LayerNorm, which refuses states in another precision than its own.
+# opt and gpt_neox have a LayerNorm, which rejects states in another precision.
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_give_a_full_precision_loss(family, dtype):
@@ -210,7 +209,7 @@ def test_half_precision_states_give_a_full_precision_loss(family, dtype):
     assert torch.isfinite(student.grad).all()
 
 
-def test_memory_made_while_validating_serves_training():
+def test_buffers_allocated_during_validation_are_reused_in_training():
     unembed = double()
     with torch.inference_mode():
         memory = chunk_memory(unembed)

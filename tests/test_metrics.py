@@ -43,21 +43,21 @@ scored = st.integers(1, 40).flatmap(rows)
 
 @quick
 @given(logits)
-def test_entropy_is_scipys(values):
+def test_entropy_matches_scipy(values):
     expected = scipy_entropy(softmax(values, -1), axis=-1)
     assert entropy(torch.from_numpy(values)).numpy() == pytest.approx(expected, abs=TOLERANCE)
 
 
 @quick
 @given(logits, st.integers(0, 99))
-def test_kl_is_scipys(target, seed):
+def test_kl_matches_scipy(target, seed):
     other = np.random.default_rng(seed).normal(size=target.shape) * 10
     expected = rel_entr(softmax(target, -1), softmax(other, -1)).sum(-1)
     found = kl_divergence(torch.from_numpy(target), torch.from_numpy(other))
     assert found.numpy() == pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE)
 
 
-def test_a_token_that_cannot_be_adds_nothing_to_entropy_or_kl():
+def test_a_token_of_zero_probability_adds_nothing_to_entropy_or_kl():
     target = torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.float64)
     other = torch.tensor([[0.5, 0.1, 7.0]], dtype=torch.float64)
     p, logq = softmax([1.0, 2.0]), log_softmax([0.5, 0.1, 7.0])[:2]
@@ -79,14 +79,14 @@ def test_kl_is_infinite_where_only_the_student_excludes_a_token():
     assert float(kl_divergence(target, other)) == torch.inf
 
 
-def test_agreement_compares_the_best_tokens():
+def test_agreement_compares_the_top_tokens():
     one, two = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     assert agreement(one, two).tolist() == [True, False]
 
 
 @quick
 @given(scored, st.sampled_from([1, 2, 4, 8, 15]))
-def test_calibration_error_is_a_binned_gap(pair, bins):
+def test_calibration_error_matches_a_binned_gap(pair, bins):
     confidence, right = pair
     # Scipy's bins are closed on the left, ours on the right: mirrored, they are the same.
     gap, _, which = binned_statistic(
@@ -100,7 +100,7 @@ def test_calibration_error_is_a_binned_gap(pair, bins):
 
 @quick
 @given(scored)
-def test_auroc_is_scikit_learns_and_none_with_one_class(pair):
+def test_auroc_matches_scikit_learn_and_is_none_for_one_class(pair):
     score, right = pair
     found = auroc(torch.from_numpy(score), torch.from_numpy(right))
     if right.all() or not right.any():
@@ -111,7 +111,7 @@ def test_auroc_is_scikit_learns_and_none_with_one_class(pair):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6).flatmap(rows))
-def test_risk_coverage_is_the_mean_over_every_order_of_equal_scores(pair):
+def test_risk_coverage_averages_over_every_order_of_tied_scores(pair):
     score, right = pair
     curves = [
         np.cumsum(~right[list(order)]) / np.arange(1, len(right) + 1)
@@ -122,7 +122,7 @@ def test_risk_coverage_is_the_mean_over_every_order_of_equal_scores(pair):
     assert found.numpy() == pytest.approx(np.mean(curves, axis=0), abs=TOLERANCE)
 
 
-def test_a_coverage_is_rounded_up_to_whole_rows():
+def test_coverage_is_rounded_up_to_whole_rows():
     curve = torch.arange(1.0, 31.0)
     assert at_coverage(curve, [0.01, 0.1, 0.11, 1.0]).tolist() == [1, 3, 4, 30]
 
@@ -138,7 +138,7 @@ def test_bootstrap_bounds_are_percentiles_of_resampled_means(count, columns, see
     assert found.numpy() == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_a_bootstrap_interval_has_the_width_of_the_normal_one():
+def test_a_bootstrap_interval_has_about_the_normal_width():
     values = (torch.arange(2000) % 4 == 0).double()[:, None]
     low, high = bootstrap_interval(values, resamples=4000)[0].tolist()
     expected = 2 * 1.96 * math.sqrt(0.25 * 0.75 / 2000)
@@ -146,7 +146,7 @@ def test_a_bootstrap_interval_has_the_width_of_the_normal_one():
     assert (high + low) / 2 == pytest.approx(0.25, abs=0.002)
 
 
-def test_resampling_in_parts_gives_the_same_bounds(monkeypatch):
+def test_resampling_in_chunks_gives_the_same_bounds(monkeypatch):
     values = torch.rand(50, 2, dtype=torch.float64)
     whole = bootstrap_interval(values, resamples=11)
     monkeypatch.setattr("lspade_train.probes.metrics.BOOTSTRAP_CELLS", 100)

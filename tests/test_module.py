@@ -1,4 +1,4 @@
-"""Training: what one fit ends with, and that resuming, processes and modes do not change it."""
+"""Training: the heads one fit produces, unchanged by resuming, processes and modes."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def trainer(project, epochs=2, **options):
 
 
 def fit(project, config=None, *, data=None, epochs=2, ckpt_path=None, **options):
-    """Train; give the module and the trainer."""
+    """Train; return the module and the trainer."""
     seed_everything(0, verbose=False)
     module = LSpadeModule(config or HeadConfig(lr=1e-2))
     runner = trainer(project, epochs, **options)
@@ -54,7 +54,7 @@ def assert_equal_heads(one, other):
 
 
 class Orders(Callback):
-    """Keeps the first hidden values of every batch: which rows came when."""
+    """Records the first hidden values of every batch, to tell which rows came when."""
 
     def __init__(self):
         self.seen = []
@@ -64,7 +64,7 @@ class Orders(Callback):
 
 
 class Save(Callback):
-    """Writes a checkpoint after one chosen step."""
+    """Saves a checkpoint after one chosen step."""
 
     def __init__(self, step, path):
         self.step, self.path = step, path
@@ -74,7 +74,7 @@ class Save(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def test_training_lowers_the_kl_on_rows_it_has_not_seen(project):
+def test_training_lowers_the_kl_on_unseen_rows(project):
     config = HeadConfig(lr=3e-3)
     runs = [fit(project, config, epochs=epochs)[1] for epochs in (1, 12)]
     for layer in (1, 2, 3):
@@ -112,14 +112,14 @@ def test_every_mode_trains_the_same_heads(project, mode, shard_mb):
     disk, _ = fit(project, data=data)
     assert (len(data.states("train").shards) > 1) == (shard_mb < 1)
     other, _ = fit(project, data=project.module(mode=mode, shard_mb=shard_mb))
-    # Online, a training batch is a batch of the model too, which decides the last bits.
+    # Online, a training batch is also a batch of the model, which changes the last bits.
     slack = 1e-6 if mode == "online" else 0
     for name, value in weights(disk).items():
         torch.testing.assert_close(weights(other)[name], value, rtol=0, atol=slack)
 
 
-# Online, a batch counts prompts, not positions: the same batches where a prompt has one position,
-# and where all are in one batch (then in another order, and Adam amplifies the last bits).
+# Online, a batch counts prompts, not positions: the batches are the same if a prompt has one
+# position, or if all are in one batch (then in another order, and Adam amplifies the last bits).
 @pytest.mark.parametrize(("positions", "batch_size", "steps"), [(1, 4, 8), (4, 1000, 2)])
 def test_running_text_trains_the_same_heads_online(project, positions, batch_size, steps):
     text = TextConfig(length=20, first_position=3, positions_per_sequence=positions)
@@ -140,17 +140,17 @@ def test_every_kind_of_target_trains_nearly_the_same_heads(project, targets):
     hidden, _ = fit(project)
     other, _ = fit(project, data=data)
     for name, value in weights(hidden).items():
-        # fp16 logits; Adam's first steps amplify what is nearly zero.
+        # fp16 logits; Adam's first steps amplify values near zero.
         assert (weights(other)[name] - value).abs().mean() < 0.05 * value.abs().mean()
 
 
-def test_each_layer_trains_as_it_would_alone(project):
+def test_each_layer_trains_independently_of_the_others(project):
     together, _ = fit(project)
     alone, _ = fit(project, data=project.module([2], cache_dir=str(project.home / "alone")))
     torch.testing.assert_close(weights(alone)["weight"][0], weights(together)["weight"][1])
 
 
-def test_every_epoch_has_an_order_of_its_own_and_every_run_the_same(project):
+def test_the_row_order_differs_between_epochs_but_not_between_runs(project):
     first, second = Orders(), Orders()
     fit(project, callbacks=[first])
     fit(project, callbacks=[second])
@@ -161,16 +161,16 @@ def test_every_epoch_has_an_order_of_its_own_and_every_run_the_same(project):
     assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_epochs_cut_short_see_other_rows(project):
+def test_truncated_epochs_see_different_rows(project):
     seen = Orders()
     fit(project, callbacks=[seen], limit_train_batches=2)
     assert len(seen.seen) == 4
     assert not torch.equal(seen.seen[0], seen.seen[2])
 
 
-# Six steps an epoch, two epochs: within an epoch, at the end of one, and shortly behind it.
+# Six steps per epoch, two epochs: within an epoch, at the end of one, and just after it.
 @pytest.mark.parametrize("step", [2, 6, 7])
-def test_a_resumed_fit_ends_with_the_heads_of_one_that_was_not_stopped(project, step):
+def test_a_resumed_fit_gives_the_heads_of_an_uninterrupted_one(project, step):
     path = project.home / "stopped.ckpt"
     whole, runner = fit(project, callbacks=[Save(step, path)])
     assert runner.global_step == 12
@@ -184,7 +184,7 @@ def test_a_resumed_fit_ends_with_the_heads_of_one_that_was_not_stopped(project, 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning")
 @pytest.mark.parametrize("limit", [1.0, 2])
-def test_a_fit_resumed_from_the_checkpoint_of_an_epochs_end_goes_on_exactly(project, limit):
+def test_a_fit_resumed_after_an_epoch_equals_an_uninterrupted_one(project, limit):
     keep = ModelCheckpoint(dirpath=project.home / "ck", filename="{epoch}", save_top_k=-1)
     options = {"enable_checkpointing": True, "limit_train_batches": limit}
     whole, _ = fit(project, epochs=3, callbacks=[keep], **options)
@@ -202,7 +202,7 @@ def test_a_fit_is_not_resumed_with_another_batch_size(project):
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
-def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project, scope):
+def test_a_process_without_validation_rows_does_not_change_the_metrics(project, scope):
     module, _ = fit(project, HeadConfig(form="bias", scope=scope), epochs=1)
     for mode in ("disk", "online"):
         validation = project.module(mode=mode).states("validation")
@@ -213,7 +213,7 @@ def test_a_process_without_validation_rows_adds_nothing_to_the_sums(project, sco
 
 
 def unreduced(project, monkeypatch, *arguments, **options):
-    """A fit whose steps make the target's logits."""
+    """A fit whose steps compute the target's logits."""
     with monkeypatch.context() as patch:
         patch.setattr("lspade_train.training.module.is_reducible", lambda _: False)
         return fit(project, *arguments, **options)
@@ -228,7 +228,7 @@ def unreduced(project, monkeypatch, *arguments, **options):
         pytest.param("memory", "spade", marks=pytest.mark.slow),
     ],
 )
-def test_reduced_targets_train_the_heads_and_give_the_metrics_that_logits_do(
+def test_reduced_targets_give_the_same_heads_and_metrics_as_logits(
     project, monkeypatch, target, mode
 ):
     config = HeadConfig(lr=1e-3, target=target)
@@ -242,15 +242,13 @@ def test_reduced_targets_train_the_heads_and_give_the_metrics_that_logits_do(
         assert float(two.logged_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5)
 
 
-def test_a_fit_of_few_epochs_reduces_no_targets(project):
+def test_a_fit_of_few_epochs_does_not_reduce_targets(project):
     data = project.module()
     fit(project, data=data, epochs=2)
     assert not data.train_dataloader().dataset.shards[0].keys() & REDUCED
 
 
-def test_a_disk_without_room_for_reduced_targets_costs_time_and_nothing_else(
-    project, monkeypatch, caplog
-):
+def test_a_disk_too_full_for_reduced_targets_only_costs_time(project, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -276,7 +274,7 @@ def assert_equal_optimizers(one, other):
             assert all(torch.equal(p[name], q[name]) for name in p)
 
 
-def test_weight_decay_pulls_the_maps_to_the_identity_and_spares_the_bias(project):
+def test_weight_decay_pulls_the_maps_to_the_identity_but_not_the_bias(project):
     sizes = {}
     for decay in (0.0, 1.0, 10.0):
         module, _ = fit(project, HeadConfig(lr=1e-2, weight_decay=decay), epochs=6)
@@ -287,7 +285,7 @@ def test_weight_decay_pulls_the_maps_to_the_identity_and_spares_the_bias(project
     assert [(g["params"][0].ndim, g["weight_decay"]) for g in groups] == [(3, 0.5), (2, 0.0)]
 
 
-def test_the_learning_rate_rises_then_falls_to_zero(project):
+def test_the_learning_rate_warms_up_then_decays_to_zero(project):
     class Rates(Callback):
         seen: list = []  # noqa: RUF012
 
@@ -301,7 +299,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(project):
     assert rates.seen[-1] < 1e-3
 
 
-def test_target_final_trains_towards_the_model_itself(project):
+def test_target_final_trains_towards_the_models_own_output(project):
     module, _ = fit(project, HeadConfig(lr=3e-3, target="final"), epochs=8)
     data = project.module()
     batch = data.states("validation").gather(torch.arange(20))
@@ -313,7 +311,7 @@ def test_target_final_trains_towards_the_model_itself(project):
     assert tuned < lens
 
 
-def test_logged_metrics_are_the_means_computed_by_hand(project):
+def test_logged_metrics_match_means_computed_by_hand(project):
     module, runner = fit(project)
     data = project.module()
     batch = data.states("validation").gather(torch.arange(20))
@@ -337,14 +335,14 @@ def test_logged_metrics_are_the_means_computed_by_hand(project):
         assert mean == pytest.approx(float(value.mean()), rel=1e-5, abs=1e-6)
 
 
-def test_running_text_has_its_next_tokens_for_labels(project):
+def test_running_text_uses_the_next_tokens_as_labels(project):
     text = TextConfig(length=20, first_position=3)
     data = project.module(task="text", dataset=str(project.texts), text=text)
     _, runner = fit(project, data=data)
     assert "val/accuracy/mean" in runner.logged_metrics
 
 
-def test_a_loss_that_is_no_number_stops_with_its_remedy(project):
+def test_a_non_finite_loss_stops_training_with_a_remedy(project):
     class Spoil(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             batch.hidden[0] = float("nan")
@@ -380,8 +378,8 @@ if runner.is_global_zero:
 """
 
 
-@pytest.mark.slow  # the same under SLURM's environment, in test_launchers, is quicker
-def test_two_processes_train_the_heads_that_one_does(project, toy_root):
+@pytest.mark.slow  # the same under SLURM's environment is tested more quickly in test_launchers
+def test_two_processes_train_the_same_heads_as_one(project, toy_root):
     script = project.home / "run.py"
     tests = str(Path(__file__).parent)
     script.write_text(DDP.format(tests=tests, root=str(toy_root), home=str(project.home)))
@@ -405,13 +403,13 @@ def test_two_processes_train_the_heads_that_one_does(project, toy_root):
 
 @pytest.fixture
 def no_login(monkeypatch, tmp_path):
-    """Neither key nor login, and a home without any."""
+    """Neither a key nor a login, and a home directory without any."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
 
 
-def test_wandb_is_used_where_its_mode_or_a_login_says_so(project, no_login, monkeypatch):
+def test_wandb_is_enabled_by_its_mode_or_a_login(project, no_login, monkeypatch):
     from lspade_train.training.loggers import default_loggers
 
     kinds = lambda: [type(x).__name__ for x in default_loggers(project.home, "toy")]  # noqa: E731
@@ -432,7 +430,7 @@ def test_a_wandb_run_is_written_offline_without_key_or_network(project, no_login
     wandb = pytest.importorskip("wandb")
     from lspade_train.cli import main
 
-    wandb.teardown()  # another test's settings would outlive the environment's
+    wandb.teardown()  # another test's settings would override the environment
 
     recipe = project.recipe()
     here = Path.cwd()

@@ -1,4 +1,4 @@
-"""A recipe's model and tokenizer are opened in one way, with every setting of `data`."""
+"""The model and tokenizer of a recipe are opened in one place, with every setting of `data`."""
 
 import json
 import os
@@ -34,8 +34,8 @@ COMMANDS = {
 
 @pytest.fixture
 def own_code(project, monkeypatch) -> Path:
-    """The toy model, with a tokenizer whose class is in a file beside it."""
-    # transformers copies the file into a folder that it puts on the path.
+    """The toy model, with a tokenizer class in a file beside it."""
+    # transformers copies the file into a folder on the Python path.
     modules = str(project.home / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -52,7 +52,7 @@ def own_code(project, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_trusted_tokenizer_runs_its_own_code(
+def test_a_trusted_tokenizers_code_is_run(
     command, own_code, project, evaluated_once, monkeypatch, capsys
 ):
     monkeypatch.chdir(project.home)
@@ -64,14 +64,14 @@ def test_a_trusted_tokenizer_runs_its_own_code(
     assert os.environ["OWN_TOKENIZER"] == "used"
 
 
-def test_code_that_is_not_trusted_is_not_run(own_code, project, capsys):
+def test_untrusted_code_is_not_run(own_code, project, capsys):
     recipe = project.recipe(data__model_id=str(own_code))
     assert main(["inspect", "w1", "--config", str(recipe), "--lens=logit_lens"]) == 1
     assert "trust_remote_code" in capsys.readouterr().err
     assert os.environ["OWN_TOKENIZER"] == "not used"
 
 
-def test_model_and_tokenizer_get_every_setting_and_one_revision(monkeypatch):
+def test_model_and_tokenizer_get_every_setting_and_the_same_revision(monkeypatch):
     asked = {}
     monkeypatch.setattr(opening, "hub_commit", lambda *_, **__: "c" * 40)
     monkeypatch.setattr(
@@ -95,7 +95,7 @@ def test_model_and_tokenizer_get_every_setting_and_one_revision(monkeypatch):
 @pytest.mark.parametrize(
     ("native", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")]
 )
-def test_half_precision_that_the_processor_emulates_is_warned_of(
+def test_a_warning_is_logged_if_the_cpu_emulates_half_precision(
     toy_root, native, dtype, monkeypatch, caplog
 ):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)

@@ -1,4 +1,4 @@
-"""The loss over each row's choices, against float64 autograd on the whole vocabulary."""
+"""The loss over each row's choices, against float64 autograd on the full vocabulary."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def unembedding(family, scale=1.0):
 
 
 def batch(unembed, stored="target"):
-    """Rows with lists of choices of their own, padded by the first one."""
+    """Rows with their own lists of choices, padded with the first one."""
     goal = torch.randn(ROWS, LAYERS, WIDTH, dtype=torch.float64)
     numbers = torch.zeros(ROWS, dtype=torch.long)
     return StateBatch(
@@ -54,7 +54,7 @@ def goal_of(rows, target, unembed):
 
 
 def naive(student, goal, row):
-    """Loss and KL of one row at all layers: the softmax over all tokens, restricted to its own."""
+    """Loss and KL of one row at all layers: the full softmax, restricted to the row's choices."""
     tokens = torch.tensor(CHOICES[row][: COUNTS[row]])
     p, q = (z.softmax(-1)[:, tokens] for z in (goal[row], student[row]))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
@@ -63,7 +63,7 @@ def naive(student, goal, row):
     return loss, loss + (p * p.log()).sum(-1), best, best == tokens[p.argmax(-1)]
 
 
-# gemma2 caps its logits, phi's head has a bias, opt projects.
+# gemma2 soft-caps its logits, phi's head has a bias, opt projects.
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "opt"])
 @pytest.mark.parametrize(
     ("target", "stored"), [("spade", "target"), ("spade", "target_logits"), ("final", "target")]
@@ -86,19 +86,19 @@ def test_loss_and_gradient_equal_autograd_on_the_restricted_softmax(family, targ
     assert torch.equal(got.agrees, agrees)
 
 
-def test_a_head_that_is_not_linear_is_refused():
+def test_a_nonlinear_head_is_rejected():
     unembed = replace(unembedding("llama"), linear=False)
     rows = batch(unembed)
     with pytest.raises(UnsupportedModelError, match="more than a product"):
         choice_distillation(rows.hidden, rows, "spade", unembed)
 
 
-# Whole fits
+# Full fits
 
 
 @pytest.fixture
 def fit(project, monkeypatch):
-    """Fit over the choices, and give the exit code."""
+    """Fit over the choices; return the exit code."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(project.home)
 
@@ -110,7 +110,7 @@ def fit(project, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["full", "low_rank", "bias"])
-def test_no_product_with_the_vocabulary_is_made(project, fit, monkeypatch, form):
+def test_no_product_over_the_vocabulary_is_computed(project, fit, monkeypatch, form):
     assert main(["cache", "--config", str(project.recipe())]) == 0
     assert VOCAB > 3
 
@@ -141,25 +141,27 @@ def test_training_over_the_choices_lowers_the_kl_over_them(project, fit):
     assert after["val/kl/mean"] < 0.8 * before["val/kl/mean"]
 
 
-def test_a_task_without_choices_is_refused_before_the_model_runs(project, fit, monkeypatch, capsys):
-    monkeypatch.setattr(ModelAdapter, "__init__", None)  # whoever loads a model fails otherwise
+def test_a_task_without_choices_is_rejected_before_the_model_runs(
+    project, fit, monkeypatch, capsys
+):
+    monkeypatch.setattr(ModelAdapter, "__init__", None)  # loading a model fails with another error
     assert fit(data__task="text", data__dataset=str(project.texts)) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: model.scope is choices, and the task text has none"), said
-    assert "--model.scope vocabulary" in said
+    message = capsys.readouterr().err
+    assert message.startswith("error: model.scope is choices, and the task text has none"), message
+    assert "--model.scope vocabulary" in message
 
 
-def test_targets_that_may_lack_the_choices_are_refused(fit, capsys):
+def test_topk_targets_that_may_lack_the_choices_are_rejected(fit, capsys):
     assert fit(data__targets="topk") == 1
     assert "model.scope is choices, and data.targets is topk" in capsys.readouterr().err
 
 
-# What heads over the choices may be used for
+# Uses of heads over the choices
 
 
 @pytest.fixture(scope="module")
 def fitted(toy_root, tmp_path_factory):
-    """A project with both kinds of heads over the choices, evaluated; read only."""
+    """A project with both kinds of heads over the choices, evaluated; read-only."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("fitted"))
     recipe = project.recipe(model__scope="choices", model__target="both", model__form="bias")
     with pytest.MonkeyPatch.context() as patch:
@@ -167,10 +169,10 @@ def fitted(toy_root, tmp_path_factory):
         patch.chdir(project.home)
         assert main(["fit", "--config", str(recipe)]) == 0
         assert main(["calibrate", "--config", str(recipe), "--max_disagreement=0.9"]) == 0
-        # caplog is each test's own.
-        project.said = []
+        # caplog is function-scoped.
+        project.logged = []
         patch.setattr(
-            "lspade_train.evaluation.run.log.info", lambda *said: project.said.append(said)
+            "lspade_train.evaluation.run.log.info", lambda *record: project.logged.append(record)
         )
         assert main(["evaluate", "--config", str(recipe)]) == 0
     return project
@@ -183,21 +185,21 @@ def run(project, command, *options):
     )
 
 
-def test_calibrate_looks_at_the_choices(fitted):
+def test_calibrate_uses_the_choices_scope(fitted):
     policy = ExitPolicy.load(fitted.home / "checkpoints/toy")
     assert policy.scope == "choices"
 
 
-def test_calibrate_refuses_the_vocabulary(fitted, capsys):
+def test_calibrate_rejects_the_vocabulary_scope(fitted, capsys):
     assert run(fitted, "calibrate", "--scope", "vocabulary") == 1
-    said = capsys.readouterr().err
-    assert "were fitted over the choices" in said, said
-    assert "--model.scope vocabulary" in said
-    assert len(said.splitlines()) == 2
+    message = capsys.readouterr().err
+    assert "were fitted over the choices" in message, message
+    assert "--model.scope vocabulary" in message
+    assert len(message.splitlines()) == 2
 
 
 @pytest.mark.parametrize("policy", [{"reader": "tuned_lens"}, {"decoder": "l-spade"}, {}])
-def test_the_runtime_refuses_the_vocabulary(fitted, policy):
+def test_the_runtime_rejects_the_vocabulary_scope(fitted, policy):
     adapter = ModelAdapter.from_pretrained(str(fitted.model))
     heads = LSpadeHeads.from_pretrained(fitted.home / "checkpoints/toy")
     wanted = ExitPolicy(layers=(1, 2), threshold=0.5, **policy)
@@ -206,7 +208,7 @@ def test_the_runtime_refuses_the_vocabulary(fitted, policy):
     ExitRuntime(adapter, heads, policy=replace(wanted, scope="choices"))
 
 
-def test_a_fixed_exit_that_spade_answers_reads_no_head(fitted):
+def test_a_fixed_exit_answered_by_spade_reads_no_head(fitted):
     adapter = ModelAdapter.from_pretrained(str(fitted.model))
     heads = LSpadeHeads.from_pretrained(fitted.home / "checkpoints/toy")
     ExitRuntime(adapter, heads, policy=ExitPolicy(layers=(2,), measure="fixed", threshold=0.5))
@@ -216,7 +218,7 @@ def results_of(project):
     return json.loads((project.home / "checkpoints/toy/results.json").read_text())
 
 
-def test_evaluate_reports_no_vocabulary_of_heads_over_the_choices(fitted):
+def test_evaluate_reports_no_vocabulary_metrics_for_heads_over_the_choices(fitted):
     lenses = results_of(fitted)["lenses"]
     over_vocabulary = ("accuracy_vocabulary", "kl_to_model", "kl_to_spade", "agrees_model")
     for key in ("l_spade", "tuned_lens"):
@@ -225,20 +227,20 @@ def test_evaluate_reports_no_vocabulary_of_heads_over_the_choices(fitted):
     assert None not in [*lenses["logit_lens"]["kl_to_model"], *lenses["spade"]["kl_to_model"]]
 
 
-def test_evaluate_takes_the_entropy_of_such_heads_over_the_choices(fitted):
+def test_evaluate_computes_the_entropy_over_the_choices(fitted):
     results = results_of(fitted)
     assert results["exits"]["scope"] == results["heads"]["scope"] == "choices"
     assert all(value <= math.log(3) for value in results["lenses"]["l_spade"]["entropy"])
     assert max(results["lenses"]["logit_lens"]["entropy"]) > math.log(3)
 
 
-def test_evaluate_says_once_what_is_not_measured(fitted):
-    said = [text % tuple(values) for text, *values in fitted.said if "over the choices" in text]
-    assert len(said) == 1
-    assert said[0].startswith("tuned lens, L-SPADE: fitted over the choices")
+def test_evaluate_reports_once_what_is_not_measured(fitted):
+    lines = [text % tuple(rest) for text, *rest in fitted.logged if "over the choices" in text]
+    assert len(lines) == 1
+    assert lines[0].startswith("tuned lens, L-SPADE: fitted over the choices")
 
 
-def test_evaluate_refuses_rows_without_choices_for_such_heads(fitted, project, monkeypatch, capsys):
+def test_evaluate_rejects_rows_without_choices(fitted, project, monkeypatch, capsys):
     monkeypatch.chdir(project.home)
     project.recipe(data__task="text", data__dataset=str(project.texts))
     folder = str(fitted.home / "checkpoints/toy")
@@ -248,7 +250,7 @@ def test_evaluate_refuses_rows_without_choices_for_such_heads(fitted, project, m
 
 
 @pytest.mark.slow
-def test_ablations_of_such_heads_are_fitted_over_the_choices(fitted, monkeypatch):
+def test_ablations_are_also_fitted_over_the_choices(fitted, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(fitted.home)
     assert run(fitted, "evaluate", "--ablations=true") == 0

@@ -1,4 +1,4 @@
-"""Figures: they hold the results' numbers, read in grey, and leave out what cannot be shown."""
+"""Figures: they show the results' numbers, work in greyscale, and omit what is missing."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def variant(results, name, rows=None):
 
 
 def with_extras(results):
-    """What `--cross` and `--ablations` add, in the documented shape."""
+    """Add the output of `--cross` and `--ablations`, in the documented structure."""
     task = {"name": "toy", "n": 12, "full_model": 0.9}
     results["cross_task"] = {
         "tasks": [task, {**task, "name": "other", "full_model": None}],
@@ -72,7 +72,7 @@ def by_name(results):
     return {f.name: f for f in all_figures(results) if not isinstance(f, Omitted)}
 
 
-def test_the_figures_hold_the_numbers_of_the_results(results):
+def test_the_figures_show_the_numbers_of_the_results(results):
     figures = by_name(results)
     for name, metric in {
         "accuracy_by_layer": "accuracy",
@@ -92,7 +92,7 @@ def test_the_figures_hold_the_numbers_of_the_results(results):
     assert level.value == results["full_model"]["accuracy"]
 
 
-def test_the_sweep_charges_what_the_results_charge(results):
+def test_the_sweep_shows_the_costs_of_the_results(results):
     grid = by_name(results)["exits_by_flops"].series[0]
     rows = results["exits"]["grid"]
     assert list(grid.x) == [1 - row["compute_saved"] for row in rows]
@@ -102,7 +102,7 @@ def test_the_sweep_charges_what_the_results_charge(results):
     assert list(paper.x) == [row["mean_exit_layer"] for row in results["exits"]["paper"]]
 
 
-def test_the_policy_is_marked_and_its_exits_are_counted(results):
+def test_the_policy_is_marked_and_its_exits_are_shown(results):
     results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
     figures = by_name(results)
     marked = {series.label: series for series in figures["exits_by_layer"].series}
@@ -110,7 +110,7 @@ def test_the_policy_is_marked_and_its_exits_are_counted(results):
     assert figures["exit_histogram"].groups["policy.json"] == [3 / 12, 4 / 12, 1 / 12, 4 / 12]
 
 
-def test_equal_compute_has_fixed_layers_the_policys_star_and_chance(results):
+def test_equal_compute_shows_fixed_layers_the_policy_and_chance(results):
     results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
     figure = by_name(results)["iso_compute"]
     drawn = {series.label: series for series in figure.series}
@@ -123,7 +123,7 @@ def test_equal_compute_has_fixed_layers_the_policys_star_and_chance(results):
     assert levels["chance"] == results["full_model"]["chance"]
 
 
-def test_the_training_curve_is_that_of_the_fit(evaluated_once, results):
+def test_the_training_curve_matches_the_fit(evaluated_once, results):
     config = json.loads((evaluated_once.folder / "config.json").read_text(encoding="utf-8"))
     history = config["training"]["history"]
     validation, training = by_name(results)["training_curve"].series
@@ -133,14 +133,14 @@ def test_the_training_curve_is_that_of_the_fit(evaluated_once, results):
     assert all(value > 0 for value in training.y)
 
 
-def test_a_gates_doubt_is_drawn_against_what_it_says(results):
+def test_a_gates_predicted_doubt_is_drawn_against_the_observed_errors(results):
     results["exits"]["reliability"] |= {"is_doubt": True, "measure": "gate", "of": "policy"}
-    *_, said = by_name(results)["reliability"].series
-    assert list(said.y) == [1 - x for x in said.x]
+    *_, doubts = by_name(results)["reliability"].series
+    assert list(doubts.y) == [1 - x for x in doubts.x]
     assert "policy.json" in by_name(results)["reliability"].caption
 
 
-def test_the_matrix_says_where_heads_cannot_be_used(results):
+def test_the_matrix_marks_where_heads_cannot_be_used(results):
     matrix = by_name(with_extras(results))["cross_task"]
     assert isinstance(matrix, Heatmap)
     assert [list(values) for values in matrix.values] == [[0.8, 0.8], [0.6, None]]
@@ -148,7 +148,7 @@ def test_the_matrix_says_where_heads_cannot_be_used(results):
     assert matrix.texts[1][1] == "cannot\nbe used"
 
 
-def test_the_learning_curve_is_over_training_rows(results):
+def test_the_learning_curve_is_plotted_over_training_rows(results):
     curve = by_name(with_extras(results))["learning_curve"]
     assert [list(series.x) for series in curve.series] == [[12, 24, 48]] * 3
     assert [series.label for series in curve.series] == ["layer 1", "layer 2", "layer 3"]
@@ -165,7 +165,7 @@ def test_every_figure_has_labelled_axes_n_and_seed(results):
         assert not banded or re.search("95% (bootstrap|Wilson) intervals|quartiles", figure.note)
 
 
-def test_no_two_series_of_a_figure_differ_by_colour_alone(results):
+def test_no_two_series_differ_by_colour_alone(results):
     for figure in by_name(with_extras(results)).values():
         if isinstance(figure, Chart):
             joined = [(s.style.marker, s.style.dash) for s in figure.series if s.joined]
@@ -174,13 +174,13 @@ def test_no_two_series_of_a_figure_differ_by_colour_alone(results):
         assert len({(one.marker, one.dash) for one in styles}) == len(styles)
 
 
-def test_evaluate_has_written_each_as_png_and_svg(evaluated_once, results):
+def test_evaluate_writes_each_figure_as_png_and_svg(evaluated_once, results):
     paths = [*(evaluated_once.folder / "figures").iterdir()]
     assert {p.name for p in paths} == {f"{n}.{s}" for n in by_name(results) for s in ("png", "svg")}
     assert_drawn(paths)
 
 
-def test_those_of_ablations_and_of_other_tasks_are_drawn(results, tmp_path):
+def test_figures_of_ablations_and_other_tasks_are_drawn(results, tmp_path):
     usual = set(by_name(results))
     more = [f for name, f in by_name(with_extras(results)).items() if name not in usual]
     assert {"cross_task", "learning_curve"} <= {figure.name for figure in more}
@@ -197,20 +197,20 @@ def assert_drawn(paths):
             assert path.read_text(encoding="utf-8").startswith("<?xml")
 
 
-def test_they_replace_those_of_before(results, tmp_path):
+def test_new_figures_replace_earlier_ones(results, tmp_path):
     (tmp_path / "of_an_earlier_run.png").write_bytes(b"old")
     (tmp_path / "kept.txt").write_text("mine")
     paths = write_figures(results, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in paths} | {"kept.txt"}
 
 
-def test_equal_results_give_equal_files(results, tmp_path):
+def test_equal_results_give_identical_files(results, tmp_path):
     figure = by_name(results)["accuracy_by_layer"]
     one, two = draw(figure, tmp_path / "one"), draw(figure, tmp_path / "two")
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
-def test_plotly_accepts_every_figure_on_its_own_terms(results):
+def test_plotly_validates_every_figure(results):
     graph_objects = pytest.importorskip("plotly.graph_objects")
     results["exits"]["policy"] = {"exit_layers": results["exits"]["exit_layers"], "row": row()}
     for figure in by_name(with_extras(results)).values():
@@ -218,14 +218,14 @@ def test_plotly_accepts_every_figure_on_its_own_terms(results):
         graph_objects.Figure(json.loads(text))  # raises on an unknown key or a wrong value
 
 
-def test_a_band_on_screen_passes_over_layers_without_an_interval(results):
+def test_an_interactive_band_skips_layers_without_an_interval(results):
     chart = by_name(all_right(results))["entropy_by_correctness"]
     bands = {t["name"]: t for t in plotly(chart)["data"] if t.get("fill") == "toself"}
     assert len(bands["correct"]["x"]) == 2 * len(results["layers"])
     assert bands["wrong"]["x"] == []
 
 
-# What cannot be shown
+# Missing results
 
 
 def unlabelled(results):
@@ -268,7 +268,7 @@ def no_exits(results):
 
 
 @pytest.mark.parametrize("reduce", [unlabelled, one_layer, all_right, no_exits])
-def test_reduced_results_give_reduced_figures_and_say_why(results, reduce):
+def test_reduced_results_give_reduced_figures_with_a_reason(results, reduce):
     reduced = reduce(results)
     reasons = [figure.why for figure in all_figures(reduced) if isinstance(figure, Omitted)]
     assert all(reason.endswith(".") for reason in reasons)
@@ -286,14 +286,14 @@ def test_one_layer_without_labels_can_still_be_drawn(results, tmp_path, every):
         assert_drawn(draw(figure, tmp_path / figure.name))
 
 
-def test_without_labels_the_answers_are_compared_with_the_models(results):
+def test_without_labels_answers_are_compared_with_the_models(results):
     figures = by_name(unlabelled(results))
     assert "accuracy_by_layer" not in figures
     series = figures["answer_agreement_by_layer"].series[0]
     assert list(series.y) == results["lenses"]["logit_lens"]["answer_agrees_model"]
 
 
-def test_the_histogram_is_of_shares_and_ends_with_the_last_row(results):
+def test_the_histogram_shows_fractions_and_ends_at_the_last_row(results):
     figure = by_name(results)["entropy_histogram"]
     assert isinstance(figure, Bars)
     assert all(sum(shares) == pytest.approx(1.0) for shares in figure.groups.values())
@@ -312,14 +312,14 @@ def test_folders_are_compared_in_one_figure(results, tmp_path):
     assert list(chart.series[1].y) == results["lenses"]["l_spade"]["accuracy"]
 
 
-def test_models_of_other_depth_are_compared_by_relative_depth(results):
+def test_models_of_different_depth_are_compared_by_relative_depth(results):
     deeper = {**copy.deepcopy(results), "label": "deep", "num_layers": 8, "model_id": "org/deep"}
     chart = comparison([{**results, "label": "toy"}, deeper])
     assert chart.x_label.startswith("layer (fraction")
     assert [max(series.x) for series in chart.series] == [3 / 4, 3 / 8]
 
 
-def test_what_figures_show_is_known_without_loading_a_library_that_draws():
+def test_figure_contents_are_prepared_without_importing_a_plotting_library():
     code = (
         "import sys, lspade_train.reporting.plots, lspade_train.reporting.plots.interactive\n"
         "print({n.split('.')[0] for n in sys.modules} & {'matplotlib', 'plotly', 'torch'})"

@@ -1,4 +1,4 @@
-"""Answers in input order, line by line, whatever single lines are like."""
+"""Answers in input order, line by line, whatever individual lines contain."""
 
 import io
 import json
@@ -38,7 +38,7 @@ LINES = [
 ]
 
 
-def test_answers_come_in_order_and_bad_lines_by_number(runtime):
+def test_answers_come_in_order_and_bad_lines_are_reported_by_number(runtime):
     rows = list(predict_lines(runtime, LINES, window=3))
     assert [row["line"] for row in rows] == [1, 2, 4, 5, 6, 7, 8, 9]
     assert [row["line"] for row in rows if "error" in row] == [4, 5, 6, 7, 8]
@@ -52,20 +52,20 @@ def test_answers_come_in_order_and_bad_lines_by_number(runtime):
 
 
 @pytest.mark.parametrize("window", [3, 256])
-def test_a_resumed_run_gives_the_rest_to_the_last_digit(runtime, window):
+def test_a_resumed_run_gives_exactly_the_remaining_answers(runtime, window):
     whole = list(predict_lines(runtime, LINES, window=window))
     for done in range(len(whole) + 1):
         assert list(predict_lines(runtime, LINES, done=done, window=window)) == whole[done:]
 
 
-def test_no_more_than_a_window_is_read_ahead(runtime):
+def test_at_most_one_window_of_lines_is_read_ahead(runtime):
     read = []
     lines = (read.append(i) or "Tom" for i in range(100))
     next(iter(predict_lines(runtime, lines, window=4)))
     assert len(read) == 4
 
 
-# What lines may hold
+# Contents of lines
 
 
 def one(runtime, line, **settings):
@@ -73,7 +73,7 @@ def one(runtime, line, **settings):
     return row
 
 
-def test_keys_that_are_named_like_an_answers_are_echoed_under_another_name(runtime):
+def test_input_keys_that_clash_with_output_keys_are_echoed_under_another_name(runtime):
     row = {"prompt": "Tom", "error": "mine", "text": "x", "layer": 9, "line": 7, "input_text": 1}
     answer = one(runtime, json.dumps(row))
     assert "error" not in answer
@@ -96,13 +96,13 @@ def test_keys_that_are_named_like_an_answers_are_echoed_under_another_name(runti
         ('{"prompt": "Tom", "choices": []}', "two or more"),
     ],
 )
-def test_a_bad_line_is_an_error_in_plain_json(runtime, line, problem):
+def test_a_bad_line_gives_an_error_as_plain_json(runtime, line, problem):
     answer = one(runtime, line)
     assert problem in answer["error"]
     json.dumps(answer, allow_nan=False)
 
 
-# Encoding, that of what follows its byte-order mark, bytes that are nothing in it.
+# Encoding, the same without its byte-order mark, bytes that are invalid in it.
 ENCODINGS = [
     ("utf-8", "utf-8", b"\xe9"),
     ("utf-8-sig", "utf-8", b"\xe9"),
@@ -112,7 +112,7 @@ ENCODINGS = [
 
 
 @pytest.mark.parametrize(("first", "rest", "wrong"), ENCODINGS)
-def test_a_line_of_wrong_bytes_costs_itself_only_in_every_encoding(first, rest, wrong):
+def test_invalid_bytes_only_fail_their_own_line_in_every_encoding(first, rest, wrong):
     content = "señor\n\nx".encode(first) + wrong + "\nlast\n".encode(rest)
     lines = list(lines_of(io.BufferedReader(io.BytesIO(content))))
     assert lines[:2] + lines[3:] == ["señor\n", "\n", "last\n"]
@@ -120,7 +120,7 @@ def test_a_line_of_wrong_bytes_costs_itself_only_in_every_encoding(first, rest, 
         require_text(lines[2])
 
 
-# Asking as fit asked
+# The same prompts as in fit
 
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:\n"
@@ -140,7 +140,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_rows_are_asked_exactly_as_fit_asks_them(stories, tmp_path, settings):
+def test_rows_are_rendered_exactly_as_in_fit(stories, tmp_path, settings):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = DataConfig(
@@ -164,7 +164,7 @@ def arc():
 
 
 class Letters:
-    """A tokenizer of characters."""
+    """A character tokenizer."""
 
     unk_token_id = None
     chat_template = None
@@ -187,19 +187,19 @@ LETTERS = Letters()
         {"question": "x", "choices": ["i", "j"], "answer": "j"},
     ],
 )
-def test_a_benchmarks_rows_are_taken_in_its_own_form_and_in_that_of_own_data(row):
+def test_benchmark_rows_are_accepted_in_native_and_own_data_form(row):
     asked = arc()(row)
     assert "".join(map(chr, asked.prompt)) == "Question: x\nA. i\nB. j\nAnswer:"
     assert asked.answer == ("B" if len(row) == 3 else None)
 
 
 @pytest.mark.parametrize("row", [{}, {"question": "x"}, {"prompt": "x"}, {"choices": ["a", "b"]}])
-def test_a_row_that_does_not_fit_the_recipes_task_is_an_error_with_the_remedy(row):
+def test_a_row_that_does_not_fit_the_task_is_reported_with_the_remedy(row):
     with pytest.raises(TaskError, match=r"--raw|--data\.prompt\.template"):
         arc()(row)
 
 
-def test_answers_are_compared_where_rows_give_them(runtime):
+def test_answers_are_scored_for_rows_with_an_answer(runtime):
     given = [one(runtime, json.dumps({"prompt": "Tom", "choices": ["a", "e"]}))["text"]]
     other = "e" if given == ["a"] else "a"
     for answer, right in ((given[0], True), (other, False), (["a", "e"].index(given[0]), True)):
@@ -216,6 +216,6 @@ def test_answers_are_compared_where_rows_give_them(runtime):
         (["Tom", "Lily"], [["a", "e"], "ae"], "got both"),
     ],
 )
-def test_a_text_in_place_of_a_list_is_refused(runtime, prompts, choices, problem):
+def test_a_string_in_place_of_a_list_is_rejected(runtime, prompts, choices, problem):
     with pytest.raises(TaskError, match=problem):
         runtime.decide(prompts, choices)

@@ -1,4 +1,4 @@
-"""What prompts begin with in common is run once: found, exact, kept, and charged for."""
+"""Shared prompt prefixes are run once: how they are found, their exactness, caching and cost."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -34,7 +34,7 @@ def _short_prefixes_are_worth_it(monkeypatch):
 
 
 def alike(lengths=LENGTHS, shared=SHARED, seed=1):
-    """Prompts of these lengths with a common beginning and no longer one."""
+    """Prompts of these lengths whose longest common prefix is the shared one."""
     generator = torch.Generator().manual_seed(seed)
     start = [1, *torch.randint(3, VOCAB, (shared - 1,), generator=generator).tolist()]
     return [
@@ -49,7 +49,7 @@ def batch_of(prompts, shared=SHARED):
 
 
 def tokens_run(adapter, work):
-    """Tokens that went through the first block, and what `work` gives."""
+    """Tokens that went through the first block, and the result of `work`."""
     seen, run_block = [], adapter.run_block
 
     def counted(plan, block, hidden):
@@ -62,11 +62,11 @@ def tokens_run(adapter, work):
     return sum(seen), found
 
 
-# Found ----------------------------------------------------------------------------------------
+# Finding --------------------------------------------------------------------------------------
 
 
 def saved(prompts, groups):
-    """Tokens saved by a partition of the prompts, each part sharing all that it can."""
+    """Tokens saved by a partition of the prompts, each part sharing its longest prefix."""
     total = 0
     for group in groups:
         same = 0
@@ -92,7 +92,7 @@ def partitions(items):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=9), max_size=5))
-def test_the_prefixes_found_save_as_much_as_any_grouping_does(prompts):
+def test_the_prefixes_found_save_as_much_as_the_best_partition(prompts):
     starts = [prompt[:-1] for prompt in prompts]
     found = shared_prefixes(prompts)
     assert sorted(i for _, group in found for i in group) == list(range(len(prompts)))
@@ -104,12 +104,12 @@ def test_the_prefixes_found_save_as_much_as_any_grouping_does(prompts):
     assert got == best
 
 
-def test_one_prompt_that_begins_otherwise_costs_the_others_nothing():
+def test_a_prompt_without_the_prefix_does_not_affect_the_others():
     prompts = [*alike(), [5, 6, 7, 8]]
     assert shared_prefixes(prompts) == [(SHARED, [0, 1, 2, 3, 4, 5]), (0, [6])]
 
 
-def test_no_token_from_the_first_answer_position_on_is_shared():
+def test_tokens_from_the_first_answer_position_on_are_not_shared():
     prompts = alike()
     assert shared_prefixes(prompts, [4, 20, 20, 20, 20, 20]) == [
         (SHARED, [1, 2, 3, 4, 5]),
@@ -118,23 +118,23 @@ def test_no_token_from_the_first_answer_position_on_is_shared():
 
 
 @given(st.lists(st.integers(1, 400), max_size=30), st.integers(1, 900))
-def test_batches_hold_every_prompt_once_within_the_budget_and_pad_little(lengths, tokens):
+def test_batches_hold_every_prompt_once_within_the_budget_with_little_padding(lengths, tokens):
     batches = list(length_batches(lengths, tokens, most=7))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[i] for i in batch)
         assert longest * len(batch) <= tokens or len(batch) == 1
         assert len(batch) <= 7
-        # The last prompt is what fills the measure.
+        # The last prompt is the one that reaches the padding limit.
         assert sum(longest - lengths[i] for i in batch[:-1]) <= prefix.PADDING
 
 
-# Exact ----------------------------------------------------------------------------------------
+# Exactness ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_rows_behind_a_shared_prefix_are_the_models_own_also_when_others_are_dropped(family):
+def test_rows_after_a_shared_prefix_match_the_model_even_with_dropped_rows(family):
     model = tiny(family)
     adapter, batch = ModelAdapter(model), batch_of(alike())
     expected = model(
@@ -155,7 +155,7 @@ def test_rows_behind_a_shared_prefix_are_the_models_own_also_when_others_are_dro
 
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade"])
-def test_exits_behind_a_shared_prefix_are_those_of_whole_prompts(decoder):
+def test_exits_after_a_shared_prefix_match_those_of_full_prompts(decoder):
     model, prompts = tiny("gemma2"), alike()
     policy = mixed_policy(model, prompts, decoder=decoder)
     probe = runtime_of(model, policy).probe
@@ -166,9 +166,9 @@ def test_exits_behind_a_shared_prefix_are_those_of_whole_prompts(decoder):
     torch.testing.assert_close(behind.entropy, whole.entropy, **CLOSE)
 
 
-def test_extraction_runs_the_prefix_once_and_gives_the_same_states_in_order(monkeypatch):
+def test_extraction_runs_the_prefix_once_and_keeps_states_and_order(monkeypatch):
     adapter, prompts = ModelAdapter(tiny("mistral")), [*alike(), [1, 5, 6, 7]]
-    # Several answer positions, of which none may fall into what is shared.
+    # Several answer positions, none of which may fall into the shared prefix.
     examples = [
         Example(np.array(ids, dtype=np.int32), np.array([len(ids) - 2, len(ids) - 1]), None, (), i)
         for i, ids in enumerate(prompts)
@@ -185,7 +185,7 @@ def test_extraction_runs_the_prefix_once_and_gives_the_same_states_in_order(monk
     assert ran == SHARED - 1 + len(LENGTHS) * (max(LENGTHS) - SHARED + 1) + 4
 
 
-def test_rotary_angles_that_depend_on_the_length_are_not_shared_over_their_limit():
+def test_length_dependent_rotary_angles_are_not_shared_beyond_their_limit():
     factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "partial_rotary_factor": 1.0}
     rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4} | factors
     model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=16)
@@ -199,7 +199,7 @@ def test_rotary_angles_that_depend_on_the_length_are_not_shared_over_their_limit
     assert [batch.shared for batch in shared_batches(short, 1000, adapter)] == [SHARED]
 
 
-def test_a_model_that_cannot_continue_a_prefix_runs_whole_prompts(monkeypatch):
+def test_a_model_that_cannot_continue_a_prefix_runs_full_prompts(monkeypatch):
     model, prompts = tiny("llama"), alike()
     adapter = ModelAdapter(model)
     real = load_check._run
@@ -217,10 +217,10 @@ def test_a_model_that_cannot_continue_a_prefix_runs_whole_prompts(monkeypatch):
     assert [key[:-1] for key in adapter.refresh()._prefixes] == [(3, 4, 5)]  # the probe's
 
 
-# Kept -----------------------------------------------------------------------------------------
+# Caching --------------------------------------------------------------------------------------
 
 
-def test_a_given_prefix_is_run_once_for_calls_of_one_prompt():
+def test_a_given_prefix_is_run_once_across_single_prompt_calls():
     model, prompts = tiny("llama"), alike((20, 14))
     runtime, start = runtime_of(model, ExitPolicy.never()), prompts[0][:SHARED]
     whole = [runtime.decide([prompt])[0].token_id for prompt in prompts]
@@ -230,7 +230,7 @@ def test_a_given_prefix_is_run_once_for_calls_of_one_prompt():
     assert again == 14 - SHARED < first
 
 
-def test_prompts_of_one_call_share_what_they_begin_with():
+def test_prompts_of_one_call_share_their_common_prefix():
     model, prompts = tiny("llama"), alike()
     runtime = runtime_of(model, ExitPolicy.never())
     runtime.decide(prompts)  # the probe of the model, and the prefix
@@ -239,11 +239,11 @@ def test_prompts_of_one_call_share_what_they_begin_with():
     assert [d.token_id for d in together] == [runtime.decide([p])[0].token_id for p in prompts]
 
 
-def test_a_changed_weight_drops_the_kept_prefixes():
+def test_changing_a_weight_drops_the_cached_prefixes():
     model, prompts = tiny("llama"), alike()
     runtime = runtime_of(model, ExitPolicy.never())
     runtime.decide(prompts)
-    assert len(runtime.adapter.refresh()._prefixes) == 2  # and the probe's
+    assert len(runtime.adapter.refresh()._prefixes) == 2  # including the probe's
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(3)
     assert not runtime.adapter.refresh()._prefixes
@@ -253,7 +253,7 @@ def test_a_changed_weight_drops_the_kept_prefixes():
     torch.testing.assert_close(behind, alone, **CLOSE)
 
 
-def test_kept_prefixes_are_bounded_in_bytes_the_last_ones_used(monkeypatch):
+def test_cached_prefixes_are_bounded_in_bytes_keeping_recent_ones(monkeypatch):
     adapter = ModelAdapter(tiny("llama"))
     size = 2 * LAYERS * 2 * 8 * 4  # keys and values of 2 heads of 8 numbers, of one token
     monkeypatch.setattr(known, "PREFIX_BYTES", 10 * size)
@@ -261,11 +261,11 @@ def test_kept_prefixes_are_bounded_in_bytes_the_last_ones_used(monkeypatch):
         adapter.start_cache(*tokens)
     kept = adapter.refresh()._prefixes
     assert [key[:-1] for key in kept] == [(3, 4, 5), (9, 9, 9, 9)]
-    adapter.start_cache(*range(3, 15))  # larger than all that is kept, and in use
+    adapter.start_cache(*range(3, 15))  # larger than the whole cache, and in use
     assert [key[:-1] for key in adapter.refresh()._prefixes] == [tuple(range(3, 15))]
 
 
-def test_a_prompt_that_does_not_begin_with_the_prefix_is_named():
+def test_a_prompt_that_does_not_start_with_the_prefix_is_rejected():
     runtime = runtime_of(tiny("llama"), ExitPolicy.never())
     with pytest.raises(TaskError, match=r"Prompt 2 of 2 does not begin with the prefix"):
         runtime.decide([[1, 5, 6], [1, 6, 6]], prefix=[1, 5])
@@ -273,14 +273,14 @@ def test_a_prompt_that_does_not_begin_with_the_prefix_is_named():
         runtime.decide([[1, 5, 6]], prefix="text")
 
 
-# Charged for ----------------------------------------------------------------------------------
+# Cost -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
-def test_the_formula_counts_what_a_run_behind_a_prefix_counts(family):
+def test_the_formula_matches_the_counter_for_a_run_after_a_prefix(family):
     model, prompts = tiny(family), alike((20, 20, 20))
     runtime = runtime_of(model, ExitPolicy.always(2))
-    decide_batch(runtime.probe, batch_of(prompts))  # the prefix is counted apart
+    decide_batch(runtime.probe, batch_of(prompts))  # the prefix is counted separately
     with counter() as found:
         decide_batch(runtime.probe, batch_of(prompts))
     counts = count_flops(model, runtime.heads)
@@ -294,7 +294,7 @@ def test_the_formula_counts_what_a_run_behind_a_prefix_counts(family):
     )
 
 
-def test_a_saving_is_quoted_against_a_model_that_shares_the_prefix_too():
+def test_savings_are_relative_to_a_model_that_also_shares_the_prefix():
     counts = count_flops(tiny("llama"), runtime_of(tiny("llama"), ExitPolicy.always(2)).heads)
     policy, tokens = ExitPolicy.always(2), torch.tensor([20])
     cost = float(exit_costs(counts, tokens, [2], policy, shared=SHARED))

@@ -14,7 +14,7 @@ from lspade_train.profiling import profile, profile_generation
 
 
 def untouched():
-    """A second load of the tiny model."""
+    """A second copy of the tiny model."""
     return tiny("llama")
 
 
@@ -31,7 +31,7 @@ def measured():
     )
 
 
-def test_every_length_batch_size_and_threshold_has_a_row(measured):
+def test_the_table_has_a_row_per_length_batch_size_and_threshold(measured):
     shapes = [(row.tokens, row.rows, row.threshold) for row in measured[1].results]
     assert shapes == [
         (tokens, rows, threshold)
@@ -41,7 +41,7 @@ def test_every_length_batch_size_and_threshold_has_a_row(measured):
     ]
 
 
-def test_a_looser_threshold_leaves_earlier_and_costs_less(measured):
+def test_a_looser_threshold_exits_earlier_and_costs_less(measured):
     for place in range(0, 12, 3):
         never, strict, loose = measured[1].results[place : place + 3]
         assert (never.mean_exit_layer, strict.mean_exit_layer) == (LAYERS, LAYERS)
@@ -50,22 +50,22 @@ def test_a_looser_threshold_leaves_earlier_and_costs_less(measured):
         assert strict.flops > 1 > loose.flops
 
 
-def test_the_flops_are_those_of_the_accounting(measured):
+def test_the_flops_match_the_flop_accounting(measured):
     runtime, found = measured
     policy = ExitPolicy(layers=(1, 2), threshold=4.15)
     expected = exit_costs(count_flops(runtime.adapter, runtime.heads), [16], [1], policy)
     assert found.results[-1].flops == pytest.approx(float(expected))
 
 
-def test_times_and_memory_are_of_this_machine(measured):
+def test_times_and_memory_are_measured_on_this_machine(measured):
     for row in measured[1].results:
         assert row.seconds > 0
         assert row.tokens_per_second == pytest.approx(row.tokens * row.rows / row.seconds)
         assert row.peak_mb is None or row.peak_mb >= 0
 
 
-def test_the_speed_up_is_that_of_the_two_printed_medians(measured, monkeypatch):
-    # Ratios of 2, 3 and 3, whose median is not that of the medians.
+def test_the_speed_up_is_the_ratio_of_the_printed_medians(measured, monkeypatch):
+    # Ratios of 2, 3 and 3, whose median differs from the ratio of the medians.
     ticks = iter([2.0, 1.0, 6.0, 2.0, 1.5, 0.5])
     monkeypatch.setattr("lspade_train.profiling.forward.seconds_of", lambda *_: next(ticks))
     shape = {"lengths": (8,), "batch_sizes": (1,), "thresholds": (None,), "repeats": 3}
@@ -75,11 +75,11 @@ def test_the_speed_up_is_that_of_the_two_printed_medians(measured, monkeypatch):
     assert row.paired_speedup == (2.0, 3.0)
 
 
-def test_the_baseline_is_a_model_that_nothing_was_done_to():
+def test_the_baseline_is_an_unmodified_model():
     runtime, plain = runtime_of(tiny("llama"), ExitPolicy.never()), untouched()
     called = []
     hook = runtime.adapter.model.register_forward_pre_hook(lambda *_: called.append(1))
-    runtime.decide([[1, 5]])  # a model with a hook is checked again
+    runtime.decide([[1, 5]])  # a model with a hook is rechecked
     called.clear()
     profile(runtime, plain, lengths=(4,), batch_sizes=(1,), repeats=1)
     hook.remove()
@@ -87,13 +87,13 @@ def test_the_baseline_is_a_model_that_nothing_was_done_to():
     assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
-def test_the_runtimes_own_model_is_no_baseline():
+def test_the_runtimes_own_model_is_rejected_as_a_baseline():
     runtime = runtime_of(tiny("llama"), ExitPolicy.never())
     with pytest.raises(UnsupportedModelError, match=r"own model(.|\n)*from_pretrained"):
         profile(runtime, runtime.adapter.model, lengths=(4,))
 
 
-def test_another_model_is_no_baseline():
+def test_another_model_is_rejected_as_a_baseline():
     runtime = runtime_of(tiny("llama"), ExitPolicy.never())
     with pytest.raises(UnsupportedModelError, match=r"another model(.|\n)*from_pretrained"):
         profile(runtime, tiny("gpt2"), lengths=(4,))
@@ -109,12 +109,12 @@ def test_another_model_is_no_baseline():
         ("lengths", (-3,)),
     ],
 )
-def test_a_number_that_no_profile_can_have_is_named(measured, name, value):
+def test_an_invalid_profile_setting_is_named_in_the_error(measured, name, value):
     with pytest.raises(RecipeError, match=f"--{name} is .*expected"):
         profile(measured[0], untouched(), **{name: value})
 
 
-def test_a_threshold_out_of_the_measures_range_is_named(measured):
+def test_a_threshold_out_of_the_measures_range_is_rejected(measured):
     with pytest.raises(PolicyError, match="threshold -1.0 is out of range for entropy"):
         profile(measured[0], untouched(), lengths=(4,), thresholds=(-1.0,))
     with pytest.raises(PolicyError, match="the entropy of 64 tokens is at most"):
@@ -122,12 +122,12 @@ def test_a_threshold_out_of_the_measures_range_is_named(measured):
 
 
 @pytest.mark.parametrize(("tokens", "repeats"), [(0, 1), (2, 0)])
-def test_generation_of_nothing_is_refused(measured, tokens, repeats):
+def test_generating_zero_tokens_is_rejected(measured, tokens, repeats):
     with pytest.raises(RecipeError, match="expected 1 or more"):
         profile_generation(measured[0], prompts_of([4]), tokens, repeats=repeats)
 
 
-def test_it_is_written_drawn_and_printed(measured, tmp_path):
+def test_the_profile_is_written_drawn_and_printed(measured, tmp_path):
     found = measured[1]
     path = found.save(tmp_path)
     written = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def test_it_is_written_drawn_and_printed(measured, tmp_path):
     assert len(found.table().rows) == 12
 
 
-def test_real_prompts_are_cut_from_the_left_or_joined_to_the_length():
+def test_real_prompts_are_truncated_or_concatenated_to_the_length():
     seen = []
     runtime, plain = runtime_of(tiny("llama"), ExitPolicy.never()), untouched()
     hook = plain.model.embed_tokens.register_forward_pre_hook(
@@ -163,13 +163,13 @@ def test_the_policys_own_threshold_is_the_default():
     ("scope", "length", "match"),
     [("vocabulary", 65, "takes 2 to 64 tokens"), ("choices", 8, "scope is choices")],
 )
-def test_what_cannot_be_profiled_is_one_clear_error(scope, length, match):
+def test_invalid_profile_arguments_raise_a_clear_error(scope, length, match):
     runtime = runtime_of(tiny("llama"), ExitPolicy.always(1, scope=scope))
     with pytest.raises(TaskError, match=match):
         profile(runtime, untouched(), lengths=(length,))
 
 
-def test_generation_at_the_top_layer_is_the_full_models_and_earlier_exits_hold_less():
+def test_generation_at_the_top_layer_matches_the_model_and_early_exits_hold_less():
     model = tiny("llama")
     model.generation_config.eos_token_id = None
     runtime = runtime_of(model, ExitPolicy.never())
@@ -180,7 +180,7 @@ def test_generation_at_the_top_layer_is_the_full_models_and_earlier_exits_hold_l
     assert all(0 <= row.agreement <= 1 and row.prefill_seconds > 0 for row in rows)
 
 
-def test_agreement_is_the_fraction_of_tokens_at_the_same_place():
+def test_agreement_is_the_fraction_of_equal_tokens_by_position():
     model, prompts = tiny("llama"), prompts_of([7, 5])
     model.generation_config.eos_token_id = None
     runtime = runtime_of(model, ExitPolicy.never())

@@ -1,4 +1,4 @@
-"""Long work is told as it goes, and what a signal stops is taken up where it stood."""
+"""Progress of long jobs is reported, and interrupted work resumes where it stopped."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from lspade_train.io.progress import Progress, track
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until moved."""
 
     class Clock:
         now = 100.0
@@ -37,7 +37,7 @@ def _listen(caplog):
     caplog.set_level(logging.INFO, "lspade_train")
 
 
-def test_without_a_terminal_a_line_comes_every_half_minute(clock, caplog):
+def test_without_a_terminal_a_line_is_logged_every_half_minute(clock, caplog):
     with Progress("train: caching", 1000) as work:
         for _ in range(7):
             clock.now += 10
@@ -48,14 +48,14 @@ def test_without_a_terminal_a_line_comes_every_half_minute(clock, caplog):
     ]
 
 
-def test_work_of_unknown_size_is_told_without_an_end(clock, caplog):
+def test_work_of_unknown_size_is_shown_without_a_total(clock, caplog):
     with Progress("predict", None) as work:
         clock.now += 40
         work.advance(400)
     assert lines(caplog) == ["predict: 400 rows, 10 rows/s"]
 
 
-def test_a_part_of_other_work_is_silent(clock, caplog):
+def test_nested_work_reports_nothing(clock, caplog):
     with Progress("whole", 2) as whole, Progress("part", 4) as part:
         clock.now += 40
         part.advance()
@@ -66,7 +66,7 @@ def test_a_part_of_other_work_is_silent(clock, caplog):
     assert [line.split(":")[0] for line in lines(caplog)] == ["whole", "after it"]
 
 
-def test_the_rate_is_of_this_runs_work_alone(clock, caplog):
+def test_the_rate_counts_only_the_work_of_this_run(clock, caplog):
     with Progress("work", 10_000) as work:
         work.skip(4096)
         clock.now += 40
@@ -77,7 +77,7 @@ def test_the_rate_is_of_this_runs_work_alone(clock, caplog):
     ]
 
 
-def test_work_without_a_name_and_work_that_is_done_say_nothing(clock, caplog):
+def test_unnamed_and_finished_work_reports_nothing(clock, caplog):
     for name in (None, "done"):
         with Progress(name, 10) as work:
             work.skip(10)
@@ -93,7 +93,7 @@ def two_steps_and(work, error):
         raise error
 
 
-def test_an_interrupted_file_goes_on_after_its_last_whole_step(tmp_path):
+def test_an_interrupted_file_resumes_after_its_last_whole_step(tmp_path):
     path = tmp_path / "shard-00000.safetensors"
     first = Unfinished(path, "tag")
     first.tensors["hidden"] = torch.arange(6.0)
@@ -105,7 +105,7 @@ def test_an_interrupted_file_goes_on_after_its_last_whole_step(tmp_path):
     assert Unfinished(path, "another tag").steps == 0
 
 
-def test_an_error_keeps_nothing(tmp_path):
+def test_an_error_leaves_no_partial_file(tmp_path):
     with pytest.raises(CacheError):
         two_steps_and(Unfinished(tmp_path / "shard-00000.safetensors", "tag"), CacheError)
     assert not list(tmp_path.iterdir())
@@ -119,7 +119,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_first_shard_survives_ctrl_c(place, project, monkeypatch, caplog):
-    """Both halves of a cache: a second run computes the rest alone and ends with the same bytes."""
+    """Both parts of a cache: a second run computes only the rest and ends with the same bytes."""
     for module in ("extract", "added_targets"):  # ten rows of 3 layers
         monkeypatch.setattr(sys.modules[f"lspade_train.cache.{module}"], "SWEEP_ROWS", 30)
     calls, stop_at = [], 0
@@ -144,9 +144,9 @@ def test_the_first_shard_survives_ctrl_c(place, project, monkeypatch, caplog):
     with pytest.raises(KeyboardInterrupt):
         build("again")
     stop_at = 0
-    landed = 2 if place == "states" else 3  # of states, the last one is still under way
+    landed = 2 if place == "states" else 3  # of states; the last one is still being written
     assert build("again") == whole - landed
     assert "resumed at row" in caplog.text
     whole, again = (digests(project.home / name, "**/*") for name in ("whole", "again"))
     assert list(whole.values()) == list(again.values())
-    assert len(again) == 5  # nothing unfinished stays
+    assert len(again) == 5  # no unfinished file is left

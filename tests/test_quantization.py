@@ -1,4 +1,4 @@
-"""Quantised bases on the CPU: one setting, its place in the identity, and the way to an answer."""
+"""Quantised base models on the CPU: the setting, the identity, and the commands."""
 
 import importlib.util
 
@@ -18,12 +18,12 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # int4 wants 64 columns
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # int4 requires 64 columns
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A tiny Llama of d=64 with its tokenizer; read only."""
+    """A tiny Llama of d=64 with its tokenizer; read-only."""
     folder = tmp_path_factory.mktemp("wide")
     tiny("llama", **SIZES).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -55,12 +55,12 @@ def test_the_blocks_are_quantised_and_the_head_is_not(wide, quantization, name):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_one_rescaled_weight_changes_a_quantised_identity(tmp_path, quantization):
+def test_rescaling_one_weight_changes_a_quantised_identity(tmp_path, quantization):
     found = []
     for factor in (1.0, 1.01):
         model, folder = tiny("llama", **SIZES), tmp_path / str(factor)
         with torch.no_grad():
-            # The codes stay as they are: only the scales beside them tell.
+            # The quantised codes stay the same: only the scales differ.
             model.model.layers[2].self_attn.q_proj.weight.mul_(factor)
         model.save_pretrained(folder)
         found.append(load(folder, quantization).identity["model_weights"])
@@ -69,7 +69,7 @@ def test_one_rescaled_weight_changes_a_quantised_identity(tmp_path, quantization
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_a_quantised_base_is_cached_fitted_and_answers(project, wide, monkeypatch, quantization):
+def test_cache_fit_and_predict_run_on_a_quantised_model(project, wide, monkeypatch, quantization):
     monkeypatch.chdir(project.home)
     recipe = project.recipe(
         data__model_id=wide,
@@ -100,20 +100,20 @@ def test_the_identity_is_the_same_before_and_after_the_first_forward(wide, quant
 
 
 @needs_bitsandbytes
-def test_a_cache_of_another_quantisation_is_refused_by_that_name(project):
+def test_a_cache_of_another_quantisation_is_rejected_naming_the_field(project):
     project.module(quantization="int8", dtype="float32").states("train")
     with pytest.raises(CacheError, match="another quantization: it has 'bitsandbytes int8'"):
         project.module(dtype="float32").states("train")
 
 
 @pytest.mark.skipif(PRESENT, reason="bitsandbytes is installed here")
-def test_without_bitsandbytes_the_setting_names_what_to_install(wide):
+def test_without_bitsandbytes_the_error_says_what_to_install(wide):
     with pytest.raises(RecipeError, match=r"lspade-train\[quantization\]"):
         load(wide, "int8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-def test_a_model_that_torchao_quantised_in_python_is_driven_and_identified(wide):
+def test_a_model_quantised_by_torchao_is_supported_and_identified(wide):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForCausalLM, TorchAoConfig
 

@@ -1,4 +1,4 @@
-"""An ordinary run says what it has to say and nothing else: no library's notice gets through."""
+"""An ordinary run prints only its own messages: no library's warnings get through."""
 
 import os
 import re
@@ -25,8 +25,8 @@ COMMANDS = {
 }
 
 
-def test_keys_and_values_go_under_the_name_that_the_decoder_knows():
-    # Either name is taken by some versions with a warning, and by others not at all.
+def test_keys_and_values_are_passed_under_the_decoders_argument_name():
+    # Some versions accept either name with a warning, others only one.
     def before(input_ids, past_key_values=None): ...
 
     def renamed(input_ids, cache=None): ...
@@ -35,8 +35,8 @@ def test_keys_and_values_go_under_the_name_that_the_decoder_knows():
 
 
 @pytest.mark.slow
-def test_no_foreign_line_reaches_the_terminal(project):
-    """Every warning is an error here, W&B is on, and the progress is shown."""
+def test_no_library_output_reaches_the_terminal(project):
+    """Every warning is an error here, W&B is on, and progress is shown."""
     (project.home / "data").symlink_to(project.data)
     recipe = project.recipe(trainer__enable_progress_bar=True, model__target="both")
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}

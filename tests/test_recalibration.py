@@ -1,4 +1,4 @@
-"""A stricter policy from audited rows: within its budget, and written without a loss."""
+"""A stricter policy from audited rows: within its budget, and written without losing data."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ POLICY = ExitPolicy(layers=(2, 4), threshold=(1.0, 1.0), decoder="l-spade")
 
 
 def rows_of(n, rng, *, wrong=(0.4, 0.1), group=None):
-    """Rows whose answer at a check is wrong the more often, the higher the entropy there."""
+    """Rows whose answer at a check is more often wrong the higher its entropy."""
     found = []
     for values in rng.uniform(0, 2, (n, 2)):
         stays = (values > 1).all()
@@ -57,7 +57,7 @@ def file_of(rows, policy=POLICY):
 
 
 def disagreement(policy, rows):
-    """By hand, row by row."""
+    """Computed by hand, row by row."""
     lost = 0
     for row in rows:
         for layer, limit in zip(policy.check_layers, policy.threshold or (), strict=True):
@@ -70,14 +70,14 @@ def disagreement(policy, rows):
 
 @pytest.fixture(autouse=True)
 def _without_wandb(monkeypatch):
-    """`audit` logs a run of its own where W&B is on, which takes seconds."""
+    """`audit` logs its own run where W&B is on, which takes seconds."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-# The choice ---------------------------------------------------------------------------------
+# Choosing -------------------------------------------------------------------------------------
 
 
-def test_the_chosen_policy_is_stricter_and_its_disagreement_is_the_one_on_record():
+def test_the_chosen_policy_is_stricter_and_records_its_disagreement():
     rows = rows_of(1500, np.random.default_rng(0))
     found = recalibrate(POLICY, file_of(rows), BUDGET)
     assert disagreement(POLICY, rows) > BUDGET
@@ -95,7 +95,7 @@ def test_the_chosen_policy_is_stricter_and_its_disagreement_is_the_one_on_record
     )
 
 
-def test_a_policy_that_was_priced_by_time_is_chosen_again_by_time():
+def test_a_policy_priced_by_time_is_recalibrated_by_time():
     block = (Piece(1.0, 7.0),) * 6
     seconds = seconds_of(prompt=block, step=block, scope="vocabulary").to_json()
     policy = replace(POLICY, calibration={"cost": "time", "seconds": seconds})
@@ -110,7 +110,7 @@ def test_a_policy_that_was_priced_by_time_is_chosen_again_by_time():
 
 
 @pytest.mark.parametrize("splits", [20, pytest.param(60, marks=pytest.mark.slow)])
-def test_the_promise_is_broken_in_at_most_5_percent_of_splits(splits):
+def test_the_guarantee_fails_in_at_most_5_percent_of_splits(splits):
     rng = np.random.default_rng(1)
     many = rows_of(20_000, rng)
     over = exits = 0
@@ -124,22 +124,22 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_splits(splits):
     assert over <= binom.ppf(0.99, splits, 0.05)
 
 
-def test_a_policy_that_passes_as_it_is_stays():
+def test_a_policy_that_still_passes_is_kept():
     rows = rows_of(1500, np.random.default_rng(2), wrong=(0.01, 0.01))
     found = recalibrate(POLICY, file_of(rows), BUDGET)
     assert found.unchanged
     assert (found.policy.layers, found.policy.threshold) == (POLICY.layers, POLICY.threshold)
 
 
-def test_where_nothing_passes_the_policy_never_exits():
+def test_the_policy_never_exits_if_no_candidate_passes():
     rows = rows_of(1500, np.random.default_rng(3), wrong=(1.0, 1.0))
     rows = [r if r.values is None else replace(r, agrees=(False, False)) for r in rows]
-    found = recalibrate(POLICY, file_of(rows), 0.003)  # not one failure may be among them
+    found = recalibrate(POLICY, file_of(rows), 0.003)  # passes only without a single failure
     assert found.policy.threshold is None
     assert "never exits" in found.policy.calibration["promise"]
 
 
-def test_too_few_rows_and_policies_that_never_exit_are_refused():
+def test_too_few_rows_and_policies_that_never_exit_are_rejected():
     with pytest.raises(AuditError, match="it takes 72"):  # ln(0.025) / ln(0.95)
         recalibrate(POLICY, file_of(rows_of(50, np.random.default_rng(0))), BUDGET)
     with pytest.raises(AuditError, match="never exits"):
@@ -147,7 +147,7 @@ def test_too_few_rows_and_policies_that_never_exit_are_refused():
 
 
 @pytest.mark.parametrize("mode", ["never_exit", "exclude"])
-def test_a_promise_within_groups_is_renewed_within_groups(mode):
+def test_a_per_group_guarantee_is_recalibrated_per_group(mode):
     rng = np.random.default_rng(4)
     conditions = [{"kind": "group", "name": n, "n": 300, "held": True} for n in ("a", "b")]
     policy = replace(POLICY, calibration={"conditions": conditions, "small_groups": mode})
@@ -164,7 +164,7 @@ def test_a_promise_within_groups_is_renewed_within_groups(mode):
         assert "It is NOT guaranteed within the groups" in words
 
 
-def test_since_leaves_out_older_rows():
+def test_since_excludes_older_rows():
     rows = rows_of(4, np.random.default_rng(0))
     later = [replace(row, time="2026-03-02T10:00:00+00:00") for row in rows[:3]]
     file = file_of([*rows, *later])
@@ -174,22 +174,23 @@ def test_since_leaves_out_older_rows():
         since(file, file.policy, "yesterday")
 
 
-def test_flop_counts_survive_json():
+def test_flop_counts_round_trip_through_json():
     found = FlopCounts.from_json(json.loads(json.dumps(COUNTS.to_json())))
     assert torch.equal(found.prompt, COUNTS.prompt)
     assert torch.equal(found.full(torch.tensor([5])), COUNTS.full(torch.tensor([5])))
 
 
-# What an audit keeps of a row -----------------------------------------------------------------
+# Recorded rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade"])
-def test_a_traced_row_says_what_every_check_reads_and_would_have_answered(tmp_path, decoder):
+def test_a_recorded_row_has_every_checks_confidence_and_answer(tmp_path, decoder):
     prompts = prompts_of([7, 3, 5, 6, 2, 7] * 3)
     model = tiny("llama")
     policy = mixed_policy(model, prompts, decoder=decoder)
     runtime = audited(tmp_path, policy, budget=0.99)
-    decisions = [runtime.decide([prompt])[0] for prompt in prompts]  # rows are kept batch by batch
+    # One by one, as rows are recorded batch by batch.
+    decisions = [runtime.decide([prompt])[0] for prompt in prompts]
     runtime.auditor.flush()
     file = load(rows_file(tmp_path / "audit.json"))
     full = never(prompts)
@@ -214,7 +215,7 @@ def test_a_traced_row_says_what_every_check_reads_and_would_have_answered(tmp_pa
     assert torch.equal(FlopCounts.from_json(file.flops).prompt, expected.prompt)
 
 
-def test_rows_that_cannot_be_kept_cost_no_count(tmp_path, caplog):
+def test_rows_that_cannot_be_recorded_are_still_counted(tmp_path, caplog):
     runtime = audited(tmp_path, budget=0.99)
     rows_file(tmp_path / "audit.json").mkdir()
     runtime.decide(prompts_of([6] * 5))
@@ -222,7 +223,7 @@ def test_rows_that_cannot_be_kept_cost_no_count(tmp_path, caplog):
     assert caplog.text.count("counted but not kept") == 1
 
 
-def test_half_a_line_that_a_kill_left_is_passed_over_and_cut_off(tmp_path):
+def test_a_partial_line_left_by_a_kill_is_skipped_and_truncated(tmp_path):
     path, rows = tmp_path / "audit.rows.jsonl", rows_of(4, np.random.default_rng(0))
     append(path, KEY.policy, COUNTS.to_json(), rows[:2])
     path.write_bytes(path.read_bytes()[:-7])
@@ -231,7 +232,7 @@ def test_half_a_line_that_a_kill_left_is_passed_over_and_cut_off(tmp_path):
     assert load(path).rows == [rows[0], *rows[2:]]
 
 
-def test_a_full_file_loses_its_oldest_half(tmp_path, monkeypatch):
+def test_a_full_file_drops_its_oldest_half(tmp_path, monkeypatch):
     monkeypatch.setattr(audited_rows, "MOST_BYTES", 2000)
     path, rng = tmp_path / "audit.rows.jsonl", np.random.default_rng(0)
     rows = rows_of(200, rng)
@@ -242,7 +243,7 @@ def test_a_full_file_loses_its_oldest_half(tmp_path, monkeypatch):
     assert kept == rows[-len(kept) :]
 
 
-def test_rows_of_another_policy_are_refused_and_stay(tmp_path):
+def test_rows_of_another_policy_are_rejected_and_kept(tmp_path):
     path = tmp_path / "audit.rows.jsonl"
     append(path, "b" * 64, COUNTS.to_json(), rows_of(1, np.random.default_rng(0)))
     before = path.read_bytes()
@@ -259,7 +260,7 @@ def test_rows_of_another_policy_are_refused_and_stay(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A calibrated policy, and its audit of 1,500 rows that it answers too badly."""
+    """A calibrated policy, and its audit of 1,500 rows with too many wrong answers."""
     record = {
         "risk": "disagreement", "budget": BUDGET, "confidence": 0.95, "n": 300,
         "chosen": {"threshold": [1.0, 1.0], "disagreement": 0.01},
@@ -278,7 +279,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_recalibrate_writes_a_stricter_policy_and_keeps_all_that_was_there(folder, capsys):
+def test_recalibrate_writes_a_stricter_policy_and_keeps_the_earlier_files(folder, capsys):
     assert main(["audit", str(folder)]) == 0
     assert "1,500 of 30,000 production rows" in ExitPolicy.load(folder).calibration["promise"]
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -299,7 +300,7 @@ def test_recalibrate_writes_a_stricter_policy_and_keeps_all_that_was_there(folde
     assert not (folder / "audit.json").exists()
 
 
-def test_recalibrate_is_asked_for_by_name_and_needs_rows_and_policy(folder, capsys):
+def test_recalibration_is_opt_in_and_requires_rows_and_policy(folder, capsys):
     assert main(["audit", str(folder)]) == 0
     assert "Recalibrated" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -313,7 +314,7 @@ def test_recalibrate_is_asked_for_by_name_and_needs_rows_and_policy(folder, caps
     assert ExitPolicy.load(folder).threshold == POLICY.threshold
 
 
-def test_a_state_is_logged_to_wandb_where_that_is_on(folder, monkeypatch):
+def test_the_audit_state_is_logged_to_wandb_if_enabled(folder, monkeypatch):
     from contextlib import nullcontext
     from types import SimpleNamespace
 
@@ -338,7 +339,7 @@ def test_a_state_is_logged_to_wandb_where_that_is_on(folder, monkeypatch):
 # Groups ---------------------------------------------------------------------------------------
 
 
-def test_rows_of_groups_that_may_not_exit_are_answered_by_the_full_model(tmp_path):
+def test_groups_that_may_not_exit_are_answered_by_the_full_model(tmp_path):
     prompts = prompts_of([7, 3, 5, 6, 2, 7])
     policy = replace(ExitPolicy.always(1, decoder="l-spade"), exit_groups=("easy",))
     runtime = audited(tmp_path, policy, budget=0.99)
@@ -351,7 +352,7 @@ def test_rows_of_groups_that_may_not_exit_are_answered_by_the_full_model(tmp_pat
     assert (seen.exited, seen.exits) == (3, {1: 3, LAYERS: 3})
 
 
-def test_a_policy_for_some_groups_asks_for_the_groups(tmp_path):
+def test_a_policy_for_some_groups_requires_groups(tmp_path):
     policy = replace(ExitPolicy.always(1, decoder="l-spade"), exit_groups=("easy",))
     runtime = ExitRuntime(tiny("llama"), random_heads(), policy=policy)
     with pytest.raises(Exception, match="--small_groups exclude"):
@@ -364,7 +365,7 @@ def test_a_policy_for_some_groups_asks_for_the_groups(tmp_path):
     assert ExitPolicy.load(tmp_path).exit_groups == ("easy",)
 
 
-def test_a_policy_without_groups_takes_groups_or_none():
+def test_a_policy_without_groups_accepts_groups_or_none():
     runtime = ExitRuntime(
         tiny("llama"), random_heads(), policy=ExitPolicy.always(1, decoder="l-spade")
     )

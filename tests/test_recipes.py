@@ -1,4 +1,4 @@
-"""Every recipe parses, and runs one batch on the CPU with a tiny model in its model's place."""
+"""Every recipe parses, and runs one batch on the CPU with a tiny model in place of its model."""
 
 import re
 from pathlib import Path
@@ -36,12 +36,12 @@ def byte_llama(tmp_path_factory) -> Path:
     return folder
 
 
-def test_there_are_recipes():
+def test_recipes_are_found():
     assert len(RECIPES) >= 12
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_it_parses_and_says_what_it_costs(recipe):
+def test_every_recipe_parses_and_states_its_cost(recipe):
     parsed = parse(command_parser("fit", ""), ["--config", str(recipe)], early=lambda _: None)
     assert parsed.recipe.name == recipe.stem
     assert recipe.read_text().startswith("# ")
@@ -50,11 +50,11 @@ def test_it_parses_and_says_what_it_costs(recipe):
         or "GB" in recipe.read_text()
         or "MB" in recipe.read_text()
     )
-    assert parsed.recipe.data.revision is None  # resolved at run time, never made up
+    assert parsed.recipe.data.revision is None  # resolved at run time, never invented
 
 
 def one_per_task():
-    """All recipes; those whose task another has are slow: without their model they are alike."""
+    """All recipes; those whose task another recipe covers are slow, as only the model differs."""
     seen = set()
     for path in RECIPES:
         task = re.search(r"task: *(\w+)", path.read_text())[1]
@@ -63,7 +63,9 @@ def one_per_task():
 
 
 @pytest.mark.parametrize("recipe", [*one_per_task()])
-def test_it_runs_one_batch_with_a_tiny_model(recipe, byte_llama, shared, tmp_path, monkeypatch):
+def test_every_recipe_runs_one_batch_with_a_tiny_model(
+    recipe, byte_llama, shared, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     data = parse(
         command_parser("fit", ""), ["--config", str(recipe)], early=lambda _: None

@@ -35,7 +35,7 @@ def server():
 
 @pytest.fixture
 def place(request, tmp_path, monkeypatch):
-    """A fresh URL on each kind of file system, and mirrors of the test's own."""
+    """A fresh URL on each kind of file system, with per-test mirrors."""
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
@@ -54,7 +54,7 @@ SHARDS = [f"shard-{number:05d}.safetensors" for number in range(5)]
 TARGETS = [name.replace("shard", "target") for name in SHARDS]
 
 
-def seldom(value):
+def slow_param(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
@@ -63,7 +63,7 @@ def forget_mirrors(tmp_path):
 
 
 def content(url: str) -> dict[str, bytes]:
-    """The files of a folder, here or far away; not a mirror's notes to itself."""
+    """The files of a local or remote folder, without a mirror's bookkeeping files."""
     files, root = fsspec.core.url_to_fs(url)
     files.invalidate_cache()
     found = {path.rsplit("/", 1)[-1]: path for path in files.ls(root, detail=False)}
@@ -71,9 +71,9 @@ def content(url: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def calm(toy_root, tmp_path_factory):
-    """The files of the training split as one process builds them in a folder of this machine."""
-    home = tmp_path_factory.mktemp("calm")
+def undisturbed(toy_root, tmp_path_factory):
+    """The files of the training split as one process builds them in a local folder."""
+    home = tmp_path_factory.mktemp("undisturbed")
     toy.Project(toy_root, home).module(**SIZES).states("train")
     found = content(str(home / "cache/train"))
     assert sorted(found) == sorted([*SHARDS, *TARGETS, IDENTITY, MANIFEST, STARTS])
@@ -82,7 +82,7 @@ def calm(toy_root, tmp_path_factory):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Sizes of the shards that the model computed."""
+    """Sizes of the shards the model computed."""
     sizes, extract = [], cache.extract
 
     def counted(adapter, examples, *rest, **more):
@@ -94,14 +94,14 @@ def computed(monkeypatch):
 
 
 def started(project, place, *more, **environment):
-    """A real `lspade-train cache`, forked so that it need not import everything again."""
+    """A real `lspade-train cache`, forked so that it skips the imports."""
     recipe = project.recipe(data__cache_dir=place, **{f"data.{k}": v for k, v in SIZES.items()})
 
     def child():
         os.environ.update(environment)
         with (project.home / "stderr").open("a", buffering=1) as log:
             sys.stderr = log
-            logging.getLogger().handlers.clear()  # those of pytest, inherited
+            logging.getLogger().handlers.clear()  # inherited from pytest
             sys.exit(main(["cache", "--config", str(recipe), "--splits", "[train]", *more]))
 
     process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
@@ -112,12 +112,12 @@ def started(project, place, *more, **environment):
 def finished(project, *processes):
     for process in processes:
         process.join(60)
-    said = project.home / "stderr"
-    assert [process.exitcode for process in processes] == [0] * len(processes), said.read_text()
+    errors = project.home / "stderr"
+    assert [process.exitcode for process in processes] == [0] * len(processes), errors.read_text()
 
 
 def killed_at(server, request, project, place):
-    """A real process that is killed while the server is at a request of it."""
+    """A real process that is killed while the server handles one of its requests."""
     process = started(project, place)
     server.cut[request] = lambda: os.kill(process.pid, signal.SIGKILL)
     process.join(60)
@@ -129,7 +129,7 @@ def forbidden(*_, **__):
 
 
 @every_system
-def test_a_cache_is_built_once_and_read_by_a_machine_that_has_nothing(project, place, tmp_path):
+def test_a_cache_is_built_once_and_read_by_a_fresh_machine(project, place, tmp_path):
     built = project.module(cache_dir=place, shard_mb=0.01)
     rows = built.states("train").gather(torch.arange(48))
     files, root = fsspec.core.url_to_fs(f"{place}/train")
@@ -145,7 +145,7 @@ def test_a_cache_is_built_once_and_read_by_a_machine_that_has_nothing(project, p
 
 
 @every_system
-def test_a_shard_that_was_damaged_far_away_is_refused(project, place, tmp_path):
+def test_a_shard_damaged_in_the_remote_store_is_rejected(project, place, tmp_path):
     project.module(cache_dir=place, shard_mb=0.01).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     content = bytearray(files.cat_file(f"{root}/shard-00001.safetensors"))
@@ -157,7 +157,7 @@ def test_a_shard_that_was_damaged_far_away_is_refused(project, place, tmp_path):
 
 
 @every_system
-def test_overwrite_replaces_what_is_far_away_and_another_recipe_is_refused(project, place):
+def test_another_recipe_is_rejected_and_overwrite_replaces_the_remote_cache(project, place):
     project.module(cache_dir=place).states("train")
     with pytest.raises(CacheError, match="built for another positions"):
         project.module(cache_dir=place, positions="compact").states("train")
@@ -169,7 +169,9 @@ def test_overwrite_replaces_what_is_far_away_and_another_recipe_is_refused(proje
 
 @pytest.mark.slow
 @every_system
-def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, place, tmp_path):
+def test_an_interrupted_upload_is_not_read_as_a_cache_and_can_be_completed(
+    project, place, tmp_path
+):
     project.module(cache_dir=place, shard_mb=0.01).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.rm_file(f"{root}/{MANIFEST}")
@@ -183,8 +185,8 @@ def test_an_upload_that_was_cut_short_is_no_cache_and_is_made_whole(project, pla
 
 @pytest.mark.slow
 @every_system
-def test_a_machine_that_has_nothing_computes_only_what_another_had_not_sent(
-    project, place, tmp_path, calm, computed
+def test_a_fresh_machine_computes_only_what_another_had_not_uploaded(
+    project, place, tmp_path, undisturbed, computed
 ):
     project.module(cache_dir=place, **SIZES).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
@@ -194,11 +196,11 @@ def test_a_machine_that_has_nothing_computes_only_what_another_had_not_sent(
     computed.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert len(computed) == 1
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @every_system
-def test_an_unfinished_cache_of_another_recipe_is_not_written_over(project, place, tmp_path):
+def test_an_unfinished_cache_of_another_recipe_is_not_overwritten(project, place, tmp_path):
     project.module(cache_dir=place, **SIZES).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.rm_file(f"{root}/{MANIFEST}")
@@ -208,20 +210,20 @@ def test_an_unfinished_cache_of_another_recipe_is_not_written_over(project, plac
 
 
 @on_s3
-def test_each_file_goes_up_once_the_shards_while_others_are_computed_the_manifest_last(
-    project, place, server, calm, computed
+def test_shards_are_uploaded_once_during_the_build_and_the_manifest_last(
+    project, place, server, undisturbed, computed
 ):
     done = []
-    server.cut[f"PUT {SHARDS[1]}"] = lambda: done.extend(computed)  # and the client tries again
+    server.cut[f"PUT {SHARDS[1]}"] = lambda: done.extend(computed)  # and the client retries
     project.module(cache_dir=place, **SIZES).states("train")
     assert len(done) < len(SHARDS) == len(computed)
     sent = server.files("PUT")
     assert sent == [IDENTITY, SHARDS[0], SHARDS[1], *SHARDS[1:], *TARGETS, STARTS, MANIFEST]
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @on_s3
-def test_what_is_the_same_on_both_sides_is_not_transferred(project, place, server):
+def test_unchanged_files_are_not_transferred(project, place, server):
     project.module(cache_dir=place, **SIZES).states("train")
     server.seen.clear()
     project.module(cache_dir=place, **SIZES).states("train")
@@ -229,9 +231,11 @@ def test_what_is_the_same_on_both_sides_is_not_transferred(project, place, serve
 
 
 @on_s3
-@pytest.mark.parametrize("at", [seldom(IDENTITY), SHARDS[3], seldom(TARGETS[2]), seldom(MANIFEST)])
-def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
-    project, place, server, calm, at
+@pytest.mark.parametrize(
+    "at", [slow_param(IDENTITY), SHARDS[3], slow_param(TARGETS[2]), slow_param(MANIFEST)]
+)
+def test_a_build_killed_while_uploading_resumes_and_uploads_nothing_twice(
+    project, place, server, undisturbed, at
 ):
     killed_at(server, f"PUT {at}", project, place)
     sent = server.files("PUT")
@@ -240,13 +244,13 @@ def test_a_build_killed_while_it_sends_goes_on_and_sends_nothing_twice(
     finished(project, started(project, place))
     order = [IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST]
     assert server.files("PUT") == order[order.index(at) :]
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @on_s3
-@pytest.mark.parametrize("at", [seldom(SHARDS[0]), SHARDS[3], seldom(MANIFEST)])
-def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
-    project, place, server, tmp_path, calm, at
+@pytest.mark.parametrize("at", [slow_param(SHARDS[0]), SHARDS[3], slow_param(MANIFEST)])
+def test_a_reader_killed_while_downloading_resumes_and_downloads_nothing_twice(
+    project, place, server, tmp_path, undisturbed, at
 ):
     project.module(cache_dir=place, **SIZES).states("train")
     forget_mirrors(tmp_path)
@@ -257,39 +261,39 @@ def test_a_reader_killed_while_it_downloads_goes_on_and_brings_nothing_twice(
     assert not (folder / MANIFEST).exists()
     finished(project, started(project, place))
     assert [*first[:-1], *server.files("GET")] == [IDENTITY, *SHARDS, STARTS, *TARGETS, MANIFEST]
-    assert content(str(folder)) == calm
+    assert content(str(folder)) == undisturbed
 
 
 @pytest.mark.slow
 @on_s3
-def test_a_rebuild_takes_the_old_manifest_away_first_and_what_is_left_over_in_the_end(
-    project, place, server, calm
+def test_a_rebuild_deletes_the_old_manifest_first_and_leftover_files_last(
+    project, place, server, undisturbed
 ):
     project.module(cache_dir=place, shard_mb=0.005).states("train")
-    assert len(content(f"{place}/train")) > len(calm)
+    assert len(content(f"{place}/train")) > len(undisturbed)
     server.seen.clear()
     project.module(cache_dir=place, overwrite=True, **SIZES).states("train")
     changes = [request for request in server.seen if request.split()[0] in {"PUT", "DELETE"}]
     assert changes[0] == f"DELETE {MANIFEST}"
     assert changes[-1] == f"PUT {MANIFEST}"
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
 @pytest.mark.slow
 @on_s3
-def test_a_changed_file_is_brought_again_whichever_side_changed(
-    project, place, server, calm, computed
+def test_a_file_changed_on_either_side_is_downloaded_again(
+    project, place, server, undisturbed, computed
 ):
     folder = remote.Mirror(f"{place}/train", FILES).folder
     project.module(cache_dir=place, **SIZES).states("train")
-    flipped = bytearray(calm[SHARDS[3]])
+    flipped = bytearray(undisturbed[SHARDS[3]])
     flipped[-60] ^= 1
     (folder / SHARDS[3]).write_bytes(flipped)
     computed.clear()
     server.seen.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert server.seen == [f"GET {SHARDS[3]}", f"GET {MANIFEST}"]
-    assert content(str(folder)) == calm
+    assert content(str(folder)) == undisturbed
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.pipe_file(f"{root}/{SHARDS[1]}", bytes(flipped))
     server.seen.clear()
@@ -302,9 +306,9 @@ def test_a_changed_file_is_brought_again_whichever_side_changed(
 @pytest.mark.slow
 @on_s3
 @pytest.mark.parametrize(
-    "notes", [seldom("{"), '{"manifest.json": 3, "x": null}', seldom("another's")]
+    "notes", [slow_param("{"), '{"manifest.json": 3, "x": null}', slow_param("another's")]
 )
-def test_damaged_notes_cost_a_transfer_and_nothing_else(project, place, server, calm, notes):
+def test_damaged_mirror_records_only_cost_a_transfer(project, place, server, undisturbed, notes):
     mirror = remote.Mirror(f"{place}/train", FILES)
     project.module(cache_dir=place, **SIZES).states("train")
     path = mirror.folder / remote.NOTES
@@ -316,11 +320,11 @@ def test_damaged_notes_cost_a_transfer_and_nothing_else(project, place, server, 
     server.seen.clear()
     project.module(cache_dir=place, **SIZES).states("train")
     assert MANIFEST in server.files("GET")
-    assert content(str(mirror.folder)) == calm
+    assert content(str(mirror.folder)) == undisturbed
 
 
 def two_machines(project, place, tmp_path, *more):
-    """Two real processes of one run, with mirrors of their own, started as a cluster would."""
+    """Two real processes of one run with separate mirrors, started as on a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -341,53 +345,53 @@ def mirrors_of(tmp_path):
 @pytest.mark.slow
 @on_s3
 def test_two_machines_without_a_shared_folder_build_one_cache(
-    project, place, server, calm, tmp_path
+    project, place, server, undisturbed, tmp_path
 ):
     finished(project, *two_machines(project, place, tmp_path))
     sent = server.files("PUT")
     assert sorted(sent) == sorted([IDENTITY, *SHARDS, *TARGETS, STARTS, MANIFEST])
     assert sent[-1] == MANIFEST
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @on_s3
-def test_a_lost_machine_stops_the_run_which_goes_on_without_sending_anything_twice(
-    project, place, server, calm, tmp_path
+def test_losing_a_machine_stops_the_run_which_resumes_without_duplicate_uploads(
+    project, place, server, undisturbed, tmp_path
 ):
     both = two_machines(project, place, tmp_path)
     server.cut[f"PUT {SHARDS[3]}"] = lambda: os.kill(both[1].pid, signal.SIGKILL)
     for process in both:
         process.join(120)
-    said = (project.home / "stderr").read_text()
-    assert [process.exitcode for process in both] == [1, -signal.SIGKILL], said
-    assert "run the same command again" in said
-    assert "Traceback" not in said
-    shutil.rmtree(tmp_path / "machine1")  # its disk is lost too
+    errors = (project.home / "stderr").read_text()
+    assert [process.exitcode for process in both] == [1, -signal.SIGKILL], errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    shutil.rmtree(tmp_path / "machine1")  # its disk is lost as well
     first = server.files("PUT")
     finished(project, *two_machines(project, place, tmp_path))
     assert {*first} & {*server.files("PUT")} == {SHARDS[3]}
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @on_s3
-def test_two_machines_rebuild_what_both_of_them_have(project, place, calm, tmp_path):
+def test_two_machines_rebuild_a_cache_that_both_have(project, place, undisturbed, tmp_path):
     project.module(cache_dir=place, shard_mb=0.005).states("train")
     finished(project, *two_machines(project, place, tmp_path))
-    assert len(mirrors_of(tmp_path)[1]) > len(calm)
+    assert len(mirrors_of(tmp_path)[1]) > len(undisturbed)
     finished(project, *two_machines(project, place, tmp_path, "--overwrite"))
-    assert content(f"{place}/train") == calm
-    assert mirrors_of(tmp_path) == [calm, calm]
+    assert content(f"{place}/train") == undisturbed
+    assert mirrors_of(tmp_path) == [undisturbed, undisturbed]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("seed", range(10))
-def test_a_build_stopped_at_a_random_moment_goes_on_here_or_on_another_machine(
-    project, place, calm, tmp_path, seed
+def test_a_build_stopped_at_a_random_moment_resumes_on_any_machine(
+    project, place, undisturbed, tmp_path, seed
 ):
     draw = random.Random(seed)
     process = started(project, place)
@@ -397,10 +401,10 @@ def test_a_build_stopped_at_a_random_moment_goes_on_here_or_on_another_machine(
     if seed % 2:
         shutil.rmtree(tmp_path / "mirrors", ignore_errors=True)
     finished(project, started(project, place))
-    assert content(f"{place}/train") == calm
+    assert content(f"{place}/train") == undisturbed
 
 
-def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, monkeypatch):
+def test_only_files_of_a_cache_or_of_heads_are_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
     system = fsspec.filesystem("memory")
     system.store.clear()
@@ -414,14 +418,14 @@ def test_nothing_but_the_files_of_a_cache_or_of_heads_is_brought_here(tmp_path, 
 
 
 @on_s3
-def test_a_bucket_that_is_not_there_is_a_named_error(project, place):
+def test_a_missing_bucket_raises_a_clear_error(project, place):
     with pytest.raises(CacheError, match="that the bucket exists, and your credentials"):
         project.module(cache_dir="s3://no-such-bucket/toy").states("train")
     assert not list(remote.Mirror("s3://no-such-bucket/toy/train", FILES).folder.glob("shard-*"))
 
 
 @on_s3
-def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
+def test_missing_credentials_raise_a_clear_error(place, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
@@ -433,7 +437,7 @@ def test_missing_credentials_are_a_named_error(place, tmp_path, monkeypatch):
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_mirror_that_cannot_be_made_is_a_named_error(tmp_path, monkeypatch):
+def test_a_mirror_that_cannot_be_created_raises_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "file"))
     with pytest.raises(
@@ -442,7 +446,7 @@ def test_a_mirror_that_cannot_be_made_is_a_named_error(tmp_path, monkeypatch):
         remote.Mirror("memory://x", PATTERNS).fetch()
 
 
-def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
+def test_an_unsupported_url_scheme_raises_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path))
     with pytest.raises(LSpadeError, match="which no installed package reads"):
         remote.Mirror("nosuch://x/y", PATTERNS).fetch()
@@ -452,7 +456,7 @@ def test_a_scheme_that_nothing_reads_is_a_named_error(tmp_path, monkeypatch):
 
 
 @on_s3
-def test_fit_caches_and_reads_through_a_url(project, place, monkeypatch):
+def test_fit_writes_and_reads_its_cache_through_a_url(project, place, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(project.home)
     recipe = project.recipe(data__cache_dir=place, trainer__max_epochs=1)

@@ -25,7 +25,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def fitted(evaluated_once, tmp_path_factory):
-    """A project with heads, a policy, results and figures; read only."""
+    """A project with heads, a policy, results and figures; read-only."""
     made = evaluated_once.copy(tmp_path_factory.mktemp("fitted"))
     digest = made.results["heads"]["weights_sha256"]
     ExitPolicy(layers=(1, 2, 3), threshold=3.0, heads_digest=digest).save(made.folder)
@@ -34,7 +34,7 @@ def fitted(evaluated_once, tmp_path_factory):
 
 @pytest.fixture(params=["s3"])
 def url(request, tmp_path, monkeypatch):
-    """A fresh URL, and a working place of the test's own that has no heads."""
+    """A fresh URL, and a per-test working directory without heads."""
     monkeypatch.setenv("LSPADE_CACHE", str(tmp_path / "mirrors"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
@@ -56,18 +56,18 @@ def recipe_of(project) -> str:
     return str(project.home / "recipe.yaml")
 
 
-def refused(capsys, *arguments) -> str:
-    """The one named error, of two lines, on standard error."""
+def error_of(capsys, *arguments) -> str:
+    """The one error, of two lines, on standard error."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: "), said
-    assert len(said.splitlines()) == 2, said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("error: "), message
+    assert len(message.splitlines()) == 2, message
+    return message
 
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)
-def test_what_is_pushed_to_a_url_is_pulled_byte_for_byte(fitted, url, push):
+def test_files_pushed_to_a_url_are_pulled_byte_for_byte(fitted, url, push):
     assert push() == 0
     assert main(["pull", url, "--to", "back"]) == 0
     sent = known_files(fitted.home / "checkpoints/toy")
@@ -77,7 +77,7 @@ def test_what_is_pushed_to_a_url_is_pulled_byte_for_byte(fitted, url, push):
 
 
 @pytest.mark.slow
-def test_a_push_that_was_cut_short_leaves_no_heads_and_goes_on(url, push, server, capsys):
+def test_an_interrupted_push_leaves_no_valid_heads_and_resumes(url, push, server, capsys):
     server.cut["PUT heads.safetensors"] = lambda: "403 Forbidden"
     assert push() == 1
     assert "your credentials for it" in capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_push_that_was_cut_short_leaves_no_heads_and_goes_on(url, push, server
 
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)
-def test_heads_and_policy_load_from_a_url_and_follow_what_changes_there(url, tmp_path):
+def test_heads_and_policy_load_from_a_url_and_pick_up_changes(url, tmp_path):
     heads = LSpadeHeads((1, 3), 8, form="bias")
     for value in (1.0, 2.0):
         with torch.no_grad():
@@ -146,19 +146,19 @@ def test_info_and_verify_read_a_cache_behind_a_url(project, url, capsys, caplog)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate", "profile"])
-def test_a_command_that_writes_beside_the_heads_refuses_a_url(fitted, url, command, capsys):
-    said = refused(capsys, command, "--config", recipe_of(fitted), "--heads", url)
-    assert f"{command} writes into the heads folder" in said
-    assert f"lspade-train pull {url} --to DIR" in said
+def test_a_command_that_writes_beside_the_heads_rejects_a_url(fitted, url, command, capsys):
+    message = error_of(capsys, command, "--config", recipe_of(fitted), "--heads", url)
+    assert f"{command} writes into the heads folder" in message
+    assert f"lspade-train pull {url} --to DIR" in message
 
 
-def test_a_url_without_heads_is_named(fitted, url, capsys):
+def test_a_url_without_heads_is_named_in_the_error(fitted, url, capsys):
     given = ["--config", recipe_of(fitted), "--heads", url]
     for arguments in (["predict", *given], ["test", *given], ["pull", url], ["info", url]):
-        assert f"{url} holds no heads.safetensors" in refused(capsys, *arguments)
+        assert f"{url} holds no heads.safetensors" in error_of(capsys, *arguments)
 
 
-def test_what_only_the_hub_has_is_refused_for_a_url(url, push, capsys):
+def test_hub_only_options_are_rejected_for_a_url(url, push, capsys):
     assert push("--private") == 1
     assert "has no --private" in capsys.readouterr().err
     with pytest.raises(HubError, match="is a URL, which has no revision 'v1'"):

@@ -32,14 +32,14 @@ def results(evaluated_once):
 
 @pytest.fixture
 def written(evaluated_once, results, tmp_path):
-    """A heads folder of the test's own, and its results."""
+    """A per-test copy of a heads folder, and its results."""
     mine = tmp_path / "toy"
     shutil.copytree(evaluated_once.folder, mine)
     return mine, results
 
 
 def browse(page, *, scheme="light"):
-    """The page's document after its scripts ran, and what the browser logged."""
+    """The page's document after its scripts have run, and the browser's log."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on PATH")
@@ -56,7 +56,7 @@ def browse(page, *, scheme="light"):
 
 
 class Tables(HTMLParser):
-    """The page's tables by id: rows of cells' texts."""
+    """The page's tables by id: rows of cell texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -101,17 +101,17 @@ def test_a_browser_draws_every_plot_and_logs_no_error(written, scheme):
     assert page.count('class="main-svg"') >= len(drawn)
     assert len(re.findall(r'class="trace scatter', page)) > 2 * len(drawn)
     ink = "232, 232, 232" if scheme == "dark" else "26, 26, 26"
-    assert f"fill: rgb({ink})" in page  # the plots' text follows the page
+    assert f"fill: rgb({ink})" in page  # the plots' text comes after the page
 
 
-def test_it_asks_nothing_of_a_network(written):
+def test_the_report_makes_no_network_requests(written):
     folder, _ = written
     page = without_scripts(folder)
     assert not re.search(r"<link|<iframe|<img|@import|url\(|<script[^>]* src", page)
     assert not re.search(r'(src|href)="(?!figures/|README|[a-z]+\.json)', page)
 
 
-def test_what_it_links_to_is_beside_it(written):
+def test_the_reports_links_point_to_files_beside_it(written):
     folder, _ = written
     page = without_scripts(folder)
     links = re.findall(r'<a href="([^"]+)"', page)
@@ -119,7 +119,7 @@ def test_what_it_links_to_is_beside_it(written):
     assert all((folder / link).is_file() for link in links)
 
 
-def test_its_figures_are_saved_from_the_file_itself(written):
+def test_the_reports_figures_can_be_saved_from_the_page(written):
     folder, results = written
     page = without_scripts(folder)
     for figure in all_figures(results):
@@ -129,7 +129,7 @@ def test_its_figures_are_saved_from_the_file_itself(written):
 
 
 def with_policy(folder, results):
-    """The same results with a policy of those heads and two rows that it answers otherwise."""
+    """The same results with a policy for those heads and two rows that it answers differently."""
     row = results["exits"]["grid"][40]
     results["exits"]["policy"] = {
         "layers": [1, 2], "exit_layers": [1, 2, 4], "row": row | {"exit_counts": [6, 4, 2]},
@@ -147,7 +147,7 @@ def with_policy(folder, results):
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def test_verdict_and_promise_come_first_and_the_time_it_took(written):
+def test_the_report_starts_with_verdict_guarantee_and_time_taken(written):
     folder, results = written
     page = with_policy(folder, results)
     order = [verdict(results)[0], "Guarantee: ", "Fit took", "Evaluation took", 'id="figures"']
@@ -155,7 +155,7 @@ def test_verdict_and_promise_come_first_and_the_time_it_took(written):
     assert places == sorted(places)
 
 
-def test_the_rows_that_differ_most_stand_in_a_table(written):
+def test_the_rows_with_the_largest_disagreement_are_in_a_table(written):
     folder, results = written
     page = with_policy(folder, results)
     head, *rows = Tables(page).found["examples"]
@@ -165,14 +165,14 @@ def test_the_rows_that_differ_most_stand_in_a_table(written):
     assert "3 of 12 rows" in page
 
 
-def test_a_caption_names_the_oracle_where_it_is_drawn(results):
+def test_a_caption_mentions_the_oracle_only_where_it_is_drawn(results):
     charts = [figure for figure in all_figures(results) if isinstance(figure, Chart)]
     drawn = [any("oracle" in one.label for one in chart.series) for chart in charts]
     assert any(drawn)
     assert ["oracle" in chart.caption for chart in charts] == drawn
 
 
-def test_its_tables_are_the_results_rounded(written):
+def test_the_reports_tables_are_the_rounded_results(written):
     folder, results = written
     shown = Tables((folder / "report.html").read_text(encoding="utf-8")).found
     assert {"accuracy", "agrees_model", "kl_to_model", "exits"} <= set(shown)
@@ -195,7 +195,7 @@ def rounded(value):
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def test_the_tables_round_nothing(results):
+def test_the_tables_hold_the_unrounded_results(results):
     tables = {table.name: table for table in all_tables(results)}
     for metric in METRICS:
         columns = dict(
@@ -205,7 +205,7 @@ def test_the_tables_round_nothing(results):
         assert list(columns["L-SPADE"]) == results["lenses"]["l_spade"][metric]
 
 
-def test_its_plots_hold_every_digit_of_the_results(written):
+def test_the_reports_plots_hold_the_unrounded_results(written):
     folder, results = written
     page = (folder / "report.html").read_text(encoding="utf-8")
     specs = json.loads(re.search(r'id="specs">(.*?)</script>', page, re.S)[1])
@@ -216,7 +216,7 @@ def test_its_plots_hold_every_digit_of_the_results(written):
     assert drawn["SPADE"]["customdata"] == intervals
 
 
-def test_the_printed_tables_are_the_reports(written, capsys, monkeypatch):
+def test_the_printed_tables_match_the_report(written, capsys, monkeypatch):
     folder, results = written
     monkeypatch.setenv("COLUMNS", "200")
     print_results(results)
@@ -227,23 +227,23 @@ def test_the_printed_tables_are_the_reports(written, capsys, monkeypatch):
         assert {cell.split()[0] for cell in cells[1:]} <= printed  # without their intervals
 
 
-def test_recipe_and_provenance_are_on_it(written):
+def test_the_report_includes_recipe_and_provenance(written):
     folder, results = written
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "max_epochs: 2" in page
     assert results["provenance"]["versions"]["torch"] in page
     assert results["heads"]["weights_sha256"] in page
-    assert "{&#39;" not in page  # a mapping is rows, not Python's words for it
+    assert "{&#39;" not in page  # a mapping is shown as rows, not as its Python repr
 
 
-def test_it_is_built_from_the_files_alone(written):
+def test_the_report_is_built_from_the_files_alone(written):
     folder, _ = written
     first = (folder / "report.html").read_bytes()
     (folder / "report.html").unlink()
     assert write_report(folder).read_bytes() == first
 
 
-def test_a_name_from_outside_cannot_bring_script_into_it(written):
+def test_names_in_the_results_cannot_inject_scripts(written):
     folder, results = written
     results = {**results, "name": "</script><script>alert(1)</script>"}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -251,19 +251,19 @@ def test_a_name_from_outside_cannot_bring_script_into_it(written):
     assert "<script>alert(1)" not in page
 
 
-def test_what_was_not_measured_is_said(written):
+def test_the_report_says_what_was_not_measured(written):
     folder, _ = written
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Transfer between tasks: Not measured" in page
     assert "No exit policy was measured on these 12 rows (test split): choose one" in page
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
+def test_a_folder_without_results_is_rejected(tmp_path):
     with pytest.raises(ArtifactError, match=r"results\.json"):
         write_report(tmp_path)
 
 
-def test_results_of_another_format_are_refused(written):
+def test_results_of_another_format_are_rejected(written):
     folder, results = written
     (folder / "results.json").write_text(json.dumps({**results, "format_version": 1}))
     with pytest.raises(ArtifactError, match=r"format_version 1; a report needs 2.*evaluate"):

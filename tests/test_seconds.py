@@ -1,4 +1,4 @@
-"""Exits priced in seconds: against sums by hand, every batch there can be, and the clock's part."""
+"""Exits priced in seconds: against hand sums, every possible batch, and the measured time."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ BLOCKS = 4
 
 
 def seconds_of(**changes) -> Seconds:
-    """Invented: a batch of 2 takes 100 in the untouched model, 20 in a block."""
+    """Invented: a batch of 2 takes 100 in the untouched model, 20 in one block."""
     known = {
         "hardware": "abacus",
         "threads": 1,
@@ -63,7 +63,7 @@ POLICIES = {
 # Arithmetic ------------------------------------------------------------------------------------
 
 
-def test_a_piece_keeps_the_seconds_of_the_full_batch():
+def test_a_fitted_piece_reproduces_the_time_of_the_full_batch():
     assert Piece.through(5.0, 8.0, 4) == Piece(4.0, 1.0)
     assert Piece.through(5.0, 5.0, 1).of(1) == 5.0
     for single in (9.0, 1.0):  # noise: one row slower than four, or more than four times as fast
@@ -73,7 +73,7 @@ def test_a_piece_keeps_the_seconds_of_the_full_batch():
     assert Piece(4.0, 1.0).of(0) == 0
 
 
-def test_an_answer_from_a_head_costs_nothing_above_the_exit():
+def test_a_heads_answer_costs_nothing_above_the_exit():
     costs = seconds_of().costs(POLICIES["head"], 1)
     # Halves of a full batch: planning 8, blocks of 20, checks of 0.6 + 0.4.
     assert costs.stops()[0].tolist() == pytest.approx([4 + 10 + 0.5, 4 + 30 + 1, 4 + 40 + 1 + 4])
@@ -81,14 +81,14 @@ def test_an_answer_from_a_head_costs_nothing_above_the_exit():
     assert costs.plain.tolist() == [50]
 
 
-def test_spade_pays_a_single_token_block_for_every_block_above():
+def test_spade_pays_for_a_single_token_in_every_block_above():
     costs = seconds_of().costs(POLICIES["spade"], 1)
-    up = [1 + 3 * 2 + 4, 1 + 1 * 2 + 4]  # entering, blocks of 4, the answer of 8
+    up = [1 + 3 * 2 + 4, 1 + 1 * 2 + 4]  # entry, blocks of 4, answer of 8
     assert costs.stops()[0].tolist() == pytest.approx([14.5 + up[0], 35 + up[1], 49])
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_batches_save_is_the_mean_over_every_batch_there_can_be(name):
+def test_batched_savings_are_the_mean_over_every_possible_batch(name):
     policy, seconds = POLICIES[name], seconds_of()
     places = np.array([0, 0, 1, 0] if name == "fixed" else [0, 1, len(policy.layers), 0, 1])
     ends = [(*policy.layers, BLOCKS)[place] for place in places]
@@ -97,7 +97,7 @@ def test_what_batches_save_is_the_mean_over_every_batch_there_can_be(name):
     assert saved == pytest.approx(1 - np.mean(batches) / seconds.plain)
 
 
-def test_rows_that_leave_one_by_one_share_less_than_rows_that_leave_together():
+def test_rows_that_exit_separately_save_less_than_rows_that_exit_together():
     policy, seconds = POLICIES["spade"], seconds_of()
     together, apart = seconds.batch(policy, [1, 1]), seconds.batch(policy, [1, BLOCKS])
     assert apart > (together + seconds.batch(policy, [BLOCKS, BLOCKS])) / 2
@@ -129,7 +129,7 @@ def chosen_of(table):
     return learn_then_test([(table.rows(~half), rules)], "disagreement", 0.05)
 
 
-def test_where_single_token_blocks_cost_as_much_as_prompts_do_spade_never_exits_and_heads_do():
+def test_spade_never_exits_if_single_token_blocks_cost_as_much_as_prompts():
     dear = {"step": (Piece(10.0, 0.0),) * 9}
     found = chosen_of(priced("spade", **dear))
     assert found.chosen.threshold is None
@@ -140,7 +140,7 @@ def test_where_single_token_blocks_cost_as_much_as_prompts_do_spade_never_exits_
     assert chosen_of(priced("spade")).chosen.time_saved > 0.1
 
 
-def test_both_savings_are_told_and_time_is_what_counts():
+def test_savings_are_ranked_by_time_and_the_flop_savings_are_kept():
     table = priced("l-spade")
     row = evaluate_policy(table.at((4,)), 0.1)
     only_flops = evaluate_policy(replace(table, costs=table.flops, flops=None).at((4,)), 0.1)
@@ -150,7 +150,7 @@ def test_both_savings_are_told_and_time_is_what_counts():
     assert row.efficiency == pytest.approx(row.time_saved / oracle_saving(table.at((4,))))
 
 
-def test_the_oracle_does_not_exit_where_that_costs_more():
+def test_the_oracle_does_not_exit_if_that_costs_more():
     table = priced("spade", step=(Piece(50.0, 0.0),) * 9)
     assert oracle_saving(table) == 0
 
@@ -158,7 +158,7 @@ def test_the_oracle_does_not_exit_where_that_costs_more():
 # policy.json -----------------------------------------------------------------------------------
 
 
-def test_policy_json_keeps_the_seconds(tmp_path):
+def test_the_seconds_round_trip_through_policy_json(tmp_path):
     seconds = seconds_of()
     record = {"cost": "time", "seconds": seconds.to_json()}
     replace(POLICIES["spade"], calibration=record).save(tmp_path)
@@ -168,7 +168,7 @@ def test_policy_json_keeps_the_seconds(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [{"prompt": 3}, {"unheard of": 1}, {"readers": None}])
-def test_another_record_is_refused_with_the_remedy(broken):
+def test_an_invalid_record_is_rejected_with_the_remedy(broken):
     record = json.loads(json.dumps(seconds_of().to_json() | broken))
     with pytest.raises(PolicyError, match="lspade-train calibrate"):
         Seconds.from_json(record)
@@ -184,7 +184,7 @@ def bench(model, **changes):
 
 @pytest.mark.parametrize("scope", ["vocabulary", "choices"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_part_of_a_policy_has_its_seconds(scope, batch_size):
+def test_every_part_of_a_policy_is_timed(scope, batch_size):
     choices = (3, 4, 5) if scope == "choices" else ()
     found = bench(tiny("llama"), scope=scope, batch_size=batch_size, choices=choices)
     assert len(found.prompt) == len(found.step) == LAYERS
@@ -196,7 +196,7 @@ def test_every_part_of_a_policy_has_its_seconds(scope, batch_size):
     assert all(piece.of(batch_size) > 0 for piece in found.readers.values())
 
 
-def test_rounds_that_differ_much_are_told(monkeypatch, caplog):
+def test_noisy_rounds_are_reported(monkeypatch, caplog):
     monkeypatch.setattr(
         pieces,
         "time_rounds",
@@ -206,7 +206,7 @@ def test_rounds_that_differ_much_are_told(monkeypatch, caplog):
     assert "a quiet machine" in caplog.text
 
 
-def test_the_pieces_add_up_to_the_run_that_they_are_differences_of(monkeypatch):
+def test_the_pieces_add_up_to_the_measured_run(monkeypatch):
     runs = {"never": 90.0, "leave": 30.0, "spade": 60.0, "enter": 4.0, "answer": 10.0}
 
     def invented(work, *_):
@@ -227,12 +227,12 @@ def test_the_pieces_add_up_to_the_run_that_they_are_differences_of(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "match"), [({"batch_size": 0}, "--batch_size is 0"), ({"prompt_length": 1}, "2 to")]
 )
-def test_a_shape_that_no_batch_has_is_refused(changes, match):
+def test_an_invalid_batch_shape_is_rejected(changes, match):
     with pytest.raises(RecipeError, match=match):
         bench(tiny("llama"), **changes)
 
 
-def test_the_runtimes_own_model_is_no_baseline_of_its_seconds():
+def test_the_runtimes_own_model_is_rejected_as_a_timing_baseline():
     model = tiny("llama")
     with pytest.raises(UnsupportedModelError, match="own model"):
         time_pieces(
@@ -243,14 +243,14 @@ def test_the_runtimes_own_model_is_no_baseline_of_its_seconds():
 # Confirming ------------------------------------------------------------------------------------
 
 
-def test_the_clock_is_put_beside_the_prediction(monkeypatch):
+def test_the_measured_time_is_reported_beside_the_prediction(monkeypatch):
     policy = ExitPolicy.always(2, decoder="l-spade")
     record = {"seconds": seconds_of().to_json(), "chosen": {"time_saved": 0.6}}
     runtime = runtime_of(tiny("llama"), replace(policy, calibration=record))
     ticks = iter([40.0, 100.0, 60.0, 100.0, 50.0, 100.0] * 16)
     monkeypatch.setattr("lspade_train.profiling.prediction.seconds_of", lambda *_: next(ticks))
     found = confirm(runtime, untouched(), prompts=prompts_of([9, 20, 15]), repeats=3)
-    predicted = (8 + 2 * 20 + 0.6) / 100  # fixed: what the head reads is not at hand
+    predicted = (8 + 2 * 20 + 0.6) / 100  # fixed: the head's input is not available
     assert found.predicted == pytest.approx(predicted)
     assert (found.measured, found.rounds) == (0.5, (0.4, 0.6))
     assert (found.prompts, found.mean_exit_layer, found.expected) == (32, 2, pytest.approx(0.4))

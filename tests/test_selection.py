@@ -1,4 +1,4 @@
-"""A policy from Python: what it saves is what the runtime does, and which rows may say so."""
+"""Calibration from Python: predicted savings match the runtime, and which rows may be used."""
 
 import json
 import weakref
@@ -43,7 +43,7 @@ def data(toy_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_test(toy_root, tmp_path_factory):
-    """The same of data that have no test split, as BoolQ has none with labels."""
+    """The same with data that has no test split, like BoolQ without test labels."""
     project = toy.Project(toy_root, tmp_path_factory.mktemp("shared"))
     folder = toy.write_data(project.home / "data", validation=40)
     (folder / "test.jsonl").unlink()
@@ -52,7 +52,7 @@ def without_test(toy_root, tmp_path_factory):
 
 @pytest.fixture
 def simpson():
-    """A measure that this package does not have: the sum of the squared probabilities."""
+    """A third-party measure: the sum of the squared probabilities."""
     name = "simpson"
     yield register_measure(
         Measure(
@@ -65,17 +65,17 @@ def simpson():
     del MEASURES[name]
 
 
-# What it saves ---------------------------------------------------------------------------------
+# Savings ---------------------------------------------------------------------------------------
 
 
 def counted_saving(data, policy) -> float:
-    """Saved on the validation rows, as PyTorch counts the runtime's and the model's own run."""
+    """Savings on the validation rows, counting FLOPs of the runtime's and the model's own runs."""
     examples = data.encoded("validation").examples
     prompts = [[*map(int, example.input_ids)] for example in examples]
     choices = [[*map(int, example.choice_ids)] for example in examples]
-    # One prompt at a time: a batch is charged for its padding, too.
+    # One prompt at a time: a batch is also charged for its padding.
     runtime = ExitRuntime(data.adapter, heads_of(data), policy=policy, tokens_per_batch=1)
-    runtime.decide(prompts, choices)  # the start token's constants are charged to nobody
+    runtime.decide(prompts, choices)  # the start token's constants are not charged
     with counter() as exits:
         runtime.decide(prompts, choices)
     with counter() as plain, torch.no_grad():
@@ -88,7 +88,7 @@ def counted_saving(data, policy) -> float:
     ("measure", "scope"),
     [("entropy", "vocabulary"), ("margin", "choices"), ("max_prob", "vocabulary")],
 )
-def test_calibrate_and_evaluate_report_the_saving_that_pytorch_counts(data, measure, scope):
+def test_calibrate_and_evaluate_report_the_savings_pytorch_counts(data, measure, scope):
     heads = heads_of(data)
     found = calibrate(data, heads, measure=measure, scope=scope, **LOOSE)
     side = calibration_side(data)
@@ -100,20 +100,21 @@ def test_calibrate_and_evaluate_report_the_saving_that_pytorch_counts(data, meas
     assert row["compute_saved"] == pytest.approx(counted_saving(data, found.policy), abs=1e-6)
 
 
-def test_a_head_that_answers_saves_what_pytorch_counts(data):
+def test_the_savings_of_an_answering_head_match_pytorchs_counter(data):
     found = calibrate(data, heads_of(data), decoder="l-spade", scope="vocabulary", **LOOSE)
     saved = found.calibration.chosen.compute_saved
     assert found.policy.check_layers
     assert saved == pytest.approx(counted_saving(data, found.policy), abs=1e-6)
 
 
-def test_a_policy_priced_by_time_answers_as_is_quickest_and_tells_both_savings(data):
+def test_a_policy_priced_by_time_uses_the_fastest_decoder_and_reports_both_savings(data):
     dear = {"step": (Piece(25.0, 0.0),) * LAYERS, "prompt": (Piece(25.0, 0.0),) * LAYERS}
     cost = seconds_of(batch_size=1, plain=100.0, start=0.0, scope="vocabulary", **dear)
     heads = heads_of(data)
     found = calibrate(data, heads, scope="vocabulary", cost=cost, **LOOSE)
     chosen = found.calibration.chosen
-    assert set(found.policy.decoders) == {"l-spade"}  # SPADE's way up takes what it skips
+    # SPADE's pass through the upper blocks would take as long as what it skips.
+    assert set(found.policy.decoders) == {"l-spade"}
     assert chosen.time_saved > 0.02
     by_flops = evaluate_policy(
         exit_table(data.stored("validation"), data.adapter, heads.bind(data.adapter), found.policy),
@@ -139,7 +140,7 @@ def test_the_checks_of_a_policy_without_a_threshold_are_priced(data):
     assert (costs.stops()[:, -1] > costs.plain).all()
 
 
-def test_the_table_holds_no_more_than_two_batches_of_states_at_once(data, monkeypatch):
+def test_the_table_holds_at_most_two_batches_of_states(data, monkeypatch):
     monkeypatch.setattr(answers, "CHUNK_ROWS", 4)
     dataset, alive, most = data.stored("train"), weakref.WeakSet(), []
     gather = type(dataset).gather
@@ -159,17 +160,17 @@ def test_the_table_holds_no_more_than_two_batches_of_states_at_once(data, monkey
     assert max(most) <= 2
 
 
-def test_online_data_proposes_from_as_many_training_rows_as_are_enough(toy_root, tmp_path):
+def test_online_data_proposes_from_a_bounded_number_of_training_rows(toy_root, tmp_path):
     online = toy.Project(toy_root, tmp_path).module(mode="online")
     assert len(online.stored("train", 5)) == 5
     found = calibrate(online, heads_of(online), **LOOSE)
     assert found.policy.check_layers
 
 
-# Which rows chose it ---------------------------------------------------------------------------
+# Selection rows --------------------------------------------------------------------------------
 
 
-def test_held_out_rows_are_told_by_their_content_alone():
+def test_held_out_rows_are_selected_by_their_content_alone():
     rows = toy.questions(400)
     sides = held_out(rows)
     assert held_out(rows[::-1]) == sides[::-1]
@@ -178,7 +179,7 @@ def test_held_out_rows_are_told_by_their_content_alone():
     assert 160 < sum(sides) < 240
 
 
-def test_where_validation_is_reported_on_one_half_chooses_and_the_other_measures(without_test):
+def test_without_a_test_split_validation_is_divided_for_choosing_and_measuring(without_test):
     choosing, measuring = calibration_side(without_test), evaluation_side(without_test)
     assert choosing.words == "validation, calibration half"
     assert measuring.words == "validation, held-out half"
@@ -194,12 +195,12 @@ def test_where_validation_is_reported_on_one_half_chooses_and_the_other_measures
     assert not chose(policy, measuring)
 
 
-def test_a_labelled_test_split_leaves_all_of_validation_to_the_choice(data):
+def test_with_a_labelled_test_split_all_validation_rows_choose(data):
     assert calibration_side(data).words == "validation"
     assert evaluation_side(data).words == "test"
 
 
-def test_rows_that_were_asked_for_by_name_are_taken_whole_and_known_to_have_chosen(without_test):
+def test_an_explicitly_named_split_is_measured_in_full_as_selection_rows(without_test):
     side = evaluation_side(without_test, "validation")
     assert len(side.states(without_test)) == 40
     heads = heads_of(without_test)
@@ -213,7 +214,7 @@ def test_rows_that_were_asked_for_by_name_are_taken_whole_and_known_to_have_chos
     )
 
 
-def test_training_rows_propose_and_rows_of_other_data_had_no_say(data, without_test):
+def test_train_and_validation_rows_count_as_used_and_other_rows_as_held_out(data, without_test):
     policy = calibrate(data, heads_of(data), **LOOSE).policy
     assert chose(policy, evaluation_side(data, "train"))
     assert chose(policy, evaluation_side(data, "validation"))
@@ -226,7 +227,7 @@ def test_training_rows_propose_and_rows_of_other_data_had_no_say(data, without_t
 
 
 @pytest.mark.parametrize("name", ["entropy", "margin", "max_prob"])
-def test_a_measure_stays_within_its_bounds_and_tells_which_end_is_sure(name):
+def test_a_measure_stays_within_its_bounds_and_knows_its_confident_end(name):
     measure, peaked, flat = find_measure(name), torch.tensor([50.0, 0, 0]), torch.zeros(3)
     low, high = measure.bounds(3)
     values = signal(torch.stack([peaked, flat]), name)
@@ -238,12 +239,14 @@ def test_a_measure_stays_within_its_bounds_and_tells_which_end_is_sure(name):
     assert not measure.is_sure(torch.tensor([torch.nan]), certain).any()
 
 
-def test_two_measures_of_one_name_are_refused(simpson):
+def test_two_measures_with_the_same_name_are_rejected(simpson):
     with pytest.raises(PolicyError, match="'simpson' is registered already"):
         register_measure(simpson)
 
 
-def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, monkeypatch, capsys):
+def test_a_third_party_measure_appears_wherever_a_policy_is_shown(
+    project, simpson, monkeypatch, capsys
+):
     monkeypatch.chdir(project.home)
     recipe = str(project.recipe(trainer__max_epochs=1, trainer__logger=False))
     folder = project.home / "checkpoints/toy"
@@ -271,7 +274,7 @@ def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, m
     assert sum(layers) / 12 == pytest.approx(row["mean_exit_layer"])
 
 
-# Refusals --------------------------------------------------------------------------------------
+# Invalid options -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,12 +290,12 @@ def test_a_measure_from_outside_is_seen_wherever_a_policy_is(project, simpson, m
         ({"decoder": "oracle"}, "decoder is 'oracle'"),
     ],
 )
-def test_an_option_out_of_range_is_named(data, option, match):
+def test_an_out_of_range_option_is_named_in_the_error(data, option, match):
     with pytest.raises(PolicyError, match=match):
         calibrate(data, heads_of(data), **option)
 
 
-def test_a_scope_of_choices_needs_rows_with_choices(toy_root, tmp_path):
+def test_the_choices_scope_requires_rows_with_choices(toy_root, tmp_path):
     project = toy.Project(toy_root, tmp_path)
     text = TextConfig(first_position=2, length=32)
     running = project.module(mode="memory", task="text", dataset=str(project.texts), text=text)
@@ -305,7 +308,7 @@ def test_every_nth_layer_is_a_candidate(data):
     assert {layer for row in found.calibration.curve for layer in row.layers} <= {2}
 
 
-def test_the_papers_rule_is_given_alone_and_checks_one_threshold(data):
+def test_the_papers_rule_excludes_other_options_and_checks_one_threshold(data):
     heads = heads_of(data)
     with pytest.raises(PolicyError, match="give it alone"):
         calibrate(data, heads, paper=True, decoder="spade")

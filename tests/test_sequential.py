@@ -21,18 +21,18 @@ ALPHA = 0.05
 
 
 def first_alarm(stream, budget, seen=()):
-    """Number of rows after which the evidence first reaches 1/alpha; None where it never does."""
+    """Number of rows after which the evidence first reaches 1/alpha; None if it never does."""
     blocks = tuple(seen)
     for n, failed in enumerate(stream, 1):
         blocks = add_to_blocks(blocks, 1, int(failed))
-        # The evidence grows with a failure only: elsewhere it cannot newly reach the bound.
+        # The evidence only grows at a failure, so it can only reach the bound there.
         if failed and log_evidence(blocks, budget) >= math.log(1 / ALPHA):
             return n
     return None
 
 
 def healthy(rows, every):
-    """Blocks of a stream in which every so-manieth row fails."""
+    """Blocks of a stream in which failures occur at regular intervals."""
     blocks = ()
     for _ in range(rows // every):
         blocks = add_to_blocks(blocks, every, 1)
@@ -40,7 +40,7 @@ def healthy(rows, every):
 
 
 @pytest.mark.parametrize(("failures", "n"), [(0, 1), (1, 1), (3, 40), (0, 200), (30, 60)])
-def test_the_closed_form_is_the_integral_over_all_bets(failures, n):
+def test_the_closed_form_equals_the_integral_over_all_bets(failures, n):
     budget = 0.05
     prior = beta(*PRIOR)
 
@@ -52,7 +52,7 @@ def test_the_closed_form_is_the_integral_over_all_bets(failures, n):
 
 
 @pytest.mark.parametrize("rows", [BLOCK - 50, BLOCK, 5 * BLOCK, 40 * BLOCK])
-def test_the_evidence_is_not_expected_to_grow_while_the_rate_is_the_budget(rows):
+def test_the_expected_evidence_does_not_grow_at_the_budgeted_rate(rows):
     budget, blocks = 0.1, healthy(rows, every=25)
     now = math.exp(log_evidence(blocks, budget))
     hit = math.exp(log_evidence(add_to_blocks(blocks, 1, 1), budget))
@@ -60,7 +60,7 @@ def test_the_evidence_is_not_expected_to_grow_while_the_rate_is_the_budget(rows)
     assert budget * hit + (1 - budget) * miss == pytest.approx(now)
 
 
-def test_half_of_the_wealth_is_bet_in_the_first_block():
+def test_half_of_the_wealth_starts_in_the_first_block():
     expected = (1 + math.exp(log_e_value(7, 60, 0.05))) / 2
     assert math.exp(log_evidence([(60, 7)], 0.05)) == pytest.approx(expected)
 
@@ -69,7 +69,7 @@ def test_the_number_of_blocks_grows_slowly():
     assert len(healthy(1_000_000, every=100)) < 300
 
 
-def test_a_shift_after_a_long_healthy_time_is_found_many_times_sooner_than_by_one_bet():
+def test_a_shift_after_a_long_healthy_period_is_detected_sooner_than_by_one_bet():
     budget, rows, every, later = 0.02, 10_000, 100, 1000
     found = rows_until_alarm(0.1, budget, ALPHA, healthy(rows, every))
     assert found < 400
@@ -77,24 +77,24 @@ def test_a_shift_after_a_long_healthy_time_is_found_many_times_sooner_than_by_on
     assert one_bet < math.log(1 / ALPHA)
 
 
-def test_streams_within_the_budget_ring_in_at_most_alpha_of_the_cases():
+def test_streams_within_the_budget_raise_an_alarm_with_probability_at_most_alpha():
     rng, budget, streams = np.random.default_rng(0), 0.05, 400
-    rung = sum(first_alarm(rng.random(400) < budget, budget) is not None for _ in range(streams))
-    assert rung / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
+    alarms = sum(first_alarm(rng.random(400) < budget, budget) is not None for _ in range(streams))
+    assert alarms / streams <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
 
 
-def test_streams_over_the_budget_ring_about_when_foretold():
+def test_streams_over_the_budget_raise_an_alarm_about_when_predicted():
     rng, budget, rate = np.random.default_rng(1), 0.02, 0.2
     found = [first_alarm(rng.random(600) < rate, budget) for _ in range(200)]
     assert None not in found
     assert np.median(found) == pytest.approx(rows_until_alarm(rate, budget), rel=0.5)
 
 
-def test_a_rate_within_the_budget_is_foretold_never_to_ring():
+def test_no_alarm_is_predicted_for_a_rate_within_the_budget():
     assert rows_until_alarm(0.01, 0.02, most=10_000) == 10_000
 
 
-def test_the_confidence_sequence_holds_the_rate_at_all_times_in_nearly_all_streams():
+def test_the_confidence_sequence_covers_the_rate_at_all_times_in_most_streams():
     rng, rate, streams, missed = np.random.default_rng(2), 0.1, 120, 0
     for _ in range(streams):
         failures = np.cumsum(rng.random(200) < rate)
@@ -104,7 +104,7 @@ def test_the_confidence_sequence_holds_the_rate_at_all_times_in_nearly_all_strea
 
 
 @pytest.mark.parametrize(("failures", "n"), [(0, 0), (0, 50), (50, 50), (7, 50)])
-def test_the_confidence_sequence_holds_the_observed_rate(failures, n):
+def test_the_confidence_sequence_contains_the_observed_rate(failures, n):
     low, high = confidence_sequence(failures, n)
     assert 0 <= low <= high <= 1
     assert n == 0 or low <= failures / n <= high

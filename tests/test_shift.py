@@ -1,4 +1,4 @@
-"""Where rows exit, now and at calibration: the test's level and power, and what is stored."""
+"""Where rows exit now and at calibration: the test's level and power, and what is stored."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_without_a_shift_p_values_are_uniform():
         assert (found < level).mean() == pytest.approx(level, abs=4 * (level / 1000) ** 0.5)
 
 
-def test_the_statistic_is_pearsons():
+def test_the_statistic_matches_pearsons():
     before, now = {1: 60, 5: 40}, {1: 30, 5: 70}
     table = np.array([[60, 40], [30, 70]])
     expected = table.sum(1)[:, None] * table.sum(0) / table.sum()
@@ -30,7 +30,7 @@ def test_the_statistic_is_pearsons():
     assert shift_p_value(before, now) == pytest.approx(chi2.sf(statistic, 1))
 
 
-def test_a_clear_shift_is_found():
+def test_a_clear_shift_is_detected():
     rng = np.random.default_rng(1)
     assert shift_p_value(sample(rng, 300), sample(rng, 200, SHARES[::-1])) < 1e-6
     assert shift_p_value({1: 300, 9: 0}, {1: 0, 9: 50}) < 1e-6
@@ -39,11 +39,11 @@ def test_a_clear_shift_is_found():
 @pytest.mark.parametrize(
     ("before", "now"), [({}, {1: 50}), ({1: 50, 2: 50}, {}), ({1: 50, 2: 50}, {1: 2, 2: 1})]
 )
-def test_too_few_rows_tell_nothing(before, now):
+def test_too_few_rows_give_no_p_value(before, now):
     assert shift_p_value(before, now) is None
 
 
-def test_the_profile_holds_where_rows_exit_and_what_checks_read():
+def test_the_profile_records_exit_layers_and_confidences():
     confidence = np.linspace(0, 1, 40).reshape(20, 2)
     zeros = np.zeros(20, dtype=int)
     table = table_of(confidence, np.zeros((20, 2), dtype=int), zeros, zeros)
@@ -54,5 +54,5 @@ def test_the_profile_holds_where_rows_exit_and_what_checks_read():
     assert found["signal_quantiles"]["2"][middle] == pytest.approx(np.median(confidence[:, 1]))
 
 
-def test_a_policy_without_a_profile_has_no_calibrated_exits():
+def test_a_policy_without_a_profile_has_no_calibration_exits():
     assert calibrated_exits({"n": 3}) == {}

@@ -28,7 +28,7 @@ def hidden_states(model, ids):
 
 
 def naive_spade(model, prompt, layer, *, positions="original", zero_start=False):
-    """Two-token forward of the model itself, with `[h_s^l, h_a^l]` put in after block l."""
+    """The model's own two-token forward, with `[h_s^l, h_a^l]` substituted after block l."""
     hidden = hidden_states(model, prompt[None])[layer]
     pair = hidden[:, [0, -1]].clone()
     if zero_start:
@@ -74,7 +74,7 @@ def test_every_layer_of_every_prompt_equals_the_naive_two_token_forward(family, 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_at_layer_l_it_is_the_model(family, side):
+def test_spade_at_the_last_layer_equals_the_model(family, side):
     model = tiny(family)
     ids, mask = padded_batch(side)
     logits = model(
@@ -88,7 +88,7 @@ def test_at_layer_l_it_is_the_model(family, side):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_start_token_is_attended(family):
+def test_the_start_token_is_attended_to(family):
     model = tiny(family)
     ids, mask = padded_batch("right")
     prompt = ids[0][mask[0].bool()]
@@ -98,7 +98,7 @@ def test_the_start_token_is_attended(family):
 
 
 @torch.no_grad()
-def test_prompts_without_a_common_first_token_each_keep_their_own():
+def test_prompts_with_different_first_tokens_each_use_their_own():
     model = tiny("llama")
     ids = torch.tensor([[5, 6, 7], [8, 6, 7], [5, 9, 7]])
     together = spade_logits(model, ids)
@@ -107,7 +107,7 @@ def test_prompts_without_a_common_first_token_each_keep_their_own():
 
 
 @torch.no_grad()
-def test_layers_come_back_in_the_order_asked_for():
+def test_layers_are_returned_in_the_requested_order():
     model = tiny("llama")
     ids, mask = padded_batch("left")
     every = spade_logits(model, ids, mask, layers=[0, 1, 2, 3, 4])
@@ -119,7 +119,7 @@ def test_layers_come_back_in_the_order_asked_for():
 
 @pytest.mark.parametrize("family", ["bloom", "mpt", "falcon_alibi"])
 @torch.no_grad()
-def test_with_alibi_the_two_tokens_are_neighbours_whatever_the_position_ids(family):
+def test_with_alibi_the_two_tokens_are_adjacent_for_any_position_ids(family):
     model, (ids, mask) = tiny(family), padded_batch("left")
     original, compact = (
         spade_logits(model, ids, mask, positions=kind) for kind in ("original", "compact")
@@ -128,7 +128,7 @@ def test_with_alibi_the_two_tokens_are_neighbours_whatever_the_position_ids(fami
 
 
 @pytest.mark.parametrize("layers", [[-1], [LAYERS + 1], []])
-def test_a_layer_out_of_range_is_a_named_error(layers):
+def test_a_layer_out_of_range_raises_a_clear_error(layers):
     with pytest.raises(RecipeError, match=r"layers go from 0 to 4"):
         spade_logits(tiny("llama"), torch.tensor([[1, 5]]), layers=layers)
 

@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Files are either complete or absent."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from lspade_train.io.tensors import file_tag, read_tensors, tensor_digest, write
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "old")
 
@@ -37,7 +37,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_written_file_is_an_ordinary_one_in_a_folder_that_is_made(tmp_path):
+def test_writing_creates_the_folder_and_an_ordinary_file(tmp_path):
     path = tmp_path / "new/folder/file.txt"
     write_text(path, "é")
     assert path.read_bytes() == "é".encode()
@@ -51,14 +51,14 @@ def current_umask():
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.none() | st.text(max_size=5)))
-def test_json_comes_back_and_its_digest_is_of_the_content(tmp_path_factory, value):
+def test_json_round_trips_and_its_digest_depends_on_the_content(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "value.json"
     write_json(path, value)
     assert read_json(path, CacheError) == value
     assert json_digest(value) == json_digest(dict(reversed(value.items())))
 
 
-def test_json_without_numbers_that_json_lacks(tmp_path):
+def test_writing_nan_as_json_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "nan.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
@@ -76,7 +76,7 @@ def test_json_without_numbers_that_json_lacks(tmp_path):
         ('{"a": -1e999}', "-1e999 is too large a number"),
     ],
 )
-def test_json_that_cannot_be_read_is_the_callers_error_with_its_remedy(tmp_path, content, message):
+def test_unreadable_json_raises_the_callers_error_with_a_remedy(tmp_path, content, message):
     path = tmp_path / "value.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -94,7 +94,7 @@ def test_a_huge_json_file_is_not_read(tmp_path):
         read_json(path, CacheError)
 
 
-def test_a_folder_in_a_files_place_is_a_named_error(tmp_path):
+def test_a_folder_in_place_of_a_file_raises_a_clear_error(tmp_path):
     for read in (read_json, read_tensors):
         with pytest.raises(CacheError, match="cannot be read"):
             read(tmp_path, CacheError)
@@ -102,7 +102,7 @@ def test_a_folder_in_a_files_place_is_a_named_error(tmp_path):
         file_digest(tmp_path, CacheError)
 
 
-def test_tensors_come_back_bit_for_bit_and_equal_content_gives_equal_bytes(tmp_path):
+def test_tensors_round_trip_bit_for_bit_with_deterministic_bytes(tmp_path):
     for name in ("one", "two"):
         write_tensors(tmp_path / name, dict(reversed(TENSORS.items())), "tag")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -111,7 +111,7 @@ def test_tensors_come_back_bit_for_bit_and_equal_content_gives_equal_bytes(tmp_p
     assert file_tag(tmp_path / "one") == "tag"
 
 
-def test_a_file_that_is_not_whole_has_no_tag(tmp_path):
+def test_an_incomplete_file_has_no_tag(tmp_path):
     path = tmp_path / "file"
     assert file_tag(path) is None
     write_tensors(path, TENSORS)
@@ -121,7 +121,7 @@ def test_a_file_that_is_not_whole_has_no_tag(tmp_path):
     assert file_tag(path) is None
 
 
-def test_tensors_cut_short_are_the_callers_error(tmp_path):
+def test_truncated_tensors_raise_the_callers_error(tmp_path):
     path = tmp_path / "file"
     write_tensors(path, TENSORS)
     os.truncate(path, path.stat().st_size - 1)
@@ -129,7 +129,7 @@ def test_tensors_cut_short_are_the_callers_error(tmp_path):
         read_tensors(path, CacheError, "Rebuild it.")
 
 
-def test_a_tensors_digest_sees_shape_dtype_and_bytes():
+def test_a_tensors_digest_depends_on_shape_dtype_and_bytes():
     base = torch.zeros(2, 3)
     others = [torch.zeros(3, 2), torch.zeros(2, 3).int(), base + 1e-45, torch.zeros(2, 4)]
     digests = {tensor_digest(x) for x in (base, *others)} | {tensor_digest(base, None)}
@@ -139,7 +139,7 @@ def test_a_tensors_digest_sees_shape_dtype_and_bytes():
     assert tensor_digest(torch.zeros(0)) != tensor_digest(torch.zeros(0, 1))
 
 
-def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_file(tmp_path):
     try:
         subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)],

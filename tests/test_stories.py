@@ -1,4 +1,4 @@
-"""The whole method on a real model: heads trained on the model's own text come close to SPADE."""
+"""The full method on a real model: heads trained on the model's own text come close to SPADE."""
 
 import json
 import runpy
@@ -8,7 +8,7 @@ import pytest
 
 from lspade_train.cli import main
 
-pytestmark = pytest.mark.slow  # half a minute; test_spade and test_module have its parts
+pytestmark = pytest.mark.slow  # half a minute; test_spade and test_module cover its parts
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -1,4 +1,4 @@
-"""Tasks: what the model reads and which token is right, against the files read by hand."""
+"""Tasks: the rendered prompts and the right tokens, against files read by hand."""
 
 import dataclasses
 import datetime
@@ -41,7 +41,7 @@ def tokenizer(stories):
 
 @pytest.fixture
 def mini(shared):
-    """A maker of recipes' data sections over the first 32 rows of each benchmark."""
+    """Build recipes' data sections over the first 32 rows of each benchmark."""
     folders = {"arc_easy": ARC, "arc_challenge": ARC, "boolq": "google/boolq"}
 
     def make(task, **settings):
@@ -62,7 +62,7 @@ def prompt_texts(encoded, tokenizer):
 
 
 def by_hand(task, row):
-    """Prompt, number of choices and index of the right one, written down independently."""
+    """Prompt, number of choices and index of the right one, written independently."""
     if task == "boolq":
         prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
         return prompt, 2, 0 if row["answer"] else 1
@@ -88,13 +88,13 @@ CUT = {"validation_fraction": 0.1, "test_fraction": 0.1}
 
 
 def own(path, **settings):
-    """Rows that are not cut into splits, unless a fraction says so."""
+    """Rows that are not split, unless a fraction says so."""
     known = {"model_id": "unused", "task": "jsonl", "dataset": str(path)}
     return DataConfig(**known | UNCUT | settings)
 
 
 def word_level(template="<s> $A", chat_template=None):
-    """A tokenizer of whole words; `template` says which special tokens it adds."""
+    """A whole-word tokenizer; `template` says which special tokens it adds."""
     words = "<unk> <s> </s> user assistant system : A B C yes no what is it ? . Question Answer"
     vocabulary = {word: i for i, word in enumerate(words.split())}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -122,7 +122,7 @@ CHAT = (
 
 @pytest.mark.parametrize(("task", "subset", "folder", "labels"), REAL)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_prompts_and_answers_are_those_of_the_files_read_by_hand(
+def test_prompts_and_answers_match_the_files_read_by_hand(
     task, subset, folder, labels, split, mini, shared, tokenizer
 ):
     file = next((shared / "data/hub-mini" / folder).glob(f"{split}-*.parquet"))
@@ -139,14 +139,14 @@ def test_prompts_and_answers_are_those_of_the_files_read_by_hand(
         assert (example.input_ids.dtype, example.positions.dtype) == (np.int32, np.int64)
 
 
-def test_all_of_arc_challenge_encodes_with_its_official_counts(shared, tokenizer):
+def test_arc_challenge_encodes_completely_with_its_official_counts(shared, tokenizer):
     folder = str(shared / "data/hub" / ARC)
     config = DataConfig(model_id="unused", task="arc_challenge", dataset=folder)
     counts = [len(encode(config, tokenizer, split).examples) for split in ("train", "validation")]
     assert counts == [1119, 299]
 
 
-def test_numeric_option_labels_are_found_by_place(tmp_path, tokenizer):
+def test_numeric_option_labels_are_matched_by_position(tmp_path, tokenizer):
     row = {
         "question": "Which is a metal?",
         "choices": {"text": ["oak", "wool", "iron", "milk"], "label": ["1", "2", "3", "4"]},
@@ -171,7 +171,7 @@ def test_limit_keeps_the_first_rows(mini, tokenizer):
     assert [e.input_ids.tolist() for e in few] == [e.input_ids.tolist() for e in all_[:5]]
 
 
-def test_boolq_is_evaluated_on_validation_for_want_of_a_test_split(mini):
+def test_boolq_is_evaluated_on_validation_as_it_has_no_test_split(mini):
     assert tasks.splits(mini("boolq")) == ("train", "validation")
     assert tasks.evaluation_split(mini("boolq")) == "validation"
     assert tasks.evaluation_split(mini("arc_easy")) == "test"
@@ -180,12 +180,12 @@ def test_boolq_is_evaluated_on_validation_for_want_of_a_test_split(mini):
 # Answer tokens
 
 
-def test_the_space_is_left_out_where_it_is_a_token_of_its_own(mini, tokenizer):
+def test_the_answer_prefix_is_empty_if_a_space_is_a_separate_token(mini, tokenizer):
     assert encode(mini("arc_easy"), tokenizer).prefix == ""
     assert encode(mini("boolq"), tokenizer).prefix == " "
 
 
-def test_nothing_comes_before_a_space_where_the_prompt_ends_in_white_space(mini, tokenizer):
+def test_the_answer_prefix_is_empty_after_trailing_white_space(mini, tokenizer):
     prompt = PromptConfig(labels=["y", "n"], template="{question}\n")
     assert encode(mini("boolq", prompt=prompt), tokenizer).prefix == ""
 
@@ -197,7 +197,7 @@ def test_a_given_prefix_is_the_only_one_tried(prefix, mini, tokenizer):
     assert encoded.prefix == prefix
     text = prompt_texts(encoded, tokenizer)[0] + prefix
     assert tokenizer(text + "y")["input_ids"][-1] == encoded.examples[0].choice_ids[0]
-    # Behind a space "B" is one token and the other letters are two, the first of which is alike.
+    # After a space "B" is one token and the other letters are two, with the same first token.
     for example in encode(
         mini("arc_easy", prompt=PromptConfig(answer_prefix=" ")), tokenizer
     ).examples:
@@ -206,7 +206,7 @@ def test_a_given_prefix_is_the_only_one_tried(prefix, mini, tokenizer):
         assert options[:2] == (["A", "C"] if inside else ["▁", "▁B"])
 
 
-def test_words_of_several_tokens_are_decided_at_their_first(mini, tokenizer):
+def test_multi_token_words_are_decided_at_their_first_token(mini, tokenizer):
     encoded = encode(mini("boolq", prompt=PromptConfig()), tokenizer)
     firsts = [tokenizer.tokenize(word)[0] for word in ("yes", "no")]
     assert encoded.prefix == " "
@@ -216,7 +216,7 @@ def test_words_of_several_tokens_are_decided_at_their_first(mini, tokenizer):
     assert "'yes' is ['▁y', 'es']" in encoded.labels
 
 
-def test_labels_that_cannot_be_told_apart_come_with_the_remedies():
+def test_labels_with_the_same_tokens_raise_an_error_with_remedies():
     with pytest.raises(TaskError) as caught:
         tasks.resolve_choices(word_level(), "what ?", ["yes", "yes no"])
     message = str(caught.value)
@@ -236,12 +236,12 @@ def test_labels_that_cannot_be_told_apart_come_with_the_remedies():
         (["A", ""], "'' is 0 tokens"),
     ],
 )
-def test_a_label_without_a_token_of_its_own_is_refused(labels, problem):
+def test_a_label_without_a_distinct_token_is_rejected(labels, problem):
     with pytest.raises(TaskError, match=problem):
         tasks.resolve_choices(word_level(), "Question what ? Answer :", labels, "")
 
 
-def test_a_label_that_changes_the_prompts_own_tokens_is_refused(tokenizer):
+def test_a_label_that_changes_the_prompts_tokenization_is_rejected(tokenizer):
     # "th" + "e" is the token "the": the prompt would end differently.
     with pytest.raises(TaskError, match=r"'e' merges with the end of the prompt into \['▁the'\]"):
         tasks.resolve_choices(tokenizer, "once upon th", ["e"], "")
@@ -272,7 +272,7 @@ def test_resolved_choices_continue_the_prompt_by_exactly_their_tokens(
     assert len(set(paths.values())) == len(labels)
 
 
-def test_prompts_that_do_not_end_alike_are_refused_by_row(tmp_path, tokenizer):
+def test_prompts_with_different_endings_are_rejected_naming_the_row(tmp_path, tokenizer):
     rows = [
         {"prompt": "once upon:", "choices": ["e", "a"], "answer": "a"},
         {"prompt": "once upon th", "choices": ["e", "a"], "answer": "a"},
@@ -283,7 +283,7 @@ def test_prompts_that_do_not_end_alike_are_refused_by_row(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
-def test_bos_comes_first_once_and_eos_never_last(template):
+def test_prompts_start_with_a_single_bos_and_never_end_with_eos(template):
     bos = [1] if "<s>" in template else []
     tokenizer = word_level(template)
     written = [*bos, 12, 13] if bos else [1, 12, 13]
@@ -293,7 +293,7 @@ def test_bos_comes_first_once_and_eos_never_last(template):
 # Prompts
 
 
-def test_solved_examples_are_right_answers_of_training_rows(mini, shared, tokenizer):
+def test_few_shot_examples_are_solved_training_rows(mini, shared, tokenizer):
     config = mini("arc_easy", prompt=PromptConfig(shots=2))
     file = next((shared / f"data/hub-mini/{ARC}/ARC-Easy").glob("train-*.parquet"))
     solved = {
@@ -319,7 +319,7 @@ def test_no_prompt_shows_its_own_answer(mini, tokenizer):
     assert not any(text.count(question) > 1 for text, question in zip(texts, asked, strict=True))
 
 
-def test_a_copy_of_a_test_row_in_train_is_not_shown_to_it(tmp_path, tokenizer):
+def test_a_training_copy_of_a_test_row_is_not_used_as_its_example(tmp_path, tokenizer):
     rows = [{"question": f"q{i}", "choices": ["x", "y"], "answer": 0} for i in range(3)]
     jsonl(tmp_path, "train", [*rows, *rows])
     jsonl(tmp_path, "test", [{**row, "choices": ["y", "x"]} for row in rows])
@@ -329,12 +329,12 @@ def test_a_copy_of_a_test_row_in_train_is_not_shown_to_it(tmp_path, tokenizer):
         assert text.count("Question:") == 3
 
 
-def test_too_few_training_rows_for_the_solved_examples_is_an_error(mini):
+def test_too_few_training_rows_for_the_few_shot_examples_raises_an_error(mini):
     with pytest.raises(TaskError, match=r"33 labelled training rows.*--data.prompt.shots"):
         tasks.load_rows(mini("arc_easy", prompt=PromptConfig(shots=32)), "train")
 
 
-def test_a_template_of_the_recipe_replaces_the_tasks(mini, tokenizer):
+def test_a_recipes_template_replaces_the_tasks_template(mini, tokenizer):
     config = mini("arc_easy", prompt=PromptConfig(template="{{x}} {question}\nA letter:"))
     text = prompt_texts(encode(config, tokenizer), tokenizer)[0]
     assert text.startswith("{x} ")
@@ -353,7 +353,7 @@ def test_a_template_of_the_recipe_replaces_the_tasks(mini, tokenizer):
         ("{question!x}", r"not a format string"),
     ],
 )
-def test_a_template_that_cannot_be_filled_is_an_error(template, problem, mini, tokenizer):
+def test_a_template_that_cannot_be_filled_raises_an_error(template, problem, mini, tokenizer):
     with pytest.raises(TaskError, match=problem) as caught:
         encode(mini("arc_easy", prompt=PromptConfig(template=template)), tokenizer)
     assert "--data.prompt.template" in str(caught.value)
@@ -376,7 +376,7 @@ def test_chat_prompts_follow_the_chat_template(source, tmp_path):
     assert encoded.prefix == ""
 
 
-def test_chat_templates_are_told_not_to_think_and_not_to_look_at_the_clock(tmp_path):
+def test_chat_templates_render_without_thinking_or_todays_date(tmp_path):
     template = "{{ enable_thinking }} {{ date_string }} {{ messages[0].content }} :"
     prompt = PromptConfig(chat=True, chat_template=template, template="Question")
     config = own(jsonl(tmp_path, "train", [QUESTION]), prompt=prompt)
@@ -407,12 +407,12 @@ def test_chat_templates_are_told_not_to_think_and_not_to_look_at_the_clock(tmp_p
         ),
     ],
 )
-def test_chat_settings_that_cannot_work_are_errors(prompt, problem, tmp_path):
+def test_invalid_chat_settings_raise_an_error(prompt, problem, tmp_path):
     with pytest.raises(TaskError, match=problem):
         encode(own(jsonl(tmp_path, "train", [QUESTION]), prompt=prompt), word_level())
 
 
-def test_prompts_over_the_context_are_an_error_or_left_out(mini, tokenizer):
+def test_overlong_prompts_raise_an_error_or_are_skipped(mini, tokenizer):
     lengths = [len(e.input_ids) for e in encode(mini("arc_easy"), tokenizer).examples]
     context = sorted(lengths)[-3]
     longer = [i for i, length in enumerate(lengths) if length > context]
@@ -442,7 +442,7 @@ def test_prompts_over_the_context_are_an_error_or_left_out(mini, tokenizer):
         ({"question": "is it", "choices": ["it", "is", "it"], "answer": 2}, "C", "A B C"),
     ],
 )
-def test_own_rows_name_their_answer_by_index_label_or_text(row, answer, choices, tmp_path):
+def test_own_rows_give_their_answer_by_index_label_or_text(row, answer, choices, tmp_path):
     tokenizer = word_level()
     (example,) = encode(own(jsonl(tmp_path, "train", [row])), tokenizer).examples
     assert tokenizer.convert_ids_to_tokens(example.choice_ids) == choices.split()
@@ -452,7 +452,7 @@ def test_own_rows_name_their_answer_by_index_label_or_text(row, answer, choices,
         assert tokenizer.convert_ids_to_tokens(example.answer_ids) == [answer]
 
 
-def test_labels_of_the_recipe_rename_the_choices_of_own_rows(tmp_path):
+def test_the_recipes_labels_rename_the_choices_of_own_rows(tmp_path):
     tokenizer = word_level()
     row = {"prompt": "is it ?", "choices": ["true", "false"], "answer": "false"}
     config = own(jsonl(tmp_path, "train", [row]), prompt=PromptConfig(labels=["yes", "no"]))
@@ -460,7 +460,7 @@ def test_labels_of_the_recipe_rename_the_choices_of_own_rows(tmp_path):
     assert tokenizer.convert_ids_to_tokens(example.answer_ids) == ["no"]
 
 
-def test_own_rows_may_differ_in_choices_and_carry_further_fields_and_a_group(tmp_path):
+def test_own_rows_can_vary_in_choices_and_have_extra_fields_and_a_group(tmp_path):
     tokenizer = word_level()
     rows = [
         {"prompt": "it", "about": "what", "choices": ["yes", "no"], "answer": 0, "group": "easy"},
@@ -506,14 +506,14 @@ def test_own_rows_may_differ_in_choices_and_carry_further_fields_and_a_group(tmp
         ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_malformed_line_is_an_error_by_line_number(line, problem, tmp_path):
+def test_a_malformed_line_raises_an_error_with_its_line_number(line, problem, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(QUESTION) + "\n\n" + line + "\n")
     with pytest.raises(TaskError, match=rf"train.jsonl, line 3: .*{problem}.*Correct the line"):
         tasks.load_rows(own(path), "train")
 
 
-def test_own_rows_may_come_as_a_data_set_laid_out_like_a_hub_one(tmp_path):
+def test_own_rows_can_come_from_a_folder_laid_out_like_a_hub_data_set(tmp_path):
     tokenizer = word_level()
     rows = [QUESTION, {"prompt": "is it ?", "choices": None, "answer": "A"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
@@ -536,30 +536,30 @@ def sides(config):
     }
 
 
-def test_one_file_is_cut_into_splits_by_fractions_of_its_rows(tmp_path):
+def test_one_file_is_split_by_fractions_of_its_rows(tmp_path):
     file = jsonl(tmp_path, "rows", many(2000))
     config = own(file, validation_fraction=0.2, test_fraction=0.05)
     found = sides(config)
     assert list(found) == ["train", "validation", "test"]
     assert sorted(sum(found.values(), [])) == sorted(row["prompt"] for row in many(2000))
-    # Binomial: three standard deviations of a share of 2000 rows are at most 0.034.
+    # Binomial: three standard deviations of a fraction of 2000 rows are at most 0.034.
     for split, share in zip(found, (0.75, 0.2, 0.05), strict=True):
         assert len(found[split]) / 2000 == pytest.approx(share, abs=0.034)
 
 
-def test_rows_that_are_added_to_a_file_move_no_other(tmp_path):
+def test_adding_rows_to_a_file_moves_no_other_row_between_splits(tmp_path):
     few = sides(own(jsonl(tmp_path, "few", many(200)), **CUT))
     more = sides(own(jsonl(tmp_path, "more", [*many(100, start=900), *many(200)]), **CUT))
     assert all(set(few[split]) <= set(more[split]) for split in few)
 
 
-def test_copies_of_a_question_stay_on_one_side_of_the_cut(tmp_path):
+def test_copies_of_a_question_stay_in_one_split(tmp_path):
     copies = [{**row, "choices": ["no", "yes"], "id": i} for i, row in enumerate(many(100))]
     found = sides(own(jsonl(tmp_path, "rows", [*many(100), *copies]), **CUT))
     assert not set(found["train"]) & {*found["validation"], *found["test"]}
 
 
-def test_only_what_is_missing_is_cut(tmp_path):
+def test_only_missing_splits_are_cut_from_the_training_rows(tmp_path):
     jsonl(tmp_path, "train", many(100))
     jsonl(tmp_path, "test", many(5, start=500))
     found = sides(own(tmp_path, **CUT))
@@ -569,20 +569,20 @@ def test_only_what_is_missing_is_cut(tmp_path):
     assert sides(own(tmp_path, **CUT))["train"] == [row["prompt"] for row in many(100)]
 
 
-def test_a_fraction_of_nothing_cuts_nothing_off_and_the_remedy_is_named(tmp_path):
+def test_without_a_fraction_no_split_is_cut_and_the_error_gives_the_remedy(tmp_path):
     config = own(jsonl(tmp_path, "rows", many(20)))
     assert tasks.splits(config) == ("train",)
     with pytest.raises(TaskError, match=r"no validation split .*--data\.validation_fraction 0\.1"):
         tasks.require_splits(config, ("train", "validation"))
 
 
-def test_a_cut_that_leaves_a_split_empty_is_an_error(tmp_path):
+def test_fractions_that_leave_a_split_empty_raise_an_error(tmp_path):
     config = own(jsonl(tmp_path, "rows", many(3)), validation_fraction=0.001)
     with pytest.raises(TaskError, match=r"validation split .* empty.*--data\.validation_fraction"):
         tasks.load_rows(config, "validation")
 
 
-def test_a_folder_has_the_splits_that_its_files_names_say(tmp_path):
+def test_a_folders_splits_follow_its_file_names(tmp_path):
     jsonl(tmp_path, "validation", [QUESTION])
     assert tasks.splits(own(tmp_path)) == ("validation",)
     jsonl(tmp_path, "my-train.v2", many(3))
@@ -598,7 +598,7 @@ is it ?,1,x
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_a_csv_file_with_other_names_and_integer_labels_is_read(suffix, tmp_path):
+def test_a_csv_file_with_mapped_columns_and_integer_labels_is_read(suffix, tmp_path):
     rows = [{"text": "is it ?", "label": 1}, {"text": "what, is it ?", "label": 0}]
     text = CSV if suffix == "csv" else "text\tlabel\nis it ?\t1\nwhat, is it ?\t0\n"
     (tmp_path / f"rows.{suffix}").write_text(text)
@@ -627,13 +627,13 @@ def test_a_csv_file_with_other_names_and_integer_labels_is_read(suffix, tmp_path
         ("text,label\nx,1\n", r"line 2: needs text under 'prompt' or 'question'"),
     ],
 )
-def test_a_csv_file_that_cannot_be_read_is_an_error_by_line(text, problem, tmp_path):
+def test_an_invalid_csv_file_raises_an_error_with_the_line(text, problem, tmp_path):
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(TaskError, match=problem):
         tasks.load_rows(own(tmp_path / "rows.csv"), "train")
 
 
-def test_a_hub_data_set_with_other_names_is_mapped_and_its_dates_left_out(tmp_path):
+def test_a_hub_data_sets_columns_are_mapped_and_its_dates_left_out(tmp_path):
     rows = [{"text": "is it ?", "label": 1, "when": np.datetime64("2020-01-01T00:00:00", "s")}]
     pq.write_table(pa.Table.from_pylist(rows * 40), tmp_path / "train.parquet")
     config = own(
@@ -650,7 +650,7 @@ def test_a_hub_data_set_with_other_names_is_mapped_and_its_dates_left_out(tmp_pa
         tasks.load_rows(wrong, "train")
 
 
-def test_a_question_without_choices_is_answered_by_the_recipes_labels(tmp_path):
+def test_the_recipes_labels_are_the_choices_of_rows_without_any(tmp_path):
     row = {"question": "is it", "answer": 1, "group": 3}
     prompt = PromptConfig(labels=["no", "yes"])
     (example,) = encode(own(jsonl(tmp_path, "train", [row]), prompt=prompt), word_level()).examples
@@ -669,20 +669,20 @@ def test_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
     assert row["note"] == "ñ"
 
 
-def test_a_file_in_another_encoding_is_an_error_by_line(tmp_path):
+def test_a_file_in_another_encoding_raises_an_error_with_the_line(tmp_path):
     lines = json.dumps(QUESTION) + '\n{"prompt": "señor"}\n'
     (tmp_path / "train.jsonl").write_bytes(lines.encode("latin-1"))
     with pytest.raises(TaskError, match=r"line 2 is not UTF-8 text \(byte 0xf1\).*as UTF-8"):
         tasks.load_rows(own(tmp_path), "train")
 
 
-def test_a_lone_surrogate_in_a_label_is_a_named_error():
+def test_a_lone_surrogate_in_a_label_raises_a_clear_error():
     with pytest.raises(TaskError, match="half of a surrogate pair"):
         tasks.resolve_choices(word_level(), "Question", ["yes", "\ud800"])
 
 
 @pytest.mark.parametrize("labels", [["A", "A"], ["A", ""], ["A"], []], ids=str)
-def test_labels_that_cannot_be_told_apart_are_refused(labels):
+def test_labels_with_the_same_tokens_are_rejected(labels):
     with pytest.raises(RecipeError, match=r"data\.prompt\.labels is .*two or more"):
         PromptConfig(labels=labels)
 
@@ -718,7 +718,7 @@ STORIES = [
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
 @pytest.mark.parametrize("count", [None, 5])
-def test_text_answers_are_the_true_next_tokens(suffix, count, tmp_path, tokenizer):
+def test_text_answers_are_the_actual_next_tokens(suffix, count, tmp_path, tokenizer):
     config = corpus(
         tmp_path, STORIES, suffix, length=40, first_position=8, positions_per_sequence=count
     )
@@ -728,7 +728,7 @@ def test_text_answers_are_the_true_next_tokens(suffix, count, tmp_path, tokenize
         ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
         for begin in range(0, len(ids), 39):
             chunk = ids[begin : begin + 39]
-            # One more where the text goes on behind the piece.
+            # One more if the text continues after the piece.
             last = len(chunk) if begin + 39 < len(ids) else len(chunk) - 1
             allowed = list(range(8, last + 1))
             if not allowed:
@@ -744,14 +744,14 @@ def test_text_answers_are_the_true_next_tokens(suffix, count, tmp_path, tokenize
     assert next(pieces, None) is None
 
 
-def test_text_positions_are_the_same_every_time_and_differ_between_pieces(tmp_path, tokenizer):
+def test_text_positions_are_deterministic_and_differ_between_pieces(tmp_path, tokenizer):
     config = corpus(tmp_path, STORIES, length=40)
     drawn = [[e.positions.tolist() for e in encode(config, tokenizer).examples] for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert len({tuple(positions) for positions in drawn[0]}) > len(drawn[0]) / 2
 
 
-def test_a_corpus_in_one_piece_is_cut_by_text_and_copies_stay_together(tmp_path):
+def test_a_single_file_corpus_is_split_by_text_keeping_copies_together(tmp_path):
     config = corpus(tmp_path, STORIES + STORIES[:20])
     assert tasks.splits(config) == tasks.SPLITS
     assert tasks.evaluation_split(config) == "test"
@@ -764,7 +764,7 @@ def test_a_corpus_in_one_piece_is_cut_by_text_and_copies_stay_together(tmp_path)
     assert len(sides[0]) > len(sides[1]) + len(sides[2]) > 0
 
 
-def test_splits_of_a_text_folder_are_taken_as_they_are(tmp_path, tokenizer):
+def test_the_splits_of_a_text_folder_are_used_as_given(tmp_path, tokenizer):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text(STORIES[0])
     config = DataConfig(model_id="unused", task="text", dataset=str(tmp_path))
@@ -773,7 +773,7 @@ def test_splits_of_a_text_folder_are_taken_as_they_are(tmp_path, tokenizer):
     assert len(encode(config, tokenizer, "validation", 512).examples) == 1
 
 
-def test_a_corpus_laid_out_like_a_hub_data_set_may_hold_empty_entries(tmp_path, tokenizer):
+def test_empty_entries_in_a_hub_style_corpus_are_ignored(tmp_path, tokenizer):
     rows = [{"story": text} for text in [STORIES[0], "", None, STORIES[1]]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
@@ -784,7 +784,7 @@ def test_a_corpus_laid_out_like_a_hub_data_set_may_hold_empty_entries(tmp_path, 
     assert tasks.evaluation_split(config) == "test"
 
 
-def test_a_folder_of_text_files_is_split_at_blank_lines_as_a_file_is(tmp_path):
+def test_a_folder_of_text_files_is_split_at_blank_lines_like_one_file(tmp_path):
     texts = ["One story.\nIts second line.", "Another."]
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
     (tmp_path / "b.txt").write_text(texts[0].upper())
@@ -813,7 +813,7 @@ def test_texts_too_short_for_one_position_are_counted(tmp_path, tokenizer):
         ({"column": "story"}, "--data.text.column"),
     ],
 )
-def test_text_settings_out_of_range_are_errors(settings, remedy, tmp_path, tokenizer):
+def test_out_of_range_text_settings_raise_an_error(settings, remedy, tmp_path, tokenizer):
     with pytest.raises(TaskError, match=remedy):
         encode(corpus(tmp_path, STORIES, **settings), tokenizer, context=512)
 
@@ -825,7 +825,7 @@ def identity(config, tokenizer, split="train"):
     return tasks.identity(config, tasks.load_rows(config, split), tokenizer)
 
 
-def test_the_digest_is_of_the_rows_and_not_of_where_they_lie(mini, shared, tmp_path, tokenizer):
+def test_the_digest_depends_on_the_rows_not_their_location(mini, shared, tmp_path, tokenizer):
     copy = shutil.copytree(shared / "data/hub-mini" / ARC, tmp_path / "elsewhere")
     here, there = mini("arc_easy"), mini("arc_easy", dataset=str(copy))
     first, second = (identity(c, tokenizer) for c in (here, there))
@@ -834,7 +834,7 @@ def test_the_digest_is_of_the_rows_and_not_of_where_they_lie(mini, shared, tmp_p
     assert shorter.digest != first["rows_digest"]
 
 
-def test_the_digest_changes_with_a_used_column_and_with_no_other(tmp_path):
+def test_the_digest_depends_only_on_the_columns_used(tmp_path):
     row = {"passage": "p", "question": "q", "answer": True, "comment": "x"}
 
     def digest(**changes):
@@ -857,7 +857,7 @@ def test_the_digest_changes_with_a_used_column_and_with_no_other(tmp_path):
         ("answer_prefix", "", {"answer_prefix"}),
     ],
 )
-def test_every_prompt_setting_is_a_named_part_of_the_identity(field, value, named, tmp_path):
+def test_every_prompt_setting_is_a_named_field_of_the_identity(field, value, named, tmp_path):
     rows = [QUESTION, {**QUESTION, "prompt": "what ?"}]
     path = jsonl(tmp_path, "train", rows)
     chat = {"chat": True, "chat_template": CHAT} if field in {"chat_template", "system"} else {}
@@ -868,7 +868,7 @@ def test_every_prompt_setting_is_a_named_part_of_the_identity(field, value, name
     assert json.loads(json.dumps(changed)) == changed
 
 
-def test_a_prompt_that_reads_differently_tomorrow_is_another_identity(tmp_path, monkeypatch):
+def test_a_date_dependent_prompt_changes_the_identity_with_the_date(tmp_path, monkeypatch):
     prompt = PromptConfig(
         chat=True, chat_template="{{ strftime_now('%Y') }} {{ messages[0].content }} :"
     )
@@ -887,7 +887,7 @@ def test_a_prompt_that_reads_differently_tomorrow_is_another_identity(tmp_path, 
     assert {k for k in found[0] if found[0][k] != found[2][k]} == {"rendered_prompts"}
 
 
-def test_solved_examples_prefixes_and_rows_are_all_part_of_the_rendered_prompts(tmp_path):
+def test_examples_prefixes_and_rows_all_change_the_rendered_prompts_digest(tmp_path):
     rows = [QUESTION, {**QUESTION, "prompt": "what ?"}, {**QUESTION, "prompt": "is it ?"}]
     path = jsonl(tmp_path, "train", rows)
     settings = ({}, {"shots": 1}, {"shots": 2}, {"template": "{prompt} :"}, {"answer_prefix": ""})
@@ -898,7 +898,7 @@ def test_solved_examples_prefixes_and_rows_are_all_part_of_the_rendered_prompts(
     assert len(set(digests)) == len(settings)
 
 
-def test_text_settings_are_part_of_a_text_identity_only(tmp_path, mini, tokenizer):
+def test_text_settings_only_affect_the_identity_of_text_tasks(tmp_path, mini, tokenizer):
     config = corpus(tmp_path, STORIES)
     rows = tasks.load_rows(config, "train")
     plain = tasks.identity(config, rows, tokenizer)
@@ -915,7 +915,7 @@ def test_text_settings_are_part_of_a_text_identity_only(tmp_path, mini, tokenize
     )
 
 
-# Data that cannot be used
+# Unusable data
 
 
 @pytest.mark.parametrize(
@@ -932,20 +932,20 @@ def test_text_settings_are_part_of_a_text_identity_only(tmp_path, mini, tokenize
         ("boolq", {"dataset": __file__}, "train", "does not read.*--data.dataset"),
     ],
 )
-def test_data_that_cannot_be_found_is_an_error_with_its_remedy(
+def test_missing_data_raises_an_error_with_its_remedy(
     task, settings, split, problem, mini, offline
 ):
     with pytest.raises(TaskError, match=problem):
         tasks.load_rows(mini(task, **settings), split)
 
 
-def test_a_missing_column_is_named(mini, shared):
+def test_a_missing_column_is_named_in_the_error(mini, shared):
     config = mini("boolq", dataset=str(shared / "data/hub-mini" / ARC), subset="ARC-Easy")
     with pytest.raises(TaskError, match=r"no column 'passage' \(found: id, .*--data.dataset"):
         tasks.load_rows(config, "train")
 
 
-def test_an_empty_split_and_a_folder_without_data_are_errors(tmp_path):
+def test_an_empty_split_or_a_folder_without_data_raises_an_error(tmp_path):
     with pytest.raises(TaskError, match=r"holds no data files.*--data.dataset"):
         tasks.load_rows(own(tmp_path), "train")
     jsonl(tmp_path, "train", [])
@@ -957,7 +957,7 @@ def test_an_empty_split_and_a_folder_without_data_are_errors(tmp_path):
     ("labels", "problem"),
     [(["A", "B"], r"4 options, 2 labels \(A, B\)"), (["A", "B", "C", "D"], None)],
 )
-def test_every_option_needs_a_label(labels, problem, mini, tokenizer):
+def test_every_choice_requires_a_label(labels, problem, mini, tokenizer):
     config = mini("arc_easy", prompt=PromptConfig(labels=labels))
     if problem is None:
         assert len(encode(config, tokenizer).examples) == 32
@@ -966,12 +966,12 @@ def test_every_option_needs_a_label(labels, problem, mini, tokenizer):
         encode(config, tokenizer)
 
 
-# The Hub, out of reach
+# Without access to the Hub
 
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """An empty cache of the loader; the Hub is out of reach in every test."""
+    """An empty cache of the loader, with the Hub unreachable."""
     sources._load_hub.cache_clear()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "loader")
     yield tmp_path / "loader"
@@ -989,7 +989,7 @@ def cached_commit(offline, mini):
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_cached_copy_of_a_hub_data_set_is_taken_with_its_commit(
+def test_a_cached_copy_of_a_hub_data_set_is_used_with_its_commit(
     pinned, cached_commit, mini, tokenizer
 ):
     config = mini("boolq", dataset=None, dataset_revision=cached_commit if pinned else None)
@@ -1001,13 +1001,13 @@ def test_a_cached_copy_of_a_hub_data_set_is_taken_with_its_commit(
 
 
 @pytest.mark.parametrize("revision", ["f" * 40, "main"])
-def test_a_cached_copy_of_another_commit_is_refused(revision, cached_commit, mini):
+def test_a_cached_copy_of_another_commit_is_rejected(revision, cached_commit, mini):
     config = mini("boolq", dataset=None, dataset_revision=revision)
     with pytest.raises(TaskError, match=f"google/boolq at {revision} is cached here. Connect"):
         tasks.load_rows(config, "train")
 
 
-def test_a_cache_of_the_loader_that_cannot_be_written_is_said_to_be_that(tmp_path, monkeypatch):
+def test_an_unwritable_loader_cache_raises_a_clear_error(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist([QUESTION]), tmp_path / "train.parquet")
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
@@ -1015,7 +1015,7 @@ def test_a_cache_of_the_loader_that_cannot_be_written_is_said_to_be_that(tmp_pat
         tasks.load_rows(own(tmp_path), "train")
 
 
-def test_a_path_that_the_loader_takes_for_a_pattern_is_said_to_be_that(tmp_path):
+def test_a_path_that_the_loader_treats_as_a_pattern_raises_a_clear_error(tmp_path):
     folder = tmp_path / "a[x]b"
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist([QUESTION]), folder / "train.parquet")

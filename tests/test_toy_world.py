@@ -33,10 +33,10 @@ def read(family, split):
 
 
 def solve(prompt):
-    """The answer found by walking the facts, by no code of the generator."""
-    *told, asked = [line.split() for line in prompt.split("\n")]
-    link = {first: last for first, relation, last in told if relation != "is"}
-    letter = {first: last for first, relation, last in told if relation == "is"}
+    """The answer found by following the facts, independently of the generator's code."""
+    *facts, asked = [line.split() for line in prompt.split("\n")]
+    link = {first: last for first, relation, last in facts if relation != "is"}
+    letter = {first: last for first, relation, last in facts if relation == "is"}
     name = asked[-1]
     while name in link:
         name = link[name]
@@ -46,8 +46,8 @@ def solve(prompt):
 
 
 def hops(prompt):
-    *told, asked = [line.split() for line in prompt.split("\n")]
-    link = {first: last for first, relation, last in told if relation != "is"}
+    *facts, asked = [line.split() for line in prompt.split("\n")]
+    link = {first: last for first, relation, last in facts if relation != "is"}
     name, count = asked[-1], 0
     while name in link:
         name, count = link[name], count + 1
@@ -59,7 +59,7 @@ FILES = [
 ]
 
 
-def test_a_seed_gives_the_same_rows_twice_and_another_seed_gives_others():
+def test_the_rows_are_determined_by_the_seed():
     from world import rows
 
     first, again, other = (list(rows("test", 20, ("yes_no",), seed)) for seed in (3, 3, 4))
@@ -67,7 +67,7 @@ def test_a_seed_gives_the_same_rows_twice_and_another_seed_gives_others():
     assert first != other
 
 
-def test_the_committed_data_is_what_the_generator_writes(tmp_path):
+def test_the_committed_data_matches_the_generator(tmp_path):
     subprocess.run([sys.executable, QUICKSTART / "world.py", "--output", tmp_path], check=True)
     for family, split in FILES:
         name = f"{family}/{split}.jsonl"
@@ -83,7 +83,7 @@ def test_no_world_is_in_two_splits():
 
 
 @pytest.mark.parametrize(("family", "split"), FILES)
-def test_walking_the_facts_finds_every_answer_and_difficulty(family, split):
+def test_following_the_facts_gives_every_answer_and_difficulty(family, split):
     for row in read(family, split):
         assert solve(row["prompt"]) == row["answer"]
         assert row["group"] == f"hops: {hops(row['prompt'])}"
@@ -96,7 +96,7 @@ def test_the_test_split_has_both_kinds_at_every_difficulty():
     assert cells == {(k, f"hops: {h}") for k in ("multiple_choice", "yes_no") for h in (1, 2, 3)}
 
 
-def test_every_choice_and_every_word_is_one_known_token():
+def test_every_choice_and_every_word_is_a_single_known_token():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     for family in ("data", "data_open"):
         for row in read(family, "test")[:100]:
@@ -107,7 +107,7 @@ def test_every_choice_and_every_word_is_one_known_token():
                 assert len(tokenizer(choice, add_special_tokens=False)["input_ids"]) == 1
 
 
-def test_packed_questions_get_the_answers_they_get_alone():
+def test_packed_questions_get_the_same_answers_as_alone():
     from packing import layout
     from world import ask, make_world
 
@@ -115,16 +115,16 @@ def test_packed_questions_get_the_answers_they_get_alone():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rng = random.Random(0)
     world = make_world(rng, "test")
-    told = " ".join(world.told)
+    facts = " ".join(world.told)
     questions = [ask(world, kind, 1, rng).text for kind in ("yes_no", "multiple_choice", "open")]
-    ids = tokenizer(" ".join([told, *questions]), return_tensors="pt")["input_ids"]
-    packed = layout(1 + len(told.split()), [len(question.split()) for question in questions])
+    ids = tokenizer(" ".join([facts, *questions]), return_tensors="pt")["input_ids"]
+    packed = layout(1 + len(facts.split()), [len(question.split()) for question in questions])
     with torch.no_grad():
         logits = model(
             input_ids=ids, attention_mask=packed["mask"], position_ids=packed["position_ids"]
         ).logits[0, packed["ends"]]
         for row, question in zip(logits, questions, strict=True):
-            alone = model(**tokenizer(f"{told} {question}", return_tensors="pt")).logits[0, -1]
+            alone = model(**tokenizer(f"{facts} {question}", return_tensors="pt")).logits[0, -1]
             torch.testing.assert_close(row, alone, atol=1e-3, rtol=1e-3)
 
 
@@ -144,7 +144,7 @@ def test_the_shipped_model_is_small_and_answers_the_test_split():
 
 
 @pytest.mark.slow
-def test_pretraining_runs_from_end_to_end_in_a_step_per_stage(tmp_path, monkeypatch, capsys):
+def test_pretraining_runs_end_to_end_with_one_step_per_stage(tmp_path, monkeypatch, capsys):
     short = ["--max_steps", "1", "--questions", "2"]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *short, "--output", str(tmp_path)])
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.INFO)

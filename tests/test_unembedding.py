@@ -1,4 +1,4 @@
-"""A head that is more than its weight: shortcuts give its own numbers, or are refused."""
+"""Heads that are more than a weight: shortcuts match the head's own call, or are rejected."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ class Clamps(nn.Linear):
 
 
 class Wrapped(nn.Module):
-    """As an adapter wraps a head: the weight is the base's, the call is not."""
+    """Wraps a head as an adapter does: the weight is the base's, the call is not."""
 
     def __init__(self, head):
         super().__init__()
@@ -92,7 +92,7 @@ def adapter_with(head, **settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", HEADS)
-def test_a_few_tokens_logits_are_those_of_the_heads_own_call(head):
+def test_logits_of_a_few_tokens_match_the_heads_own_call(head):
     unembed = adapter_with(head).unembed
     hidden = torch.randn(5, WIDTH)
     ids = torch.randint(VOCAB, (5, 3))
@@ -102,7 +102,7 @@ def test_a_few_tokens_logits_are_those_of_the_heads_own_call(head):
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["normalises its input", "hook"])
-def test_a_check_over_the_choices_sees_the_heads_own_logits(head):
+def test_a_check_over_the_choices_uses_the_heads_own_logits(head):
     adapter, prompts, choices = adapter_with(head), prompts_of(), [3, 4, 5]
     policy = ExitPolicy.always(2, decoder="logit_lens", scope="choices")
     [found] = ExitRuntime(adapter, None, policy=policy).decide(prompts[:1], choices)
@@ -119,12 +119,12 @@ def loss_of(unembed, student):
 
 
 @pytest.mark.parametrize("head", NONLINEAR)
-def test_no_loss_is_computed_with_a_gradient_that_the_head_does_not_have(head):
+def test_a_loss_whose_gradient_would_be_wrong_is_rejected(head):
     with pytest.raises(UnsupportedModelError, match="fitted through a plain linear one"):
         loss_of(adapter_with(head).unembed, torch.randn(6, WIDTH, requires_grad=True))
 
 
-def test_the_loss_through_a_parametrised_head_has_the_gradient_of_autograd():
+def test_the_gradient_through_a_parametrised_head_matches_autograd():
     model = tiny("llama").double()
     parametrized(model)
     unembed = ModelAdapter(model).unembed
@@ -138,7 +138,7 @@ def test_the_loss_through_a_parametrised_head_has_the_gradient_of_autograd():
     torch.testing.assert_close(student.grad, again.grad)
 
 
-def test_what_a_wrapped_head_adds_is_part_of_its_digest():
+def test_a_wrapped_heads_extra_parameters_are_part_of_its_digest():
     first, second = (adapter_with("wrapped").unembed for _ in range(2))
     assert first.digest == second.digest
     with torch.no_grad():
@@ -147,14 +147,14 @@ def test_what_a_wrapped_head_adds_is_part_of_its_digest():
     assert first.digest != second.digest
 
 
-def test_a_head_without_a_weight_is_refused():
+def test_a_head_without_a_weight_is_rejected():
     model = tiny("llama")
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(UnsupportedModelError, match="Sequential.*has no weight of its own"):
         ModelAdapter(model)
 
 
-def test_a_head_whose_weight_is_packed_is_refused():
+def test_a_head_with_a_packed_weight_is_rejected():
     class Packed(nn.Linear):
         def forward(self, states):
             return super().forward(states).repeat_interleave(2, -1)

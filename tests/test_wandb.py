@@ -1,4 +1,4 @@
-"""An offline W&B run, read back from its file: it holds what results.json holds."""
+"""An offline W&B run, read back from its file, has the contents of results.json."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ BLOCK, HEADER = 32768, 7
 
 
 def records(path):
-    """The records of a run file: LevelDB's log format behind a header of seven bytes."""
+    """The records of a run file: LevelDB's log format after a seven-byte header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, offset, whole = path.read_bytes(), HEADER, b""
@@ -40,7 +40,7 @@ def values_of(items):
 
 @pytest.fixture
 def fit_history(project, monkeypatch, capfd):
-    """The history of a fit's run, and what it printed."""
+    """The history of a fit's run, and its output."""
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_SILENT", raising=False)
@@ -53,13 +53,13 @@ def fit_history(project, monkeypatch, capfd):
     return found, capfd.readouterr()
 
 
-def test_a_fit_logs_means_the_learning_rate_and_a_chart_of_the_layers_per_epoch(fit_history):
+def test_a_fit_logs_means_learning_rate_and_a_chart_of_layers_per_epoch(fit_history):
     history, printed = fit_history
     keys = {key for row in history for key in row}
     assert {"train/lr", "train/loss/mean", "val/kl/mean", "val/final/kl/mean"} <= keys
     assert not [key for key in keys if "/layer_" in key]
     curves = {key for key in keys if key.startswith(("train/", "val/")) and "by layer" not in key}
-    assert len(curves) == 2 * 2 * 4 + 1  # stages, kinds of heads, metrics; the learning rate
+    assert len(curves) == 2 * 2 * 4 + 1  # stages x kinds of heads x metrics, plus the learning rate
     charts = [row for row in history if any("KL (nats) by layer" in key for key in row)]
     assert len(charts) == 2  # one per epoch
     assert "wandb" not in printed.err + printed.out
@@ -69,13 +69,13 @@ def test_a_fit_logs_means_the_learning_rate_and_a_chart_of_the_layers_per_epoch(
 def logged(evaluated_once, tmp_path_factory):
     """Results, and the history, summary and media folder of the run they were logged to."""
     made = evaluated_once.copy(tmp_path_factory.mktemp("tracked"))
-    wandb.teardown()  # another test's settings would outlive the environment's
+    wandb.teardown()  # another test's settings would override the environment
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         patch.chdir(made.project.home)
         assert main(["evaluate", "--config", str(made.project.home / "recipe.yaml")]) == 0
-    wandb.teardown()  # the service writes the file's end when it stops
+    wandb.teardown()  # the service writes the end of the file when it stops
     [run] = (made.folder / "wandb").glob("offline-run-*")
     [file] = run.glob("*.wandb")
     history, summary = [], {}
@@ -105,7 +105,7 @@ def test_the_full_model_is_in_the_summary(logged):
         assert summary.get(name) == value
 
 
-def test_the_tables_are_the_reports(logged):
+def test_the_logged_tables_match_the_report(logged):
     results, history, _, files = logged
     media = {key: value for row in history for key, value in row.items()}
     for table in all_tables(results):
@@ -114,7 +114,7 @@ def test_the_tables_are_the_reports(logged):
         assert [tuple(row) for row in stored["data"]] == list(table.rows)
 
 
-def test_the_figures_are_the_files(logged):
+def test_the_logged_figures_match_the_files(logged):
     _, history, _, files = logged
     media = {key: value for row in history for key, value in row.items()}
     drawn = list((files.parents[2] / "figures").glob("*.png"))
@@ -124,7 +124,7 @@ def test_the_figures_are_the_files(logged):
         assert stored.read_bytes() == path.read_bytes()
 
 
-def test_nothing_is_logged_where_wandb_is_off(logged, tmp_path, monkeypatch):
+def test_nothing_is_logged_if_wandb_is_off(logged, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log_results(logged[0], tmp_path, [])
     assert list(tmp_path.iterdir()) == []

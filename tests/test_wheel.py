@@ -1,4 +1,4 @@
-"""What ships with the package: by name in a clone, and from a wheel outside of one."""
+"""What ships with the package: by name in a clone, and from a wheel outside of it."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def recipe(*arguments):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    """The package, built from this tree by its own build backend."""
+    """The package, built from this tree with its own build backend."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
@@ -33,14 +33,14 @@ def wheel(tmp_path_factory) -> Path:
     return file
 
 
-def test_every_recipe_is_listed_with_what_it_is(capsys):
+def test_every_recipe_is_listed_with_its_description(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == RECIPES
     assert all(len(line.split()) > 5 for line in lines)
 
 
-def test_a_recipe_is_printed_to_start_ones_own_from(capsys):
+def test_a_recipe_can_be_printed_as_a_starting_point(capsys):
     assert main(["recipes", "arc"]) == 0
     assert capsys.readouterr().out == (ROOT / "recipes/arc.yaml").read_text()
     assert main(["recipes", "ark"]) == 1
@@ -48,34 +48,35 @@ def test_a_recipe_is_printed_to_start_ones_own_from(capsys):
 
 
 @pytest.mark.parametrize("spelling", [["--config", "boolq"], ["--config=boolq"]])
-def test_a_name_is_as_good_as_a_path(spelling):
+def test_a_shipped_recipe_can_be_given_by_name_or_path(spelling):
     by_path = recipe("--config", str(ROOT / "recipes/boolq.yaml"), "--data.limit", "3")
     assert recipe(*spelling, "--data.limit", "3") == by_path
 
 
-def test_a_file_of_the_users_goes_before_a_shipped_name(tmp_path, monkeypatch):
+def test_a_users_file_takes_precedence_over_a_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("arc").write_text("name: mine\ndata: {model_id: m, task: text}\n")
     assert recipe("--config", "arc").name == "mine"
 
 
-def test_a_shipped_recipe_finds_what_ships_with_it_from_any_folder(tmp_path, monkeypatch):
+def test_a_shipped_recipe_finds_its_files_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = recipe("--config", "quickstart").data
     assert Path(found.model_id).resolve() == ROOT / "checkpoints/tiny-world"
     assert Path(found.dataset).resolve() == ROOT / "recipes/quickstart/data"
-    assert found.cache_dir == "checkpoints/quickstart/cache"  # what is written stays here
+    # Outputs stay in the working directory.
+    assert found.cache_dir == "checkpoints/quickstart/cache"
     Path("checkpoints/tiny-world").mkdir(parents=True)
     assert recipe("--config", "quickstart").data.model_id == "checkpoints/tiny-world"
 
 
-def test_a_recipe_of_the_users_is_left_as_it_is(tmp_path, monkeypatch):
+def test_a_users_recipe_is_not_modified(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text((ROOT / "recipes/quickstart.yaml").read_text())
     assert recipe("--config", "mine.yaml").data.model_id == "checkpoints/tiny-world"
 
 
-def test_the_wheel_holds_the_recipes_their_data_and_the_model(wheel):
+def test_the_wheel_contains_the_recipes_their_data_and_the_model(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     held = {name.removeprefix("lspade_train/share/") for name in names if "/share/" in name}
     assert {f"recipes/{name}.yaml" for name in RECIPES} <= held
@@ -86,13 +87,13 @@ def test_the_wheel_holds_the_recipes_their_data_and_the_model(wheel):
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_fits_a_shipped_recipe_outside_the_clone(wheel, tmp_path):
+def test_an_installed_wheel_can_fit_a_shipped_recipe_outside_the_clone(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env/bin/python"
     packages = next((tmp_path / "env/lib").glob("python3*/site-packages"))
     pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "--no-deps", str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
-    # Its dependencies are those of this environment; of itself, only what the wheel brought.
+    # Dependencies come from this environment; the package itself only from the wheel.
     (packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     place = tmp_path / "elsewhere"
     place.mkdir()
@@ -109,6 +110,6 @@ def test_an_installed_wheel_fits_a_shipped_recipe_outside_the_clone(wheel, tmp_p
     short = ["--config", "quickstart", "--data.limit", "64"]
     run("fit", *short, "--trainer.max_epochs", "1")
     assert (place / "checkpoints/quickstart/heads.safetensors").exists()
-    assert str(packages) in run("info", "checkpoints/quickstart")  # the model it was fitted for
+    assert str(packages) in run("info", "checkpoints/quickstart")  # the model they were fitted for
     run("calibrate", *short)
     assert "threshold" in (place / "checkpoints/quickstart/policy.json").read_text()

@@ -1,4 +1,4 @@
-"""Sixty mistakes as they are typed, each in a process of its own: the answer is short and soon.
+"""Sixty typical mistakes, each typed into a separate process: the error is short and quick.
 
 `python -m pytest tests/test_wrong_inputs.py -m slow -s` prints the table.
 """
@@ -123,7 +123,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def place(toy_root, tmp_path_factory) -> Path:
-    """A folder with a model, data and recipes, right and wrong."""
+    """A folder with valid and invalid models, data and recipes."""
     home = tmp_path_factory.mktemp("mistakes")
     for name in ("model", "data"):
         (home / name).symlink_to(toy_root / name)
@@ -136,9 +136,9 @@ def place(toy_root, tmp_path_factory) -> Path:
 
 
 def typed(line: str, place: Path) -> tuple[int, str, float, float]:
-    """Exit code, standard error, seconds of CPU and seconds on the clock."""
+    """Exit code, standard error, CPU seconds and wall-clock seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
     environment.pop("HF_HUB_OFFLINE", None)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     command = [sys.executable, "-c", CODE, *shlex.split(line)]
@@ -147,21 +147,21 @@ def typed(line: str, place: Path) -> tuple[int, str, float, float]:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    told = done.stderr if done.stderr.strip() else done.stdout
-    return done.returncode, told, cpu, time.monotonic() - began
+    output = done.stderr if done.stderr.strip() else done.stdout
+    return done.returncode, output, cpu, time.monotonic() - began
 
 
-def test_there_are_sixty():
+def test_there_are_sixty_mistakes():
     assert len(MISTAKES) >= 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_answered_in_a_few_words(line, place):
-    code, told, cpu, clock = typed(line, place)
-    lines = told.strip().splitlines()
+def test_a_mistake_gives_a_short_and_quick_error(line, place):
+    code, output, cpu, clock = typed(line, place)
+    lines = output.strip().splitlines()
     print(f"{line[:60]:<60} {code} {len(lines):>2} {cpu:5.1f} {clock:5.1f}  {lines[:1]}")  # noqa: T201
-    assert code == MISTAKES[line], told
-    assert not JARGON.search(told), told
-    assert len(lines) <= LONGEST or told.startswith("usage: "), told
-    assert cpu < SECONDS, f"{cpu:.1f} s\n{told}"
+    assert code == MISTAKES[line], output
+    assert not JARGON.search(output), output
+    assert len(lines) <= LONGEST or output.startswith("usage: "), output
+    assert cpu < SECONDS, f"{cpu:.1f} s\n{output}"

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family. A config that is ignored would be a large model."""
+"""Tiny random models of every supported family. An ignored config would give a large model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,8 +56,8 @@ _VISION = {
 
 _OURS = {"model_type", "dtype"}
 
-# Name -> settings; `model_type` where the name is not one, `text_config` where the decoder is the
-# text tower of a multimodal model, None for what the family derives itself.
+# Name -> settings; `model_type` if the name is not one, `text_config` if the decoder is the text
+# tower of a multimodal model, None for settings the family derives itself.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -94,12 +94,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": _LLAMA4, "vision_config": _VISION},
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
-# One of each kind, for tests that go through many settings: the table of families has them all.
+# One of each kind, for tests over many settings: the table of families covers them all.
 KINDS = ("llama", "gpt2", "bloom", "gemma2", "deepseek_v3")
 
 
 def crossed(values: Sequence[Any]) -> list[Any]:
-    """Parameters (family of `KINDS`, value): each family and each value once, other pairs slow."""
+    """Parameters (family of `KINDS`, value): each family and value once, other pairs slow."""
     return [
         pytest.param(family, value, marks=[pytest.mark.slow] if place and later else [])
         for place, value in enumerate(values)
@@ -118,9 +118,10 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
     whole = family == "llama4"
     build = Llama4ForConditionalGeneration if whole else AutoModelForCausalLM.from_config
     model = build(config).eval()
-    for parameter in model.parameters():  # not the rotary buffers, which loading keeps exact
+    # Not the rotary buffers, which loading keeps in full precision.
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
-    # Spread the logits: with the default initialisation they are nearly equal everywhere.
+    # Spread the logits: with the default initialisation they are nearly uniform.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -132,13 +133,13 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
 
 
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder's blocks, found by their families' names for them."""
+    """The decoder's blocks, found under each family's name for them."""
     lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
     return next(blocks for blocks in lists if len(blocks) == LAYERS)
 
 
 def _config(kind: str, settings: dict[str, Any]) -> Any:
-    """Only what the family knows: a strict configuration refuses the rest."""
+    """Pass only keys the family knows: a strict configuration rejects the rest."""
     default = AutoConfig.for_model(kind)
     if "text_config" in settings:
         text = _config(default.text_config.model_type, settings["text_config"])

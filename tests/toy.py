@@ -1,4 +1,4 @@
-"""A whole project in a folder: a tiny saved model with its tokenizer, and JSONL data of words."""
+"""A complete project in a folder: a tiny saved model with its tokenizer, and JSONL data."""
 
 import json
 import random
@@ -18,7 +18,7 @@ POISON = WORDS[-1]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; `<s>` is put in front."""
+    """One token per word; `<s>` is prepended."""
     vocabulary = ["<unk>", "<s>", "</s>", "A", "B", "C", "?", ":", *WORDS]
     assert len(vocabulary) == VOCAB
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, family="llama", *, seed=0, poisoned=False, dtype=None) -> Path:
-    """A random model of `family` (4 blocks, d=32, V=64) as a folder."""
+    """Save a random model of `family` (4 blocks, d=32, V=64) to a folder."""
     model = tiny(family)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -59,14 +59,14 @@ def questions(count: int, *, seed=0, longest=24) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def write_data(folder: Path, *, train=48, validation=20, test=12) -> Path:
-    """Three splits of questions."""
+    """Write three splits of questions."""
     for seed, (split, count) in enumerate(
         {"train": train, "validation": validation, "test": test}.items()
     ):
@@ -75,7 +75,7 @@ def write_data(folder: Path, *, train=48, validation=20, test=12) -> Path:
 
 
 def write_texts(folder: Path) -> Path:
-    """Running text of mixed lengths for the `text` task."""
+    """Write running text of mixed lengths for the `text` task."""
     draw = random.Random(5)
     for split, count in (("train", 12), ("validation", 6)):
         rows = [
@@ -87,11 +87,11 @@ def write_texts(folder: Path) -> Path:
 
 
 class Project:
-    """A model, its data and an empty place for caches and heads.
+    """A model, its data and an empty folder for caches and heads.
 
     Args:
-        root: holds `model`, `data` and `texts`, which tests read only.
-        home: this test's own folder.
+        root: holds `model`, `data` and `texts`, which are read-only.
+        home: a per-test folder.
     """
 
     def __init__(self, root: Path, home: Path) -> None:
@@ -118,7 +118,7 @@ class Project:
         )
 
     def recipe(self, **changes) -> Path:
-        """A recipe file; `changes` are dotted keys with `__` for the dot."""
+        """Write a recipe file; `changes` are dotted keys with `__` for the dot."""
         values = {
             "name": "toy",
             "data.model_id": str(self.model),
@@ -138,5 +138,5 @@ class Project:
                 place = place.setdefault(parent, {})
             place[last] = value
         path = self.home / "recipe.yaml"
-        path.write_text(json.dumps(nested), encoding="utf-8")  # JSON is YAML
+        path.write_text(json.dumps(nested), encoding="utf-8")  # JSON is valid YAML
         return path

@@ -1,7 +1,7 @@
-"""A family that neither transformers nor this package knows, as somebody's own code would add it.
+"""A model family unknown to transformers and this package, as third-party code would add it.
 
-Parallel blocks as in no file of transformers: fused projections, learned positions, an oscillating
-gate, and residuals that shrink as they go up.
+Parallel blocks unlike any in transformers: fused projections, learned positions, an oscillating
+gate, and residuals that shrink with depth.
 """
 
 import torch
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 
 class WaveConfig(PretrainedConfig):
-    """Its sizes, and where it keeps the norm after the last block."""
+    """Its sizes, and the attribute name of the norm after the last block."""
 
     model_type = "wave"
 
@@ -30,7 +30,7 @@ class WaveConfig(PretrainedConfig):
 
 
 class WaveBlock(nn.Module):
-    """Attention and a gated sine beside one another, on the same normed states."""
+    """Attention and a gated sine in parallel, on the same normed states."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -51,7 +51,7 @@ class WaveBlock(nn.Module):
 
 
 class WavePreTrainedModel(PreTrainedModel):
-    """What the decoder and the whole model share."""
+    """What the decoder and the full model share."""
 
     config_class = WaveConfig
     base_model_prefix = "model"
@@ -119,7 +119,7 @@ class WaveForCausalLM(WavePreTrainedModel):
 
 
 def register() -> None:
-    """As the user's own code does before a command opens the model."""
+    """Register the family, as a user's own code does before a command opens the model."""
     AutoConfig.register(WaveConfig.model_type, WaveConfig, exist_ok=True)
     AutoModelForCausalLM.register(WaveConfig, WaveForCausalLM, exist_ok=True)
 

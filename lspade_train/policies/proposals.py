@@ -6,7 +6,7 @@ Arrays in, rules out: knows nothing of models, of risks' budgets or of files.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold, pick
 from lspade_train.policies.logistic import fit_layer, folds
@@ -31,12 +31,16 @@ def propose(
             among a few thousand rows the few wrong ones leave large steps between the rules.
         prices: of a wrong answer, in forwards of the plain model.
     """
-    rules = (cheapest(table, chance, price) for price in prices)
+    order = _surest_first(table)  # the same for all prices
+    rules = (cheapest(table, chance, price, order) for price in prices)
     return [*dict.fromkeys(rule for rule in rules if rule is not None)]
 
 
 def cheapest(
-    table: ExitTable, chance: Float[np.ndarray, "rows checks"], price: float
+    table: ExitTable,
+    chance: Float[np.ndarray, "rows checks"],
+    price: float,
+    order: Int[np.ndarray, "rows checks"] | None = None,
 ) -> ExitRule | None:
     """Thresholds that minimise the cost of the rows and of their wrong answers.
 
@@ -48,6 +52,7 @@ def cheapest(
         table: as for `propose`.
         chance: as for `propose`.
         price: of a wrong answer, in forwards of the plain model.
+        order: the rows of each check layer, the most certain first, where it is known already.
 
     Returns:
         None where no check pays.
@@ -56,9 +61,8 @@ def cheapest(
     unit = costs.plain.mean()
     ends, check = (costs.reach + costs.answer) / unit, costs.check / unit
     stop = ends[:, :count] + price * chance
-    sign = 1 if table.lower_is_sure else -1  # so that low is certain
-    doubt = sign * table.confidence
-    order = np.argsort(doubt, axis=0, kind="stable")
+    sign, doubt = _doubt(table)
+    order = _surest_first(table) if order is None else order
     limits = np.full(count, -np.inf, dtype=doubt.dtype)
     for _ in range(SWEEPS):
         before = limits.copy()
@@ -84,6 +88,16 @@ def cheapest(
         layers=tuple(table.layers[place] for place in kept),
         threshold=tuple(float(sign * limit) for limit in inside),
     )
+
+
+def _doubt(table: ExitTable) -> tuple[int, Float[np.ndarray, "rows checks"]]:
+    """The measure times a sign with which low is certain."""
+    sign = 1 if table.lower_is_sure else -1
+    return sign, sign * table.confidence
+
+
+def _surest_first(table: ExitTable) -> Int[np.ndarray, "rows checks"]:
+    return np.argsort(_doubt(table)[1], axis=0, kind="stable")
 
 
 def chance_wrong(table: ExitTable, seed: int = 0) -> Float[np.ndarray, "rows checks"]:

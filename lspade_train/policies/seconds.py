@@ -70,7 +70,7 @@ class Seconds:
         start: a batch through the embeddings, planned block by block.
         prompt: whole prompts through each block, L pieces.
         step: single-token rows through each block, L pieces.
-        enter: the first exit of a batch that goes on as a single token.
+        enter: the first exit of a batch that continues as a single token.
         answer: final norm and logits over the scope, behind the last block.
         readers: map, norm and logits of each reader, by its name, the heads' own first.
         measures: a check's decision from logits, by the measure's name.
@@ -179,8 +179,8 @@ class Seconds:
         read = read_by_checks(policy, self.readers)
         heads = [self.readers.get(name, NOTHING) for name in who]
         asked = [NOTHING if name in read else head for name, head in zip(who, heads, strict=True)]
-        goes_on = np.array([name == "spade" for name in who], dtype=bool)
-        up = np.array([self._up(layer) for layer in layers]) * goes_on
+        continues = np.array([name == "spade" for name in who], dtype=bool)
+        up = np.array([self._up(layer) for layer in layers]) * continues
 
         def tiled(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
             return np.tile(np.asarray(values, dtype=float), (rows, 1))
@@ -201,7 +201,7 @@ class Seconds:
                 check=np.full(len(layers), check.once),
                 above=np.array([_once(self.step[layer:]) for layer in layers]),
                 unread=np.array([piece.once for piece in asked]),
-                goes_on=goes_on,
+                continues=continues,
                 last=self.answer.once,
                 first=self.enter.once,
             ),

@@ -26,9 +26,9 @@ class Together:
         check: in the check at each check layer, (K,).
         above: in the single-token blocks from each check layer up, (K,).
         unread: in a head's answer that its check does not have at hand, (K,).
-        goes_on: whether a row that exits there goes on as a single token, (K,).
+        continues: whether a row that exits there continues as a single token, (K,).
         last: in the answer behind the last block.
-        first: in the first exit of a batch that goes on.
+        first: in the first exit of a batch that continues.
     """
 
     rows: int
@@ -36,14 +36,14 @@ class Together:
     check: Float[np.ndarray, " checks"]
     above: Float[np.ndarray, " checks"]
     unread: Float[np.ndarray, " checks"]
-    goes_on: Bool[np.ndarray, " checks"]
+    continues: Bool[np.ndarray, " checks"]
     last: float
     first: float
 
     def at(self, places: Sequence[int]) -> Self:
         """Only the check layers at these places."""
         columns = list(places)
-        per_check = ("check", "above", "unread", "goes_on")
+        per_check = ("check", "above", "unread", "continues")
         kept: dict[str, Any] = {name: getattr(self, name)[columns] for name in per_check}
         return replace(self, reach=self.reach[[*columns, len(self.check)]], **kept)
 
@@ -59,7 +59,7 @@ class Together:
         checks = len(self.check)
         at = np.bincount(stops, minlength=checks + 1) / len(stops)
         reached = at[::-1].cumsum()[::-1]  # at that place or later
-        away = (at[:checks] * self.goes_on).cumsum()  # as single tokens, in the blocks from there
+        away = (at[:checks] * self.continues).cumsum()  # as single tokens, in the blocks from there
         going = float(away[-1])
         return (
             self._more(reached, np.diff(self.reach, prepend=0.0))

@@ -33,7 +33,7 @@ class Query:
     Attributes:
         index: its place in the user's list.
         ids: token ids, start token first, up to where the choices part.
-        choices: label -> token id; None: any token may be the answer. Labels that go on with the
+        choices: label -> token id; None: any token may be the answer. Labels that continue with the
             same token stand under the first of them.
         fork: where labels of several tokens part; None where each choice is one token.
         group: subgroup of the task that the prompt belongs to; None: none, or not known.
