@@ -3,10 +3,10 @@
 `python tests/bench_generate.py FOLDER` takes a transformers folder; `--heads` adds fitted heads to
 the logit lens, `--text` the file that prompts are cut from (default: this project's README).
 
-The ceiling of a layer is (1 + a + ... + a^k) tokens of a verification, where each of k drafts
-stands with probability a, over its cost: (k + 1) l + k u + (L - l) + u blocks' weights read, u
-those of the unembedding, against L + u for a plain token. A verification of k + 1 tokens is taken
-to cost no more than one token's: on a CPU, or with many rows, it costs more.
+If each of k drafts is accepted with probability a, a verification gives 1 + a + ... + a^k tokens.
+It costs (k + 1) l + k u + (L - l) + u blocks, where u is the unembedding's cost in blocks (both in
+weights read), and a plain token L + u. The ceiling is the ratio per token. It takes a verification
+of k + 1 tokens to cost as much as one token; on a CPU, or with many rows, it costs more.
 """
 
 import argparse

@@ -90,9 +90,9 @@ def test_greedy_text_is_the_models_own_whatever_was_drafted(family):
     heads = fitted_heads(model, [[*p, *e] for p, e in zip(prompts, expected, strict=True)], 2)
     found = runtime_of(model, heads).generate(prompts, NEW, drafting=Drafting(layer=2, **ALWAYS))
     assert [one.token_ids for one in found] == expected
-    stood = [one.drafts.accepted for one in found]
-    assert sum(stood) >= 12
-    assert sum(one.drafts.drafted for one in found) - sum(stood) >= 12
+    accepted = [one.drafts.accepted for one in found]
+    assert sum(accepted) >= 12
+    assert sum(one.drafts.drafted for one in found) - sum(accepted) >= 12
     assert len({(one.drafts.accepted, one.drafts.verifications) for one in found}) > 1
     assert {(one.layer, one.exited) for one in found} == {(LAYERS, False)}
 
@@ -107,7 +107,7 @@ def test_any_layer_can_draft_without_heads(family, layer):
 
 
 @pytest.mark.usefixtures("free", "careless")
-def test_statistics_say_what_was_drafted_what_stood_and_what_it_took():
+def test_statistics_say_the_drafted_the_accepted_and_the_verifications():
     model, (prompt, *_) = endless("gemma"), prompts_of()
     (found,) = runtime_of(model).generate([prompt], 14, drafting=Drafting(layer=1, **ALWAYS))
     # Its lens is always right here, and each fourth reading is spoilt: 1 2 3 x | 5 6 7 x | ...
@@ -143,7 +143,7 @@ def test_a_text_ends_inside_a_draft_and_the_others_go_on(monkeypatch):
     )  # fmt: skip
     assert [one.token_ids for one in found] == expected
     assert len(set(map(len, expected))) > 1
-    assert max(cut) > 0  # tokens that stood behind the end
+    assert max(cut) > 0  # tokens accepted after the end
     assert [tuple(heard[i]) for i in range(len(prompts))] == expected
     assert all(
         one.drafts.accepted + one.drafts.verifications >= len(one.token_ids) - 1 for one in found
@@ -165,7 +165,7 @@ def always_accept(self, logits, drafts, drawn_from):
 
 
 def draw_anew(self, logits, drafts, drawn_from):
-    """Wrong: what follows a draft that falls is drawn from all, not from what is left."""
+    """Wrong: a rejected draft's token is drawn from the whole distribution, not the residual."""
     accepted, _ = verify(self, logits, drafts, drawn_from)
     return accepted, self.pick(logits[torch.arange(len(logits)), accepted])
 
@@ -264,12 +264,12 @@ def test_the_length_follows_the_acceptance_and_comes_back_from_none():
     length = DraftLength(DraftCosts(below=1, above=3, readout=0.2), most=8)
     assert 0 < length.next < 8
     for _ in range(30):
-        length.saw(8, 0)
+        length.update(8, 0)
     assert length.next == 8
     for _ in range(100):
-        length.saw(0, 1)
+        length.update(0, 1)
     assert length.next == 0
-    waited = next(rounds for rounds in range(1, 500) if (length.saw(0, 0), length.next)[1])
+    waited = next(rounds for rounds in range(1, 500) if (length.update(0, 0), length.next)[1])
     assert waited > 20
 
 

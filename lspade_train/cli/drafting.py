@@ -77,8 +77,8 @@ def _print_rows(found: "DraftingChoice", new_tokens: int, batch_size: int) -> No
         f"{found.tokens_per_second:,.1f} tokens/s",
     )  # fmt: skip
     table.caption = (
-        "acceptance: fraction of the model's tokens that the head says; ceiling: speed-up if the "
-        "longest drafts stood as often and a verification cost one token's"
+        "acceptance: fraction of the model's tokens that the head predicts; ceiling: speed-up if "
+        "every draft were accepted that often and a verification cost as much as one token"
     )
     for row in found.rows:
         drafting = row.drafting

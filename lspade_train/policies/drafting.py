@@ -1,6 +1,6 @@
 """`Drafting`: which layer drafts tokens for the model to verify; `drafting.json` beside the heads.
 
-Also what a draft costs and is expected to give, from which the length of the next one is chosen.
+Also the expected cost and gain of a draft, from which its length is chosen.
 Knows nothing of models.
 """
 
@@ -20,24 +20,24 @@ REMEDY = "Choose one with lspade-train calibrate --for generate."
 
 MOST_TOKENS = 64
 
-START, PRIOR, MEMORY = 0.8, 2.0, 0.95
-"""Before any draft was verified: acceptance, drafts it counts for; what a round keeps of the past.
+START, PRIOR, DECAY = 0.8, 2.0, 0.95
+"""Prior acceptance, the number of drafts it counts as, and the decay of counts per verification.
 
-What is seen fades, so that a head that was given up for a hard passage is tried again behind it.
+Counts decay, so that drafting is tried again after a passage where it did not pay.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """Lossless decoding: a head at a lower layer drafts, the whole model verifies.
+    """Lossless decoding: a head at a lower layer drafts tokens, the full model verifies them.
 
     Attributes:
-        layer: l, 0..L-1: the drafts' tokens run through blocks 1..l one by one, and through those
-            above at once.
-        tokens: most drafts per verification, 1 to 64. How many are in use follows the acceptance
+        layer: l, 0..L-1. Drafted tokens run through blocks 1..l one by one, and through the blocks
+            above together.
+        tokens: most drafts per verification, 1 to 64. The number in use adapts to the acceptance
             seen.
-        confidence: probability that the whole draft stands, by the head's own probabilities, at
-            which drafting stops: 0 never does. Our default.
+        confidence: drafting stops when the product of the head's top probabilities over the draft
+            (in a batch, its mean over the rows) is under this; 0 never stops. Our default.
         reader: which head drafts: `tuned_lens` (heads fitted with target final), `l-spade`, or
             `logit_lens` (no head); None: the first of these that there is at the layer.
         calibration: free-form record of how it was chosen.
@@ -72,10 +72,10 @@ class Drafting:
             )
 
     def check_fit(self, num_layers: int) -> None:
-        """Refuse a layer that a model of so many blocks does not have below its last.
+        """Refuse a layer that a model of `num_layers` blocks cannot draft at.
 
         Raises:
-            PolicyError: it has not.
+            PolicyError: the layer is L or above.
         """
         if self.layer >= num_layers:
             raise PolicyError(
@@ -126,10 +126,10 @@ class Drafting:
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """What a round of drafts and their verification costs, in any unit, against a plain token.
+    """Costs of drafting and verifying, in any unit.
 
-    Where weights are read for one row, time is what there is to read: a verification of several
-    tokens costs no more than one token's. That makes `speedup` a ceiling.
+    A verification of several tokens is taken to cost as much as one token, as it does where time
+    is spent on reading weights. This makes `speedup` a ceiling.
 
     Attributes:
         below: blocks 1..l for one token.
@@ -142,7 +142,7 @@ class DraftCosts:
     readout: float
 
     def of(self, drafts: int) -> float:
-        """A round: the token before the drafts and each of them go up to l, and then all on."""
+        """One verification and its drafts: `drafts + 1` tokens run through blocks 1..l."""
         return (drafts + 1) * self.below + drafts * self.readout + self.above + self.readout
 
     def speedup(self, acceptance: float, drafts: int) -> float:
@@ -155,9 +155,9 @@ class DraftCosts:
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:
-    """Tokens of one verification where each draft stands with the same probability.
+    """Expected tokens per verification if each draft is accepted with probability `acceptance`.
 
-    Those before the first that falls, and the model's own in its place: 1 + a + ... + a^drafts.
+    Those before the first rejected one, and the model's own in its place: 1 + a + ... + a^drafts.
 
     Source: arXiv:2211.17192, equation 1.
     """
@@ -165,28 +165,28 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
 
 
 class DraftLength:
-    """How many tokens to draft next, by the acceptance seen so far.
+    """How many tokens to draft next, given the acceptance seen so far.
 
     Args:
-        costs: of a round.
-        most: drafts.
+        costs: of drafting and verifying.
+        most: upper limit.
     """
 
     def __init__(self, costs: DraftCosts, most: int) -> None:
         self.costs, self.most = costs, most
-        self._stood = self._seen = 0.0
+        self._accepted = self._tried = 0.0
 
     @property
     def acceptance(self) -> float:
-        """Probability that a draft stands: what was seen, and what was expected before."""
-        return (START * PRIOR + self._stood) / (PRIOR + self._seen)
+        """Estimated probability that a draft is accepted."""
+        return (START * PRIOR + self._accepted) / (PRIOR + self._tried)
 
     @property
     def next(self) -> int:
-        """Drafts of the next round; 0 where they do not pay."""
+        """Drafts before the next verification; 0 where drafting does not pay."""
         return self.costs.best(self.acceptance, self.most)
 
-    def saw(self, stood: int, fell: int) -> None:
-        """Count a round's drafts; those behind one that fell say nothing."""
-        self._stood = MEMORY * self._stood + stood
-        self._seen = MEMORY * self._seen + stood + fell
+    def update(self, accepted: int, rejected: int) -> None:
+        """Count the drafts of a verification; those after a rejected one do not count."""
+        self._accepted = DECAY * self._accepted + accepted
+        self._tried = DECAY * self._tried + accepted + rejected

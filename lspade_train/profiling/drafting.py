@@ -1,8 +1,8 @@
-"""Which layer drafts best, and whether that is faster here: `calibrate --for generate`.
+"""Which layer should draft, and whether that is faster here: `calibrate --for generate`.
 
-How often each layer's heads say the model's next token is counted over the model's own greedy
-texts; the layers that promise most by it are then timed as they run, in turn with the untouched
-model's `generate`. Knows nothing of where the prompts come from.
+Counts how often each layer's heads predict the model's next token, on the model's own greedy texts;
+then times the most promising layers end to end, in turn with the untouched model's `generate`.
+Knows nothing of where the prompts come from.
 """
 
 import statistics
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Text = tuple[int, ...]
 
 TIMED = 4
-"""Layers that are timed: those that promise most."""
+"""Layers that are timed: those with the highest ceilings."""
 MOST = 8
 """Drafts per verification that are tried."""
 
@@ -42,9 +42,9 @@ class DraftingRow:
 
     Attributes:
         drafting: the setting.
-        acceptance: fraction of the model's tokens that its head says at that layer.
-        ceiling: speed-up if every draft stood with that probability and a verification cost one
-            token's, in weights read.
+        acceptance: fraction of the model's tokens that its head predicts at that layer.
+        ceiling: speed-up if every draft is accepted with that probability and a verification reads
+            the weights once.
         tokens_per_verification: as it ran.
         speedup: the untouched model's seconds over its own, median over the rounds.
         slowest: the smallest of these ratios.
@@ -115,8 +115,10 @@ def choose_drafting(
         tokens_per_batch=batch_size * (max(map(len, prompts)) + new_tokens),
     )  # fmt: skip
     own = [text for group in groups for text in plain_texts(plain, group, new_tokens)]
-    said = accepted_by_layer(adapter, heads, prompts, own)
-    tried = {f"{drafting.layer}": (drafting, top) for drafting, top in _promising(adapter, said)}
+    predicted = accepted_by_layer(adapter, heads, prompts, own)
+    tried = {
+        f"{drafting.layer}": (drafting, top) for drafting, top in _promising(adapter, predicted)
+    }
     texts: dict[str, list[Generation]] = {}
 
     def run(name: str) -> None:
@@ -131,7 +133,7 @@ def choose_drafting(
     rows = [
         _row(
             drafting,
-            said[drafting.layer][1],
+            predicted[drafting.layer][1],
             ceiling,
             texts[name],
             own,
@@ -142,7 +144,7 @@ def choose_drafting(
     ]
     rows.sort(key=lambda row: -row.speedup)
     best = next((row for row in rows if row.slowest > 1), None)
-    acceptance = {layer: share for layer, (_, share) in said.items()}
+    acceptance = {layer: share for layer, (_, share) in predicted.items()}
     rate = sum(map(len, own)) / statistics.median(timed["plain"])
     choice = DraftingChoice(None, tuple(rows), acceptance, rate)
     if best is None:
@@ -210,13 +212,13 @@ def accepted_by_layer(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Text],
 ) -> dict[int, tuple[Reader, float]]:
-    """Of each layer the head that says most of the texts' tokens, and what fraction it says.
+    """Each layer's best head, and the fraction of the texts' tokens that it predicts.
 
     Args:
         adapter: the model.
         heads: its heads, with the tuned lens beside them; None: the logit lens alone.
         prompts: token ids.
-        texts: what the model says behind each of them.
+        texts: the model's own continuation of each.
     """
     readers = available(None if heads is None else heads.bind(adapter))
     hits: dict[tuple[int, Reader], int] = {}
@@ -232,9 +234,9 @@ def accepted_by_layer(
                     read = reader.translate(states, layer).to(states.dtype)
                 else:
                     continue
-                says = adapter.unembed(read).argmax(-1).tolist()
+                guesses = adapter.unembed(read).argmax(-1).tolist()
                 at: Any = (layer, name)
-                hits[at] = hits.get(at, 0) + sum(a == b for a, b in zip(says, text, strict=True))
+                hits[at] = hits.get(at, 0) + sum(a == b for a, b in zip(guesses, text, strict=True))
             hidden = adapter.run_block(plan, layer, hidden)
     total = sum(map(len, texts))
     best: dict[int, tuple[Reader, float]] = {}
@@ -245,14 +247,14 @@ def accepted_by_layer(
 
 
 def _promising(
-    adapter: ModelAdapter, said: dict[int, tuple[Reader, float]]
+    adapter: ModelAdapter, predicted: dict[int, tuple[Reader, float]]
 ) -> Iterator[tuple[Drafting, float]]:
     """The layers to time, with their ceilings."""
     ceilings: dict[int, tuple[float, int]] = {}
-    for layer, (_, share) in said.items():
+    for layer, (_, share) in predicted.items():
         costs = draft_costs(adapter, layer)
         drafts = max(costs.best(share, MOST), 1)
         ceilings[layer] = costs.speedup(share, drafts), drafts
-    for layer in sorted(said, key=lambda layer: -ceilings[layer][0])[:TIMED]:
+    for layer in sorted(predicted, key=lambda layer: -ceilings[layer][0])[:TIMED]:
         ceiling, drafts = ceilings[layer]
-        yield Drafting(layer=layer, tokens=drafts, reader=said[layer][0]), ceiling
+        yield Drafting(layer=layer, tokens=drafts, reader=predicted[layer][0]), ceiling

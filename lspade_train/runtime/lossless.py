@@ -1,15 +1,15 @@
-"""Several tokens that are the full model's own, some of them drafted at a lower layer.
+"""Self-speculative decoding: a lower layer drafts tokens, the full model verifies them.
 
-Self-speculative decoding with a frozen model, as LayerSkip's (arXiv:2404.16710) without its
-training. A head reads h^l and drafts a token, blocks 1..l take it in and the head reads again;
-then blocks l+1..L take all drafted tokens at once, and those stand that the model would have
-chosen. Blocks 1..l are the drafter and the model's own lower half: nothing is computed or kept
-twice, and a draft that falls costs what ran for it and nothing else.
+As in LayerSkip (arXiv:2404.16710), but without retraining the model. A head reads h^l and drafts a
+token, blocks 1..l run on that token, and the head drafts the next one; then blocks l+1..L run on
+all drafted tokens at once, and the drafts that the full model agrees with are accepted. Blocks 1..l
+are both the drafter and the lower part of the model: their hidden states, keys and values are
+reused, and there is no separate draft cache.
 
-Rows of a batch may keep different numbers of tokens: their keys and values are then moved to end
-in the same column, so that a batch stays padded on the left. That copies the cache, as appending
-to it does anyway, and no row waits for another. What the rows of a batch share is the number of
-drafts: drafting stops where it does not pay for the batch.
+Rows of a batch may accept different numbers of drafts. Their keys and values are then shifted to
+end in the same column, so that the batch stays padded on the left and no row waits for another.
+This copies the cache once per verification, as appending to it does anyway. The number of tokens
+drafted is the same for all rows.
 """
 
 import copy
@@ -32,7 +32,7 @@ from lspade_train.runtime.sampling import Sampling
 
 
 class Drafter:
-    """A head at layer l, and what its drafts cost and came to so far.
+    """The head that drafts, and how long its drafts should be.
 
     Args:
         adapter: the model.
@@ -62,7 +62,7 @@ class Drafter:
     def draft(
         self, rows: "Rows", tokens: Int[Tensor, " rows"], most: int, sampling: Sampling
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Feed a token per row and draft behind it.
+        """Run the lower blocks on one token per row, then draft up to `most` tokens after it.
 
         Returns:
             h^l of the tokens fed, (rows, fed, d); the tokens, the given one first, (rows, fed); and
@@ -72,8 +72,8 @@ class Drafter:
         sure = torch.ones(len(tokens), device=tokens.device)
         while len(fed) <= most:
             logits = self.read(states[-1][:, 0])
-            # Asked before the token is drawn: a draft dropped for what it is would change the
-            # distribution of those that are left.
+            # Decided before the token is drawn: a stopping rule that looks at the drawn token
+            # would bias the distribution of the text.
             sure = sure * logits.float().softmax(-1).amax(-1).to(sure.device)
             if not sure.mean() >= self.drafting.confidence:  # also where it is NaN
                 break
@@ -87,13 +87,14 @@ class Drafter:
 
 
 class Rows:
-    """Rows of a batch, their keys and values, and tokens that only the lower blocks have seen."""
+    """Rows of a batch and their cache, in which the lower blocks may be ahead of the upper ones."""
 
     def __init__(self, adapter: ModelAdapter, batch: Batch, layer: int) -> None:
         self.adapter, self.layer = adapter, layer
         self.mask = batch.mask
-        # Whole layers where the model needs a window of them, too: its masks do the rest, and what
-        # has left a window for a draft that fell could not come back.
+        # Without a config every layer keeps all tokens, also where attention is through a sliding
+        # window (the model's masks apply it): tokens that a window drops for a draft could not be
+        # restored when that draft is rejected.
         self.cache = DynamicCache()
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         plan = adapter.plan_cached(batch.ids, self.mask, positions, self.cache)
@@ -102,12 +103,13 @@ class Rows:
             hidden = adapter.run_block(plan, block, hidden)
         self.last = hidden[:, -1:]
         self.fed = 0
-        # The decoder sizes its masks by the first layers: here these are as long as those above.
+        # The decoder sizes its masks by the first layer, which here must be as long as the upper
+        # ones.
         self.upper = copy.copy(self.cache)
         self.upper.layers = [*[self._layers[layer]] * layer, *self._layers[layer:]]
 
     def lower(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows 1 d"]:
-        """Feed one token per row to blocks 1..l: its h^l."""
+        """Run blocks 1..l on one more token per row; returns its h^l."""
         where = self.mask.sum(-1, keepdim=True) + self.fed
         self.fed += 1
         # With no block below there is no cache to lengthen, and the mask covers the token alone.
@@ -121,7 +123,7 @@ class Rows:
     def verify(
         self, hidden: Float[Tensor, "rows fed d"], tokens: Int[Tensor, "rows fed"]
     ) -> Float[Tensor, "rows fed vocab"]:
-        """Feed to the blocks above what those below have seen: the model's logits."""
+        """Run blocks l+1..L on the tokens that the lower blocks have seen; the model's logits."""
         where = self.mask.sum(-1, keepdim=True) + torch.arange(self.fed, device=self.mask.device)
         plan = self.adapter.plan_cached(tokens, self._mask, where, self.upper)
         for block in range(self.layer, self.adapter.num_layers):
@@ -129,7 +131,7 @@ class Rows:
         return self.adapter.unembed(hidden)
 
     def keep(self, places: Int[Tensor, " kept"], tokens: Int[Tensor, " kept"]) -> None:
-        """Keep some of the rows, and of what each was fed its first tokens."""
+        """Keep some of the rows, and of the tokens since the last verification each row's first."""
         lengths = self.mask[places].sum(-1) + tokens
         ends = self.mask.shape[1] + tokens  # column behind each row's last token
         width = int(lengths.max())
@@ -163,7 +165,7 @@ class Rows:
 
 
 class Text:
-    """One row's new tokens, and what came of its drafts."""
+    """One row's new tokens, and the counts of its drafts."""
 
     def __init__(self, index: int, nats: float) -> None:
         self.index, self.nats = index, nats
@@ -171,7 +173,7 @@ class Text:
         self.drafted = self.accepted = self.verifications = 0
 
     def add(self, drafts: Sequence[int], following: int, ends: Sequence[int]) -> list[int]:
-        """What is new in the text: the drafts that stand and what follows, or up to its end."""
+        """Append the accepted drafts and the next token, up to an end token; returns these."""
         new = [*drafts, following]
         new = new[: next((i for i, token in enumerate(new, 1) if token in ends), len(new))]
         self.tokens += new
@@ -179,7 +181,7 @@ class Text:
         return new
 
     def finished(self, layer: int, size: int) -> Generation:
-        """What is known of it at its end."""
+        """The result, once the row has ended."""
         rounds = self.verifications
         each = (len(self.tokens) - 1) / rounds if rounds else 1.0
         drafts = Drafts(self.drafted, self.accepted, rounds, each)
@@ -198,7 +200,7 @@ def generate_lossless(
     """Continue every row of a batch with the full model's tokens.
 
     Args:
-        drafter: head and settings; it learns from each verification.
+        drafter: head and settings; its draft length adapts to what is accepted.
         batch: prompts.
         sampling: how tokens are chosen.
         max_new_tokens: most tokens per row.
@@ -222,8 +224,8 @@ def generate_lossless(
     while True:
         stay: list[int] = []
         added = zip(texts, drafts.tolist(), accepted.tolist(), following.tolist(), strict=True)
-        for place, (text, drafted, stood, last) in enumerate(added):
-            for token in text.add(drafted[:stood], last, adapter.end_tokens):
+        for place, (text, drafted, count, last) in enumerate(added):
+            for token in text.add(drafted[:count], last, adapter.end_tokens):
                 listen(text.index, token)
             if len(text.tokens) < max_new_tokens and text.tokens[-1] not in adapter.end_tokens:
                 stay.append(place)
@@ -244,16 +246,16 @@ def generate_lossless(
             it.to(adapter.device)
             for it in sampling.verify(logits, drafts.to(logits.device), drawn_from)
         )
-        drafter.length.saw(int(accepted.sum()), int((accepted < drafts.shape[1]).sum()))
+        drafter.length.update(int(accepted.sum()), int((accepted < drafts.shape[1]).sum()))
         for text in texts:
             text.drafted += drafts.shape[1]
             text.verifications += 1
 
 
 def draft_costs(adapter: ModelAdapter, layer: int) -> DraftCosts:
-    """What a round costs in weights read, in blocks of the mean size.
+    """Costs in weights read; the unit is the mean block.
 
-    A mixture of experts counts with all of them, of which a token reads some.
+    All experts of a mixture are counted, although a token reads only some.
     """
     sizes = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks]
     each = sum(sizes) / len(sizes)
@@ -262,9 +264,9 @@ def draft_costs(adapter: ModelAdapter, layer: int) -> DraftCosts:
 
 
 def why_plain(adapter: ModelAdapter, longest: int) -> str | None:
-    """Why texts of up to `longest` tokens are to be decoded plainly; None: drafts can be verified.
+    """Why texts of up to `longest` tokens cannot be verified in blocks; None: they can.
 
-    Several tokens at once behind a cache must give what one after the other does. (A model with
-    recurrent states, which no draft could be taken back from, has no adapter.)
+    Several tokens at once, after cached ones, must give the logits of one token at a time.
+    (Models with recurrent states, which cannot be rolled back, are refused by the adapter.)
     """
     return prefix_refusal(adapter, longest)

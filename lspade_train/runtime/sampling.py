@@ -1,7 +1,4 @@
-"""How tokens are chosen from logits: drawn, or drafted by a head and verified by the model.
-
-Knows nothing of models or of how the logits came about.
-"""
+"""Choosing tokens from logits, and speculative sampling. Knows nothing of models."""
 
 from dataclasses import dataclass
 
@@ -55,10 +52,10 @@ class Sampling:
         drafts: Int[Tensor, "rows drafts"],
         drawn_from: Float[Tensor, "rows drafts vocab"] | None,
     ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-        """How many drafts of each row stand, and the token that follows them.
+        """How many drafts of each row are accepted, and the token that follows them.
 
-        Greedy: those before the first one that is not the model's own choice. Else speculative
-        sampling: the tokens that stand, and the next one, are distributed as the model's own.
+        Greedy: those before the first one that is not the model's own choice. Otherwise
+        speculative sampling: the accepted tokens and the next one have the model's distribution.
 
         Args:
             logits: the model's, at the token before the drafts and at each of them.
@@ -78,13 +75,12 @@ class Sampling:
         chance = torch.rand(theirs.shape, device=theirs.device, generator=self.generator)
         accepted = (chance * theirs < ours).long().cumprod(-1).sum(-1)
         row = torch.arange(len(accepted), device=accepted.device)
-        # Behind the last draft nothing was drafted, and the model's own distribution is what is
-        # left.
+        # After the last draft nothing was drafted: the residual is the model's own distribution.
         drafted = torch.cat([drawn_from, torch.zeros_like(own[:, :1])], dim=1)
-        left = (own - drafted)[row, accepted].clamp(min=0)
-        # Where both are equal up to rounding nothing may be left.
-        left = torch.where(left.sum(-1, keepdim=True) > 0, left, own[row, accepted])
-        return accepted, self._draw(left)
+        residual = (own - drafted)[row, accepted].clamp(min=0)
+        # It may be all zeros where both distributions are equal up to rounding.
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, own[row, accepted])
+        return accepted, self._draw(residual)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         probabilities = (logits.float() / self.temperature).softmax(-1)
