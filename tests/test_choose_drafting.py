@@ -66,6 +66,15 @@ def test_texts_end_where_the_model_ends_them():
     assert len(set(map(len, expected))) > 1
 
 
+def test_texts_are_without_a_repetition_penalty_of_the_models_configuration():
+    model, prompts = endless("llama"), prompts_of()
+    expected = own_texts(model, prompts, NEW)
+    model.generation_config.repetition_penalty = 5.0
+    assert own_texts(model, prompts, NEW) != expected
+    assert plain_texts(model, prompts, NEW) == expected
+    assert model.generation_config.repetition_penalty == 5.0
+
+
 def test_the_fastest_in_every_round_is_chosen(clock):
     clock |= {"0": [1.0, 1.0, 2.5], "1": [1.9, 1.5, 1.8], "2": [1.5, 1.6, 1.7]}
     found = choose()

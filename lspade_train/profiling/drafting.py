@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from lspade_train.errors import RecipeError
 from lspade_train.models import ModelAdapter
@@ -187,16 +188,22 @@ def _row(
 def plain_texts(
     plain: "PreTrainedModel", prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[Text]:
-    """The untouched model's own greedy texts, ended as it ends them."""
+    """The untouched model's own greedy texts, ended as it ends them.
+
+    Without what else its generation_config asks for, such as a repetition penalty.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=plain.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     model: Any = plain
+    configured = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=configured.eos_token_id)
     found = model.generate(
         input_ids=ids, attention_mask=mask.to(ids.device), max_new_tokens=new_tokens,
         do_sample=False, num_beams=1, pad_token_id=0,
     )  # fmt: skip
-    given = plain.generation_config.eos_token_id
+    model.generation_config = configured
+    given = configured.eos_token_id
     ends = given if isinstance(given, list) else [given]
     texts = found[:, width:].tolist()
     return [

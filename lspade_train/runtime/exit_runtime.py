@@ -160,6 +160,9 @@ class ExitRuntime:
         text is the model's own token for token, sampled text has its distribution, but for
         rounding. The policy has no part in it. `runtime/lossless.py` explains it.
 
+        Of the model's generation_config only the end-of-text tokens are used: a repetition penalty
+        or other settings there are not.
+
         Without, all tokens come from the exit layer of the first one, and the policy's calibrated
         guarantee covers that one only. `runtime/generate.py` explains it and its limits. Our
         extensions both, not the paper's.
