@@ -3,10 +3,11 @@
 `python tests/bench_generate.py FOLDER` takes a transformers folder; `--heads` adds fitted heads to
 the logit lens, `--text` the file that prompts are cut from (default: this project's README).
 
-If each of k drafts is accepted with probability a, a verification gives 1 + a + ... + a^k tokens.
-It costs (k + 1) l + k u + (L - l) + u blocks, where u is the unembedding's cost in blocks (both in
-weights read), and a plain token L + u. The ceiling is the ratio per token. It takes a verification
-of k + 1 tokens to cost as much as one token; on a CPU, or with many rows, it costs more.
+A verification of k drafts costs (k + 1) l + k u + (L - l) + u blocks, where u is the unembedding's
+cost in blocks (both in weights read), and a plain token L + u; it gives the accepted drafts and one
+token more. The ceiling of a layer is the cost per token of plain decoding over that of drafting,
+along the model's own texts, with the best of some settings. It takes a verification of k + 1 tokens
+to cost as much as one token; on a CPU, or with many rows, it costs more.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from lspade_train import LSpadeHeads
-from lspade_train.policies.drafting import expected_tokens
 from lspade_train.profiling.drafting import DraftingChoice, choose_drafting
 from lspade_train.runtime.lossless import draft_costs
 
@@ -52,27 +52,27 @@ def main() -> None:
         subject.adapter, subject.plain, heads, prompts,
         new_tokens=asked.new_tokens, batch_size=asked.batch_size, rounds=asked.rounds,
     )  # fmt: skip
-    report(found, subject.adapter)
+    report(found, draft_costs(subject.adapter, 0).of(0))
 
 
-def report(found: DraftingChoice, adapter: object) -> None:
+def report(found: DraftingChoice, plain: float) -> None:
     """Acceptance and ceiling of each layer, then what was timed."""
-    tell("layer  acceptance  drafts  tokens/verification  blocks/verification  ceiling")
-    for layer, share in found.acceptance.items():
-        costs = draft_costs(adapter, layer)
-        drafts = max(costs.best(share, 8), 1)
+    tell(f"plain token: {plain:.1f} blocks; generate: {found.tokens_per_second:.1f} tokens/s")
+    tell("layer  head        acceptance  drafts  confidence  ceiling")
+    for row in sorted(found.rows, key=lambda row: row.drafting.layer):
+        one = row.drafting
         tell(
-            f"{layer:5}  {share:10.2f}  {drafts:6}  {expected_tokens(share, drafts):19.2f}  "
-            f"{costs.of(drafts):19.1f}  {costs.speedup(share, drafts):6.2f}x"
+            f"{one.layer:5}  {one.reader:10}  {row.acceptance:10.2f}  {one.tokens:6}  "
+            f"{one.confidence:10.1f}  {row.ceiling:6.2f}x"
         )
-    tell(f"plain token: {costs.of(0):.1f} blocks; generate: {found.tokens_per_second:.1f} tokens/s")
-    for row in found.rows:
+    for row in found.timed:
         tell(
-            f"layer {row.drafting.layer}, {row.drafting.reader}, {row.drafting.tokens} drafts: "
-            f"{row.speedup * found.tokens_per_second:.1f} tokens/s, {row.speedup:.2f}x (slowest "
-            f"round {row.slowest:.2f}x, ceiling {row.ceiling:.2f}x), "
+            f"layer {row.drafting.layer}: {row.speedup * found.tokens_per_second:.1f} tokens/s, "
+            f"{row.speedup:.2f}x (slowest round {row.slowest:.2f}x, ceiling {row.ceiling:.2f}x), "
             f"{row.tokens_per_verification:.2f} tokens/verification, same text {row.equal:.0%}"
         )
+    if not found.timed:
+        tell("no ceiling is over 1: nothing to time")
 
 
 if __name__ == "__main__":

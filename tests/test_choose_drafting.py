@@ -9,8 +9,9 @@ from tiny_models import LAYERS, WIDTH, tiny
 
 from lspade_train import LSpadeHeads, ModelAdapter
 from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.policies.drafting import DraftCosts
 from lspade_train.profiling import drafting as profiling
-from lspade_train.profiling.drafting import accepted_by_layer, choose_drafting, plain_texts
+from lspade_train.profiling.drafting import Guesses, choose_drafting, guesses_by_layer, plain_texts
 
 NEW = 8
 
@@ -29,11 +30,10 @@ def clock(monkeypatch):
     return times
 
 
-def choose(heads=None, **settings):
-    adapter = ModelAdapter(endless("llama"))
-    return choose_drafting(
-        adapter, endless("llama"), heads, prompts_of(), new_tokens=NEW, **settings
-    )
+def choose(family="gemma", **settings):
+    """Of a model whose logit lens is right at every layer."""
+    adapter = ModelAdapter(endless(family))
+    return choose_drafting(adapter, endless(family), None, prompts_of(), new_tokens=NEW, **settings)
 
 
 @torch.no_grad()
@@ -43,17 +43,17 @@ def test_acceptance_is_the_share_of_own_tokens_that_a_head_says():
     assert plain_texts(model, prompts, NEW) == texts
     joined = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
     heads = fitted_heads(model, joined, 2)
-    found = accepted_by_layer(adapter, heads, prompts, texts)
+    found = guesses_by_layer(adapter, heads, prompts, texts)
     assert set(found) == set(range(LAYERS))
-    assert found[2][0] == "tuned_lens"
-    assert {found[layer][0] for layer in (0, 1, 3)} == {"logit_lens"}
+    assert found[2].reader == "tuned_lens"
+    assert {found[layer].reader for layer in (0, 1, 3)} == {"logit_lens"}
     hits = 0
     for prompt, text in zip(prompts, texts, strict=True):
         for count, token in enumerate(text):
             states = model(torch.tensor([[*prompt, *text[:count]]]), output_hidden_states=True)
             hits += int(heads.logits(states.hidden_states[2][0, -1], 2).argmax()) == token
-    assert found[2][1] == pytest.approx(hits / (NEW * len(prompts)))
-    assert found[2][1] > 0.5
+    assert found[2].acceptance == pytest.approx(hits / (NEW * len(prompts)))
+    assert found[2].acceptance > 0.5
 
 
 def test_texts_end_where_the_model_ends_them():
@@ -93,8 +93,30 @@ def test_the_fastest_in_every_round_is_chosen(clock):
 def test_nothing_is_chosen_where_nothing_is_faster():
     found = choose(batch_size=4)
     assert found.chosen is None
-    assert len(found.rows) == 4
-    assert all(row.equal == 1 for row in found.rows)
+    assert len(found.timed) == 4
+    assert all(row.equal == 1 for row in found.timed)
+
+
+@pytest.mark.usefixtures("clock")
+def test_layers_that_cannot_pay_are_not_timed():
+    found = choose("llama")  # its logit lens is hardly ever right
+    assert not found.timed
+    assert found.chosen is None
+    assert len(found.rows) == LAYERS
+    assert max(row.ceiling for row in found.rows) <= 1
+
+
+def test_the_ceiling_is_the_cost_of_drafting_along_the_texts():
+    costs = DraftCosts(below=1, above=3, readout=0.5)
+    right = [[True, True, False, True, True]]
+    guesses = Guesses("logit_lens", right, [[0.9, 0.9, 0.9, 0.9, 0.3]])
+    # Behind the first token: two drafts, the second one wrong; then one, as two tokens are left.
+    spent = (3 * 1 + 2 * 0.5 + 3 + 0.5) + (2 * 1 + 1 * 0.5 + 3 + 0.5)
+    assert guesses.speedup(costs, 2, 0.0) == pytest.approx(4 * 4.5 / spent)
+    # Stopped before the second, for 0.81 is too low: it is read, and not drafted.
+    spent = 2 * (2 * 1 + 1 * 0.5 + 3 + 0.5) + 0.5
+    assert guesses.speedup(costs, 2, 0.85) == pytest.approx(4 * 4.5 / spent)
+    assert guesses.acceptance == pytest.approx(4 / 5)
 
 
 def test_a_baseline_that_is_no_second_load_is_refused():
@@ -114,5 +136,5 @@ def test_heads_over_the_choices_are_not_counted():
     model, prompts = endless("llama"), prompts_of()
     heads = LSpadeHeads(range(LAYERS), WIDTH).requires_grad_(False)
     heads.metadata = {"training": {"recipe": {"model": {"scope": "choices"}}}}
-    found = accepted_by_layer(ModelAdapter(model), heads, prompts, own_texts(model, prompts, 4))
-    assert {reader for reader, _ in found.values()} == {"logit_lens"}
+    found = guesses_by_layer(ModelAdapter(model), heads, prompts, own_texts(model, prompts, 4))
+    assert {guesses.reader for guesses in found.values()} == {"logit_lens"}

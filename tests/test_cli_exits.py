@@ -330,13 +330,13 @@ def test_calibrate_for_generate_writes_what_is_faster_and_removes_what_is_not(
         return {name: [taken.get(name, 1.0)] * 3 for name in work}
 
     monkeypatch.setattr(drafting, "time_rounds", rounds)
-    assert fitted.run("calibrate", "--for=generate", "--new_tokens=2") == 0
+    assert fitted.run("calibrate", "--for=generate", "--new_tokens=6") == 0
     chosen = Drafting.from_pretrained(fitted.folder)
     printed = capsys.readouterr().out
     assert f"Chosen: draft at layer {chosen.layer} with {chosen.reader}" in printed
     assert "2.00x as fast as model.generate" in printed
     taken["plain"] = 1.0
-    assert fitted.run("calibrate", "--for=generate", "--new_tokens=2", "--batch_size=2") == 0
+    assert fitted.run("calibrate", "--for=generate", "--new_tokens=6", "--batch_size=2") == 0
     assert "no drafting is chosen" in capsys.readouterr().out
     assert not (fitted.folder / "drafting.json").exists()
 

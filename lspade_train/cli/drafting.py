@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROMPTS = 8
-"""Validation prompts that are continued."""
+PROMPTS, SHOWN = 8, 4
+"""Validation prompts that are continued; layers that are shown where none was timed."""
 
 OTHERS = ("max_accuracy_drop", "max_disagreement", "scope", "measure", "reader", "decoder",
           "small_groups", "prompt_length")  # fmt: skip
@@ -70,22 +70,27 @@ def _print_rows(found: "DraftingChoice", new_tokens: int, batch_size: int) -> No
 
     from lspade_train.cli.printing import WIDTH, new_table
 
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     table = new_table(
-        "layer", "head", "drafts", "acceptance", "ceiling", "tokens per\nverification",
-        "speed-up", "slowest\nround", "same text",
+        "layer", "head", "drafts", "conf.", "predicts", "ceiling", "tokens per\nverif.", "speed-up",
+        "slowest\nround", "same\ntext",
         title=f"{new_tokens} greedy tokens, {batch_size} at a time; model.generate: "
         f"{found.tokens_per_second:,.1f} tokens/s",
     )  # fmt: skip
     table.caption = (
-        "acceptance: fraction of the model's tokens that the head predicts; ceiling: speed-up if "
-        "every draft were accepted that often and a verification cost as much as one token"
+        "predicts: fraction of the model's tokens that the head predicts; ceiling: speed-up in "
+        "weights read if a verification of several tokens cost as much as one token"
     )
-    for row in found.rows:
+    table.columns[1].no_wrap = True
+    for row in found.timed or found.rows[:SHOWN]:
         drafting = row.drafting
         table.add_row(
             f"{drafting.layer}", str(drafting.reader), f"{drafting.tokens}",
-            f"{row.acceptance:.2f}", f"{row.ceiling:.2f}x", f"{row.tokens_per_verification:.2f}",
-            f"{row.speedup:.2f}x", f"{row.slowest:.2f}x", f"{row.equal:.0%}",
+            f"{drafting.confidence:g}", f"{row.acceptance:.2f}", f"{row.ceiling:.2f}x",
+            number(row.tokens_per_verification, ".2f"), number(row.speedup, ".2f"),
+            number(row.slowest, ".2f"), number(row.equal, ".0%"),
         )  # fmt: skip
     console = Console()
     Console(width=max(console.width, WIDTH)).print(table)
@@ -93,6 +98,11 @@ def _print_rows(found: "DraftingChoice", new_tokens: int, batch_size: int) -> No
 
 def _verdict(found: "DraftingChoice") -> str:
     chosen = found.chosen
+    if not found.timed:
+        return (
+            "No layer predicts enough tokens for drafting to pay, even if a verification of "
+            "several tokens cost as much as one: no drafting is chosen. Use model.generate."
+        )
     if chosen is None:
         return (
             "Nothing that was timed is faster than plain decoding in every round: no drafting is "

@@ -1,14 +1,17 @@
 """Which layer should draft, and whether that is faster here: `calibrate --for generate`.
 
-Counts how often each layer's heads predict the model's next token, on the model's own greedy texts;
-then times the most promising layers end to end, in turn with the untouched model's `generate`.
+Reads along the model's own greedy texts what each layer's heads predict and how sure they are; from
+that, the cost of drafting there with any setting; then times the most promising layers end to end,
+in turn with the untouched model's `generate`.
 Knows nothing of where the prompts come from.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +19,7 @@ from transformers import GenerationConfig
 
 from lspade_train.errors import RecipeError
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.drafting import Drafting
+from lspade_train.policies.drafting import DraftCosts, Drafting
 from lspade_train.policies.policy import ExitPolicy, Reader
 from lspade_train.policies.readers import available
 from lspade_train.probes.heads import LSpadeHeads
@@ -32,21 +35,58 @@ if TYPE_CHECKING:
 Text = tuple[int, ...]
 
 TIMED = 4
-"""Layers that are timed: those with the highest ceilings."""
-MOST = 8
-"""Drafts per verification that are tried."""
+"""Most layers that are timed: those with the highest ceilings."""
+LENGTHS, CONFIDENCES = (1, 2, 4, 8), (0.0, 0.2, 0.4, 0.6, 0.8)
+"""Settings that are tried at each layer."""
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a head at a layer predicts along the model's own texts, token by token.
+
+    Attributes:
+        reader: which head.
+        right: whether its most probable token is the text's.
+        sure: the probability it gives that token.
+    """
+
+    reader: Reader
+    right: list[list[bool]]
+    sure: list[list[float]]
+
+    @property
+    def acceptance(self) -> float:
+        """Fraction of the tokens that it predicts."""
+        return statistics.mean(hit for text in self.right for hit in text)
+
+    def speedup(self, costs: DraftCosts, tokens: int, confidence: float) -> float:
+        """Plain decoding's cost over that of drafting along these texts with fixed settings."""
+        spent, written = 0.0, 0
+        for right, sure in zip(self.right, self.sure, strict=True):
+            at = 1  # the first token comes from the prompt's run
+            while at < len(right):
+                most = min(tokens, len(right) - at - 1)
+                products = list(accumulate(sure[at : at + most], mul))
+                drafts = next((i for i, c in enumerate(products) if c < confidence), most)
+                hits = right[at : at + drafts]
+                accepted = hits.index(False) if False in hits else drafts
+                # The head is read once more where it then stops drafting.
+                spent += costs.of(drafts) + costs.readout * (drafts < most)
+                written += accepted + 1
+                at += accepted + 1
+        return written * costs.of(0) / spent if spent else 0.0
 
 
 @dataclass(frozen=True)
 class DraftingRow:
-    """One setting, counted and timed.
+    """The best setting of a layer, by what its head predicts, and as it ran if it was timed.
 
     Attributes:
         drafting: the setting.
         acceptance: fraction of the model's tokens that its head predicts at that layer.
-        ceiling: speed-up if every draft is accepted with that probability and a verification reads
-            the weights once.
-        tokens_per_verification: as it ran.
+        ceiling: speed-up in weights read, along the model's own texts, if a verification of
+            several tokens costs as much as one token.
+        tokens_per_verification: as it ran; None where it was not timed, like all below.
         speedup: the untouched model's seconds over its own, median over the rounds.
         slowest: the smallest of these ratios.
         equal: fraction of the texts that are the untouched model's, token for token.
@@ -55,10 +95,10 @@ class DraftingRow:
     drafting: Drafting
     acceptance: float
     ceiling: float
-    tokens_per_verification: float
-    speedup: float
-    slowest: float
-    equal: float
+    tokens_per_verification: float | None = None
+    speedup: float | None = None
+    slowest: float | None = None
+    equal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,15 +107,18 @@ class DraftingChoice:
 
     Attributes:
         chosen: the fastest setting of those that were faster in every round; None: plain decoding.
-        rows: the settings that were timed, fastest first.
-        acceptance: of every layer, by its best head.
+        rows: every layer, those that were timed first, fastest first, then by their ceilings.
         tokens_per_second: of the untouched model.
     """
 
     chosen: Drafting | None
     rows: tuple[DraftingRow, ...]
-    acceptance: dict[int, float]
     tokens_per_second: float
+
+    @property
+    def timed(self) -> tuple[DraftingRow, ...]:
+        """The rows that were timed: none where no ceiling is over 1."""
+        return tuple(row for row in self.rows if row.speedup is not None)
 
 
 @torch.no_grad()
@@ -116,14 +159,12 @@ def choose_drafting(
         tokens_per_batch=batch_size * (max(map(len, prompts)) + new_tokens),
     )  # fmt: skip
     own = [text for group in groups for text in plain_texts(plain, group, new_tokens)]
-    predicted = accepted_by_layer(adapter, heads, prompts, own)
-    tried = {
-        f"{drafting.layer}": (drafting, top) for drafting, top in _promising(adapter, predicted)
-    }
+    rows = _by_ceiling(adapter, guesses_by_layer(adapter, heads, prompts, own))
+    tried = {f"{row.drafting.layer}": row for row in rows[:TIMED] if row.ceiling > 1}
     texts: dict[str, list[Generation]] = {}
 
     def run(name: str) -> None:
-        drafting, _ = tried[name]
+        drafting = tried[name].drafting
         runs = (runtime.generate(group, new_tokens, drafting=drafting) for group in groups)
         texts[name] = [one for found in runs for one in found]
 
@@ -131,23 +172,11 @@ def choose_drafting(
     timed = time_rounds(
         work | {name: Work(partial(run, name)) for name in tried}, adapter.device, rounds
     )
-    rows = [
-        _row(
-            drafting,
-            predicted[drafting.layer][1],
-            ceiling,
-            texts[name],
-            own,
-            timed["plain"],
-            timed[name],
-        )
-        for name, (drafting, ceiling) in tried.items()
-    ]
-    rows.sort(key=lambda row: -row.speedup)
-    best = next((row for row in rows if row.slowest > 1), None)
-    acceptance = {layer: share for layer, (_, share) in predicted.items()}
+    ran = [_timed(row, texts[n], own, timed["plain"], timed[n]) for n, row in tried.items()]
+    ran.sort(key=lambda row: -(row.speedup or 0))
+    best = next((row for row in ran if row.slowest is not None and row.slowest > 1), None)
     rate = sum(map(len, own)) / statistics.median(timed["plain"])
-    choice = DraftingChoice(None, tuple(rows), acceptance, rate)
+    choice = DraftingChoice(None, (*ran, *rows[len(ran) :]), rate)
     if best is None:
         return choice
     record: dict[str, Any] = {
@@ -155,34 +184,10 @@ def choose_drafting(
         "dtype": str(adapter.dtype).removeprefix("torch."), "prompts": len(prompts),
         "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds,
         "tokens_per_second": rate,
-        "acceptance_by_layer": {str(layer): share for layer, share in acceptance.items()},
+        "acceptance_by_layer": {f"{row.drafting.layer}": row.acceptance for row in choice.rows},
         **{name: value for name, value in asdict(best).items() if name != "drafting"},
     }  # fmt: skip
     return replace(choice, chosen=replace(best.drafting, calibration=record))
-
-
-def _row(
-    drafting: Drafting,
-    acceptance: float,
-    ceiling: float,
-    found: Sequence[Generation],
-    own: Sequence[Text],
-    plain: Sequence[float],
-    seconds: Sequence[float],
-) -> DraftingRow:
-    """A setting's texts and seconds against the untouched model's, round by round."""
-    ratios = [base / mine for base, mine in zip(plain, seconds, strict=True)]
-    drafts = [one.drafts for one in found if one.drafts is not None]
-    rounds = sum(one.verifications for one in drafts)
-    return DraftingRow(
-        drafting,
-        acceptance=acceptance,
-        ceiling=ceiling,
-        tokens_per_verification=(sum(one.accepted for one in drafts) + rounds) / max(rounds, 1),
-        speedup=statistics.median(ratios),
-        slowest=min(ratios),
-        equal=statistics.mean(a.token_ids == b for a, b in zip(found, own, strict=True)),
-    )
 
 
 def plain_texts(
@@ -213,13 +218,13 @@ def plain_texts(
 
 
 @torch.no_grad()
-def accepted_by_layer(
+def guesses_by_layer(
     adapter: ModelAdapter,
     heads: LSpadeHeads | None,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Text],
-) -> dict[int, tuple[Reader, float]]:
-    """Each layer's best head, and the fraction of the texts' tokens that it predicts.
+) -> dict[int, Guesses]:
+    """What each layer's best head predicts along the texts.
 
     Args:
         adapter: the model.
@@ -228,12 +233,12 @@ def accepted_by_layer(
         texts: the model's own continuation of each.
     """
     readers = available(None if heads is None else heads.bind(adapter))
-    hits: dict[tuple[int, Reader], int] = {}
+    found: dict[tuple[int, str], Guesses] = {}
     for prompt, text in zip(prompts, texts, strict=True):
         plan = adapter.plan(torch.tensor([[*prompt, *text[:-1]]], device=adapter.device))
-        hidden, behind = plan.hidden, len(prompt) - 1
+        hidden, start = plan.hidden, len(prompt) - 1
         for layer in range(adapter.num_layers):
-            states = hidden[0, behind:]
+            states = hidden[0, start:]
             for name, reader in readers.items():
                 if reader is None:
                     read = states
@@ -241,27 +246,51 @@ def accepted_by_layer(
                     read = reader.translate(states, layer).to(states.dtype)
                 else:
                     continue
-                guesses = adapter.unembed(read).argmax(-1).tolist()
-                at: Any = (layer, name)
-                hits[at] = hits.get(at, 0) + sum(a == b for a, b in zip(guesses, text, strict=True))
+                top = adapter.unembed(read).float().softmax(-1).max(-1)
+                named: Any = name
+                guesses = found.setdefault((layer, name), Guesses(named, [], []))
+                guesses.sure.append(top.values.tolist())
+                guesses.right.append(
+                    [a == b for a, b in zip(top.indices.tolist(), text, strict=True)]
+                )
             hidden = adapter.run_block(plan, layer, hidden)
-    total = sum(map(len, texts))
-    best: dict[int, tuple[Reader, float]] = {}
-    for (layer, name), count in hits.items():
-        if layer not in best or count / total > best[layer][1]:
-            best[layer] = name, count / total
+    best: dict[int, Guesses] = {}
+    for (layer, _), guesses in found.items():
+        if layer not in best or guesses.acceptance > best[layer].acceptance:
+            best[layer] = guesses
     return best
 
 
-def _promising(
-    adapter: ModelAdapter, predicted: dict[int, tuple[Reader, float]]
-) -> Iterator[tuple[Drafting, float]]:
-    """The layers to time, with their ceilings."""
-    ceilings: dict[int, tuple[float, int]] = {}
-    for layer, (_, share) in predicted.items():
+def _by_ceiling(adapter: ModelAdapter, guesses: dict[int, Guesses]) -> list[DraftingRow]:
+    """Each layer's best setting, the most promising layer first."""
+    rows: list[DraftingRow] = []
+    for layer, one in guesses.items():
         costs = draft_costs(adapter, layer)
-        drafts = max(costs.best(share, MOST), 1)
-        ceilings[layer] = costs.speedup(share, drafts), drafts
-    for layer in sorted(predicted, key=lambda layer: -ceilings[layer][0])[:TIMED]:
-        ceiling, drafts = ceilings[layer]
-        yield Drafting(layer=layer, tokens=drafts, reader=predicted[layer][0]), ceiling
+        ceiling, tokens, confidence = max(
+            (one.speedup(costs, tokens, confidence), tokens, confidence)
+            for tokens in LENGTHS
+            for confidence in CONFIDENCES
+        )
+        drafting = Drafting(layer=layer, tokens=tokens, confidence=confidence, reader=one.reader)
+        rows.append(DraftingRow(drafting, one.acceptance, ceiling))
+    return sorted(rows, key=lambda row: -row.ceiling)
+
+
+def _timed(
+    row: DraftingRow,
+    found: Sequence[Generation],
+    own: Sequence[Text],
+    plain: Sequence[float],
+    seconds: Sequence[float],
+) -> DraftingRow:
+    """A row with its texts and seconds against the untouched model's, round by round."""
+    ratios = [base / mine for base, mine in zip(plain, seconds, strict=True)]
+    drafts = [one.drafts for one in found if one.drafts is not None]
+    rounds = sum(one.verifications for one in drafts)
+    return replace(
+        row,
+        tokens_per_verification=(sum(one.accepted for one in drafts) + rounds) / max(rounds, 1),
+        speedup=statistics.median(ratios),
+        slowest=min(ratios),
+        equal=statistics.mean(a.token_ids == b for a, b in zip(found, own, strict=True)),
+    )
