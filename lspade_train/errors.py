@@ -1,6 +1,6 @@
 """Named errors: what was found, what was expected, and the next command."""
 
-# Knows nothing of the rest of the package.
+# Independent of the rest of the package.
 
 
 class LSpadeError(Exception):

@@ -1,4 +1,4 @@
-"""The typed recipe every command reads. Knows nothing of torch, Lightning or parsing."""
+"""The typed recipe every command reads. Independent of torch, Lightning and parsing."""
 
 import math
 import os
@@ -24,17 +24,17 @@ class PromptConfig:
 
     Args:
         template: Python format string over the task's fields, such as `{question}` and `{choices}`;
-            null takes the task's own (`lspade_train/tasks/` shows them).
-        labels: answer strings in the order of the choices, such as `[A, B, C, D]`; null takes the
-            task's own. One of several tokens is decided at the first that tells it from the others.
+            null uses the task's own (see `lspade_train/tasks/`).
+        labels: answer strings in the order of the choices, such as `[A, B, C, D]`; null uses the
+            task's own. Labels of several tokens are told apart by the first token that differs.
         shots: solved examples put in front of every prompt, drawn from the training split.
         chat: wrap the prompt in a chat template, for instruction-tuned models.
-        chat_template: Jinja chat template, only with `chat`; null takes the tokenizer's own. For
+        chat_template: Jinja chat template, only with `chat`; null uses the tokenizer's own. For
             models whose tokenizers have none, such as Vicuna.
         system: system message, only with `chat`.
         answer_prefix: text between the prompt and its answer; null tries a space, then nothing
-            (nothing first where the prompt ends in white space), and takes the first that makes
-            every label one token, else the first that decides every label in one step.
+            (nothing first where the prompt ends in white space), and uses the first that makes
+            every label one token, else the first that tells all labels apart in one step.
     """
 
     template: str | None = None
@@ -63,9 +63,9 @@ class TextConfig:
 
     Args:
         column: column (JSONL key) that holds the text.
-        length: tokens per sequence, BOS counted; a text is cut into consecutive pieces of it.
-        first_position: earliest position used, 0-based, BOS counted.
-        positions_per_sequence: positions drawn per sequence; null takes every one.
+        length: tokens per sequence, including BOS; longer texts are cut into consecutive pieces.
+        first_position: earliest position used, 0-based, including BOS.
+        positions_per_sequence: positions sampled per sequence; null uses all of them.
     """
 
     column: str = "text"
@@ -76,47 +76,47 @@ class TextConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The frozen model, the task, and what is cached of them.
+    """The frozen model, the task, and what is cached.
 
     Args:
         model_id: Hub id or folder of a decoder-only causal language model.
         gguf_file: name of a GGUF file in that folder or repository: model and tokenizer are read
-            from it, the weights unpacked into `dtype` (auto: float32 where they are quantised).
+            from it, the weights dequantised to `dtype` (auto: float32 if they are quantised).
         revision: the model's commit; null resolves the Hub's current one once and records it.
         task: arc_easy, arc_challenge, boolq, headqa, jsonl or text.
         dataset: Hub id, a folder laid out like one, or a JSONL or CSV file (or folder of
-            `train.jsonl`, `validation.jsonl`, `test.jsonl`); null takes the task's Hub id.
+            `train.jsonl`, `validation.jsonl`, `test.jsonl`); null uses the task's Hub id.
         dataset_revision: the data set's commit on the Hub; null resolves the current one.
-        subset: the data set's configuration, such as `es` for headqa; null takes the task's own.
+        subset: the data set's configuration, such as `es` for headqa; null uses the task's own.
         columns: the data's own names for the task's columns, such as
-            `{question: text, answer: label, group: topic}`; null where they are the task's.
-        validation_fraction: share of the training rows that is cut off for validation where the
-            data has no such split (tasks jsonl and text). A hash of each row's text decides its
-            side, so that adding rows does not move others.
-        test_fraction: the same for the test split, where the data has neither.
+            `{question: text, answer: label, group: topic}`; null if they are the task's names.
+        validation_fraction: fraction of the training rows held out for validation if the data has
+            no such split (tasks jsonl and text). A hash of each row's text decides its split, so
+            that adding rows does not move others.
+        test_fraction: the same for the test split, if the data has neither.
         prompt: template, labels, shots and chat format.
         text: settings of the `text` task.
         limit: rows used per split; null uses all.
-        overlong: what a prompt over the model's context does: stop with an error, or skip the row.
+        overlong: what to do with a prompt longer than the model's context: error, or skip the row.
         cache_dir: folder of the cache, or a URL such as s3://bucket/path, which is read and written
-            through a mirror here; null derives a folder from the recipe under the user's cache.
+            through a local mirror; null derives a folder from the recipe in the user's cache.
         positions: position ids of SPADE's two tokens: the prompt's own, or 0 and 1.
-        targets: what is stored of SPADE's answer: hidden state (exact, small), logits or top-k.
+        targets: how SPADE's answer is stored: hidden state (exact, small), logits or top-k.
         topk: tokens kept with `targets: topk`.
         mode: disk (cache once), memory (cache in RAM) or online (recompute every epoch).
         batch_size: rows per training step.
         tokens_per_batch: prompt tokens per extraction batch.
         shard_mb: size of one cache shard in MB.
-        dtype: precision the frozen model runs and is cached in; auto takes the checkpoint's.
-        device: where the frozen model runs; auto takes a GPU when there is one.
+        dtype: precision the frozen model runs and is cached in; auto uses the checkpoint's.
+        device: where the frozen model runs; auto uses a GPU if there is one.
         device_map: accelerate's map for models too large for one device, such as `auto`.
-        quantization: int8 (LLM.int8) or int4 (NF4) quantises the blocks while loading, by
+        quantization: int8 (LLM.int8) or int4 (NF4) quantises the blocks while loading, with
             bitsandbytes; null loads the checkpoint as it is, quantised or not.
         compile: run the frozen blocks through `torch.compile`, in every command that builds or
-            reads states. Takes up to minutes at the start (less where torch's own cache is warm),
-            so it is for long runs; the last bits of the states may change. Needs a C++ compiler on
-            a CPU, Triton on a GPU.
-        trust_remote_code: run code from the model's repository. Leave off unless you read it.
+            reads states. Takes up to minutes at the start (less if torch's own cache is warm), so
+            it is meant for long runs; the last bits of the states may change. Needs a C++ compiler
+            on a CPU, Triton on a GPU.
+        trust_remote_code: run code from the model's repository. Leave off unless you have read it.
     """
 
     model_id: str
@@ -173,15 +173,15 @@ class HeadConfig:
         layers: `all` (1..L-1) or a list of layers, 0..L-1.
         form: full (d x d per layer), low_rank, or bias.
         rank: rank of `form: low_rank`.
-        layer_groups: fit the layers in so many groups, one after another. The same heads with the
-            memory of one group; the cached rows are read once per group.
+        layer_groups: fit the layers in this many groups, one after another. Gives the same heads
+            with the memory of one group; the cached rows are read once per group.
         target: distil SPADE's distribution (`spade`), the model's own (`final`, a tuned lens), or
-            `both` in one fit: each as it would train alone, the tuned lens in `tuned_lens/`.
-        scope: what the loss is over: the whole `vocabulary`, or the `choices` of each row, without
-            a product with the vocabulary: many times faster, for heads that answer by choices only.
+            `both` in one fit: each as if trained alone, the tuned lens in `tuned_lens/`.
+        scope: tokens the loss is over: the whole `vocabulary`, or the `choices` of each row. The
+            latter is many times faster, for heads that only choose among given answers.
         lr: peak learning rate of AdamW.
-        weight_decay: decay of the residual maps towards zero, that is of the heads to identity.
-        warmup: fraction of all steps with a rising learning rate; a cosine to zero follows.
+        weight_decay: decay of the residual maps to zero, that is, of the heads to the identity.
+        warmup: fraction of all steps with a rising learning rate, before a cosine decay to zero.
     """
 
     layers: Literal["all"] | list[int] = "all"
@@ -204,7 +204,7 @@ class HeadConfig:
 
     @property
     def targets(self) -> tuple[Literal["spade", "final"], ...]:
-        """What is distilled, one set of heads each; the first set makes the heads folder."""
+        """Targets to distil, one set of heads each; the first set makes the heads folder."""
         return ("spade", "final") if self.target == "both" else (self.target,)
 
 
@@ -213,8 +213,8 @@ class Recipe:
     """One YAML file: everything a command needs.
 
     Args:
-        name: heads land in `checkpoints/<name>/`.
-        seed_everything: seed of the shuffling and of everything else that is random.
+        name: heads are written to `checkpoints/<name>/`.
+        seed_everything: seed of the shuffling and of all other random numbers.
         data: the frozen model, the task and the cache.
         model: the heads.
         trainer: Lightning's Trainer arguments.
@@ -268,7 +268,7 @@ def _require(right: bool, key: str, value: float, expected: str) -> None:
 
 
 def check_layers(layers: Sequence[int], num_layers: int, *, last: int | None = None) -> list[int]:
-    """The asked layers as a list.
+    """The requested layers as a list.
 
     Args:
         layers: layers, 0 (embedding output) to `last`.
@@ -289,10 +289,10 @@ def check_layers(layers: Sequence[int], num_layers: int, *, last: int | None = N
 
 
 def heads_folder(recipe: Recipe, root: Path | None = None) -> Path:
-    """Where a recipe's heads land: `checkpoints/<name>/` of the working directory.
+    """Where a recipe's heads are written: `checkpoints/<name>/` in the working directory.
 
     Raises:
-        ArtifactError: the name is no plain folder name.
+        ArtifactError: the name is not a plain folder name.
     """
     name = recipe.name
     if not name or Path(name).name != name or name.startswith("."):

@@ -1,6 +1,6 @@
-"""Whether the installed packages are versions this one supports. Imports none of them.
+"""Checks that the installed packages' versions are supported, without importing them.
 
-Its own metadata decides, which is what `pip` reads: the ranges stand in pyproject.toml alone.
+The supported ranges are read from this package's metadata: pyproject.toml is their only source.
 """
 
 from functools import cache
@@ -11,16 +11,16 @@ from lspade_train.errors import UnsupportedVersionError
 
 @cache
 def check_versions() -> None:
-    """Refuse a package that is missing or out of range, before something odd happens in it.
+    """Refuse a package that is missing or out of range, before it fails in obscure ways.
 
     Raises:
-        UnsupportedVersionError: names the package, what was found and what is supported.
+        UnsupportedVersionError: a package is missing or out of range.
     """
     from packaging.requirements import Requirement
 
     try:
         lines = requires("lspade-train") or []
-    except PackageNotFoundError:  # a source tree that was never installed says nothing
+    except PackageNotFoundError:  # a source tree that was never installed has no metadata
         return
     for need in map(Requirement, lines):
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):

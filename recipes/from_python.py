@@ -2,8 +2,8 @@
 
     python recipes/from_python.py
 
-What `fit`, `calibrate` and `predict` do, as a notebook would: SPADE without training, heads fitted
-by Lightning, a policy with its guarantee, the runtime. Nothing is written but `--output`.
+The equivalent of `fit`, `calibrate` and `predict`, as in a notebook: SPADE without training, heads
+fitted with Lightning, a policy with its guarantee, the runtime. Only `--output` is written.
 """
 
 import sys
@@ -34,11 +34,11 @@ def from_python(
 
     Args:
         model: Hub id or folder of the frozen model.
-        data: JSONL data as the `jsonl` task reads it.
+        data: JSONL data for the `jsonl` task.
         output: folder for the heads and their policy.
         epochs: passes over the training split.
         limit: rows used per split; None uses all.
-        max_accuracy_drop: what the policy may cost, at 95% confidence.
+        max_accuracy_drop: accuracy that the policy may lose, at 95% confidence.
     """
     seed_everything(0, verbose=False)
     recipe = Recipe(
@@ -49,7 +49,7 @@ def from_python(
     states = HiddenStateDataModule(recipe.data, recipe.model.layers)
     frozen, tokenizer = states.adapter.model, states.tokenizer
 
-    # SPADE: the start token and the answer position alone go through the blocks above a layer.
+    # SPADE: only the start token and the answer position go through the blocks above a layer.
     tokens = tokenizer([f"{PROMPT}which holds box"], return_tensors="pt")
     best = spade_logits(frozen, tokens["input_ids"], tokens["attention_mask"])[0].argmax(-1)
     _say("SPADE's answer by layer:", " ".join(tokenizer.convert_ids_to_tokens(best.tolist())))
@@ -68,7 +68,7 @@ def from_python(
     heads = LSpadeHeads.from_pretrained(output).bind(frozen)
     _say("KL to SPADE, mean over layers:", f"{trainer.logged_metrics['val/kl/mean']:.3f} nats")
 
-    # The policy that saves most of those that pass the test, and the runtime that follows it.
+    # The policy that saves most among those that pass the test, and a runtime that uses it.
     found = calibrate(states, heads, max_accuracy_drop=max_accuracy_drop, scope="choices")
     found.policy.save(output)
     _say("FLOPs saved on validation:", f"{found.calibration.chosen.compute_saved:.1%}")

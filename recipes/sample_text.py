@@ -1,7 +1,7 @@
-"""Sample a corpus from a model itself, as the folder that the `text` task reads.
+"""Sample a corpus from a model itself, as a folder for the `text` task.
 
-Heads can be trained without any data of your own: the model's own text is what it will meet when
-it writes. Then:
+This way heads can be trained without any data of your own, on the kind of text that the model
+generates. Then:
 
     lspade-train fit --config recipes/text.yaml --data.model_id MODEL --data.dataset OUTPUT
 """
@@ -30,10 +30,10 @@ def sample_text(
 
     Args:
         model: Hub id or folder.
-        output: folder to write; made if missing.
-        texts: texts sampled in all.
-        held_out: the last of them, written as the validation split.
-        tokens: tokens per text, BOS counted.
+        output: folder to write; created if missing.
+        texts: total number of texts to sample.
+        held_out: how many of them, the last ones, make the validation split.
+        tokens: tokens per text, including BOS.
         batch_size: texts sampled at a time.
         seed: seed of the sampling.
     """

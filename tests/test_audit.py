@@ -320,7 +320,7 @@ def test_damage_to_the_state_file_while_serving_loses_no_answers(tmp_path, caplo
     good = path.read_bytes()
     path.write_text("{")
     assert runtime.decide(TWENTY) == runtime.decide(TWENTY) == first
-    assert caplog.text.count("counts wait in memory") == 1
+    assert caplog.text.count("counts are kept in memory") == 1
     with pytest.raises(AuditError, match="not valid JSON"):
         runtime.auditor.flush()
     assert path.read_text() == "{"

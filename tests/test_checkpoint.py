@@ -56,7 +56,7 @@ NORM = {"llama": "model.norm.weight", "gpt2": "transformer.ln_f.weight"}
 @pytest.mark.parametrize("family", NORM)
 @pytest.mark.parametrize("way", [load, load_alone, load_in_harness])
 def test_a_missing_final_norm_is_rejected_by_every_way_of_loading(checkpoint, family, way):
-    with pytest.raises(UnsupportedModelError, match=f"lacks weights.*: {NORM[family]}\\."):
+    with pytest.raises(UnsupportedModelError, match=f"missing weights.*: {NORM[family]}\\."):
         way(checkpoint(family, drop=[NORM[family]]))
 
 
@@ -73,13 +73,15 @@ def test_a_checkpoint_deeper_than_its_configuration_is_rejected(checkpoint, fami
 @pytest.mark.parametrize("family", DEPTH)
 def test_a_checkpoint_shallower_than_its_configuration_is_rejected(checkpoint, family):
     key, blocks = DEPTH[family]
-    with pytest.raises(UnsupportedModelError, match=rf"lacks weights.*{blocks}\.4\.\* \(\d+ tens"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"missing weights.*{blocks}\.4\.\* \(\d+ tens"
+    ):
         load(checkpoint(family, **{key: 5}))
 
 
 @pytest.mark.parametrize("way", [load, load_alone])
 def test_an_embedding_of_another_size_is_rejected_naming_both_sizes(checkpoint, way):
-    with pytest.raises(UnsupportedModelError, match=r"\(64, 32\).*asks for \(70, 32\)"):
+    with pytest.raises(UnsupportedModelError, match=r"\(64, 32\).*expects \(70, 32\)"):
         way(checkpoint(vocab_size=VOCAB + 6))
 
 
@@ -111,7 +113,7 @@ def test_no_command_accepts_a_model_with_missing_weights(
     fit = ["fit", "--config", str(project.recipe(data__model_id=folder))]
     assert main(fit if command == "fit" else ["info", folder]) == 1
     printed = capsys.readouterr()
-    assert "lacks weights that its configuration asks for: model.norm.weight" in printed.err
+    assert "is missing weights that its configuration requires: model.norm.weight" in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert not (project.home / "checkpoints").exists()
@@ -166,7 +168,7 @@ def test_an_adapter_is_loaded_onto_its_base(checkpoint, adapter_of):
 
 def test_the_base_model_of_an_adapter_must_be_complete(checkpoint, adapter_of):
     base = checkpoint(drop=["model.norm.weight"])
-    with pytest.raises(UnsupportedModelError, match=r"lacks weights.*: model\.norm\.weight"):
+    with pytest.raises(UnsupportedModelError, match=r"missing weights.*: model\.norm\.weight"):
         load(adapter_of(base, "q_proj"))
 
 

@@ -222,7 +222,7 @@ def test_a_file_that_is_not_gguf_raises_a_clear_error(tmp_path, content):
 
 def test_a_file_without_one_of_the_tensors_is_rejected(tmp_path):
     write(tmp_path / "part.gguf", drop=["output_norm.weight"])
-    with pytest.raises(UnsupportedModelError, match=r"lacks weights.*model\.norm\.weight"):
+    with pytest.raises(UnsupportedModelError, match=r"missing weights.*model\.norm\.weight"):
         load(tmp_path, "part.gguf")
 
 

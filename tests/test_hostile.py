@@ -253,7 +253,7 @@ TENSOR_CHANGES = {
 def test_a_forged_shard_with_a_matching_checksum_is_rejected(cache, tmp_path, change):
     tensors = read_tensors(cache / "shard-00000.safetensors", CacheError)
     TENSOR_CHANGES[change](tensors)
-    with pytest.raises(CacheError, match="does not hold the rows of a cache"):
+    with pytest.raises(CacheError, match="does not contain the rows of a cache"):
         open_cache(forged(cache, tmp_path / "forged", tensors))
 
 
@@ -270,7 +270,7 @@ TARGET_CHANGES = {
 def test_forged_targets_with_a_matching_checksum_are_rejected(cache, tmp_path, change):
     tensors = read_tensors(cache / "target-00000.safetensors", CacheError)
     TARGET_CHANGES[change](tensors)
-    with pytest.raises(CacheError, match="does not hold the (rows|targets) of a cache"):
+    with pytest.raises(CacheError, match="does not contain the (rows|targets) of a cache"):
         open_cache(forged(cache, tmp_path / "forged", tensors, "targets"))
 
 

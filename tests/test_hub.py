@@ -337,7 +337,7 @@ def test_a_connection_that_always_drops_raises_a_clear_error_without_a_commit(
 
     hub.on_upload = drop_connection
     error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "someone/toy-heads broke off" in error_text
+    assert "someone/toy-heads was interrupted" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
 
 
@@ -351,7 +351,7 @@ def test_a_failed_upload_commits_nothing_and_resumes_on_the_next_push(hub, folde
     hub.on_upload = refuse_weights
     arguments = ["push", "--config", recipe, "--repo", REPO]
     error_text = error_of(capsys, *arguments)
-    assert "someone/toy-heads broke off" in error_text
+    assert "someone/toy-heads was interrupted" in error_text
     assert "Request has expired" in error_text
     assert "run it again" in error_text
     assert set(hub.repos[REPO].at("main")) == {".gitattributes"}
@@ -372,7 +372,7 @@ def test_a_wrong_token_is_reported(hub, folder, recipe, capsys, monkeypatch):
 def test_a_token_without_write_access_is_reported(hub, folder, recipe, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     error_text = error_of(capsys, "push", "--config", recipe, "--repo", REPO)
-    assert "may not do that in someone/toy-heads" in error_text
+    assert "no permission to do that in someone/toy-heads" in error_text
     assert "--create_pr" in error_text
 
 
@@ -387,14 +387,14 @@ def test_without_a_login_the_hub_is_not_contacted(hub, folder, recipe, capsys, m
 def test_a_missing_repository_is_reported(hub, capsys, monkeypatch, token):
     monkeypatch.delenv("HF_TOKEN") if token is None else None
     error_text = error_of(capsys, "pull", "someone/nothing")
-    assert "no repository someone/nothing that you may read" in error_text
+    assert "no repository someone/nothing that you can read" in error_text
     assert "hf auth login" in error_text
 
 
 def test_reading_a_private_repository_requires_a_login(hub, folder, capsys, monkeypatch):
     artifact.push(folder, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    assert "that you may read" in error_of(capsys, "pull", REPO, "--to", "back")
+    assert "that you can read" in error_of(capsys, "pull", REPO, "--to", "back")
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     assert main(["pull", REPO, "--to", "back"]) == 0
 

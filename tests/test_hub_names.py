@@ -57,7 +57,7 @@ def test_an_unknown_id_is_rejected_with_a_suggestion(hub, code, tmp_path):
     hub(code)
     (tmp_path / "hf/hub/models--org--model").mkdir(parents=True)
     with pytest.raises(
-        UnsupportedModelError, match=r"may read; did you mean org/model\?"
+        UnsupportedModelError, match=r"can read; did you mean org/model\?"
     ) as caught:
         settle_hub("org/modle", None)
     assert len(str(caught.value).splitlines()) == 2

@@ -1,1 +1,1 @@
-"""The heads folder as something to keep, describe and publish."""
+"""Saving, describing and publishing a heads folder."""

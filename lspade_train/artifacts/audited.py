@@ -1,6 +1,6 @@
-"""A heads folder whose policy is audited: its guarantee restated, or a stricter policy adopted.
+"""A heads folder whose policy is audited: restates its guarantee, or adopts a stricter policy.
 
-Knows nothing of models.
+Independent of models.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from lspade_train.policies.promise import promise
 
 
 def restate(folder: Path) -> bool:
-    """Have `policy.json` and the card say until when, and on how many rows, it was audited.
+    """Update the audit's results in `policy.json` and the card.
 
     Returns:
-        Whether they say something else now.
+        Whether anything changed.
 
     Raises:
         PolicyError: `policy.json` is damaged or cannot be written.
@@ -38,12 +38,12 @@ def restate(folder: Path) -> bool:
 
 
 def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
-    """Put a stricter policy in the place of the audited one; nothing that was there is lost.
+    """Replace the audited policy with a stricter one, keeping the old files under other names.
 
     Args:
-        policy: the stricter one.
-        folder: of the audited one.
-        state: the audit's, which is about the audited one and moves aside with its rows.
+        policy: the stricter policy.
+        folder: folder of the audited policy.
+        state: the audit's state, which is moved aside with its rows.
 
     Returns:
         Where the audited policy, the state and its rows are kept.
@@ -53,13 +53,13 @@ def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
         PolicyError: `policy.json` cannot be written.
     """
     tag = policy_digest(ExitPolicy.load(folder))[:8]
-    # The old policy is safe before the new one is written; the audit goes last, as a kill before
-    # that leaves one which names the policy that it was about.
-    kept = [_free(folder / f"policy-{tag}.json")]
+    # Save the old policy before writing the new one. Move the audit last: if killed before that,
+    # the audit left behind still names the policy it belongs to.
+    kept = [_unused_path(folder / f"policy-{tag}.json")]
     write_text(kept[0], (folder / POLICY).read_text(encoding="utf-8"), AuditError)
     policy.save(folder)
     for path in (state, rows_file(state)):
-        place = _free(path.with_name(path.name.replace(".", f"-{tag}.", 1)))
+        place = _unused_path(path.with_name(path.name.replace(".", f"-{tag}.", 1)))
         try:
             path.replace(place)
         except OSError as cause:
@@ -73,8 +73,8 @@ def adopt(policy: ExitPolicy, folder: Path, state: Path) -> list[Path]:
     return kept
 
 
-def _free(path: Path) -> Path:
-    """This name, or the next one that is not taken."""
+def _unused_path(path: Path) -> Path:
+    """This path, or the next one that does not exist."""
     number = 1
     found = path
     while found.exists():

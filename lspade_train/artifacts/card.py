@@ -1,7 +1,7 @@
-"""The model card of a heads folder, from its JSON files alone. Knows nothing of models or tensors.
+"""The model card of a heads folder, from its JSON files alone. Independent of models and tensors.
 
-Whoever changes the folder (fit, evaluate, calibrate, push) calls `write_card`; the words are in
-`card.md.jinja`, the numbers come from here.
+Every command that changes the folder (fit, evaluate, calibrate, push) calls `write_card`; the text
+is in `card.md.jinja`, the numbers come from here.
 """
 
 import re
@@ -23,7 +23,7 @@ from lspade_train.reporting.rows import rows_measured
 from lspade_train.reporting.tables import exit_lens
 
 TAGS = ["l-spade", "spade", "early-exit", "logit-lens", "interpretability", "text-generation"]
-NO_LICENCE = "unknown"  # the Hub's own word for it
+NO_LICENCE = "unknown"  # the Hub's own identifier
 KEEP = "<!-- Generated above this line; what is written below it is kept. -->"
 FIGURES = ("figures/accuracy_by_layer.png", "figures/agreement_by_layer.png")
 
@@ -31,13 +31,13 @@ Json = dict[str, Any]
 
 
 def write_card(folder: Path, *, repo: str | None = None, license: str | None = None) -> None:
-    """Write `README.md` anew from what the folder holds now.
+    """Rewrite `README.md` from the folder's current files.
 
     Args:
         folder: a heads folder.
         repo: `org/name` that the heads are loaded from; None: the folder.
-        license: the Hub's identifier of a licence; None: the one in the present card, or
-            `unknown`. None is ever inherited from the base model.
+        license: the Hub's identifier of a licence; None: the one in the existing card, or
+            `unknown`. Never inherited from the base model.
 
     Raises:
         ArtifactError: a JSON file of the folder is damaged, or the card cannot be written.
@@ -70,10 +70,10 @@ def _card(folder: Path, repo: str | None, license: str | None) -> str:
     recipe, data = training.get("recipe", {}), training.get("data", {})
     results, policy = (_of_these_heads(folder / name, config) for name in (RESULTS, POLICY))
     licence, added = _present(folder / CARD)
-    on_hub = base.get("revision") is not None  # of a folder no commit is recorded
+    on_hub = base.get("revision") is not None  # no commit is recorded for a folder
     base_name = base["model_id"] if on_hub else Path(base.get("model_id", "the model")).name
     name = repo.split("/")[-1] if repo else recipe.get("name") or folder.name
-    # model-index names the training's data set: what was measured on another stays in the table.
+    # model-index names the training data set: results on others are only in the table.
     asked = recipe.get("data", {})
     same = all(results.get(key) == asked.get(key) for key in ("task", "dataset"))
     metadata = ModelCardData(
@@ -139,7 +139,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def _of_these_heads(path: Path, config: Json) -> Json:
-    """A file's content; nothing where there is no file, or one about other heads."""
+    """A file's content; empty if it does not exist or belongs to other heads."""
     if not path.exists():
         return {}
     value = read_json(path, ArtifactError, f"Delete it, or write {path.name} again.")
@@ -148,13 +148,13 @@ def _of_these_heads(path: Path, config: Json) -> Json:
 
 
 def _present(path: Path) -> tuple[str | None, str]:
-    """The licence in the card that is there, and what was written below the generated part."""
+    """The existing card's licence, and the text below its generated part."""
     from huggingface_hub import ModelCard
 
     try:
         text = path.read_text(encoding="utf-8")
         return ModelCard(text).data.get("license"), text.partition(KEEP)[2] or "\n"
-    except (OSError, ValueError, YAMLError):  # none, or one that is no card
+    except (OSError, ValueError, YAMLError):  # missing, or not a card
         return None, "\n"
 
 
@@ -163,9 +163,9 @@ class _Measured:
     """The policy's figures on some rows.
 
     Attributes:
-        split: of the data set.
+        split: split of the data set.
         where: the rows in words.
-        flattered: whether they chose the policy.
+        flattered: whether these rows chose the policy, which biases the figures.
         row: the figures.
     """
 
@@ -181,7 +181,7 @@ def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
     measured = (results.get("exits") or {}).get("policy") or {}
     if measured.get("row"):
         split = results["split"]
-        # Results of before this was recorded: policies are selected on validation rows only.
+        # Older results do not record this: policies are selected on validation rows only.
         flattered = measured.get("chosen_on_these_rows", split == "validation")
         found.append(_Measured(split, rows_measured(results), flattered, measured["row"]))
     record = policy.get("calibration", {})
@@ -195,10 +195,10 @@ def _policy_rows(results: Json, policy: Json) -> list[_Measured]:
 
 
 def _measure_words(policy: Json) -> Json:
-    """How a confidence that stops stands to its threshold, and its unit, in words."""
+    """How a value that exits compares to its threshold, and its unit, in words."""
     from lspade_train.probes.measures import MEASURES
 
-    # A policy of another's measure may be shown where that measure is not registered.
+    # A shared policy's measure may not be registered here.
     known = MEASURES.get(policy.get("measure", "entropy"))
     return {
         "relation": known.relation if known else "as certain as",
@@ -207,7 +207,7 @@ def _measure_words(policy: Json) -> Json:
 
 
 def _decoder_words(policy: Json) -> str:
-    """The decoder in words; layer by layer where that differs."""
+    """The decoder in words; layer by layer if the layers differ."""
     decoder = policy.get("decoder", "spade")
     words = decoder if isinstance(decoder, list) else [decoder]
     names = ["SPADE" if word == "spade" else f"the {word} head" for word in words]
@@ -218,7 +218,7 @@ def _decoder_words(policy: Json) -> str:
 
 
 def _layer_table(results: Json) -> Json:
-    """Every lens by layer: accuracy, or agreement with the model without labels; the heads' KL."""
+    """Every lens by layer: accuracy (agreement with the model without labels); the heads' KL."""
     metric = "accuracy" if results["n_labelled"] else "agrees_model"
     lenses, heads = results["lenses"], exit_lens(results)
     if any(lens[metric] is None for lens in lenses.values()):  # heads fitted over the choices
@@ -235,7 +235,7 @@ def _layer_table(results: Json) -> Json:
 
 
 def _training_table(training: Json) -> Json | None:
-    """What was logged on validation at the end of fit."""
+    """Validation metrics at the end of fit."""
     found: dict[str, list[float]] = {}
     for name, value in sorted(training.get("metrics", {}).items()):
         kind, _, layer = name.removeprefix("val/").partition("/layer_")
@@ -251,7 +251,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _cell(lens: Json, metric: str, place: int) -> str:
-    """A number, with its interval where there is one."""
+    """A number, with its interval if there is one."""
     text, interval = f"{lens[metric][place]:.3f}", lens.get(f"{metric}_interval")
     return text if not interval else f"{text} [{interval[place][0]:.3f}, {interval[place][1]:.3f}]"
 

@@ -21,17 +21,17 @@ from lspade_train.training.datamodule import HiddenStateDataModule
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
 FINAL = "/final/"
-"""In the names of a tuned lens's metrics, where L-SPADE heads are fitted in the same fit."""
+"""Part of the names of a tuned lens's metrics, if it is fitted together with L-SPADE heads."""
 
 
 class ExportHeads(Callback):
-    """Write the heads folder when fit ends, and hand it to W&B where that is on.
+    """Write the heads folder when fit ends, and upload it to W&B if that is enabled.
 
-    The heads of a group of layers wait in `training/` for the last group.
+    The heads of a group of layers are kept in `training/` until the last group is fitted.
 
     Args:
         folder: the heads folder.
-        recipe: recorded in it.
+        recipe: recipe to record in it.
         group: the layers that are fitted.
     """
 
@@ -46,7 +46,7 @@ class ExportHeads(Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the fit, with that of the runs that it resumed."""
+        """Wall time of the fit, including the runs that it resumed."""
         return self._before + time.monotonic() - self._began
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,20 +62,20 @@ class ExportHeads(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the step's losses up, where they are: nothing waits for them."""
+        """Add up the step's losses on the device, without synchronising."""
         module: Any = pl_module
         self._losses = module.latest + self._losses.to(module.device)
         self._steps += 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics: a fit that is stopped after its last epoch exports when it goes on."""
+        """Keep the metrics: a fit stopped after its last epoch exports them when resumed."""
         if trainer.sanity_checking:
             return
         found = sorted(trainer.callback_metrics.items())
         self.metrics = {k: float(v) for k, v in found if k.startswith("val/")}
         epoch = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         means = {k: v for k, v in self.metrics.items() if k.endswith("/mean")}
-        # A fit that was stopped between validation and the epoch's end validates again.
+        # A fit that was stopped between validation and the end of the epoch validates again.
         again = [one for one in self.history if one["epoch"] == epoch["epoch"]]
         before = self.history[: len(self.history) - len(again)]
         known = again[0] if again else epoch
@@ -92,7 +92,7 @@ class ExportHeads(Callback):
         return {f"train/{prefix}loss/mean": float(part.mean()) for prefix, part in pairs}
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into the checkpoint."""
+        """State for the checkpoint."""
         return {
             "metrics": self.metrics,
             "history": self.history,
@@ -101,13 +101,13 @@ class ExportHeads(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Comes from the checkpoint."""
+        """Restore the state from the checkpoint."""
         self.metrics, self.history = dict(state_dict["metrics"]), list(state_dict["history"])
         self._before = state_dict["seconds"]
         self._steps, self._losses = state_dict["losses"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on the first process."""
+        """Export on rank 0."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
@@ -123,7 +123,7 @@ class ExportHeads(Callback):
             _log_artifact(logger, self.folder, self.recipe.name)
 
     def _join(self) -> LSpadeHeads:
-        """The heads of all groups, and their metrics together."""
+        """The heads and metrics of all groups, joined."""
         groups = (LayerGroup(number, self.group.count) for number in range(self.group.count))
         parts = [LSpadeHeads.from_pretrained(group_folder(self.folder, g)) for g in groups]
         for part in parts:
@@ -174,10 +174,10 @@ def export(
     history: Sequence[dict[str, float]],
     seconds: float,
 ) -> None:
-    """Write a complete heads folder, that of a tuned lens beside the heads inside it.
+    """Write a complete heads folder, with a tuned lens beside the heads in a subfolder.
 
     Args:
-        folder: made if missing.
+        folder: folder to write to; created if missing.
         heads: the trained heads.
         base_model: id, revision and digests of the frozen model.
         recipe: the whole recipe, as run.
@@ -185,9 +185,9 @@ def export(
             and the text between prompt and answer.
         cache_digests: identity digest of each split's cache.
         steps: optimiser steps taken.
-        metrics: last logged metrics by name; of a tuned lens beside them, below `.../final/`.
-        history: by epoch, the means over the layers, by the same names.
-        seconds: wall time, a missing cache's included.
+        metrics: last logged metrics by name; those of a tuned lens are named `.../final/...`.
+        history: means over the layers for each epoch, by the same names.
+        seconds: wall time, including building a missing cache.
 
     Raises:
         ArtifactError: the folder cannot be written.
@@ -202,7 +202,7 @@ def export(
     }
     tuned = heads.tuned_lens
     if tuned is not None:
-        # Recorded as what it would be had it been fitted alone.
+        # Recorded as if it had been fitted alone.
         alone = replace(recipe, model=replace(recipe.model, target="final"))
         found = {"metrics": _of_final(metrics), "history": [*map(_of_final, history)]}
         record = training | {"recipe": asdict(alone)} | found
@@ -221,17 +221,17 @@ def export(
 
 
 def _of_final(values: Mapping[str, float]) -> dict[str, float]:
-    """The tuned lens's values, by the names that they would have alone."""
+    """The tuned lens's values, under the names they have in a fit of the tuned lens alone."""
     return {k.replace(FINAL, "/", 1): v for k, v in values.items() if FINAL in k or "/" not in k}
 
 
 def _as_final(values: Mapping[str, float]) -> dict[str, float]:
-    """A tuned lens's values, by the names that they have beside those of other heads."""
+    """A tuned lens's values, under the names they have beside those of other heads."""
     return {k.replace("/", FINAL, 1) if "/" in k else k: v for k, v in values.items()}
 
 
 def _joined_history(parts: Sequence[LSpadeHeads]) -> list[dict[str, float]]:
-    """By epoch, the means over the layers of all groups."""
+    """Means over the layers of all groups, for each epoch."""
     histories: list[list[dict[str, float]]] = []
     for part in parts:
         epochs = part.metadata["training"]["history"]

@@ -1,7 +1,7 @@
-"""The heads folder as a whole: what it is, whether its parts belong together, push and pull.
+"""The heads folder as a whole: description, consistency check, push and pull.
 
-`heads.safetensors` and `config.json` are `LSpadeHeads`' own; this module adds what stands around
-them. Each file is complete or absent. Knows nothing of training.
+`LSpadeHeads` reads and writes `heads.safetensors` and `config.json`; this module handles the other
+files. Each file is complete or absent. Independent of training.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from lspade_train.probes.heads import AGAIN, KINDS, LSpadeHeads
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """What a heads folder is, from its files alone.
+    """Describe a heads folder, from its files alone.
 
     Raises:
         ArtifactError: missing or damaged.
@@ -43,7 +43,9 @@ def describe(folder: Path) -> dict[str, str]:
             "made with": ", ".join(f"{k} {v}" for k, v in training.get("versions", {}).items()),
         }
     except (TypeError, ValueError, AttributeError) as cause:
-        raise ArtifactError(f"{folder / CONFIG} is no heads' config ({cause}). {AGAIN}") from cause
+        raise ArtifactError(
+            f"{folder / CONFIG} is not a valid heads config ({cause}). {AGAIN}"
+        ) from cause
     rows |= _promise(folder)
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return rows | {"files": ", ".join(files)}
@@ -64,13 +66,13 @@ def _promise(folder: Path) -> dict[str, str]:
 
 
 def check_folder(folder: Path) -> LSpadeHeads:
-    """Load a heads folder, and refuse one whose parts do not belong together.
+    """Load a heads folder, and raise if its parts do not belong together.
 
     Raises:
-        LSpadeError: heads, policy or results are missing, damaged, of an unknown format, or of
-            other heads than the ones beside them.
+        LSpadeError: heads, policy or results are missing, damaged, of an unknown format, or belong
+            to other heads.
     """
-    if not folder.is_dir():  # or it would be looked for on the Hub
+    if not folder.is_dir():  # otherwise it would be looked up on the Hub
         raise ArtifactError(
             f"{folder} does not exist.\nFit heads first: lspade-train fit --config RECIPE.yaml"
         )
@@ -100,22 +102,22 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
 ) -> str:
-    """Check a heads folder, write its card anew, and send its known files in one commit.
+    """Check a heads folder, rewrite its card, and upload its known files in one commit.
 
     Args:
         folder: a heads folder.
         repo: `org/name` on the Hub.
         license: the Hub's identifier of the heads' licence; None: the card's, or `unknown`.
         private: whether a new repository is private.
-        branch: branch to commit to, made where it is missing; None: main.
+        branch: branch to commit to, created if missing; None: main.
         create_pr: propose the commit as a pull request instead.
         message: commit message.
 
     Returns:
-        Address of the commit or of the pull request.
+        URL of the commit or of the pull request.
 
     Raises:
-        LSpadeError: the folder is not in order, or the Hub does not take it.
+        LSpadeError: the folder is not valid, or the Hub rejects it.
     """
     fetch.check_name(repo)
     check_folder(folder)
@@ -135,21 +137,21 @@ def push_to_hub(
     create_pr: bool = False,
     message: str | None = None,
 ) -> str:
-    """Send heads with their config and a model card to the Hub, in one commit.
+    """Upload heads with their config and a model card to the Hub, in one commit.
 
-    Policy, results and figures belong to a folder, not to the heads: `push` sends a folder.
+    Policy, results and figures are part of a folder, not of the heads: `push` uploads a folder.
 
     Args:
         heads: trained heads.
         repo: `org/name`.
         license: the Hub's identifier of the heads' licence; None: `unknown`.
         private: whether a new repository is private.
-        branch: branch to commit to, made where it is missing; None: main.
+        branch: branch to commit to, created if missing; None: main.
         create_pr: propose the commit as a pull request instead.
         message: commit message.
 
     Returns:
-        Address of the commit or of the pull request.
+        URL of the commit or of the pull request.
 
     Raises:
         HubError: no login, no permission, no such repository, or no network.
@@ -164,7 +166,7 @@ def push_to_hub(
 
 
 def pull(repo: str, folder: Path, revision: str | None = None) -> None:
-    """Download heads into a new folder: checked and complete, or there is no folder.
+    """Download heads into a new folder, which is created only if they are complete and valid.
 
     Args:
         repo: `org/name` on the Hub.
@@ -172,8 +174,8 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> None:
         revision: branch, tag or commit; None: main.
 
     Raises:
-        LSpadeError: the folder exists or cannot be written, the Hub has no such heads, or what it
-            has is damaged.
+        LSpadeError: the folder exists or cannot be written, or the Hub's heads are missing or
+            damaged.
     """
     if folder.exists():
         raise ArtifactError(
@@ -204,7 +206,7 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> None:
 
 
 def machine_paths(folder: Path) -> list[str]:
-    """Absolute paths in a heads folder's JSON, as `file: path`: whoever pulls it reads them."""
+    """Absolute paths in a heads folder's JSON, as `file: path`, which a push would publish."""
     return [
         f"{path.relative_to(folder).as_posix()}: {text}"
         for path in (folder / CONFIG, folder / TUNED_LENS / CONFIG, folder / RESULTS)

@@ -1,7 +1,7 @@
-"""Heads to the Hugging Face Hub, through its own client, or to a URL.
+"""Uploads heads to the Hugging Face Hub, through its own client, or to a URL.
 
-Only the files that a heads folder has by name are ever sent, so that neither logs nor checkpoints
-leave the machine. Tokens are the client's matter: its login, or HF_TOKEN.
+Only the known files of a heads folder are ever uploaded, so neither logs nor checkpoints leave the
+machine. Tokens are left to the client: its login, or HF_TOKEN.
 """
 
 from pathlib import Path
@@ -22,26 +22,26 @@ def upload(
     create_pr: bool = False,
     message: str | None = None,
 ) -> str:
-    """Make a revision of `repo` hold the known files of `folder`, in one commit or not at all.
+    """Upload the known files of `folder` to a revision of `repo`, in one commit.
 
-    Known files that the repository has and the folder has not are deleted there: a policy of other
-    heads must not stay behind. Other files of the repository are left alone.
+    Known files in the repository that are not in the folder are deleted: a policy of other heads
+    must not stay behind. Other files of the repository are left alone.
 
     Args:
         folder: a heads folder.
-        repo: `org/name`, made where it is missing, except for a pull request; or a URL, where
-            config.json goes last.
+        repo: `org/name`, created if missing, except for a pull request; or a URL, where config.json
+            is uploaded last.
         private: whether a new repository is private.
-        branch: branch to commit to, made where it is missing; None: main.
+        branch: branch to commit to, created if missing; None: main.
         create_pr: propose the commit as a pull request instead.
         message: commit message; None: "Upload L-SPADE heads".
 
     Returns:
-        Address of the commit or of the pull request, or the URL.
+        URL of the commit or of the pull request, or the given URL.
 
     Raises:
         HubError: no login, no permission, no such repository, no network, or a public repository
-            where a private one was asked for.
+            although a private one was requested.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -62,7 +62,7 @@ def upload(
             _open(api, repo, private, branch)
         there = api.list_repo_files(repo, revision=branch)
         gone = sorted(name for name in there if is_known(name) and name not in files)
-        # Not upload_folder: that may commit a folder in several parts.
+        # Not upload_folder, which may split a folder into several commits.
         commit = api.create_commit(
             repo,
             [
@@ -77,7 +77,7 @@ def upload(
 
 
 def _open(api: Any, repo: str, private: bool, branch: str | None) -> None:
-    """Make the repository and the branch where they are missing."""
+    """Create the repository and the branch if they are missing."""
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise HubError(

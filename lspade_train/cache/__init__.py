@@ -1,4 +1,4 @@
-"""Hidden states and SPADE targets on disk: manifest with identity, shards, memory-mapped reads."""
+"""Hidden states and SPADE targets on disk: manifest, shards, memory-mapped reads."""
 
 from lspade_train.cache.added_targets import add_targets
 from lspade_train.cache.dataset import StateDataset

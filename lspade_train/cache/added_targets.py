@@ -1,4 +1,4 @@
-"""SPADE's targets for the rows of a finished cache: one more file per shard, nothing rewritten."""
+"""Adds SPADE's targets to a finished cache: one more file per shard, without rewriting any."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,15 +25,15 @@ from lspade_train.io.tensors import read_tensors
 
 
 def add_targets(job: Build) -> Manifest:
-    """Compute SPADE's targets for the rows of a finished cache; resumes, rewrites no shard.
+    """Compute SPADE's targets for the rows of a finished cache; resumable, rewrites no shard.
 
-    The same bytes whether the shards were written by this run or by an earlier one.
+    The bytes do not depend on whether the shards were written by this run or by an earlier one.
 
     Args:
-        job: folder, model and kind of target; `overwrite` and the rest of `what` are not read.
+        job: folder, model and kind of target; `overwrite` and the rest of `what` are ignored.
 
     Raises:
-        CacheError: the cache is missing, damaged or another one, or the disk is too small.
+        CacheError: the cache is missing, damaged or a different one, or the disk is too small.
         NumericsError: a target is NaN or Inf.
         StoppedError: another process of this run was killed.
     """
@@ -65,13 +65,13 @@ def _targets(job: Build, shard: Shard, unfinished: Unfinished) -> dict[str, Tens
 
 
 def _prepare_targets(job: Build) -> Manifest:
-    """The manifest of the cache in the folder; makes that ready for targets where it lists none."""
+    """The manifest of the cache in the folder, which is prepared for targets if it has none."""
     folder = job.folder
     manifest = Manifest.read(folder)
     require_same(manifest.identity, job.identity, folder)
     if manifest.targets:
         return manifest
-    verify(folder, manifest, trust_unchanged=True)  # targets of damaged states would look sound
+    verify(folder, manifest, trust_unchanged=True)  # targets of damaged states would look valid
     clear(folder, ".*.tmp")
     size = manifest.rows * target_bytes(job.adapter, job.what)
     require_space(folder, size, "target-*.safetensors")
@@ -79,7 +79,7 @@ def _prepare_targets(job: Build) -> Manifest:
 
 
 def _finish_targets(job: Build, manifest: Manifest, targets: dict[Shard, list[int]]) -> Manifest:
-    """Replace the manifest by one that lists the targets, too."""
+    """Replace the manifest with one that also lists the targets."""
     folder = job.folder
     gather(job, targets)
     clear(folder, "target-*.safetensors", keep={target.file for target in targets})

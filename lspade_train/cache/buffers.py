@@ -1,4 +1,4 @@
-"""Memory that is lent to tensors and taken back with the last of them. Knows nothing of rows."""
+"""A pool of buffers that are reused once no tensor uses them. Independent of rows."""
 
 import math
 import weakref
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Lends memory for what is read, and lends it again once it has come back.
+    """Provides memory for reads, and reuses it once it has been released.
 
     Fresh memory has to be mapped by the system, page by page, which takes longer than reading into
-    it. Every tensor over a buffer, and every view of one, holds the buffer's loan: as long as one
-    of them exists, nobody else gets the memory.
+    it. Every tensor over a buffer, and every view of one, keeps the buffer's loan alive: as long as
+    one of them exists, the memory is not reused.
     """
 
     KEPT = 8
-    """Buffers kept at most: hidden, target and final of two blocks, and of a batch between."""
+    """Most buffers kept: hidden, target and final of two blocks, and of a batch between them."""
     LARGEST = 64 * 2**20
     """Bytes of the largest buffer that is kept."""
 
@@ -26,7 +26,7 @@ class BufferPool:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of undefined content."""
+        """An uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         if not 0 < size <= self.LARGEST:
             return torch.empty(shape, dtype=dtype)
@@ -41,7 +41,7 @@ class BufferPool:
 
 
 class _Loan:
-    """Owner of a buffer while tensors use it: the arrays under them refer to this object."""
+    """Owner of a buffer while tensors use it: their underlying arrays reference this object."""
 
     def __init__(self, buffer: np.ndarray, free: list[np.ndarray]) -> None:
         self.__array_interface__: dict[str, Any] = buffer.__array_interface__

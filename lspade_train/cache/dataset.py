@@ -1,4 +1,4 @@
-"""`StateDataset`: rows of cached states over shards, gathered by row. Knows nothing of files."""
+"""`StateDataset`: rows of cached states over shards, gathered by row. Independent of files."""
 
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -11,14 +11,14 @@ from lspade_train.cache.buffers import BufferPool
 from lspade_train.cache.states import STATES, StateBatch
 
 READ_MB = 16
-"""Hidden states that a shuffled epoch reads at once: finding them is then a few percent of it."""
+"""Hidden states read at once in a shuffled epoch; the lookup then takes a few percent of it."""
 
 
 class StateDataset:
     """Rows over one or more shards, on disk or in memory.
 
     Args:
-        shards: per shard, tensors by the names of `StateBatch`.
+        shards: per shard, tensors by their names in `StateBatch`.
         groups: names of the subgroups.
         layers: the layers of `StateBatch.hidden`.
     """
@@ -31,9 +31,9 @@ class StateDataset:
         self.layers = tuple(layers)
         sizes = torch.tensor([len(shard["final"]) for shard in self.shards])
         self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        self._chosen: Tensor | None = None  # places of the rows among the shards'; None: all
+        self._chosen: Tensor | None = None  # indices of the rows in the shards; None: all
         self._buffers = BufferPool()
-        # A few bytes a row: in one piece, since a call per shard would cost more than the reading.
+        # A few bytes per row: concatenated, since a call per shard would cost more than reading.
         self.labels = {
             name: torch.cat([shard[name] for shard in self.shards])
             for name in self.shards[0]
@@ -49,20 +49,20 @@ class StateDataset:
         return rows_at_once(self.shards[0]["hidden"][:1].nbytes)
 
     def order_by_shard(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-        """Shard by shard, so that each is read in one piece; within a shard as given."""
+        """Order rows by shard, so that each is read at once; within a shard as given."""
         return rows[self._shard_of(rows).argsort(stable=True)]
 
     def split_batches(self, rows: Int[Tensor, " rows"], count: int) -> Iterator[StateBatch]:
-        """`rows[j::count]` for every j, read at once."""
+        """Batches of `rows[j::count]` for every j, read at once."""
         block = self.gather(rows)
         return (block.rows(slice(first, None, count)) for first in range(count))
 
     def first(self, rows: int) -> "StateDataset":
-        """The leading rows, without a copy of their states."""
+        """The leading rows, without copying their states."""
         return self.select(torch.arange(min(rows, len(self))))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "StateDataset":
-        """Some of the rows, in the given order, without a copy of their states."""
+        """Some of the rows, in the given order, without copying their states."""
         found = copy(self)
         found._chosen = self._places(rows)
         found.labels = {name: label[rows] for name, label in self.labels.items()}
@@ -75,7 +75,7 @@ class StateDataset:
         return found
 
     def gather(self, rows: Int[Tensor, " rows"]) -> StateBatch:
-        """The asked rows in the asked order, copied out of the maps once."""
+        """The requested rows in the requested order, copied once out of the mapped files."""
         rows = rows.contiguous()
         which, places = self._shard_of(rows), self._places(rows)
         out = {name: label.index_select(0, rows) for name, label in self.labels.items()}
@@ -88,14 +88,14 @@ class StateDataset:
             first, last = int(place[0]), int(place[-1]) + 1
             for name in states:
                 value = self.shards[number][name]
-                if last - first == len(place):  # one piece of the batch: no second copy
+                if last - first == len(place):  # contiguous in the batch: no second copy
                     torch.index_select(value, 0, local, out=out[name][first:last])
                 else:
                     out[name][place] = value[local]
         return StateBatch(**out)
 
     def _places(self, rows: Tensor) -> Tensor:
-        """Where rows stand among those of all shards."""
+        """Indices of rows among those of all shards."""
         return rows if self._chosen is None else self._chosen[rows]
 
     def _shard_of(self, rows: Tensor) -> Tensor:
@@ -103,5 +103,5 @@ class StateDataset:
 
 
 def rows_at_once(row_bytes: int) -> int:
-    """How many rows with so many bytes of hidden states are best read together."""
+    """How many rows, given their bytes of hidden states, are best read together."""
     return READ_MB * 2**20 // row_bytes

@@ -1,7 +1,7 @@
 """From tokenised prompts to hidden states, and from those to SPADE targets.
 
-Two steps, since a recipe may need the first alone: the second one starts from what the first has
-stored. Knows nothing of files: the writer, the in-memory mode and the online mode all call this.
+These are two steps, since a recipe may need only the first; the second starts from the states that
+the first stored. Independent of files: used by the writer, in-memory mode and online mode.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,17 +24,17 @@ from lspade_train.tasks import Example
 Item = TypeVar("Item")
 
 SWEEP_ROWS = 16_384
-"""Single-token rows in the upward sweep at once, which bounds its memory."""
+"""Most single-token rows in the upward sweep at once, which bounds its memory."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is computed of each prompt.
+    """What to compute for each prompt.
 
     Attributes:
         layers: layers with a hidden state and a SPADE target, ascending, 0..L-1.
         positions: position ids of SPADE's two tokens.
-        targets: what is kept of SPADE's answer.
+        targets: how SPADE's answer is stored.
         topk: tokens kept with `targets: topk`.
         max_choices: width of the choice columns.
         groups: names of the subgroups; rows hold an index into them.
@@ -51,19 +51,19 @@ class Extraction:
 
 
 def row_count(examples: Sequence[Example]) -> int:
-    """Cached rows of these prompts: one per answer position."""
+    """Number of cached rows of these prompts: one per answer position."""
     return sum(len(example.positions) for example in examples)
 
 
 def beginnings(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
-    """Token ids of the prompts, and the first answer position of each: no later token is shared."""
+    """Token ids of the prompts, and each one's first answer position, where sharing must end."""
     return [e.input_ids for e in examples], [int(min(e.positions)) for e in examples]
 
 
 def _batches(
     adapter: ModelAdapter, examples: Sequence[Example], tokens_per_batch: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Leading tokens that the prompts of a batch share, and the indices of those prompts."""
+    """Per batch: number of leading tokens that its prompts share, and the prompts' indices."""
     for shared, members in shared_groups(adapter, *beginnings(examples)):
         lengths = [len(examples[i].input_ids) for i in members]
         for places in length_batches(lengths, tokens_per_batch, shared=shared):
@@ -81,19 +81,19 @@ def extract(
 ) -> dict[str, Tensor]:
     """Hidden states and labels of `examples`, one row per answer position, in their order.
 
-    What the prompts have in common at their beginning is run once. Their bytes are a function of
-    `examples` and `tokens_per_batch` alone.
+    Leading tokens that the prompts share are run once. The bytes depend on `examples` and
+    `tokens_per_batch` only.
 
     Args:
         adapter: the frozen model.
-        examples: tokenised prompts; none give no rows.
+        examples: tokenised prompts; an empty sequence gives no rows.
         what: the layers.
         tokens_per_batch: padded prompt tokens per forward.
-        to_host: copy what the model computes to the host's memory; else it stays on the device.
-        unfinished: counts the batches, and may hold the first of them already.
+        to_host: copy results to the host's memory; otherwise they stay on the device.
+        unfinished: counts the batches, and may already hold the first of them.
 
     Returns:
-        Tensors whose first dimension is the row, by the names of `StateBatch`; no targets.
+        Tensors whose first dimension is the row, by their names in `StateBatch`; no targets.
 
     Raises:
         NumericsError: a hidden state is NaN or Inf.
@@ -111,7 +111,7 @@ def extract(
             yield batch, _to_host(parts) if to_host else partial(dict, parts)
 
     with unfinished:
-        for batch, arrived in _one_behind(batches()):
+        for batch, arrived in _lagged(batches()):
             place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
             parts = arrived()
             _refuse_non_finite_states(parts, examples, batch, what.layers)
@@ -130,19 +130,19 @@ def spade_targets(
     *,
     unfinished: Unfinished | None = None,
 ) -> dict[str, Tensor]:
-    """What `what.targets` keeps of SPADE's answers, row by row of what `extract` gave.
+    """SPADE's answers to the rows that `extract` returned, in the form that `what.targets` asks.
 
-    A function of the stored rows alone: whether they were computed just now or long ago, and in
-    which batches, makes no difference. Memory beyond the result is bounded by `SWEEP_ROWS`.
+    They depend on the stored rows only, not on when or in which batches these were computed. Memory
+    beyond the result is bounded by `SWEEP_ROWS`.
 
     Args:
         adapter: the frozen model.
         states: `hidden`, `start_id` and `position_id` of the rows.
         what: layers, position ids and the kind of target.
-        unfinished: counts the steps, and may hold the first of them already.
+        unfinished: counts the steps, and may already hold the first of them.
 
     Returns:
-        Tensors by the names of `StateBatch`, where `states["hidden"]` is.
+        Tensors by their names in `StateBatch`, on the device of `states["hidden"]`.
 
     Raises:
         NumericsError: a target is NaN or Inf.
@@ -179,7 +179,7 @@ def _continued(
 
 
 def _no_states(adapter: ModelAdapter, what: Extraction) -> dict[str, Tensor]:
-    """The states of no row at all, for a process without rows."""
+    """Empty states, for a process without rows."""
     final = torch.empty(0, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
     ids = torch.empty(0, dtype=torch.int32)
     return {
@@ -190,8 +190,8 @@ def _no_states(adapter: ModelAdapter, what: Extraction) -> dict[str, Tensor]:
     }
 
 
-def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
-    """Each item once the next one is under way: the device computes while the host copies."""
+def _lagged(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item once the next one is started: the device computes while the host copies."""
     held: list[Item] = []
     for item in items:
         held.append(item)
@@ -201,14 +201,14 @@ def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _to_host(parts: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Start copying to the host's memory; what is returned waits for the end of it."""
+    """Start copying to the host's memory; the returned function waits for the copies."""
     copies: dict[str, Tensor] = {}
     events: list[Any] = []
     for name, part in parts.items():
         if part.device.type != "cuda":
             copies[name] = part.cpu()
             continue
-        # Only pinned memory is copied to without the host waiting.
+        # Only copies to pinned memory are asynchronous.
         copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
         copies[name].copy_(part, non_blocking=True)
         events.append(torch.cuda.current_stream(part.device).record_event())
@@ -226,7 +226,7 @@ def _forward(
 ) -> dict[str, Tensor]:
     ids, mask, positions, real = _pad(examples, adapter.device)
     states = collect_states(adapter, ids, mask, positions, what.layers, shared=shared)
-    # A prompt with fewer positions than the widest repeats one; those rows go.
+    # Prompts with fewer positions than the widest are padded by repeating one; drop those rows.
     keep = real.to(states.final.device)
     hidden, final = states.hidden[keep], states.final[keep]
     return {
@@ -269,7 +269,7 @@ def _pad(
 
 
 def _labels(examples: Sequence[Example], what: Extraction) -> dict[str, Tensor]:
-    """Everything about a row that no model has to compute."""
+    """The columns of a row that do not depend on the model."""
     answers, labelled, choices, counts, groups = [], [], [], [], []
     for example in examples:
         n = len(example.positions)
@@ -284,7 +284,7 @@ def _labels(examples: Sequence[Example], what: Extraction) -> dict[str, Tensor]:
         groups.append(np.full(n, what.groups.index(example.group)))
 
     def joined(parts: list[np.ndarray], *shape: int) -> Tensor:
-        # An empty start, since there may be no prompt at all.
+        # Starts with an empty array, since there may be no prompts.
         return torch.from_numpy(np.concatenate([np.zeros((0, *shape), dtype=np.int64), *parts]))
 
     return {
@@ -329,7 +329,7 @@ def _refuse_non_finite_targets(
 
 
 def _first_non_finite(value: Tensor) -> tuple[int, int] | None:
-    """Row, and place in the second dimension, of the first vector that is not finite."""
+    """Row, and index in the second dimension, of the first vector that is not finite."""
     if torch.isfinite(value).all():
         return None
     bad = ~torch.isfinite(value if value.ndim == 3 else value[:, None])
@@ -339,6 +339,6 @@ def _first_non_finite(value: Tensor) -> tuple[int, int] | None:
 
 def _non_finite(what: str) -> NumericsError:
     return NumericsError(
-        f"NaN or Inf in {what}; expected finite numbers. Nothing was written for it.\n"
+        f"NaN or Inf in {what}; expected finite numbers. Nothing was written.\n"
         "Half precision may overflow: try --data.dtype bfloat16 or float32."
     )

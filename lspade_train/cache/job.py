@@ -1,7 +1,7 @@
-"""`Build`: one split's cache while it is written, and what every step of that shares.
+"""`Build`: one split's cache while it is written, and helpers that all its steps share.
 
-The folder's lock, its room on the disk, and files shared out among the processes of a run. Knows
-nothing of what the files hold.
+The folder's lock, a check of disk space, and the division of files among a run's processes.
+Independent of the files' content.
 """
 
 import shutil
@@ -33,13 +33,13 @@ class Build:
     """One split's cache while it is written.
 
     Attributes:
-        folder: where it goes.
+        folder: folder of the cache.
         adapter: the frozen model.
-        what: what is computed of each prompt.
-        identity: what decides the bytes.
-        store: where else each file goes as soon as it is complete.
-        overwrite: compute what exists already, too.
-        name: of the work, where its progress is shown.
+        what: what to compute for each prompt.
+        identity: everything that determines the bytes.
+        store: remote store that each file is copied to as soon as it is complete.
+        overwrite: recompute files that already exist.
+        name: name of the work, for its progress bar.
         say: shows the user a line.
     """
 
@@ -47,7 +47,7 @@ class Build:
     adapter: ModelAdapter
     what: Extraction
     identity: Identity
-    store: RemoteStore = LocalStore()  # noqa: RUF009  (it has no state)
+    store: RemoteStore = LocalStore()  # noqa: RUF009  (stateless)
     overwrite: bool = False
     name: str | None = None
     say: Callable[[str], None] = lambda _: None
@@ -59,19 +59,19 @@ class Build:
 
     @property
     def compiled(self) -> str:
-        """Ends the tag of what compiled blocks have computed: they round in another way."""
+        """Suffix of the tag of files computed with compiled blocks, which round differently."""
         return ", compiled" * self.adapter.compiled
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """What `work` gives on the first process, for all of them."""
+    """Run `work` on rank 0, and return its result on all ranks."""
     return together(lambda: work() if ranks()[0] == 0 else None)[0]  # type: ignore[return-value]
 
 
 def write_shared(job: Build, part: Callable[[int], Part], count: int) -> dict[Shard, list[int]]:
-    """Write this process's share of the files; all files of all processes, with their stamps.
+    """Write this process's share of the files; returns those of all processes, with their stamps.
 
-    The first process shows the progress of its own share.
+    Rank 0 shows the progress of its own share.
     """
     rank, world = ranks()
     mine = [part(number) for number in range(rank, count, world)]
@@ -89,13 +89,13 @@ def gather(job: Build, files: Iterable[Shard]) -> None:
     absent = [path for path in paths if not path.exists()]
     if absent:
         raise CacheError(
-            f"{job.folder} does not hold {absent[0].name}, which another machine has written.\n"
+            f"{job.folder} does not contain {absent[0].name}, which another machine wrote.\n"
             "Set --data.cache_dir to a folder that all machines share, or to a URL such as s3://."
         )
 
 
 def clear(folder: Path, *patterns: str, keep: Set[str] = frozenset()) -> None:
-    """Delete a folder's files of these patterns, but for some.
+    """Delete a folder's files that match these patterns, except those in `keep`.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -122,7 +122,7 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def exclusive(job: Build) -> Generator[None]:
-    """One writer at a time; a second one waits for the first and then finds its cache."""
+    """Allow one writer at a time; a second one waits for the first and then uses its cache."""
     folder = job.folder
     _make_folder(folder)
     lock = FileLock(folder / ".lock")
@@ -142,7 +142,7 @@ def exclusive(job: Build) -> Generator[None]:
 
 
 def require_space(folder: Path, size: int, *patterns: str) -> None:
-    """Refuse a disk that has no room for what is still to be written of so many bytes."""
+    """Raise if the disk has no room for the part of `size` bytes that is still to be written."""
     present = sum(path.stat().st_size for pattern in patterns for path in folder.glob(pattern))
     needed, free = size - present, shutil.disk_usage(folder).free
     if needed > free:

@@ -1,7 +1,7 @@
-"""`RowLoader`: batches of rows in a seeded order that survives interruption. Knows no files.
+"""`RowLoader`: resumable batches of rows in a seeded order. Independent of files.
 
 A shuffled epoch reads the rows of several batches at once, shard by shard, and splits them evenly:
-the cost of finding a batch's rows is shared, and a batch is a view.
+this amortises the cost of looking up rows, and makes a batch a view.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from lspade_train.errors import RecipeError
 class RowLoader:
     """Batches of rows, copied straight out of mapped files: no worker processes, resumable.
 
-    Every process draws the same permutation and takes its part of each global batch, so that the
-    global batches do not depend on the number of processes.
+    Every process draws the same permutation and takes its part of each global batch, so the global
+    batches do not depend on the number of processes.
 
     Args:
-        dataset: finds the rows; says how many are best read at once, and in which order.
+        dataset: reads the rows; decides how many to read at once, and in which order.
         batch_size: rows per batch and process.
         seed: seed of the permutation; None keeps the order.
         rank: this process.
@@ -46,7 +46,7 @@ class RowLoader:
         self.seed = seed
         self.rank, self.world = rank, world
         self.epoch = 0
-        self._batch = 0  # batches given this epoch
+        self._batch = 0  # batches returned in this epoch
         self._resume_at = 0
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class RowLoader:
         self.set_epoch(self.epoch + 1)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
-        """First batch and number of batches of what is read at once; a smaller last one alone."""
+        """First batch and number of batches per read; a smaller last batch is read separately."""
         step = self.batch_size * self.world
         whole = self._usable // step
         size = max(self.dataset.rows_at_once // step, 1) if self.seed is not None else 1
@@ -82,13 +82,13 @@ class RowLoader:
 
     @property
     def sampler(self) -> "RowLoader":
-        """Where Lightning looks for `set_epoch`."""
+        """Lightning looks for `set_epoch` here."""
         return self
 
-    batch_sampler = None  # what Lightning asks for where there is a `sampler`
+    batch_sampler = None  # Lightning expects it next to a `sampler`
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch; Lightning calls it, since it may leave one before its end."""
+        """Begin an epoch; called by Lightning, which may leave one before its end."""
         if epoch != self.epoch:
             self.epoch, self._batch, self._resume_at = epoch, 0, 0
 
@@ -105,15 +105,15 @@ class RowLoader:
         return torch.randperm(len(self.dataset), generator=generator)[: self._usable]
 
     def state_dict(self) -> dict[str, int | None]:
-        """Where in which epoch the loader is, and what decides the order of its rows."""
+        """The loader's epoch and position in it, and the settings that decide its order."""
         return {"epoch": self.epoch, "batch": self._batch, **self._order_settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue from where `state_dict` was called.
 
         Raises:
-            RecipeError: it was taken of rows in another order or in other batches: continuing
-                would leave some of them out and repeat others.
+            RecipeError: the state is of rows in another order or in other batches: continuing would
+                skip some of them and repeat others.
         """
         for name, value in self._order_settings.items():
             if state.get(name) != value:
@@ -128,7 +128,7 @@ class RowLoader:
 
     @property
     def _order_settings(self) -> dict[str, int | None]:
-        """What the batches of an epoch depend on."""
+        """The settings that an epoch's batches depend on."""
         return {
             "rows_per_step": self.batch_size * self.world,
             "training_rows": self._usable,

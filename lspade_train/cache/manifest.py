@@ -1,6 +1,6 @@
-"""What a cache is: the identity that decides its bytes, and the list of its shards.
+"""A cache's manifest: the identity that determines its bytes, and the list of its shards.
 
-Knows nothing of models or tensors; `lspade-train info` reads a cache with this alone.
+Independent of models and tensors: `lspade-train info` describes a cache with this file alone.
 """
 
 import re
@@ -36,7 +36,7 @@ FILE_NAMES = {
 }
 
 Identity = dict[str, Any]
-"""Flat and JSON: model, tokenizer, data, template, layers, positions, targets, format version."""
+"""Flat, JSON: model, tokenizer, data, template, layers, positions, targets, format version."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Manifest:
     """A finished cache of one split.
 
     Attributes:
-        identity: what decides the bytes; equal identities are interchangeable.
-        rows: cached rows, one per answer position.
-        prompts: prompts they came from.
-        skipped: prompts left out, for being too long (or too short for the text task).
+        identity: determines the bytes; caches of equal identity are interchangeable.
+        rows: number of cached rows, one per answer position.
+        prompts: number of prompts they came from.
+        skipped: number of prompts skipped as too long (or too short for the text task).
         answer_prefix: text between prompt and answer that the choices were resolved with.
         groups: names of the subgroups.
         shards: files of hidden states and labels, in row order.
-        targets: files of SPADE's targets for the same rows, one per shard; none where no recipe has
-            asked for them yet.
+        targets: files of SPADE's targets for the same rows, one per shard; empty if no recipe has
+            needed them yet.
         starts_sha256: checksum of the start-token states.
-        provenance: where it came from; decides nothing.
+        provenance: where it came from; for information only.
     """
 
     identity: Identity
@@ -94,7 +94,7 @@ class Manifest:
         return sum(file.bytes for file in self.files)
 
     def without_targets(self) -> Self:
-        """The same rows without what is stored of SPADE's answers."""
+        """The same rows without SPADE's targets."""
         return replace(self, targets=())
 
     def write(self, folder: Path) -> None:
@@ -146,7 +146,7 @@ def _check_shards(manifest: Manifest, path: Path) -> None:
 
 
 def require_same(found: Identity, wanted: Identity, folder: Path) -> None:
-    """Refuse a cache that was built for something else, naming the first field that differs.
+    """Raise if a cache was built for something else, naming the first field that differs.
 
     Raises:
         CacheError: the identities differ.
@@ -162,7 +162,7 @@ def require_same(found: Identity, wanted: Identity, folder: Path) -> None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    """Write `identity.json`, the first file of a cache, so that a resumed build knows its own."""
+    """Write `identity.json`, a cache's first file, by which a resumed build recognises its own."""
     write_json(folder / IDENTITY, identity, CacheError)
 
 

@@ -1,4 +1,4 @@
-"""Rows that are computed when they are asked for. Knows nothing of files."""
+"""Rows that are computed on demand. Independent of files."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from lspade_train.tasks import Example
 
 
 class OnlineDataset:
-    """Prompts whose states are computed when asked for; nothing is stored.
+    """Prompts whose states are computed on demand; nothing is stored.
 
     A row here is a prompt; a gathered batch holds all its answer positions. Rows are read in the
     order of a stored data set, so that the batches are the same.
@@ -41,29 +41,29 @@ class OnlineDataset:
 
     @property
     def rows_at_once(self) -> int:
-        """How many rows a stored data set would read together."""
+        """How many rows a stored data set would read at once."""
         vectors = len(self.layers) * self.adapter.hidden_size
         return rows_at_once(vectors * self.adapter.dtype.itemsize)
 
     def order_by_shard(self, rows: Tensor) -> Tensor:
-        """Shard by shard, as if there were shards."""
+        """Order rows as if they were stored in shards."""
         return rows[(rows // self.per_shard).argsort(stable=True)]
 
     def split_batches(self, rows: Tensor, count: int) -> Iterator[StateBatch]:
-        """`rows[j::count]` for every j, each computed when asked for."""
+        """Batches of `rows[j::count]` for every j, each computed on demand."""
         return (self.gather(rows[first::count]) for first in range(count))
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def extract(self, examples: list[Example], unfinished: Unfinished) -> dict[str, Tensor]:
-        """Tensors by the names of `StateBatch`, in the host's memory; `unfinished` counts rows."""
+        """Tensors by their names in `StateBatch`, on the host; `unfinished` counts the rows."""
         return self._compute(examples, unfinished, to_host=True)
 
     def gather(self, rows: Tensor) -> StateBatch:
-        """All answer positions of the asked prompts, in their order, states where the model is.
+        """All answer positions of the requested prompts in order, states on the model's device.
 
-        No rows, such as a process may get that shares a short split with others, give none.
+        `rows` may be empty, as for a process that shares a short split with others.
         """
         asked = [self.examples[int(row)] for row in rows]
         return StateBatch(**self._compute(asked, Unfinished(), to_host=False))

@@ -1,4 +1,4 @@
-"""Open and verify a cache: checksums once, then memory-mapped shards. Knows nothing of models."""
+"""Opens and verifies a cache: checksums once, then memory-mapped shards. Independent of models."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -36,13 +36,13 @@ def open_cache(
     Every file's checksum is compared the first time it is opened after a change.
 
     Args:
-        folder: holds `manifest.json`.
-        identity: what it must have been built for; None accepts any.
-        spade: read SPADE's targets too; False leaves them where they are, if there are any.
+        folder: folder with `manifest.json`.
+        identity: identity that the cache must have; None accepts any.
+        spade: also read SPADE's targets; False ignores them.
         track: wraps the files in a progress bar.
 
     Raises:
-        CacheError: missing, damaged, built for something else, or without the targets asked for.
+        CacheError: missing, damaged, built for something else, or without the needed targets.
     """
     manifest = Manifest.read(folder)
     if identity is not None:
@@ -61,7 +61,7 @@ def read_shards(folder: Path, manifest: Manifest) -> StateDataset:
     """Map the files that a manifest lists, unverified.
 
     Raises:
-        CacheError: one of them is damaged or does not hold such rows.
+        CacheError: one of them is damaged or does not contain the rows it should.
     """
     layers = _layers(manifest, folder)
     shards: list[dict[str, Tensor]] = []
@@ -74,14 +74,14 @@ def read_shards(folder: Path, manifest: Manifest) -> StateDataset:
             shards[0]
         )
         if not right:
-            raise CacheError(_damaged(folder / shard.file, "does not hold the rows of a cache"))
+            raise CacheError(_damaged(folder / shard.file, "does not contain the rows of a cache"))
     return StateDataset(shards, manifest.groups, layers)
 
 
 def _targets(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path, CacheError, REBUILD)
     if not tensors or not tensors.keys() <= TARGETS:
-        raise CacheError(_damaged(path, "does not hold the targets of a cache"))
+        raise CacheError(_damaged(path, "does not contain the targets of a cache"))
     return tensors
 
 
@@ -93,11 +93,11 @@ def _layers(manifest: Manifest, folder: Path) -> list[int]:
 
 
 def _is_batch(tensors: dict[str, Tensor], rows: int, layers: int) -> bool:
-    """Whether tensors have the names, kinds and shapes of `StateBatch`."""
+    """Whether tensors have the names, dtypes and shapes of `StateBatch`."""
     hints = get_type_hints(StateBatch)
     if not tensors.keys() <= hints.keys() - REDUCED:
         return False
-    with jaxtyped("context"):  # one `rows`, one `d` for all of them
+    with jaxtyped("context"):  # the same `rows` and `d` for all tensors
         right = all(isinstance(tensors.get(name), hint) for name, hint in hints.items())
     return right and tensors["hidden"].shape[:2] == (rows, layers)
 
@@ -112,14 +112,14 @@ def verify(
     """Compare every file with its checksum in the manifest.
 
     Args:
-        folder: holds the files.
-        manifest: what they must be.
+        folder: folder of the files.
+        manifest: lists the files and their checksums.
         track: wraps the shards in a progress bar.
-        trust_unchanged: skip files whose size and times are those of the last check. Times are only
-            compared for equality, so that a clock may jump.
+        trust_unchanged: skip files whose size and times equal those of the last check. Times are
+            only compared for equality, so that clock changes are harmless.
 
     Raises:
-        CacheError: a file is missing, truncated or changed; names it and the remedy.
+        CacheError: a file is missing, truncated or changed.
     """
     known = known_stamps(folder) if trust_unchanged else {}
     starts = Shard(STARTS, 0, -1, manifest.starts_sha256)
@@ -140,7 +140,7 @@ def verify(
 
 
 def known_stamps(folder: Path) -> dict[str, list[int]]:
-    """The stamps that `note_verified` has recorded; none where that is missing or damaged."""
+    """The stamps that `note_verified` recorded; empty if the record is missing or damaged."""
     with contextlib.suppress(CacheError):
         return read_json(folder / VERIFIED, CacheError)
     return {}
@@ -149,7 +149,7 @@ def known_stamps(folder: Path) -> dict[str, list[int]]:
 def note_verified(folder: Path, seen: dict[str, list[int]]) -> None:
     """Record the stamps that files had when they were last hashed, for `verify` to trust.
 
-    In a read-only folder nothing can be recorded, and such a cache is hashed every time.
+    In a read-only folder nothing can be recorded, so such a cache is hashed every time.
     """
     with contextlib.suppress(CacheError):
         write_json(folder / VERIFIED, seen, CacheError)
@@ -159,7 +159,7 @@ def split_folders(folder: Path) -> list[Path]:
     """The split caches in a folder: itself, or its direct children.
 
     Raises:
-        CacheError: there is none.
+        CacheError: the folder has none.
     """
     found = [p.parent for p in sorted([*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")])]
     if not found:

@@ -1,7 +1,7 @@
-"""Write the files of a cache: what each holds, how it is computed, and where else it is sent.
+"""Writes the files of a cache: what each contains, how it is computed, and where it is uploaded.
 
-A file is a function of its rows alone: batches are formed inside a shard, so neither a kill nor the
-number of processes changes its bytes. Knows nothing of manifests.
+A file depends on its rows only: batches do not cross shards, so neither an interruption nor the
+number of processes changes its bytes. Independent of manifests.
 """
 
 import os
@@ -25,27 +25,27 @@ from lspade_train.models import ModelAdapter
 from lspade_train.tasks import Example
 
 LABEL_BYTES = 40
-"""About what a row's labels and ids take beside its states."""
+"""Approximate size of a row's labels and ids, in addition to its states."""
 
 
 class RemoteStore(Protocol):
-    """A place beyond the folder that finished files are copied to, and may be read back from."""
+    """A remote place that finished files are copied to and may be fetched from."""
 
     def fetch_files(self, *paths: Path) -> None:
-        """Make local files equal to the remote ones, where those exist."""
+        """Make local files equal to the remote ones, if those exist."""
 
     def publish_file(self, path: Path) -> None:
-        """Upload a file that is complete."""
+        """Upload a complete file."""
 
 
 class LocalStore:
-    """No remote place: the folder is all there is."""
+    """No remote store: files are only in the local folder."""
 
     def fetch_files(self, *paths: Path) -> None:
-        """Nothing to fetch."""
+        """Do nothing."""
 
     def publish_file(self, path: Path) -> None:
-        """Nowhere to publish to."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Estimate:
     Attributes:
         rows: cached rows.
         state_bytes: bytes per row, hidden states and labels.
-        target_bytes: bytes per row of SPADE's targets; 0 where none are asked for.
+        target_bytes: bytes per row of SPADE's targets; 0 if none are needed.
         prompts_per_shard: prompts in one shard.
         shards: number of shards.
     """
@@ -85,7 +85,7 @@ def estimate(
     states = vectors * adapter.dtype.itemsize + LABEL_BYTES + 4 * what.max_choices
     targets = target_bytes(adapter, what)
     rows = row_count(examples)
-    # Targets are counted whether or not they are stored: they may be added to the same shards.
+    # Targets are counted even if they are not stored: they may be added to these shards later.
     per_prompt = (states + targets) * rows / max(len(examples), 1)
     per_shard = max(int(shard_mb * 1_000_000 / per_prompt), 1)
     shards = -(-len(examples) // per_shard)
@@ -103,10 +103,10 @@ def target_bytes(adapter: ModelAdapter, what: Extraction) -> int:
 
 
 def require_memory(size: Estimate) -> None:
-    """Refuse states that this machine's memory cannot hold.
+    """Raise if the states do not fit in this machine's memory.
 
     Raises:
-        CacheError: gives their size and the machine's.
+        CacheError: they do not fit.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size.bytes > total:
@@ -122,9 +122,9 @@ class Part:
 
     Attributes:
         path: the file.
-        rows: how many it holds.
-        tag: all that decides its bytes, by which it is told from another such file.
-        compute: makes its tensors, step by step.
+        rows: number of rows in it.
+        tag: everything that determines its bytes, to tell it from other versions of the file.
+        compute: computes its tensors, step by step.
     """
 
     path: Path
@@ -136,27 +136,27 @@ class Part:
 def write_parts(
     parts: Iterable[Part], store: RemoteStore, progress: Progress, *, overwrite: bool
 ) -> dict[Shard, list[int]]:
-    """Compute and write files; those that exist already are only checked.
+    """Compute and write files; those that already exist are only checked.
 
-    While the model computes one file, a thread writes, syncs, hashes and publishes the one before:
-    the device waits for no disk or network, and no more than two are in memory.
+    While the model computes one file, a thread writes, syncs, hashes and uploads the previous one,
+    so the device never waits for disk or network, and at most two are in memory.
 
     Args:
         parts: the files, in order.
-        store: where else each goes as soon as it is complete.
+        store: where each is uploaded as soon as it is complete.
         progress: counts the rows.
-        overwrite: compute those that exist, too.
+        overwrite: recompute files that exist.
 
     Returns:
         The files, each with its stamp from before it was hashed.
 
     Raises:
-        CacheError: one cannot be written; those before it are complete.
+        CacheError: a file cannot be written; the files before it are complete.
         NumericsError: a state is NaN or Inf; the files before it are complete.
     """
     done: list[tuple[Shard, list[int]]] = []
     writing: Future[tuple[Shard, list[int]]] | None = None
-    # Leaving the block, with an error or without, waits for the file that is being written.
+    # Leaving the block, even by an error, waits for the file that is being written.
     with ThreadPoolExecutor(1, thread_name_prefix="shards") as disk:
         for part in parts:
             tensors = None

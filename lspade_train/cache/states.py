@@ -1,4 +1,4 @@
-"""`StateBatch`: rows of cached states and labels, by name. Knows nothing of files or models."""
+"""`StateBatch`: rows of cached states and labels, by name. Independent of files and models."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -7,16 +7,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TARGETS = {"target", "target_logits", "target_values", "target_tokens"}
-"""What may be kept of SPADE's answer: names of `StateBatch`."""
+"""Fields of `StateBatch` that may store SPADE's answer."""
 
 REDUCED = {"target_mean", "target_offset", "target_entropy", "target_best"}
-"""The same for a training step that needs no logits of the target; never stored in a cache."""
+"""Fields of reduced targets, for training without the target's logits; never cached."""
 
 BY_LAYER = {"hidden", *TARGETS, *REDUCED}
 """Tensors whose second dimension is the layer."""
 
 STATES = {"final", *BY_LAYER}
-"""What makes a row large; the rest are labels."""
+"""The large tensors of a row; the rest are labels."""
 
 
 @dataclass
@@ -28,10 +28,10 @@ class StateBatch:
         final: h_a^L, (rows, d).
         start_id: first real token of the prompt.
         position_id: index of the answer among the prompt's real tokens.
-        answer_id: right token; meaningless where not `labelled`.
-        labelled: whether the row has a right answer.
+        answer_id: correct token; undefined if not `labelled`.
+        labelled: whether the row has a correct answer.
         choice_ids: candidate tokens, padded by repeating the first.
-        choice_count: number of candidates; 0 where any token may be the answer.
+        choice_count: number of candidates; 0 if any token may be the answer.
         group: index into the manifest's groups.
         target: SPADE's hidden state before the final norm (`targets: hidden`).
         target_logits: SPADE's logits (`targets: logits`).
@@ -82,6 +82,6 @@ class StateBatch:
         return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the rows hold, by name."""
+        """The tensors that are present, by name."""
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in found if value is not None}

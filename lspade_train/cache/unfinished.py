@@ -1,7 +1,7 @@
-"""One file's tensors while they are computed, step by step: what a signal stops is kept beside it.
+"""One file's tensors while they are computed step by step, saved beside it on interruption.
 
-A resumed run takes up at the step after the last whole one and ends with the same bytes. Only a
-signal that Python sees (Ctrl-C, SIGTERM) leaves time for that; a kill loses the file in hand.
+A resumed run continues after the last complete step and ends with the same bytes. This works for
+signals that Python can handle (Ctrl-C, SIGTERM); SIGKILL loses the current file.
 """
 
 from pathlib import Path
@@ -19,16 +19,16 @@ STEPS = "steps_and_rows"
 
 
 class Unfinished:
-    """The tensors of one file so far; a context manager that keeps them where it is interrupted.
+    """The tensors of one file so far; a context manager that saves them if it is interrupted.
 
     Args:
-        path: the file that they make, once they are complete; None keeps nothing.
-        tag: all that decides the file's bytes, the steps among them.
+        path: the file that the complete tensors are written to; None saves nothing.
+        tag: everything that determines the file's bytes, including the steps.
         progress: counts the rows.
 
     Attributes:
-        tensors: by name; of an earlier run, if one was interrupted.
-        steps: whole ones so far.
+        tensors: tensors by name; those of an earlier run, if one was interrupted.
+        steps: number of complete steps.
     """
 
     def __init__(

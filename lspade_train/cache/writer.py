@@ -1,6 +1,6 @@
-"""Write a cache's hidden states: identity first, then the shards, the manifest last; resumable.
+"""Writes a cache's hidden states; resumable. The identity is written first, the manifest last.
 
-Knows nothing of recipes or URLs, nor of who started the processes that share the work.
+Independent of recipes, URLs and how the processes that share the work were started.
 """
 
 from collections.abc import Sequence
@@ -51,20 +51,20 @@ def build(
     shard_mb: float,
     provenance: dict[str, Any],
 ) -> Manifest:
-    """Run the frozen model over all prompts and write their hidden states; resumes.
+    """Run the frozen model over all prompts and write their hidden states; resumable.
 
-    The processes of one run share the shards out among themselves; the first one does the rest.
-    With `overwrite` an old cache is deleted once nothing but the model can still fail.
+    The processes of a run divide the shards among themselves; rank 0 does the rest. With
+    `overwrite` an old cache is deleted only when nothing but the model can still fail.
 
     Args:
         job: folder, model, identity.
         encoded: the tokenised prompts.
         tokens_per_batch: padded prompt tokens per forward.
         shard_mb: size of a shard with its targets.
-        provenance: recorded in the manifest; decides nothing.
+        provenance: recorded in the manifest, for information only.
 
     Raises:
-        CacheError: the folder holds another cache, the disk is too small or cannot be written.
+        CacheError: the folder holds another cache, or the disk is too small or not writable.
         NumericsError: a hidden state is NaN or Inf.
         StoppedError: another process of this run was killed.
     """
@@ -73,7 +73,7 @@ def build(
     def part(number: int) -> Part:
         first = number * plan.prompts_per_shard
         examples = encoded.examples[first : first + plan.prompts_per_shard]
-        # Rows and rounding depend on more than the identity: a resumed run may have other settings.
+        # Rows and rounding depend on more than the identity: a resumed run's settings may differ.
         tag = (
             f"{job.digest} prompts {first}:{first + len(examples)}, "
             f"{tokens_per_batch} tokens per batch, shared prefixes once{job.compiled}"
@@ -103,10 +103,10 @@ def _states(
 
 
 def _prepare(job: Build, plan: Estimate) -> Manifest | None:
-    """Make the folder ready for shards, or give the cache that is already in it."""
+    """Prepare the folder for shards, or return the cache that is already in it."""
     folder, identity = job.folder, job.identity
     if (folder / MANIFEST).exists() and not job.overwrite:
-        # Another run finished it while this one waited.
+        # Another run finished the cache while this one waited.
         manifest = Manifest.read(folder)
         require_same(manifest.identity, identity, folder)
         return manifest
@@ -131,7 +131,7 @@ def _finish(
     provenance: dict[str, Any],
     shards: dict[Shard, list[int]],
 ) -> Manifest:
-    """Write what belongs to all shards, and the manifest, and note what has been hashed."""
+    """Write the start states and the manifest, and record which files have been hashed."""
     folder = job.folder
     gather(job, shards)
     clear(folder, "shard-*.safetensors", keep={shard.file for shard in shards})
@@ -151,7 +151,7 @@ def _finish(
         provenance=provenance | ({"labels_decided": encoded.labels} if encoded.labels else {}),
     )
     manifest.write(folder)
-    # These files were hashed while they were written: they are not read again.
+    # These files were hashed while they were written, so they need not be read again.
     note_verified(folder, {shard.file: stamp for shard, stamp in shards.items()} | {STARTS: starts})
     return manifest
 
@@ -162,7 +162,7 @@ def discard(folder: Path) -> None:
     Raises:
         CacheError: the folder cannot be written.
     """
-    # The manifest first: without it nothing reads the rest.
+    # The manifest first: without it, the other files are never read.
     clear(folder, *FILES, VERIFIED, ".*.tmp", f"*{SUFFIX}")
 
 

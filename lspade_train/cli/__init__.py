@@ -37,11 +37,11 @@ COMMANDS = {
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
-# Lightning's warnings that call for no action here.
+# Lightning's warnings that require no action here.
 NOTICES = ("exists and is not empty", "tensorboardX", "many workers", "LeafSpec", "GPU available")
 
 LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
-"""Logs one thing: that a process was lost, before it ends the others."""
+"""Logger of a single message: that a process was lost, before the others are terminated."""
 
 HELP = """\
 usage: lspade-train COMMAND --config RECIPE [--dotted.key VALUE ...]
@@ -67,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; None takes the process's own.
+        arguments: arguments without the program's name; None means the process's own.
 
     Returns:
-        0 done, 1 a named error (one or two lines on standard error), 2 wrong usage,
-        130 interrupted, 143 terminated.
+        0 for success, 1 for a named error (one or two lines on standard error), 2 for wrong usage,
+        130 if interrupted, 143 if terminated.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     _print_any_text()
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(error)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except BrokenPipeError:  # the reader of a pipe left, as `head` does
+    except BrokenPipeError:  # the reader of a pipe exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, RuntimeError) as error:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_command(argv: Sequence[str]) -> int:
-    """Help, the version, or what was mistyped."""
+    """Print help, the version, or an error for a mistyped command."""
     if not argv or argv[0] in {"-h", "--help"}:
         sys.stdout.write(_help())
         return 0 if argv else 2
@@ -113,20 +113,20 @@ def _without_command(argv: Sequence[str]) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this process reports for its run: each launcher counts by a name of its own."""
+    """Whether this process reports for its run; each launcher uses its own rank variable."""
     counts = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
     return all(os.environ.get(count, "0") == "0" for count in counts)
 
 
 def _print_any_text() -> None:
-    """A terminal that cannot show a character shows `?` in its place."""
+    """Print `?` for characters that the terminal's encoding cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    """Say how to resume: as the command says, or by running it again."""
+    """Print how to resume: the command's own advice, or running it again."""
     terminated = isinstance(stop, Terminated)
     if _is_first():
         what = "terminated" if terminated else "interrupted"
@@ -136,14 +136,14 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 
 def _told(error: LSpadeError) -> int:
-    if not isinstance(error, PeerError):  # the first process tells it
+    if not isinstance(error, PeerError):  # rank 0 reports it
         sys.stderr.write(f"error: {error}\n")
     return 1
 
 
 def _machine_trouble(error: OSError | RuntimeError) -> int:
-    """Name what cannot be written and what does not fit; anything else is a bug, and raised."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for its name
+    """Report failed writes and lack of memory; anything else is a bug, and raised."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, to avoid importing torch
         what = f"{str(error).splitlines()[0]:.150}"
         remedy = (
             "Lower --data.tokens_per_batch or --data.batch_size; for large heads set "
@@ -165,7 +165,7 @@ def _help() -> str:
 
 
 def _quiet() -> None:
-    """Our own lines only: libraries' notices are for their developers."""
+    """Show only our own messages: libraries' notices are for their developers."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lspade_train").setLevel(logging.INFO if _is_first() else logging.ERROR)
     for name in (

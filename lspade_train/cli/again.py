@@ -1,4 +1,4 @@
-"""Command lines to copy: the user's own, for another command or to resume."""
+"""Command lines for the user to copy: their own, changed to another command or to resume."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ def another(command: str, arguments: Sequence[str], *, without: Sequence[str] = 
     """Another command on the same recipe with the same overrides.
 
     Args:
-        command: its name.
-        arguments: of the command at hand; what only `fit` reads is left out.
-        without: options that only the command at hand has, such as `--plan`.
+        command: name of the other command.
+        arguments: arguments of the current command; those that only `fit` reads are dropped.
+        without: options that only the current command has, such as `--plan`.
     """
     kept = without_options(arguments, lambda key: key in without or key.split(".")[0] in OF_FIT)
     return shlex.join(["lspade-train", command, *kept])
 
 
 def resumed(arguments: Sequence[str], *, from_checkpoint: bool) -> str:
-    """The command that resumes a fit, from its own last checkpoint where it has one."""
+    """The command that resumes a fit, from its last checkpoint if there is one."""
     kept = without_options(arguments, lambda key: key == "--ckpt_path")
     last = ["--ckpt_path", "last"] if from_checkpoint else []
     return shlex.join(["lspade-train", "fit", *kept, *last])
 
 
 def without_options(arguments: Sequence[str], dropped: Callable[[str], bool]) -> list[str]:
-    """The words without those of some options: `--key VALUE` and `--key=VALUE` alike."""
+    """The arguments without some options, in both forms, `--key VALUE` and `--key=VALUE`."""
     kept: list[str] = []
     dropping = False
     for word in arguments:

@@ -22,7 +22,7 @@ the one that saves the most compute within the budget; the old policy is kept as
 
 
 def audit(arguments: list[str]) -> None:
-    """Print an audit's state; choose a stricter policy if asked to."""
+    """Print an audit's state, and choose a stricter policy if requested."""
     options = _options(arguments)
     if not options.state.exists():
         raise AuditError(
@@ -84,7 +84,7 @@ def _options(arguments: list[str]) -> Any:
 
 
 def _policy(given: Path | None, path: Path, state: Any) -> Any:
-    """The audited policy; None where it is not at hand."""
+    """The audited policy; None if it is not available."""
     from lspade_train.io.layout import POLICY
     from lspade_train.policies.audit import policy_digest
     from lspade_train.policies.policy import ExitPolicy
@@ -113,7 +113,7 @@ def _restate(path: Path) -> None:
     try:
         if restate(path.parent):
             log.info("%s: recorded this audit in policy.json and the model card", path.parent)
-    except LSpadeError as cause:  # a read-only folder, say
+    except LSpadeError as cause:  # such as a read-only folder
         log.warning("this audit was not recorded in policy.json: %s", cause)
 
 

@@ -23,7 +23,7 @@ fit and evaluate build a missing cache themselves.
 
   lspade-train cache --config recipes/arc.yaml
   lspade-train cache --verify DIR     compare every file with its checksum (needs no recipe)
-  lspade-train cache --verify s3://bucket/path    the same for a cache behind a URL"""
+  lspade-train cache --verify s3://bucket/path    the same for a cache at a URL"""
 
 
 def cache(arguments: list[str]) -> int:
@@ -63,7 +63,7 @@ def cache(arguments: list[str]) -> int:
 
 
 def _check_splits(parsed: Parsed) -> None:
-    """The model is there, and what is asked for can be stored."""
+    """Check that the model exists, and that the requested splits can be stored."""
     find_model(parsed)
 
     from lspade_train.errors import RecipeError
@@ -80,12 +80,12 @@ def _check_splits(parsed: Parsed) -> None:
 
 
 def _launched(config: DataConfig, trainer: dict[str, Any]) -> DataConfig:
-    """Start the processes that `trainer.*` asks for; the data section for this one's device.
+    """Start the processes that `trainer.*` requests; returns the data section for this device.
 
-    Fabric, not `Trainer.predict`: it starts processes as the Trainer does (devices, nodes, SLURM,
-    torchrun) and leaves the frozen model alone, while the Trainer would cast it to
-    `trainer.precision` and run it under autocast, though `data.dtype` decides a cache's bytes.
-    What is left is a loop over shards, which `fit` runs too, inside a Trainer of its own.
+    Uses Fabric rather than `Trainer.predict`: it starts processes like the Trainer (devices, nodes,
+    SLURM, torchrun) and does not touch the frozen model, whereas the Trainer would cast it to
+    `trainer.precision` and run it under autocast, although `data.dtype` determines a cache's bytes.
+    What remains is a loop over shards, which `fit` also runs, inside its own Trainer.
     """
     from lightning.fabric import Fabric
 
@@ -133,7 +133,7 @@ def _verify(arguments: list[str]) -> int:
 
 
 def _split_folders(place: str) -> list[Path]:
-    """The split caches in a folder, or the mirrors of those behind a URL."""
+    """The split caches in a folder, or the mirrors of those at a URL."""
     from lspade_train.cache import split_folders
     from lspade_train.cache.manifest import FILES, MANIFEST
     from lspade_train.errors import CacheError

@@ -24,11 +24,11 @@ is saved. Use it to try prompts; test rows are not touched.
   lspade-train check --config reviews.yaml --data.prompt.shots 4"""
 
 LABELS = 8
-"""Labels whose shares are printed."""
+"""Most labels whose fractions are printed."""
 
 
 def check(arguments: list[str]) -> None:
-    """Run the model on a few rows and print what was found."""
+    """Run the model on a few rows and print the findings."""
     parser = command_parser("check", CHECK, with_trainer="--help" not in arguments)
     add = parser.add_argument
     add("--rows", type=int, default=200, help="training prompts to run the model on, at most")
@@ -56,7 +56,7 @@ def check(arguments: list[str]) -> None:
 
 
 def _lines(found: "Check") -> Iterator[tuple[str, str]]:
-    """What was found, line by line: a name and a text."""
+    """The findings, line by line: a name and a text."""
     yield "answers", f"{_texts(found)}; the model says {found.shown.given!r}"
     yield "model", _model(found)
     if found.balance:

@@ -1,4 +1,4 @@
-"""`completion`: a shell's completion of commands, recipes and options, as a script to keep."""
+"""`completion`: prints a shell script that completes commands, recipes and options."""
 
 import io
 import re

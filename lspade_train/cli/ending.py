@@ -1,4 +1,4 @@
-"""How `fit`, `validate` and `test` end: one table of layers, and what was made."""
+"""Output at the end of `fit`, `validate` and `test`: a table by layer, and the files written."""
 
 import sys
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ def print_by_layer(
     """KL, agreement and accuracy of fitted heads, a row per layer and their mean.
 
     Args:
-        metrics: as logged, by `STAGE/[TARGET/]METRIC/layer_NN`; of one stage. None print nothing.
-        targets: what the heads were fitted to, as `HeadConfig.targets` has it.
-        title: what was measured.
-        loss: the loss, too.
+        metrics: logged metrics of one stage, by `STAGE/[TARGET/]METRIC/layer_NN`; may be empty.
+        targets: what the heads were fitted to (`HeadConfig.targets`).
+        title: title of the table.
+        loss: also show the loss.
     """
     rows = _rows(metrics)
     if not rows:
@@ -51,13 +51,13 @@ def print_by_layer(
 
 
 def print_fitted(recipe: Recipe, folder: Path, seconds: float, after: str) -> None:
-    """What a fit has measured, what it took and made, and the next command.
+    """Print a fit's metrics, time and files, and the next command.
 
     Args:
-        recipe: as it was run.
-        folder: the heads folder that it has written.
-        seconds: since it was called.
-        after: the command line to go on with.
+        recipe: the recipe that was run.
+        folder: the heads folder that it wrote.
+        seconds: seconds since the command was called.
+        after: the next command line.
     """
     targets = recipe.model.targets
     folders = [folder, folder / TUNED_LENS][: len(targets)]

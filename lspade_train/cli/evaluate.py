@@ -1,4 +1,4 @@
-"""`evaluate`: every experiment on cached hidden states, printed, written and plotted."""
+"""`evaluate`: runs all experiments on cached hidden states; prints, writes and plots results."""
 
 import logging
 import time

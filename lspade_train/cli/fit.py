@@ -54,17 +54,17 @@ def fit(arguments: list[str]) -> None:
         done = finished_groups(folder, parsed.recipe) if asked else 0
         if not done:
             forget_groups(folder)
-        # The last group again where all are done but were not put together.
+        # Run the last group again if all are fitted but were not joined.
         for number in range(min(done, count - 1), count):
             log.info("layer group %d of %d", number + 1, count)
             _fit_group(parsed, folder, loggers, LayerGroup(number, count), asked)
-    if not ranks()[0] and not parsed.trainer.get("fast_dev_run"):  # which exports nothing
+    if not ranks()[0] and not parsed.trainer.get("fast_dev_run"):  # a fast_dev_run exports nothing
         after = another("calibrate", parsed.arguments)
         print_fitted(parsed.recipe, folder, time.monotonic() - began, after)
 
 
 def _check_places(parsed: Parsed) -> None:
-    """The model is there, the heads folder can be written, the data have what a fit needs."""
+    """Check that the model exists, the heads folder is writable, and the data is complete."""
     _find_checkpoint(parsed)
     find_model(parsed)
 
@@ -95,7 +95,7 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
     last = group_folder(folder, group) / LAST
     checkpoint, before = _checkpoint(asked, last), _written_at(last)
     module, data = open_modules(parsed, group=group)
-    check_rank(parsed.recipe.model, data.hidden_size)  # before a cache is built for it
+    check_rank(parsed.recipe.model, data.hidden_size)  # before building a cache
     callbacks: list[Any] = [ExportHeads(folder, parsed.recipe, group)]
     if not group.number:
         callbacks.append(WarnAtChance())
@@ -104,14 +104,14 @@ def _fit_group(parsed: Parsed, folder: Path, loggers: Any, group: Any, asked: st
     with refusals_named():
         trainer = open_trainer(parsed, loggers, callbacks)
         if trainer.world_size == 1:
-            # What is wrong is said before a logger has made the folder of a run.
+            # Report errors before a logger creates the folder of a run.
             data.trainer = trainer
             data.setup("fit")
         try:
             with early_end_named(trainer, LOST):
                 trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except KeyboardInterrupt as stop:
-            # One of an earlier fit, of other settings perhaps, is not this one's to resume from.
+            # Do not resume from a checkpoint of an earlier fit, which may have other settings.
             own = bool(asked) or group.number > 0 or _written_at(last) != before
             command = resumed(parsed.arguments, from_checkpoint=own)
             stop.args = (f"resume it with: {command}",)
@@ -123,14 +123,14 @@ def _written_at(path: Path) -> int | None:
 
 
 def _find_checkpoint(parsed: Parsed) -> None:
-    """The checkpoint to resume from is there. What it holds is looked at later: torch reads it."""
+    """Check that the checkpoint to resume from exists. Its content is checked later, with torch."""
     from lspade_train.errors import RecipeError
     from lspade_train.recipe import heads_folder
 
     asked = parsed.options.ckpt_path
     if asked in (None, "last"):
         return
-    if parsed.recipe.model.layer_groups > 1:  # which have a checkpoint each, or are finished
+    if parsed.recipe.model.layer_groups > 1:  # each group has its own checkpoint, or is finished
         raise RecipeError(
             f"--ckpt_path is {asked}, and model.layer_groups is over 1; expected: last.\n"
             "Resume with --ckpt_path last, or start again without it."
@@ -143,7 +143,7 @@ def _find_checkpoint(parsed: Parsed) -> None:
 
 
 def _checkpoint(asked: str | None, last: Path) -> str | None:
-    """The checkpoint to resume from, checked to be one."""
+    """The checkpoint to resume from, after checking that it is one."""
     if asked is None or (asked == "last" and not last.exists()):
         return None
     path = last if asked == "last" else Path(asked)
@@ -155,7 +155,7 @@ def _checkpoint(asked: str | None, last: Path) -> str | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether Lightning can resume from it. Mapped, not read; code in it is not run."""
+    """Whether Lightning can resume from it. Memory-mapped; code in it is not executed."""
     import torch
 
     if not is_zipfile(path):

@@ -38,7 +38,7 @@ def info(arguments: list[str]) -> int:
 
 
 def _show_remote(url: str) -> None:
-    """A cache, from its manifests alone, or heads."""
+    """Describe a remote cache, from its manifests alone, or remote heads."""
     from lspade_train.artifacts.folder import describe
     from lspade_train.cache.manifest import MANIFEST
     from lspade_train.errors import CacheError

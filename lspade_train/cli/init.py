@@ -1,4 +1,4 @@
-"""`init`: a commented recipe for the user's own data, written after a look at it."""
+"""`init`: writes a commented recipe for the user's own data, based on a sample of its rows."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ FILE is JSONL, CSV, TSV or plain text, or a folder of train.jsonl, validation.js
 
 
 def init(arguments: list[str]) -> int:
-    """Write a recipe; 0, or 1 by a named error."""
+    """Write a recipe; returns 0."""
     parser = argparse.ArgumentParser(
         prog="lspade-train init",
         usage="lspade-train init FILE --model_id MODEL [--output RECIPE.yaml]",
@@ -53,7 +53,7 @@ def init(arguments: list[str]) -> int:
 
 
 def _answers_that_are_not_tokens(config: "DataConfig") -> str | None:
-    """What to change first, where the model lies here and its tokenizer splits an answer."""
+    """What to change first, if the model is local and its tokenizer splits an answer."""
     if config.task == "text" or not Path(config.model_id).is_dir():
         return None
     from lspade_train.errors import TaskError
@@ -72,7 +72,7 @@ def describe_data(dataset: str, model_id: str, name: str) -> "tuple[str, DataCon
     """The text of a recipe for a data set, and its data section.
 
     Raises:
-        TaskError: the data cannot be read, or a row does not fit what the others look like.
+        TaskError: the data cannot be read, or a row does not have the format of the others.
     """
     from lspade_train import tasks
     from lspade_train.recipe import DataConfig, PromptConfig, TextConfig
@@ -97,7 +97,7 @@ def describe_data(dataset: str, model_id: str, name: str) -> "tuple[str, DataCon
 
 
 def _readers() -> dict[str, Any]:
-    """Readers that take every row as it is."""
+    """Readers that return every row unchanged."""
     from functools import partial
 
     from lspade_train.tasks.files import read_csv, read_jsonl, read_paragraphs
@@ -148,7 +148,7 @@ def _body(
     else:
         yield from _prompt(config, found)
     if found.listed or found.labels:
-        # As a comment behind the line: those before one are printed.
+        # As a trailing comment: comments on lines of their own are printed.
         yield (
             "model: {target: both, scope: choices}  # L-SPADE heads and a tuned lens, over the "
             "answers only: minutes where the vocabulary takes hours"

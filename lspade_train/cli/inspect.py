@@ -74,7 +74,7 @@ def _about_heads() -> str:
 
 
 def _scored(query: Any) -> dict[str, int] | None:
-    """Label -> token; labels that go on with the same token stand together."""
+    """Label -> token; labels that continue with the same token are grouped."""
     if query.fork is None:
         return None
     return {" or ".join(labels): token for token, labels in query.fork.options.items()}
@@ -97,7 +97,7 @@ def _prompt(given: str | None) -> str:
 
 
 def _heads(parsed: Any, lens: Lens, source: HeadsSource) -> Any:
-    """The heads that a lens reads through; before the model, which takes longer to load."""
+    """The heads that a lens uses; loaded before the model, which takes longer."""
     from lspade_train.errors import ArtifactError
     from lspade_train.io.remote import is_remote
     from lspade_train.probes.heads import LSpadeHeads

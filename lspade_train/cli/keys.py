@@ -1,6 +1,6 @@
-"""The recipe's keys: which there are, what each takes in words, and near misses.
+"""The recipe's keys: their names, their types in words, and suggestions for mistyped ones.
 
-Imports nothing heavy, so that a mistyped key is answered at once.
+Imports nothing heavy, so that a mistyped key is reported at once.
 """
 
 import ast
@@ -47,9 +47,9 @@ HELP_TRAINER = "--help-trainer"
 
 @cache
 def trainer_keys() -> Mapping[str, Any]:
-    """The arguments of Lightning's Trainer -> their types; None where not only plain values do.
+    """The arguments of Lightning's Trainer -> their types; None if not only plain values.
 
-    Read from its source: to import it takes seconds.
+    Read from its source, since importing it takes seconds.
     """
     names: dict[str, Any] = {"Optional": Optional, "Union": Union, "Literal": Literal}
     for node in _source("fabric/plugins/precision/precision.py").body:
@@ -72,18 +72,18 @@ def _source(name: str) -> ast.Module:
 def _hint(annotation: ast.expr | None, names: Mapping[str, Any]) -> Any:
     try:
         return eval(ast.unparse(annotation), dict(names)) if annotation else None
-    except NameError:  # a class of Lightning's, too
+    except NameError:  # the type includes a Lightning class
         return None
 
 
 @cache
 def plain_trainer_keys() -> Mapping[str, Any]:
-    """Those whose types are known without Lightning."""
+    """The Trainer's arguments whose types are known without Lightning."""
     return {key: hint for key, hint in trainer_keys().items() if hint is not None}
 
 
 def is_known(key: str) -> bool:
-    """Whether a recipe has that key; below a mapping every name is one, but for `trainer`."""
+    """Whether a recipe has that key; inside a mapping any name is valid, except in `trainer`."""
     if key.startswith("trainer."):
         return ".".join(key.split(".")[:2]).rstrip("+") in trainer_keys()
     parents = [".".join(key.split(".")[:count]) for count in range(1, key.count(".") + 1)]
@@ -91,13 +91,13 @@ def is_known(key: str) -> bool:
 
 
 def takes_names(key: str) -> bool:
-    """Whether what stands under a key is a mapping of names that the recipe does not list."""
+    """Whether a key's value is a mapping with arbitrary names."""
     hint = KEYS.get(key)
     return any(get_origin(part) is dict for part in (hint, *get_args(hint)))
 
 
 def wording(hint: Any) -> str:
-    """A type in words, as in `a whole number, or null`."""
+    """A type in words, such as `a whole number, or null`."""
     if get_origin(hint) in (Union, UnionType):
         parts = sorted(get_args(hint), key=lambda part: part is NoneType)
         return ", or ".join(wording(part) for part in parts)
@@ -114,7 +114,7 @@ def wording(hint: Any) -> str:
 
 
 def near_key(key: str) -> str:
-    """For a key that is not known: one of a like name, and where all of them are listed."""
+    """For an unknown key: a similar key, and where all keys are listed."""
     known, option = (
         (trainer_keys(), HELP_TRAINER) if key.startswith("trainer.") else (KEYS, "--help")
     )
@@ -122,7 +122,7 @@ def near_key(key: str) -> str:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """`; did you mean x?`, or nothing where no name is near."""
+    """`; did you mean x?`, or "" if no name is similar."""
     known = list(known)
     by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     last = name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""What several commands share: `--heads`, and opening what the runtime needs."""
+"""Shared by several commands: `--heads`, and opening what the runtime needs."""
 
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ def heads_option(parser: Any) -> None:
 
 
 def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
-    """The folder that `--heads` names; for a URL its local mirror, which no command writes into.
+    """The folder given by `--heads`; for a URL its local mirror, which no command writes into.
 
     Args:
         parsed: the command line.
         written_by: the command, if it writes into the folder.
 
     Raises:
-        HubError: a URL that cannot be read, or would be written to.
-        ArtifactError: a folder that would be written to and cannot be.
+        HubError: a URL that cannot be read, or that the command would write to.
+        ArtifactError: the command would write to the folder, which is not writable.
     """
     from lspade_train.errors import ArtifactError, HubError
     from lspade_train.io.fetch import local_folder
@@ -49,7 +49,7 @@ def heads_given(parsed: Parsed, *, written_by: str | None = None) -> Path:
 
 
 def find_heads(parsed: Parsed) -> None:
-    """Refuse a recipe whose model or heads are nowhere, or that was not fitted; loads neither."""
+    """Refuse a recipe whose model or heads do not exist; loads neither."""
     find_model(parsed)
 
     from lspade_train.errors import ArtifactError
@@ -69,7 +69,7 @@ def find_heads(parsed: Parsed) -> None:
 
 
 def runtime_parts(parsed: Parsed, folder: Path) -> tuple[Any, Any, Any]:
-    """Heads, model and tokenizer, without the data module: Lightning is not loaded."""
+    """Heads, model and tokenizer, without the data module, so that Lightning is not imported."""
     from lspade_train.models.open import open_model
     from lspade_train.probes.heads import LSpadeHeads
 

@@ -1,4 +1,4 @@
-"""Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Knows nothing of commands."""
+"""Recipes from YAML and `--dotted.key VALUE`, by jsonargparse. Independent of commands."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ from lspade_train.recipe import Recipe, check_layers
 KEY_FAULT = re.compile(r'Parser key "([\w.]+)"')
 GIVEN = re.compile(r"(?:Got value|Given value): (.*)")
 BELOW = re.compile(r"NestedArg\(key='([\w.]+)', val=(.*)\)")
-"""A key below one that takes a class of Lightning's, such as `trainer.logger.save_dir`."""
+"""A key inside one that takes a Lightning class, such as `trainer.logger.save_dir`."""
 MISSING = re.compile(r"Option '([\w.]+)' is required")
 STRAY = re.compile(r"Unrecognized arguments: (.*)")
 
@@ -48,11 +48,11 @@ class Parsed:
     """A recipe and the command's own options.
 
     Attributes:
-        recipe: the typed recipe; `trainer` holds what was given, for the record.
+        recipe: the typed recipe; `trainer` contains the given values, for the record.
         options: the command's own options by name.
-        trainer: Lightning's arguments with classes instantiated; empty where not asked for.
-        arguments: the command line as it was given.
-        recipes: what --config named, as it was given.
+        trainer: Lightning's arguments with classes instantiated; empty if not requested.
+        arguments: the command line as given.
+        recipes: the arguments of --config, as given.
     """
 
     recipe: Recipe
@@ -63,16 +63,16 @@ class Parsed:
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The command's own options, which no other one need know, as they are typed."""
+        """The command's own options, as typed, which other commands may not have."""
         return tuple(f"--{name}" for name in vars(self.options))
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults, and the description's lines as they were written."""
+    """Shows types and defaults, and keeps the description's line breaks."""
 
 
 class CommandParser(ArgumentParser):
-    """A command's parser; Lightning's arguments are added when they are needed, not before."""
+    """A command's parser; Lightning's arguments are only added when needed."""
 
     with_trainer: bool = False
 
@@ -82,9 +82,9 @@ def command_parser(command: str, description: str, *, with_trainer: bool = False
 
     Args:
         command: the command's name.
-        description: what `--help` says first.
-        with_trainer: type Lightning's own arguments (takes seconds to import, so that only a
-            recipe that can be read pays for it).
+        description: the first text of `--help`.
+        with_trainer: parse Lightning's own arguments by type (importing it takes seconds, so this
+            is only done once a recipe has been read).
     """
     parser = CommandParser(
         prog=f"lspade-train {command}",
@@ -113,14 +113,14 @@ def parse(
     A shipped recipe may be given by name, and finds the data and model that ship with it.
 
     Args:
-        parser: the command's.
+        parser: the command's parser.
         arguments: its command line.
-        early: looks at what was parsed before Lightning is imported, of `trainer` plain values
-            only; None looks for the model.
+        early: check to run before Lightning is imported, with only plain values of `trainer`; None
+            checks that the model exists.
 
     Raises:
         RecipeError: an unknown key, a missing file, a value of the wrong type.
-        UnsupportedModelError: no such model here or on the Hub.
+        UnsupportedModelError: no such model, neither local nor on the Hub.
         SystemExit: 0 for `--help`, 2 for wrong usage.
     """
     if HELP_TRAINER in arguments:
@@ -134,7 +134,7 @@ def parse(
         parsed = _read(parser, words, arguments, files)
         (early or find_model)(parsed)
         return parsed
-    # Most mistakes can be told without Lightning, which takes seconds to import.
+    # Most mistakes can be detected without Lightning, which takes seconds to import.
     first = copy.deepcopy(parser)
     for key, hint in plain_trainer_keys().items():
         first.add_argument(f"--{key}", type=hint)
@@ -144,11 +144,11 @@ def parse(
 
 
 def find_model(parsed: Parsed) -> None:
-    """Refuse a recipe whose model is nowhere."""
+    """Refuse a recipe whose model does not exist."""
     data = parsed.recipe.data
     settle_hub(data.model_id, data.dataset)
     folder = Path(data.model_id).expanduser()
-    # An adapter's folder has a refusal of its own, which says how to merge it.
+    # A PEFT adapter's folder has a separate error, which explains how to merge it.
     known = (folder / name for name in ("config.json", "adapter_config.json"))
     if data.gguf_file is None and folder.is_dir() and not any(file.exists() for file in known):
         raise UnsupportedModelError(
@@ -161,11 +161,11 @@ def find_model(parsed: Parsed) -> None:
 
 
 def _blocks(config: Path) -> int | None:
-    """L where the file says it under the usual name; None where the model has to be asked."""
+    """L, if the file has it under the usual name; None if only the model itself can tell."""
     try:
         found = json.loads(config.read_bytes()).get("num_hidden_layers")
     except (OSError, ValueError, AttributeError):
-        return None  # another module says what is wrong with it
+        return None  # reported by another module
     return found if isinstance(found, int) else None
 
 
@@ -184,7 +184,7 @@ def _read(
     values = {name: asked[name] for name in names if name in asked}
     trainer = values.get("trainer", {})
     if isinstance(trainer, Namespace):
-        # Only what was given: Lightning's own defaults are not part of a recipe.
+        # Only the given values: Lightning's own defaults are not part of a recipe.
         defaults = parser.get_defaults()["trainer"].as_dict()
         given = config["trainer"].as_dict()
         values["trainer"] = {k: v for k, v in given.items() if v != defaults[k]}
@@ -199,7 +199,7 @@ def _read(
 
 
 def _add_trainer(parser: CommandParser, *, typed: bool) -> None:
-    """Lightning's arguments: with their types, or as one mapping that is not looked into."""
+    """Add Lightning's arguments: with their types, or as one unchecked mapping."""
     if not typed:
         help_text = (
             f"--trainer.KEY VALUE: Lightning's Trainer arguments ({HELP_TRAINER} lists them)"
@@ -212,7 +212,7 @@ def _add_trainer(parser: CommandParser, *, typed: bool) -> None:
 
 
 def _show_trainer_help(parser: CommandParser) -> NoReturn:
-    """Print Lightning's arguments alone."""
+    """Print only Lightning's arguments."""
     from lightning.pytorch import Trainer
 
     listing = CommandParser(
@@ -226,7 +226,7 @@ def _show_trainer_help(parser: CommandParser) -> NoReturn:
 def _with_recipes(
     parser: CommandParser, arguments: Sequence[str]
 ) -> tuple[list[str], list[RecipeFile]]:
-    """The arguments with each recipe's text in place of its name, and the recipes."""
+    """The arguments with each recipe's name replaced by its text, and the recipes."""
     words: list[str] = []
     files: list[RecipeFile] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
@@ -243,7 +243,7 @@ def _with_recipes(
 
 
 def _plain(words: Sequence[str], files: Sequence[RecipeFile]) -> list[str]:
-    """The command line without what only Lightning's own classes can check; the recipes, too."""
+    """The command line and recipes without values that only Lightning's classes can check."""
     bare = {file.text: file.plain for file in files}
     known = {f"--{key}" for key in plain_trainer_keys()}
     kept = without_options(words, lambda key: key.startswith("--trainer") and key not in known)
@@ -263,7 +263,7 @@ def _check_key(word: str) -> None:
 
 @contextmanager
 def refusals_named() -> Generator[None]:
-    """Settings that the Trainer refuses are the recipe's mistake."""
+    """Report settings that the Trainer refuses as errors of the recipe."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -276,7 +276,7 @@ def refusals_named() -> Generator[None]:
 def _refuse(
     parser: CommandParser, message: str, arguments: Sequence[str], files: Sequence[RecipeFile]
 ) -> NoReturn:
-    """Say a parser's message as a user would: which key, where, what was got and expected."""
+    """Rephrase a parser's message: which key, where, what was given and what was expected."""
     stray, missing = STRAY.search(message), MISSING.search(message)
     known = [action.dest for action in parser._actions if action.dest != SUPPRESS]
     if stray:
@@ -314,7 +314,7 @@ def _place(key: str, wrong: str, arguments: Sequence[str], files: Sequence[Recip
 
 
 def _wrong(parser: CommandParser, key: str, message: str) -> str:
-    """What a key is and should be, as in "is many; expected a whole number"."""
+    """What a key is and should be, such as "is many; expected a whole number"."""
     given = GIVEN.findall(message)
     value = given[-1].strip() if given else "invalid"
     action = next((action for action in parser._actions if action.dest == key), None)

@@ -117,7 +117,7 @@ def predict(arguments: list[str]) -> int:
 
 
 def _audit(options: Any, folder: Path, seed: int) -> Any:
-    """The audit that was asked for, or None."""
+    """The requested audit, or None."""
     from lspade_train.errors import AuditError
     from lspade_train.io.remote import is_remote
     from lspade_train.policies.audit import STATE
@@ -163,14 +163,14 @@ def _tell_shift(record: dict[str, Any], count: "Counts") -> None:
 
 
 def _fitted_prefix(heads: Any) -> str | None:
-    """Text before the answers as the heads were fitted; None for heads that do not record it."""
+    """Text before the answers that the heads were fitted with; None if they do not record it."""
     training: dict[str, Any] = heads.metadata.get("training", {})
     return training.get("data", {}).get("answer_prefix")
 
 
 @dataclass
 class Counts:
-    """What the answers of a run came to."""
+    """Statistics of a run's answers."""
 
     lines: int = 0
     failed: int = 0
@@ -188,12 +188,12 @@ class Counts:
             self.first_error = self.first_error or f"line {answer['line']}: {answer['error']}"
             return
         self.exited += answer["exited"]
-        self.layers.update(answer.get("steps", [answer["layer"]]))  # as calibrate counts them
+        self.layers.update(answer.get("steps", [answer["layer"]]))  # counted as in calibrate
         self.labelled += "correct" in answer
         self.correct += answer.get("correct", False)
 
     def report(self) -> int:
-        """Print it on standard error; the exit code."""
+        """Print the statistics on standard error; returns the exit code."""
         if self.failed:
             which = "all" if self.failed == self.lines else f"{self.failed} of"
             first = self.first_error.splitlines()[0]
@@ -210,7 +210,7 @@ class Counts:
 
 
 def _progress(options: Any) -> Progress:
-    """Shown where the answers are not; their number is known where the input is a file."""
+    """Progress, shown unless answers are printed; the total is known if the input is a file."""
     total = None
     if options.input != "-":
         with _lines(options.input) as lines:
@@ -221,7 +221,7 @@ def _progress(options: Any) -> Progress:
 
 @contextmanager
 def _lines(name: str) -> Generator[Iterable[str]]:
-    """The input's lines; whatever bytes one holds, the others are read."""
+    """The input's lines; undecodable bytes in one do not affect the others."""
     from lspade_train.io.text import lines_of
 
     if name != "-":
@@ -233,7 +233,7 @@ def _lines(name: str) -> Generator[Iterable[str]]:
 
 
 def _require_output(path: Path) -> None:
-    """Refuse what cannot be written, before the model is loaded."""
+    """Refuse an output that cannot be written, before the model is loaded."""
     from lspade_train.io.storage import require_writable
 
     if not path.exists():
@@ -250,8 +250,8 @@ def _write(answers: Iterator[dict[str, Any]], file: Any, count: Counts) -> None:
 
 
 def _keep_whole_lines(path: Path) -> int:
-    """Cut a half-written last line off, and count the answers that are left."""
+    """Remove an incomplete last line, and count the remaining answers."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))  # in place: a kill here loses nothing
+    os.truncate(path, len(whole))  # in place, so nothing is lost if killed here
     return whole.count(b"\n")

@@ -1,4 +1,4 @@
-"""Results printed as tables that fit a terminal. Knows nothing of how they were measured."""
+"""Prints results as tables that fit a terminal. Independent of how they were measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ WIDTH = 100
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The verdict, what was measured, a table of layers and lenses, and one of exits."""
+    """Print the verdict, what was measured, a table of layers and lenses, and one of exits."""
     console = Console()
     console = Console(width=max(console.width, WIDTH))
     console.print()
@@ -37,7 +37,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def print_baselines(results: dict[str, Any]) -> None:
-    """Other early-exit methods, and the policy, on the same rows."""
+    """Print other early-exit methods, and the policy, on the same rows."""
     found = results["baselines"]
     title = (
         f"other early-exit methods, tuned on {found['n']:,} separate rows for a risk of "
@@ -59,7 +59,7 @@ def print_baselines(results: dict[str, Any]) -> None:
 
 
 def print_cross_task(cross: dict[str, Any]) -> None:
-    """Heads and threshold of each task (rows) used on each task (columns)."""
+    """Print the heads and threshold of each task (rows) used on each task (columns)."""
     tasks = [
         f"{task['name']}\n{number(task['full_model'])}, n {task['n']:,}" for task in cross["tasks"]
     ]
@@ -72,7 +72,7 @@ def print_cross_task(cross: dict[str, Any]) -> None:
 
 
 def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
-    """The effect of each change, mean over the layers."""
+    """Print the effect of each change, mean over the layers."""
     title = f"ablations, mean over layers {layers[0]} to {layers[-1]}; against the full model"
     table = new_table("change", "accuracy", "answer agrees", "KL (nats)", title=title)
     for group, variants in ablations.items():
@@ -85,7 +85,7 @@ def print_ablations(ablations: dict[str, Any], layers: Sequence[int]) -> None:
 
 
 def print_comparison(results: Sequence[dict[str, Any]]) -> None:
-    """One row per heads folder: its heads and SPADE, mean over the layers, and its policy."""
+    """Print a row per heads folder: its heads and SPADE, mean over the layers, and its policy."""
     table = new_table(
         "folder", "model", "task", "split", "n", "full model", "heads", "SPADE", "KL to SPADE",
         "policy", "saved", title="accuracy and KL, mean over the layers; FLOPs saved by the policy",
@@ -210,12 +210,12 @@ def _mean(values: Sequence[float | None] | None) -> float | None:
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or a dash for what is not known."""
+    """Three decimals, or a dash for an unknown value."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in the manner of all of them: names at the left, numbers at the right."""
+    """An empty table in the common style: names left-aligned, numbers right-aligned."""
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -83,7 +83,7 @@ def profile(arguments: list[str]) -> None:
     confirmed = profiling.confirm(
         runtime, plain, prompts=prompts, choices=among, repeats=options.repeats
     )
-    if confirmed is not None:  # its policy was priced by time
+    if confirmed is not None:  # the policy was priced by time
         found = replace(found, confirmation=confirmed)
         sys.stdout.write(f"{confirmed.words}\n")
     if options.generate:
@@ -114,6 +114,6 @@ def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:
 
 
 def _fitting(adapter: Any) -> list[int]:
-    """The usual lengths that this model reads, or all it reads."""
+    """The usual prompt lengths that fit the model's context, or its full context."""
     limit = adapter.max_length or LENGTHS[-1]
     return [length for length in LENGTHS if length < limit] + [limit] * (limit <= LENGTHS[-1])

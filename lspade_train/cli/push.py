@@ -39,7 +39,7 @@ def push(arguments: list[str]) -> int:
     add("--private", **flag, help="make a new repository private")
     add("--create_pr", **flag, help="open a pull request instead of committing")
     add("--dry_run", **flag, help="show files, sizes and card; send nothing")
-    parsed = parse(parser, arguments, early=lambda _: None)  # it needs no model
+    parsed = parse(parser, arguments, early=lambda _: None)  # push needs no model
     options = parsed.options
     if options.repo is None:
         sys.stderr.write(
@@ -74,7 +74,7 @@ def push(arguments: list[str]) -> int:
 
 
 def _show(sizes: dict[str, int], repo: str) -> None:
-    """What would be sent."""
+    """Print what would be uploaded."""
     for name, size in sizes.items():
         sys.stdout.write(f"{size:>14,}  {name}\n")
     sys.stdout.write(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files to {repo}\n")

@@ -1,6 +1,6 @@
-"""A recipe's file, before any parser sees it: encoding, YAML faults and keys, by line.
+"""Checks a recipe's file before parsing: encoding, YAML errors and keys, with line numbers.
 
-Imports nothing heavy, so that a mistake in it is answered at once.
+Imports nothing heavy, so that a mistake is reported at once.
 """
 
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ KINDS = {"scalar": "a single value", "sequence": "a list", "mapping": "keys"}
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe that is YAML and names known keys only.
+    """A recipe that is valid YAML with known keys only.
 
     Attributes:
-        name: as it was given.
-        path: where it lies.
-        text: its YAML, without sections that hold nothing: those keep their defaults.
-        plain: the same without what only Lightning's own classes can check.
+        name: the name as given.
+        path: path of the file.
+        text: its YAML, without empty sections, which keep their defaults.
+        plain: the same without values that only Lightning's own classes can check.
         lines: dotted key -> line, from 1.
     """
 
@@ -44,10 +44,10 @@ class RecipeFile:
 
 
 def read_recipe(name: str) -> RecipeFile:
-    """Read a recipe by its path, or by the name of one that is shipped.
+    """Read a recipe by its path, or a shipped one by its name.
 
     Raises:
-        RecipeError: no such file, not text, not YAML, a key twice, or one that is not known.
+        RecipeError: no such file, not text, not YAML, or a duplicate or unknown key.
     """
     path = Path(find_recipe(name)).expanduser()
     if not path.is_file():
@@ -94,7 +94,7 @@ def _compose(path: Path, text: str) -> yaml.MappingNode:
 def _check(
     path: Path, node: yaml.MappingNode, place: str, lines: dict[str, int]
 ) -> Iterator[tuple[yaml.MappingNode, tuple[yaml.Node, yaml.Node]]]:
-    """Check the keys of a section and note their lines; yields the sections that hold nothing."""
+    """Check the keys of a section and record their lines; yields the empty sections."""
     for key_node, value in list(node.value):
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):

@@ -1,13 +1,13 @@
-"""Recipes that ship with the package, and the data and model they name. Knows nothing of parsing.
+"""Recipes that ship with the package, with their data and model. Independent of parsing.
 
-In an installed package they lie in `share/`, laid out as in a clone, which has them at its root.
+An installed package has them in `share/`, with the same layout as at the root of a clone.
 """
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = next((folder for folder in [PACKAGE / "share"] if folder.is_dir()), PACKAGE.parent)
-"""What the relative paths of a shipped recipe are relative to, where the user has no such file."""
+"""Base of a shipped recipe's relative paths, if the user has no such file."""
 
 
 def recipes() -> dict[str, Path]:
@@ -26,7 +26,7 @@ def summary(recipe: Path) -> str:
 
 
 def find_recipe(name: str) -> str:
-    """The shipped recipe of that name; anything else, and any file of the user's, as it is."""
+    """The path of the shipped recipe of that name; user files and other names are unchanged."""
     known = recipes()
     return name if name not in known or Path(name).is_file() else str(known[name])
 
@@ -37,7 +37,7 @@ def is_shipped(recipe: str | Path) -> bool:
 
 
 def locate(path: str | None) -> str | None:
-    """A path of a shipped recipe: the user's own where there is one, else the shipped file's."""
+    """A path of a shipped recipe: the user's own file if there is one, else the shipped one."""
     shipped = ROOT / path if path is not None else ROOT
     if path is None or Path(path).exists() or not shipped.exists():
         return path

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it: an orderly end with an exit code and a way to go on."""
+"""Handling of SIGTERM, as sent by schedulers: a clean exit that tells how to resume."""
 
 import signal
 import threading
@@ -10,17 +10,17 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Like Ctrl-C: temporary files go, locks are released, what is complete stays."""
+    """SIGTERM. Like Ctrl-C: removes temporary files, releases locks, keeps complete files."""
 
 
 class Sigterm:
-    """What this process does on SIGTERM: end where it stands, or take note and finish its step.
+    """What this process does on SIGTERM: exit immediately, or finish the current step first.
 
     Attributes:
-        launcher: Lightning's; the processes that it started are told, since a scheduler or a user
-            may know of the first one only.
-        deferred: take note instead of raising `Terminated`.
-        noted: it has come.
+        launcher: Lightning's launcher; SIGTERM is passed on to the processes it started, since a
+            scheduler or a user may only know the first one.
+        deferred: set `noted` instead of raising `Terminated`.
+        noted: whether SIGTERM was received.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Sigterm:
 
     @contextmanager
     def caught(self) -> Generator[None]:
-        """Raise `Terminated` in the main thread on SIGTERM, in place of dying where it stands."""
+        """Raise `Terminated` in the main thread on SIGTERM, instead of dying at once."""
         self._reset()
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -49,14 +49,14 @@ class Sigterm:
             process.terminate()
         self.noted = True
         if not self.deferred:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the tidying
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second must not interrupt cleanup
             raise Terminated
 
     def _release(self) -> list[Any]:
-        """The processes started from this one, which nobody watches from here on.
+        """The processes started from this one, which are no longer monitored.
 
-        Lightning's watchman kills this process as soon as one of them has ended in any other way
-        than by finishing; at an orderly end they do.
+        Lightning's monitor kills this process as soon as one of them fails, as they do in a clean
+        exit on SIGTERM.
         """
         started: list[Any] = getattr(self.launcher, "procs", [])
         released = started.copy()

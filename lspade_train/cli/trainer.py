@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class StopTogether(Callback):
-    """On SIGTERM, all processes of a fit finish the step in hand and leave it together."""
+    """On SIGTERM, all processes of a fit finish the current step and stop together."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take Lightning's own handler out.
+        """Remove Lightning's own handler.
 
-        It calls a collective wherever the signal finds a process, while the others are inside
-        another one, and then stops each process after a step of its own.
+        It calls a collective at whatever point the signal interrupts a process, while the others
+        may be in a different one, and then stops each process after a different step.
         """
         _signals(trainer)._sigterm_notifier_fn = lambda *_: None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a step may not be cut in half."""
+        """From here on, steps must not be interrupted."""
         sigterm.deferred = True
 
     def on_train_batch_end(
@@ -42,19 +42,19 @@ class StopTogether(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Agree on whether this step was the last."""
+        """Agree among the processes on whether this was the last step."""
         if trainer.strategy.reduce_boolean_decision(sigterm.noted, all=False):
             _signals(trainer).received_sigterm = True
 
 
 class WarnAtChance(Callback):
-    """Says before a fit trains on answers that are no better than guesses."""
+    """Warns before a fit if the frozen model's answers are no better than guessing."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the cached validation rows; computes no states for it."""
+        """Check the cached validation rows, without computing states."""
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         dataset = data.states("validation") if trainer.is_global_zero else None
-        if not isinstance(dataset, StateDataset):  # online: rows that are computed when asked for
+        if not isinstance(dataset, StateDataset):  # online: rows are computed on demand
             return
         found = cached_accuracy(dataset, data.unembed)
         if found is not None and found.at_chance:
@@ -70,23 +70,23 @@ def _signals(trainer: Trainer) -> Any:
 
 @contextmanager
 def early_end_named(trainer: Trainer, advice: str) -> Generator[None]:
-    """Give the ways in which a loop may end early their names.
+    """Turn each way in which a loop may end early into a named exception.
 
     Args:
         trainer: runs the loop.
-        advice: what to do where another process was lost.
+        advice: what to do if another process was lost.
 
     Raises:
         Terminated: SIGTERM.
         KeyboardInterrupt: Ctrl-C.
         StoppedError: another process was lost.
     """
-    # The first trainer of a command starts the processes, the next ones find them.
+    # The first trainer of a command starts the processes, later ones reuse them.
     sigterm.launcher = sigterm.launcher or trainer.strategy.launcher
     try:
         with lost_peers_named(advice):
             yield
-    except SystemExit as stop:  # Lightning's own way out of both
+    except SystemExit as stop:  # Lightning raises it for both signals
         by_signal = isinstance(stop, SIGTERMException) or isinstance(stop.__context__, Terminated)
         raise (Terminated if by_signal else KeyboardInterrupt) from stop
     finally:
@@ -114,7 +114,7 @@ def open_modules(parsed: Parsed, heads: Any = None, **options: Any) -> tuple[Any
 
 
 def open_loggers(parsed: Parsed, folder: Path) -> Any:
-    """The recipe's loggers, or the default ones, which write below `folder`."""
+    """The recipe's loggers, or the default ones, which write to `folder`."""
     from lspade_train.io.tracking import keep_wandb_from_asking
     from lspade_train.training.loggers import default_loggers
 
@@ -136,7 +136,7 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     from lspade_train.training.fit_progress import FitProgress
 
     arguments = parsed.trainer | {"logger": loggers}
-    # Copies: each group of layers has a trainer of its own, and callbacks remember.
+    # Copies: each group of layers has its own trainer, and callbacks have state.
     given = deepcopy(arguments.pop("callbacks", None) or [])
     given = given if isinstance(given, list) else [given]
     defaults: dict[str, Any] = {"log_every_n_steps": LOG_EVERY, "enable_model_summary": False}
@@ -149,9 +149,9 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
         ours.append(FitProgress())
     plugins: list[Any] = []
     if str(arguments.get("strategy", "auto")).startswith(("auto", "ddp")):
-        plugins.append(AtomicCheckpoints())  # the others write their shards themselves
+        plugins.append(AtomicCheckpoints())  # other strategies write shards themselves
     if SLURMEnvironment.detect():
-        # Lightning's requeueing may interrupt a step, and any recipe would resume from there.
+        # Lightning's requeueing may interrupt a step, and another recipe might resume from there.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     defaults["plugins"] = plugins
     return Trainer(**defaults | arguments, callbacks=[*given, *callbacks, *ours])

@@ -12,7 +12,7 @@ def validate(arguments: list[str]) -> None:
 
 
 def check_split(command: str, split: str, arguments: list[str]) -> None:
-    """Run Lightning's `command` on `split` with the heads of the command line."""
+    """Run Lightning's `command` on `split` with the given heads."""
     parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
     heads_option(parser)
     parsed = parse(parser, arguments, early=find_heads)

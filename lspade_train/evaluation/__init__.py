@@ -1,4 +1,4 @@
-"""Every experiment on cached states: lenses, exits, equal compute, transfer, ablations."""
+"""Experiments on cached states: lenses, exits, equal compute, transfer, ablations."""
 
 from lspade_train.evaluation.exits import (
     PAPER_THRESHOLDS,

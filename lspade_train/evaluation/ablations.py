@@ -1,6 +1,6 @@
-"""Ablations of SPADE and its heads: one small run per change, kept beside the heads.
+"""Ablations of SPADE and its heads: one small run per change, stored beside the heads.
 
-Knows nothing of figures or terminals.
+Independent of figures and terminals.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,9 +46,9 @@ class Ablation:
         group: start (of SPADE), heads (form and target) or rows (the learning curve).
         name: unique in its group.
         label: for tables and figures.
-        measure: returns the numbers as `results.json` holds them.
-        rows: training rows; None if nothing is trained.
-        settings: what else determines the numbers, as JSON.
+        measure: returns the numbers in the format of `results.json`.
+        rows: number of training rows; None if nothing is trained.
+        settings: other settings that determine the numbers, as JSON.
     """
 
     group: str
@@ -226,7 +226,7 @@ def _trained_as(fitted: FittedRecipe) -> HeadConfig:
     training = fitted.heads.metadata.get("training", {})
     known = training.get("recipe", {}).get("model")
     config = HeadConfig(**known) if known else fitted.recipe.model
-    return replace(config, target=config.targets[0])  # the one set of heads that is measured
+    return replace(config, target=config.targets[0])  # the set of heads that is measured
 
 
 def _steps(fitted: FittedRecipe) -> int:

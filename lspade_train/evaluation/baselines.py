@@ -1,8 +1,8 @@
-"""Other rules of when to stop, on the same rows: what a policy has to beat.
+"""Other early-exit rules on the same rows, as baselines for a policy.
 
-Each has at most one setting, taken where it saves most on the calibration rows with a measured
-risk within the budget. Nothing is tested and nothing promised, as in the papers that propose them.
-Knows nothing of files or terminals.
+Each has at most one setting, which is chosen to save most on the calibration rows with a measured
+risk within the budget. There is no test and no guarantee, as in the papers that propose them.
+Independent of files and terminals.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED
 
 PENALTY = 1e-3
-"""Of the probe's and the support vector machine's weights, per row."""
+"""L2 penalty on the weights of the probe and the support vector machine, per row."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Baseline:
     """One rule on three sets of rows.
 
     Attributes:
-        name: in words.
+        name: name in words.
         source: where it comes from.
-        tables: of the calibration rows and of the measured ones, by the value of its setting.
+        tables: tables of the calibration rows and the measured ones, by the value of its setting.
     """
 
     name: str
@@ -57,14 +57,14 @@ def measure_baselines(
     """Every baseline on the measured rows, as JSON.
 
     Args:
-        proposing: training rows, that the learned ones are fitted on.
-        calibrating: rows that set each one's setting.
-        measured: rows that it is measured on.
+        proposing: training rows that the learned baselines are fitted on.
+        calibrating: rows that choose each baseline's setting.
+        measured: rows that they are measured on.
         adapter: the frozen model.
-        heads: bound heads; a tuned lens beside them is used too.
-        layers: where a rule may stop, ascending.
-        scope: what is read: the vocabulary, or each row's choices.
-        budget: largest drop of the accuracy; of the share of changed answers without labels.
+        heads: bound heads; a tuned lens beside them is used, too.
+        layers: layers where a rule may exit, ascending.
+        scope: tokens to compute logits for: the vocabulary, or each row's choices.
+        budget: largest drop in accuracy; without labels, largest fraction of changed answers.
     """
     readers = available(heads)
     words: tuple[Decoder, ...] = ("spade", *cast(list[Decoder], [*readers]))
@@ -85,9 +85,9 @@ def measure_baselines(
 
 
 def _measured(baseline: Baseline, budget: float, ideal: float) -> dict[str, Any]:
-    """The baseline on the measured rows, set on the others.
+    """The baseline on the measured rows, with its setting chosen on the calibration rows.
 
-    Where no setting is within the budget, the one with the least risk; `within_budget` says so.
+    If no setting is within the budget, that of least risk is used and `within_budget` is false.
     """
 
     def key(setting: str) -> tuple[bool, float]:
@@ -129,14 +129,14 @@ def _table(
 def _signalled(
     rows: CachedExits, reader: str, signal: Float[NDArray[Any], "rows checks"]
 ) -> ExitTable:
-    """The table of a signal of ours, low where it is sure, read from and answered by one reader."""
+    """The table of a signal that is low for confident rows; one reader computes and answers."""
     table = _table(rows, cast(Decoder, reader), "entropy", reader)
     inside = float(np.abs(signal).max()) + 1
     return replace(table, confidence=signal.astype(np.float32), bounds=(-inside, inside))
 
 
 def _fixed(rows: Sequence[CachedExits], words: Iterable[Decoder]) -> Baseline:
-    """Leave every row at one layer."""
+    """Exit with every row at one layer."""
     tables = {
         f"layer {layer}, {word}": (*(table.at([layer]) for table in both), 0.0)
         for word in words
@@ -147,7 +147,7 @@ def _fixed(rows: Sequence[CachedExits], words: Iterable[Decoder]) -> Baseline:
 
 
 def _paper(rows: Sequence[CachedExits]) -> Baseline:
-    """One entropy threshold of the L-SPADE heads at every layer; SPADE answers."""
+    """One entropy threshold for the L-SPADE heads at every layer; SPADE answers."""
     calibrating, measured = (_table(part, "spade", "entropy", "l-spade") for part in rows[1:])
     tables = {
         f"{threshold:.3g} nats": (calibrating, measured, threshold)
@@ -157,7 +157,7 @@ def _paper(rows: Sequence[CachedExits]) -> Baseline:
 
 
 def _patience(rows: Sequence[CachedExits], readers: Sequence[str]) -> Baseline:
-    """Leave where a head has given the same answer at so many checks in a row."""
+    """Exit once a head has given the same answer at a number of checks in a row."""
     tables = {
         f"{count} checks of the {reader} heads": (
             *(
@@ -173,7 +173,7 @@ def _patience(rows: Sequence[CachedExits], readers: Sequence[str]) -> Baseline:
 
 
 def _streak(answers: Int[torch.Tensor, "rows checks"]) -> Int[NDArray[Any], "rows checks"]:
-    """How many checks in a row have given the answer of each check, itself included."""
+    """For each check, the number of consecutive checks up to it with the same answer."""
     seen = answers.numpy()
     found = np.ones(seen.shape, dtype=np.int64)
     for place in range(1, seen.shape[1]):
@@ -199,18 +199,18 @@ def _adainfer(rows: Sequence[CachedExits]) -> Baseline:
 
 
 def _top_and_gap(rows: CachedExits, place: int) -> NDArray[np.float64]:
-    """Largest probability, and its distance to the next one, (rows, 2)."""
+    """Largest probability, and its gap to the second largest, (rows, 2)."""
     return rows.readings["logit_lens"][place].statistics[:, 1:3].double().numpy()
 
 
 def support_vectors(
     inputs: Float[NDArray[Any], "rows columns"], wrong: Bool[NDArray[Any], " rows"]
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """A linear support vector machine (squared hinge): positive where it says wrong.
+    """A linear support vector machine (squared hinge), positive if it predicts wrong.
 
     Args:
-        inputs: scaled inside.
-        wrong: the class that is positive.
+        inputs: inputs; standardised internally.
+        wrong: the positive class.
     """
     mean, scale = inputs.mean(0), inputs.std(0) + 1e-12
     side = np.where(wrong, 1.0, -1.0)
@@ -227,7 +227,7 @@ def support_vectors(
 
 
 def _probe(rows: Sequence[CachedExits]) -> Baseline:
-    """A linear classifier of one layer's state, fitted to the full model's answers."""
+    """A linear classifier on one layer's state, fitted to the full model's answers."""
     labels = rows[0].full_answer.unique()
     tables: dict[str, tuple[ExitTable, ExitTable, float]] = {}
     for place, layer in enumerate(rows[0].layers):
@@ -258,12 +258,12 @@ def linear_probe(
     """Multinomial regression of the answers on the standardised states.
 
     Args:
-        states: one layer's.
-        answers: each one of `labels`.
+        states: states of one layer.
+        answers: answers, each one of `labels`.
         labels: tokens.
 
     Returns:
-        From states to the likeliest labels.
+        A function from states to the most likely labels.
     """
     mean, scale = states.mean(0), states.std(0).clamp(min=1e-6)
     inputs = (states - mean) / scale

@@ -1,6 +1,6 @@
-"""How good the frozen model itself is, against what needs no model: chance, the commonest answer.
+"""The frozen model's own accuracy, against baselines without a model: chance and majority answer.
 
-Early exits of a model that guesses save much and mean nothing. Knows nothing of heads.
+Early exits of a model that only guesses save much but are meaningless. Independent of heads.
 """
 
 import math
@@ -23,12 +23,12 @@ class AgainstChance:
     """The frozen model's accuracy, compared with baselines that need no model.
 
     Attributes:
-        n: rows with a right answer.
-        accuracy: share that the model answers right.
-        interval: of the accuracy, 95%.
-        chance: accuracy of guessing, the mean of 1 / choices; None where a row has no choices.
-        majority: accuracy of always giving the most frequent right answer.
-        majority_id: its token.
+        n: rows with a label.
+        accuracy: fraction that the model answers correctly.
+        interval: 95% interval of the accuracy.
+        chance: accuracy of guessing, the mean of 1 / choices; None if a row has no choices.
+        majority: accuracy of always giving the most frequent correct answer.
+        majority_id: token of that answer.
     """
 
     n: int
@@ -45,7 +45,7 @@ class AgainstChance:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the interval reaches down to `floor`."""
+        """Whether the interval's lower end is at or below `floor`."""
         return self.interval[0] <= self.floor
 
     @property
@@ -63,11 +63,11 @@ class AgainstChance:
 
 
 def wilson_interval(right: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of a share, from counts; not degenerate at 0 or n, as a bootstrap's is.
+    """Interval for a proportion; unlike a bootstrap interval, not degenerate at 0 or n.
 
     Args:
-        right: rows counted.
-        n: rows in all, 1 or more.
+        right: number of successes.
+        n: number of rows, 1 or more.
         level: probability inside the interval.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
@@ -85,8 +85,8 @@ def baseline_accuracies(
     """Accuracy of guessing, accuracy of the most frequent answer, and that answer's token.
 
     Args:
-        answer_id: right tokens, of one row or more.
-        choice_count: choices of each row; 0 where any token may be the answer.
+        answer_id: correct tokens, of one row or more.
+        choice_count: choices of each row; 0 if any token may be the answer.
     """
     chance = float((1 / choice_count.double()).mean()) if bool((choice_count > 0).all()) else None
     tokens, counts = answer_id.unique(return_counts=True)
@@ -100,9 +100,9 @@ def compare(
     """The comparison for labelled rows, one or more.
 
     Args:
-        right: whether the model answered right.
-        answer_id: right tokens.
-        count: choices of each row; 0 where any token may be the answer.
+        right: whether the model's answer is correct.
+        answer_id: correct tokens.
+        count: choices of each row; 0 if any token may be the answer.
     """
     hits, n = int(right.sum()), len(right)
     return AgainstChance(
@@ -114,7 +114,7 @@ def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChanc
     """The comparison for cached rows, from the states in the cache: no model forward.
 
     Returns:
-        None where no row has a right answer.
+        The comparison; None if no row has a label.
     """
     labels = dataset.labels
     known = labels["labelled"]
@@ -128,7 +128,7 @@ def cached_accuracy(dataset: StateDataset, unembed: Unembedding) -> AgainstChanc
 
 
 def _answers(batch: StateBatch, unembed: Unembedding) -> Int[Tensor, " rows"]:
-    """The full model's answers; where all rows have choices, without the vocabulary's logits."""
+    """The full model's answers, without logits over the vocabulary if all rows have choices."""
     if not bool((batch.choice_count > 0).all()):
         return pick_answer(unembed(batch.final), batch)
     ids = batch.choice_ids.long()

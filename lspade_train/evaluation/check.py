@@ -1,6 +1,6 @@
-"""A recipe looked at before it costs anything: prompt, base accuracy, labels, disk and time.
+"""A cheap preview of a recipe: prompt, accuracy of the base model, labels, disk space and time.
 
-Runs the frozen model on a sample of training rows, and nothing else. Writes nothing.
+Only runs the frozen model on a sample of training rows. Writes nothing.
 """
 
 import time
@@ -26,29 +26,29 @@ from lspade_train.tasks import Example, Split
 from lspade_train.training.datamodule import HiddenStateDataModule
 
 TOKENISED = 5_000
-"""Rows of a split that are tokenised; of larger ones a sample."""
+"""Most rows of a split to tokenise; larger splits are sampled."""
 
 FIRST_CHUNK, SHORT_CHUNK = 8, 1.0
-"""Prompts of the first forward, which doubles as long as one takes less than so many seconds."""
+"""Prompts in the first forward, and the seconds up to which this number is doubled."""
 
 STEPS, SHORT_STEP, PART_ROWS = 3, 5.0, 16
-"""Training steps that are timed, one alone where that takes more than so many seconds; and rows of
-them where the loss is over the vocabulary, whose products take time by the row."""
+"""Training steps to time; the seconds above which one is enough; and their rows if the loss is over
+the vocabulary, where time is proportional to rows."""
 
 FIT_SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class SplitSize:
-    """What a split holds.
+    """The size of a split.
 
     Attributes:
         rows: rows of data.
-        over_context: share of them whose prompts are over the model's context (or, of running
-            text, too short for a position).
+        over_context: fraction of rows whose prompts are longer than the model's context (or, for
+            running text, too short for a position).
         positions: rows that a cache would have, one per answer position.
-        tokens: prompt tokens in all.
-        longest: tokens of the longest prompt that was looked at.
+        tokens: total number of prompt tokens.
+        longest: tokens of the longest prompt in the sample.
     """
 
     rows: int
@@ -60,14 +60,14 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt as the model reads it.
+    """One prompt in the form that the model reads.
 
     Attributes:
-        row: place of its row, from 0.
+        row: index of its row, from 0.
         prompt: the tokens as text.
-        answers: text of each choice's token, or of the right one where there are no choices.
-        right: index into `answers`; None without a label.
-        given: text of the token that the model answers with.
+        answers: text of each choice's token, or of the correct token if there are no choices.
+        right: index of the correct answer in `answers`; None without a label.
+        given: text of the model's answer token.
     """
 
     row: int
@@ -79,23 +79,23 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What a recipe is about to do.
+    """A preview of what a recipe will do.
 
     Attributes:
         shown: the first sampled prompt.
-        sampled: cached rows that the model was run on.
-        baseline: its accuracy there; None without labels.
-        on_choices: mean probability that falls on the row's choices; None without choices.
-        balance: right answer -> share of the labelled training rows, most frequent first.
+        sampled: number of rows that the model was run on.
+        baseline: its accuracy on them; None without labels.
+        on_choices: mean total probability of the row's choices; None without choices.
+        balance: correct answer -> fraction of the labelled training rows, most frequent first.
         splits: size of each split.
-        cache_bytes: of train and validation, what `fit` stores.
-        test_bytes: of test, what `evaluate` stores beside them.
-        heads_bytes: of the exported heads.
-        prompt_seconds: per prompt, states and SPADE's targets.
-        cache_seconds: for train and validation.
-        fit_seconds: for all training steps; None where their number is not limited.
+        cache_bytes: size of the caches of train and validation, which `fit` stores.
+        test_bytes: size of the cache of test, which `evaluate` adds.
+        heads_bytes: size of the exported heads.
+        prompt_seconds: seconds per prompt, for states and SPADE's targets.
+        cache_seconds: seconds for train and validation.
+        fit_seconds: seconds for all training steps; None if their number is not limited.
         steps: number of training steps; None: not limited.
-        device: where it was timed.
+        device: device that it was timed on.
     """
 
     shown: Shown
@@ -115,16 +115,16 @@ class Check:
 
 
 def check_recipe(recipe: Recipe, *, rows: int = 200, seconds: float = 30.0) -> Check:
-    """Look at a recipe on a seeded sample of its training rows.
+    """Preview a recipe on a seeded sample of its training rows.
 
     Args:
-        recipe: its caches are neither read nor written.
-        rows: prompts that the model is run on at most.
-        seconds: after so much time no further prompts are run.
+        recipe: the recipe; its caches are neither read nor written.
+        rows: most prompts to run the model on.
+        seconds: time limit for running prompts.
 
     Raises:
-        RecipeError: no rows, or no time for them.
-        LSpadeError: the model or the data cannot be used; says which and why.
+        RecipeError: `rows` or `seconds` is not positive.
+        LSpadeError: the model or the data cannot be used.
     """
     if rows < 1 or seconds <= 0:
         raise RecipeError(
@@ -149,7 +149,7 @@ def check_recipe(recipe: Recipe, *, rows: int = 200, seconds: float = 30.0) -> C
         shown=_shown(data, chosen[0], logits[0]),
         sampled=len(batch),
         baseline=_baseline(batch, logits),
-        on_choices=_on_choices(batch, logits),
+        on_choices=_choice_mass(batch, logits),
         balance=_balance(data, examples),
         splits=splits,
         cache_bytes=sum(sizes[split] for split in FIT_SPLITS if split in sizes),
@@ -180,7 +180,7 @@ class _Prompts:
 
 
 def _tokenised(data: HiddenStateDataModule, split: Split, draw: np.random.Generator) -> _Prompts:
-    """The prompts of a split, or of a sample of its rows, and what that says of all of it."""
+    """The prompts of a split, or of a sample of its rows, and the estimated size of the split."""
     rows = tasks.load_rows(data.config, split)
     count = len(rows.records)
     places = sorted(draw.permutation(count)[:TOKENISED].tolist())
@@ -203,7 +203,7 @@ def _tokenised(data: HiddenStateDataModule, split: Split, draw: np.random.Genera
 
 @dataclass(frozen=True)
 class _Ran:
-    """States of a sample, and what they took."""
+    """States of a sample, and the time for computing them."""
 
     states: dict[str, Tensor]
     seconds: float
@@ -215,14 +215,14 @@ class _Ran:
 
 
 def _run(data: HiddenStateDataModule, examples: Sequence[Example], seconds: float) -> _Ran:
-    """Run the model on prompts, in their order, until they or the time are used up."""
+    """Run the model on prompts, in order, until the prompts or the time run out."""
     what, tokens = data.extraction(examples), data.config.tokens_per_batch
 
     def states(chunk: Sequence[Example]) -> dict[str, Tensor]:
         found = extract(data.adapter, chunk, what, tokens, to_host=False)
         return found | (spade_targets(data.adapter, found, what) if what.spade else {})
 
-    states(examples[:1])  # to warm up
+    states(examples[:1])  # warm up
     parts: list[dict[str, Tensor]] = []
     spent, used, first, size = 0.0, 0, 0, FIRST_CHUNK
     while first < len(examples) and spent < seconds:
@@ -253,8 +253,8 @@ def _baseline(batch: StateBatch, logits: Tensor) -> AgainstChance | None:
     return compare(right[known], batch.answer_id[known].long(), batch.choice_count[known])
 
 
-def _on_choices(batch: StateBatch, logits: Tensor) -> float | None:
-    """How much of the model's probability the choices get: little, where the prompt misleads it."""
+def _choice_mass(batch: StateBatch, logits: Tensor) -> float | None:
+    """Total probability of the choices, which is low if the prompt does not lead to them."""
     if not batch.choice_ids.shape[1] or not (batch.choice_count > 0).all():
         return None
     among = choice_logits(logits.float(), batch).logsumexp(-1)
@@ -299,7 +299,7 @@ def _cache_bytes(data: HiddenStateDataModule, prompts: _Prompts) -> int:
 
 
 def _steps(recipe: Recipe, rows: int) -> int | None:
-    """Training steps of a fit on one device; None where neither epochs nor steps limit them."""
+    """Training steps of a fit on one device; None if neither epochs nor steps are limited."""
     epochs, steps = recipe.trainer.get("max_epochs"), recipe.trainer.get("max_steps", -1)
     if epochs is None:
         epochs = -1 if steps != -1 else 1000  # Lightning's own default
@@ -312,11 +312,11 @@ def _steps(recipe: Recipe, rows: int) -> int | None:
 def _time_fit(
     recipe: Recipe, data: HiddenStateDataModule, states: dict[str, Tensor], groups: tuple[str, ...]
 ) -> tuple[float, LSpadeHeads]:
-    """Seconds of a training step, and heads as the recipe has them."""
+    """Seconds of a training step, and heads with the recipe's settings."""
     whole = size = recipe.data.batch_size
     if recipe.model.scope == "vocabulary":
         size = min(whole, PART_ROWS)
-    rows = torch.arange(size) % len(states["final"])  # of whatever rows there are
+    rows = torch.arange(size) % len(states["final"])  # repeats the available rows
     batch = {name: value.cpu()[rows] for name, value in states.items()}
     dataset = StateDataset([batch], groups, data.layers)
 

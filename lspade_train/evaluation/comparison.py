@@ -1,6 +1,6 @@
 """Results of several heads folders, checked and labelled for comparison.
 
-Knows nothing of models.
+Independent of models.
 """
 
 import logging
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def comparable(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results, each with a `label`: the recipe's name, or the folder where names repeat.
+    """The results, each with a `label`: the recipe's name, or the folder if names are not unique.
 
     Args:
         results: `results.json` by the name of its folder.
 
     Raises:
-        ArtifactError: one of them has another format version.
+        ArtifactError: one of them has a different format version.
     """
     for folder, one in results.items():
         if one.get("format_version") != FORMAT_VERSION:

@@ -1,6 +1,6 @@
 """Heads and thresholds of one task used on another, without retraining.
 
-Knows nothing of files or figures.
+Independent of files and figures.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.lenses import L_SPADE
 
 BUDGET = 0.05
-"""Disagreement that a threshold may cost on its own task. Ours; it needs no labels."""
+"""Largest disagreement of a threshold on its own task; needs no labels. Our choice."""
 PER_LAYER = ("accuracy", "answer_agrees_model", "agrees_spade", "kl_to_spade")
 
 Track = Callable[[Iterable[FittedRecipe]], Iterable[FittedRecipe]]
@@ -31,9 +31,9 @@ def cross_task(recipes: Sequence[FittedRecipe], track: Track = iter) -> dict[str
     """The matrix of every recipe's heads and threshold on every recipe's task, as JSON.
 
     A row's threshold (one for all layers, entropy over the vocabulary in nats) is chosen on its
-    own task's validation split, or on the half of it that is not measured where there is no
-    labelled test split: the one that saves most of those whose answers differ from the full
-    model's in at most `BUDGET` of the rows, by Learn then Test.
+    own task's validation split, or, without a labelled test split, on the half of it that is not
+    measured: by Learn then Test, the one that saves most among those whose answers differ from the
+    full model's in at most `BUDGET` of the rows.
 
     Args:
         recipes: tasks of one model, with heads fitted for each.
@@ -82,9 +82,9 @@ def _threshold(fitted: FittedRecipe) -> Threshold | None:
 def _used_on(
     heads: LSpadeHeads, threshold: Threshold | None, column: FittedRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The cell, and what the column's full model does; None if the heads cannot be used.
+    """The cell, and the full model's results on the column; None if the heads cannot be used.
 
-    Either no layer is in common, or they were fitted over choices and these rows have none.
+    That is the case if no layers are shared, or heads fitted over choices meet rows without any.
     """
     heads.bind(column.data.adapter)
     layers = [layer for layer in column.data.layers if layer in heads.layers]

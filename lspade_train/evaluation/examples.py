@@ -1,4 +1,4 @@
-"""Rows that a policy answers unlike the full model, with the end of their prompts."""
+"""Rows where a policy's answer differs from the full model's, with the end of their prompts."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from lspade_train.training.datamodule import HiddenStateDataModule
 
 SHOWN = 8
 CHARACTERS = 200
-"""Of the prompt, counted from its end."""
+"""Characters to show of a prompt, from its end."""
 TOKENS = 200
-"""As many are decoded for them."""
+"""Tokens to decode for them."""
 
 
 def worst_disagreements(
@@ -24,19 +24,19 @@ def worst_disagreements(
     threshold: Threshold | None,
     count: int = SHOWN,
 ) -> dict[str, Any]:
-    """Of the rows that a policy answers unlike the full model, those it was surest of, as JSON.
+    """The most confident exits whose answer differs from the full model's, as JSON.
 
     Args:
         data: the prompts.
         side: which rows were measured.
-        readings: of the same rows, the full model's among them.
-        table: what the policy answers at each of its layers, on the same rows.
-        threshold: the policy's.
-        count: rows that are shown.
+        readings: readings of the same rows, including the full model's.
+        table: the policy's answers at each of its layers, on the same rows.
+        threshold: the policy's threshold.
+        count: number of rows to show.
 
     Returns:
-        `n`, the number of such rows, and `rows`: the prompt's end, the answers of the full model
-        (with its probability among the choices), of the exit (with its layer) and of the data.
+        `n`, the number of such rows, and `rows`: the prompt's end, the full model's answer (with
+        its probability among the choices), the exit's (with its layer) and the correct one.
     """
     never = np.full(len(table), len(table.layers))
     stops = never if threshold is None else table.exits(threshold)

@@ -1,6 +1,6 @@
-"""SPADE-EXIT on cached rows: sweeps of thresholds, and a saved policy, as `results.json` has them.
+"""SPADE-EXIT on cached rows: threshold sweeps and a saved policy, in the format of `results.json`.
 
-Knows nothing of how a threshold is chosen, of files or of pictures.
+Independent of how a threshold is chosen, of files and of plots.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def sweep_thresholds(table: ExitTable) -> dict[str, Any]:
     """SPADE-EXIT at the paper's thresholds and over a fine grid, as JSON.
 
     Args:
-        table: entropies in nats; the paper's thresholds are for those over the vocabulary.
+        table: table of entropies in nats; the paper's thresholds assume the vocabulary as scope.
     """
     grid = table.grid()
     never, *rows = measure_exits(table, [None, *PAPER_THRESHOLDS, *grid])
@@ -62,17 +62,17 @@ def swept_table(
     heads: LSpadeHeads,
     policy: ExitPolicy,
 ) -> ExitTable:
-    """`exit_table` of a policy on the entropy that answers with SPADE, from what was read already.
+    """`exit_table` of an entropy policy that answers with SPADE, reusing existing readings.
 
     Args:
-        readings: of the same rows, by the heads' lens and SPADE at the policy's layers.
+        readings: readings of the same rows, by the heads' lens and SPADE at the policy's layers.
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads of the policy's layers.
-        policy: of scope vocabulary; the rows are read anew for another one.
+        policy: a policy of scope vocabulary; for another scope the rows are read again.
 
     Raises:
-        PolicyError, NumericsError: as `exit_table`.
+        PolicyError, NumericsError: as for `exit_table`.
     """
     own, labels = lens_of_target(heads.target).key, dataset.labels
     if policy.scope != "vocabulary" or not {own, SPADE.key} <= set(readings.lenses):
@@ -102,11 +102,11 @@ def swept_table(
 def measure_exits(
     table: ExitTable, thresholds: Sequence[Threshold | None], *, oracle: float | None = None
 ) -> list[dict[str, Any]]:
-    """What each threshold makes of the same rows, with intervals and exit counts, as JSON.
+    """Results of each threshold on the same rows, with intervals and exit counts, as JSON.
 
     Args:
-        table: confidence, answers and costs of the layers that are checked, all of them priced.
-        thresholds: in the table's measure; None is the plain model, unchecked.
+        table: confidence, answers and costs of the check layers.
+        thresholds: thresholds in the table's measure; None is the plain model, unchecked.
         oracle: as for `evaluate_policy`.
     """
     ideal = oracle_saving(table) if oracle is None else oracle
@@ -139,19 +139,19 @@ def measure_policy(
     policy: ExitPolicy,
     side: Side,
 ) -> tuple[dict[str, Any], ExitTable | None]:
-    """A saved policy on these rows, under its own measure and scope, as JSON.
+    """Results of a saved policy on these rows, with its own measure and scope, as JSON.
 
     Args:
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads.
-        policy: as `policy.json` has it.
+        policy: the saved policy.
         side: which rows these are.
 
     Returns:
-        The JSON: `row` is None, with a `note`, where these rows cannot show what the policy does;
-        `chosen_on_these_rows` says that its figures here flatter it. And what the policy answers
-        and costs at each of its layers; None where there is no `row`.
+        The JSON, in which `row` is None, with a `note`, if the policy cannot be measured on these
+        rows, and `chosen_on_these_rows` is true if its figures are biased; and the policy's exit
+        table, None if there is no `row`.
     """
     flattered = chose(policy, side)
     warning = ", on the selection rows (optimistic)" if flattered else ""
@@ -180,7 +180,7 @@ def measure_policy(
 
 
 def _timed(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
-    """The time saved as `calibrate --cost time` predicts it for these rows; {} without that."""
+    """The time saved on these rows, predicted as by `calibrate --cost time`; {} without prices."""
     record = policy.calibration.get("seconds")
     if record is None:
         return {}
@@ -201,7 +201,7 @@ def _promised(policy: ExitPolicy) -> dict[str, Any] | None:
 def _oracle(
     dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
 ) -> float:
-    """Saving of an oracle that may stop at any layer, answered by the policy's best decoder."""
+    """Saving of an oracle that may exit at any layer, with the policy's best decoder."""
     known = {layer for layer in dataset.layers if layer in heads.layers} | {*policy.layers}
     unchecked = ExitPolicy(
         layers=tuple(sorted(known)), measure=FIXED, scope=policy.scope, positions=policy.positions
@@ -223,7 +223,7 @@ def _why_not(dataset: StateDataset, heads: LSpadeHeads, policy: ExitPolicy) -> s
         answer_readers(policy, heads)
         beside = heads.tuned_lens
         policy.check_heads(heads.digest, None if beside is None else beside.digest)
-    except PolicyError as stale:  # heads that were fitted again, say
+    except PolicyError as stale:  # such as heads that were fitted again
         return str(stale).replace("\n", " ")
     if policy.scope == "choices" and not has_choices(dataset):
         return "The policy needs answer choices, but some rows have none."

@@ -1,4 +1,4 @@
-"""Iso-compute accuracy: every lens at equal total FLOPs. Knows nothing of wall time or files."""
+"""Iso-compute accuracy: every lens at equal total FLOPs. Independent of wall time and files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,19 +21,19 @@ def iso_compute(
     adapter: ModelAdapter,
     heads: Mapping[str, LSpadeHeads | None],
 ) -> dict[str, Any]:
-    """Accuracy of every lens against all the FLOPs that it takes, as JSON.
+    """Accuracy of every lens against its total FLOPs, as JSON.
 
-    A lens at layer l is charged for the prompt's blocks up to l, its map, the final norm and the
-    unembedding of one row over the vocabulary; SPADE also for the two-token continuation through
-    the blocks above (the start token's half is a constant of the model). SPADE-EXIT, read from
-    the threshold grid, is charged for every check on the way. A lens that no exit policy can
-    decode with is left out: its cost is not known.
+    The cost of a lens at layer l includes the prompt's blocks up to l, its map, the final norm and
+    the unembedding of one row over the vocabulary; for SPADE also the two-token continuation
+    through the blocks above (the start token's half is a constant of the model). SPADE-EXIT, read
+    from the threshold grid, includes every check on the way. A lens that no exit policy can decode
+    with is left out, as its cost is not known.
 
     Args:
-        results: holds `layers`, `lenses`, `full_model` and, for SPADE-EXIT, `exits`.
-        dataset: gives the prompts' lengths.
+        results: has `layers`, `lenses`, `full_model` and, for SPADE-EXIT, `exits`.
+        dataset: provides the prompts' lengths.
         adapter: the frozen model.
-        heads: bound heads by the key of their lens; None for a lens without any.
+        heads: bound heads by the key of their lens; None for a lens without heads.
 
     Source: arXiv:2507.17618v2, accuracy at equal compute.
     """
@@ -80,7 +80,7 @@ def _value(row: dict[str, Any], metric: str) -> float | None:
 
 
 def _at_budgets(points: Sequence[tuple[float, float | None]]) -> list[float | None]:
-    """Value of the costliest point within each budget: no choice by the measured rows."""
+    """Value of the most expensive point within each budget, without selection on these rows."""
     found: list[float | None] = []
     for budget in BUDGETS:
         within = [point for point in points if point[0] <= budget]

@@ -1,6 +1,6 @@
-"""What every lens reads off every cached row at every layer, without a model forward.
+"""Reads every lens on every cached row at every layer, without a model forward.
 
-Knows nothing of means, files or figures.
+Independent of means, files and figures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from lspade_train.training.targets import target_logits
 
 OF_ANSWER = ("answer", "best", "confidence", "entropy")
 CHUNK_LOGITS = 2**23
-"""Rows x vocabulary at once: 170 rows of a vocabulary of 49,152."""
+"""Logits (rows x vocabulary) computed at once: 170 rows for a vocabulary of 49,152."""
 
 PER_LENS = (*OF_ANSWER, "agrees_model", "agrees_spade", "kl_to_spade", "kl_to_model")
 
@@ -31,19 +31,19 @@ class Readings:
     """Per-row measurements of every lens at every layer.
 
     Attributes:
-        lenses: their keys, in the order of the first dimension of `values`.
-        layers: in the order of the second dimension.
-        values: by name of `PER_LENS`, (lenses, layers, rows): `answer` is the best of the row's
-            choices (of the vocabulary if the row has none), `best` the best of the vocabulary,
-            `confidence` the answer's probability among the choices, `entropy` and KL in nats. Of
-            lenses `over_choices` the entropy is over the choices, and what compares vocabularies
-            says nothing.
-        full: the same for the full model, by name of `OF_ANSWER`, (rows,).
+        lenses: keys, in the order of the first dimension of `values`.
+        layers: layers, in the order of the second dimension.
+        values: by the names in `PER_LENS`, (lenses, layers, rows): `answer` is the best of the
+            row's choices (of the vocabulary if the row has none), `best` the best of the
+            vocabulary, `confidence` the answer's probability among the choices, `entropy` and KL in
+            nats. For lenses in `over_choices` the entropy is over the choices, and values that
+            compare vocabularies are meaningless.
+        full: the same for the full model, by the names in `OF_ANSWER`, (rows,).
         answer_id: correct token, (rows,).
         labelled: whether the row has a label, (rows,).
         group: index into `groups`, (rows,).
         groups: names of the subgroups.
-        choice_count: choices of the row, 0 where any token may be the answer, (rows,).
+        choice_count: choices of the row, 0 if any token may be the answer, (rows,).
         over_choices: lenses whose heads were fitted over the choices.
     """
 
@@ -76,20 +76,20 @@ def read_lenses(
 ) -> Readings:
     """Measure `lenses` on every cached row.
 
-    SPADE is unembedded once per layer, whatever the number of lenses. In memory at a time are the
-    logits of one layer of some rows, and what is computed of them: some ten times `CHUNK_LOGITS`.
+    SPADE is unembedded once per layer, for any number of lenses. Memory holds the logits of one
+    layer for some rows, and values derived from them: about ten times `CHUNK_LOGITS`.
 
     Args:
         dataset: cached states of one split.
         unembed: the frozen norm and head.
-        lenses: keys of the registry, each with the bound heads that the lens reads through (None
-            for a lens without any).
+        lenses: keys of the registry, each with the bound heads that the lens uses (None for a lens
+            without heads).
         layers: layers to measure, a subset of the cached ones.
 
     Raises:
         TaskError: the split is empty.
         RecipeError: a lens is not registered.
-        ArtifactError: a lens that reads through heads has none.
+        ArtifactError: a lens that needs heads has none.
     """
     if len(dataset) == 0:
         raise TaskError("The split has no rows to evaluate. Choose another with --split.")

@@ -1,4 +1,4 @@
-"""Short extra fits on cached rows, for ablations. Knows nothing of files."""
+"""Short extra fits on cached rows, for ablations. Independent of files."""
 
 from dataclasses import asdict
 
@@ -43,7 +43,7 @@ def subset(dataset: StateDataset, rows: Int[Tensor, " rows"]) -> StateDataset:
 def fit_heads(
     recipe: Recipe, config: HeadConfig, dataset: StateDataset, adapter: ModelAdapter, steps: int
 ) -> LSpadeHeads:
-    """Heads trained as `fit` trains them, for a number of steps, on one device.
+    """Heads trained as in `fit`, for a number of steps, on one device.
 
     Args:
         recipe: gives batch size, seed, precision and device.

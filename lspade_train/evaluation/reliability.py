@@ -1,6 +1,6 @@
-"""Whether the signal that decides exits tells agreement: bins of it, as `results.json` has them.
+"""How well the exit signal predicts agreement, in bins, in the format of `results.json`.
 
-Knows nothing of models, thresholds or pictures.
+Independent of models, thresholds and plots.
 """
 
 from typing import Any
@@ -12,22 +12,22 @@ from lspade_train.policies.exit_table import ExitTable
 from lspade_train.probes.measures import GATED, find_measure
 
 BINS, LEAST = 10, 20
-"""Bins of a layer, each with as many rows; and the rows that a bin has at least."""
+"""Number of bins per layer, with equal numbers of rows; and the fewest rows of a bin."""
 LAYERS = 4
 """Check layers shown, evenly spaced, with the last."""
 
 
 def reliability(table: ExitTable, measure: str) -> dict[str, Any]:
-    """Share of answers that are the full model's, by the signal at a check.
+    """Fraction of answers that equal the full model's, by the signal at a check.
 
     Args:
-        table: signals and answers at the check layers; all rows count at each of them, also those
+        table: signals and answers at the check layers; all rows count at each of them, even those
             that would have exited before.
-        measure: what the signal is.
+        measure: the measure of the signal.
 
     Returns:
         `measure`, its `unit`, whether it `is_doubt` (the probability that the answer is not the
-        full model's), and of each layer in `layers` the bins' mean `signal`, `agreement`,
+        full model's), and for each layer in `layers` the bins' mean `signal`, `agreement`,
         its `interval` (Wilson, 95%) and `rows`.
     """
     last = len(table.layers) - 1

@@ -1,6 +1,6 @@
-"""One recipe's whole evaluation: opens model, heads and cache, and gathers `results.json`.
+"""The complete evaluation of a recipe: opens model, heads and cache, and collects `results.json`.
 
-Knows nothing of figures or terminals.
+Independent of figures and terminals.
 """
 
 import logging
@@ -43,11 +43,11 @@ class FittedRecipe:
     Args:
         recipe: names model, data and layers.
         folder: heads folder.
-        split: split to measure, all of it; None takes test, or the half of validation that chooses
-            no policy where test has no labels.
+        split: split to measure completely; None means test, or, if test has no labels, the half of
+            validation that chooses no policy.
 
     Raises:
-        LSpadeError: heads, model, data or split cannot be used; says which and why.
+        LSpadeError: heads, model, data or split cannot be used.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, split: str | None = None) -> None:
@@ -73,10 +73,9 @@ class FittedRecipe:
 
     @cached_property
     def lenses(self) -> dict[str, LSpadeHeads | None]:
-        """Every lens that can be read here, by key, with the bound heads it reads through.
+        """Every lens that can be read here, by key, with the bound heads it uses.
 
-        A lens with heads of its own is left out where they were not fitted, or do not have the
-        layers that are measured.
+        A lens with its own heads is left out if they were not fitted, or lack the measured layers.
         """
         found: dict[str, LSpadeHeads | None] = {}
         for lens in LENSES.values():
@@ -108,11 +107,11 @@ class FittedRecipe:
 def evaluate_recipe(
     fitted: FittedRecipe, *, baselines: bool = False, examples: int = SHOWN
 ) -> dict[str, Any]:
-    """Lenses, exits and equal compute of one recipe, as `results.json` holds them.
+    """Lenses, exits and equal compute of one recipe, in the format of `results.json`.
 
     Args:
-        fitted: what is measured.
-        baselines: other early-exit methods, too: reads the training and validation rows.
+        fitted: the recipe to measure.
+        baselines: also measure other early-exit methods: reads the training and validation rows.
         examples: how many disagreements with the full model to keep, with the end of each
             prompt.
     """
@@ -135,9 +134,9 @@ def evaluate_recipe(
 def _measured_exits(
     fitted: FittedRecipe, readings: Readings, examples: int
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The threshold sweep and the saved policy, and rows that it answers unlike the full model.
+    """The threshold sweep, the saved policy, and rows where its answer is not the full model's.
 
-    None for heads whose entropy is not finite; no rows without a policy that can be measured.
+    None for heads whose entropy is not finite; no rows if no policy can be measured.
     """
     heads, adapter = fitted.heads, fitted.data.adapter
     dataset = fitted.states()
@@ -165,7 +164,7 @@ def _measured_exits(
 
 
 def _baselines(fitted: FittedRecipe) -> dict[str, Any]:
-    """Other rules within the budget of the saved policy, or of the default one."""
+    """Other rules within the saved policy's budget, or the default one."""
     data, saved = fitted.data, fitted.folder / POLICY
     policy = ExitPolicy.load(saved) if saved.exists() else None
     calibration = {} if policy is None else policy.calibration

@@ -1,4 +1,4 @@
-"""SPADE with its start token moved, replaced or left out. Knows nothing of heads or files."""
+"""SPADE with its start token moved, replaced or omitted. Independent of heads and files."""
 
 from typing import Literal
 
@@ -31,8 +31,8 @@ def spade_states(
         start: `original` keeps the two tokens' position ids, `compact` sets them to 0 and 1,
             `no_start` runs the answer token alone, `other_token` replaces the start token by
             `other`, `random_vector` replaces its state by a random one of the same norm.
-        other: token id.
-        seed: seeds the random directions, one per layer.
+        other: token id of the replacement.
+        seed: seed of the random directions, one per layer.
     """
     if start == "no_start":
         return _alone(adapter, batch, layers)

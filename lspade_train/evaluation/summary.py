@@ -1,6 +1,6 @@
 """From readings to JSON: means with intervals, calibration, selective prediction.
 
-Knows nothing of models, caches or files.
+Independent of models, caches and files.
 """
 
 import math
@@ -39,15 +39,15 @@ OF_VOCABULARY = (
     *("agrees_model", "agrees_model_interval", "agrees_spade", "kl_to_spade", "kl_to_model"),
     *("accuracy_vocabulary", "accuracy_vocabulary_interval"),
 )
-"""What heads that were fitted over the choices say nothing about."""
+"""Metrics that are undefined for heads that were fitted over the choices."""
 
 
 def summarise(readings: Readings, vocab_size: int) -> dict[str, Any]:
     """Every lens at every layer, and the model itself, as JSON.
 
     Accuracy is over the task's choices (over the vocabulary if it has none) and over the
-    vocabulary; null if no row has a label. What compares vocabularies is null for heads that were
-    fitted over the choices. README, "results.json", names every key.
+    vocabulary; null if no row has a label. Metrics that compare vocabularies are null for heads
+    that were fitted over the choices. docs/results.md documents every key.
 
     Args:
         readings: per-row measurements.
@@ -91,7 +91,7 @@ def means_with_intervals(values: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A nested value as JSON can hold it: numbers that are not finite become null."""
+    """A nested value that JSON can represent: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -100,7 +100,7 @@ def plain(value: Any) -> Any:
 
 
 def _lens(values: dict[str, Tensor], readings: Readings, edges: Tensor) -> dict[str, Any]:
-    """One lens from its `values`, (layers, rows); only the comparisons it has are summarised."""
+    """One lens from its `values`, (layers, rows); missing comparisons are skipped."""
     compared = {
         name: value for name, value in values.items() if name.startswith(("agrees", "kl_to"))
     }
@@ -129,7 +129,7 @@ def mean(value: Tensor) -> list[float]:
 def _confidence(
     entropies: Tensor, confidence: Tensor, right: Tensor, edges: Tensor
 ) -> dict[str, Any]:
-    """How well a lens knows when it is right, (layers, labelled rows)."""
+    """How well a lens's confidence predicts correctness, from (layers, labelled rows)."""
 
     def per_layer(metric: Callable[[Tensor, Tensor], Any], score: Tensor) -> list[Any]:
         pairs = zip(score, right, strict=True)
@@ -150,7 +150,7 @@ def _confidence(
 
 
 def _histogram(values: Tensor, edges: Tensor) -> list[int]:
-    """Rows per bin; entropies that rounding pushed past an end are clamped, NaN is not counted."""
+    """Rows per bin; entropies past an end due to rounding are clamped, NaN is not counted."""
     inside = values[values.isfinite()].double().clamp(edges[0], edges[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
 

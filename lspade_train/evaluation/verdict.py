@@ -1,6 +1,6 @@
-"""Whether a policy kept its guarantee on the rows measured, and whether a fixed layer does as well.
+"""Whether a policy kept its guarantee on the measured rows, and whether a fixed exit is as good.
 
-From `results.json` alone; loads nothing.
+Computed from `results.json` alone, without heavy imports.
 """
 
 from typing import Any
@@ -8,20 +8,20 @@ from typing import Any
 NEAR = 0.01
 """How far below the full model's an accuracy still counts as near it: one percentage point."""
 ROUNDING = 1e-9
-"""Of a difference of two means; a loss of 1 - 0.99 is within a budget of 0.01."""
+"""Tolerance for a difference of two means: a loss of 1 - 0.99 is within a budget of 0.01."""
 
 
 def judge(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The verdict on the policy that was measured, as JSON; None where none was.
+    """The verdict on the measured policy, as JSON; None if no policy was measured.
 
     Args:
-        results: holds `exits`, `lenses`, `full_model` and `iso_compute`.
+        results: has `exits`, `lenses`, `full_model` and `iso_compute`.
 
     Returns:
-        `risk` (`accuracy_drop` or `disagreement`) of the policy's guarantee, or what the rows can
-        show where there is no guarantee; `budget` and `confidence` of the guarantee or None;
-        `measured`, the risk on these rows, with `measured_interval` (None without labels where the
-        risk needs them); `held`, whether it is within the budget, None where these rows cannot
+        `risk` (`accuracy_drop` or `disagreement`) of the policy's guarantee, or, without one, the
+        risk that these rows can measure; `budget` and `confidence` of the guarantee or None;
+        `measured`, the risk on these rows, with `measured_interval` (None if the risk needs labels
+        and there are none); `held`, whether it is within the budget, None if these rows cannot
         show it; `fixed`, the fixed exit that saves most within the same risk on these rows, chosen
         in hindsight, or None; `fixed_as_good`, whether that saves as much as the policy.
     """
@@ -55,7 +55,7 @@ def judge(results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def near_from(results: dict[str, Any], lens: str) -> int | None:
-    """The first layer from which on a lens is within a point of the full model's accuracy."""
+    """The first layer from which on a lens stays within a point of the full model's accuracy."""
     full, accuracy = results["full_model"]["accuracy"], results["lenses"][lens]["accuracy"]
     if full is None or accuracy is None:
         return None
@@ -67,7 +67,7 @@ def near_from(results: dict[str, Any], lens: str) -> int | None:
 
 
 def _best_fixed(results: dict[str, Any], risk: str, allowed: float) -> dict[str, Any] | None:
-    """Of always exiting at one layer through one lens: what saves most within the risk."""
+    """The fixed exit (one layer and lens for all rows) that saves most within the risk."""
     found: list[dict[str, Any]] = []
     for lens, costs in results["iso_compute"]["lenses"].items():
         values = results["lenses"][lens]

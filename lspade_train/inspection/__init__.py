@@ -1,4 +1,4 @@
-"""The token view: what every layer would answer at every position of one prompt."""
+"""The token view: every layer's answer at every position of one prompt."""
 
 from lspade_train.inspection.render import render_html, render_terminal
 from lspade_train.inspection.view import Cell, TokenView, inspect_prompt

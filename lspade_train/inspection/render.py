@@ -1,4 +1,4 @@
-"""A token view in the terminal and as one HTML file. Knows nothing of models."""
+"""Renders a token view in the terminal or as one HTML file. Independent of models."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from lspade_train.inspection.view import Cell, TokenView
 from lspade_train.io.storage import write_text
 from lspade_train.probes.lenses import label_of
 
-LONGEST = 12  # characters of a token in a terminal cell
-# Certain to uniform: one hue of falling luminance, which reads in greyscale too.
+LONGEST = 12  # most characters of a token in a terminal cell
+# Certain to uniform: one hue of decreasing luminance, which also works in greyscale.
 SCALE = ((224, 239, 251), (86, 152, 208), (8, 36, 74))
 
 
@@ -72,7 +72,7 @@ def _heading(view: TokenView, coloured: bool) -> str:
 
 
 def _positions(view: TokenView, width: int, coloured: bool) -> Table:
-    """Layer x position: as many of the last positions as fit the width."""
+    """Table of layer x position, with as many of the last positions as fit the width."""
     columns = [
         [_cell(row[place], view.uniform, coloured) for row in view.cells]
         for place in range(len(view.tokens))
@@ -96,7 +96,7 @@ def _positions(view: TokenView, width: int, coloured: bool) -> Table:
 
 
 def _top_k(view: TokenView, coloured: bool) -> Table:
-    """Layer x top-k at the answer position."""
+    """Table of layer x top-k at the answer position."""
     ranks = (f"top {rank + 1}" for rank in range(len(view.answer[0].tokens)))
     table = Table("layer", "entropy (nats)", "KL to the model", *ranks, title="answer position")
     for layer, cell in reversed(list(zip(view.layers, view.answer, strict=True))):
@@ -111,7 +111,7 @@ def _top_k(view: TokenView, coloured: bool) -> Table:
 
 
 def _choices(view: TokenView) -> Table:
-    """Layer x choice: its probability among the choices, the highest in bold."""
+    """Table of layer x choice: probability among the choices, the highest in bold."""
     table = Table("layer", title="probability among the choices")
     for choice in view.choices:
         table.add_column(Text(choice))

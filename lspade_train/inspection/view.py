@@ -1,6 +1,6 @@
-"""One prompt through one lens: the likeliest tokens of every layer at every position.
+"""One prompt through one lens: the most likely tokens of every layer at every position.
 
-Knows nothing of terminals, files or recipes.
+Independent of terminals, files and recipes.
 """
 
 import math
@@ -28,9 +28,9 @@ class Cell:
     """One layer's answer at one position.
 
     Attributes:
-        tokens: likeliest next tokens, best first, with their white space made visible.
-        probabilities: of those tokens, 0..1.
-        entropy: of the whole distribution, nats.
+        tokens: most likely next tokens, best first, with white space made visible.
+        probabilities: probabilities of those tokens, 0..1.
+        entropy: entropy of the whole distribution, nats.
         kl: KL(full model || lens) in nats.
         agrees: whether the best token is the full model's.
     """
@@ -50,11 +50,11 @@ class TokenView:
         lens: key of the lens.
         tokens: the prompt's tokens at the positions shown.
         first: index of the first of them in the prompt.
-        layers: ascending; the last is L, the full model.
-        cells: by layer, then by position.
+        layers: layers, ascending; the last is L, the full model.
+        cells: cells by layer, then by position.
         uniform: ln(vocabulary), the highest possible entropy, nats.
-        choices: labels that were asked for; () without any.
-        scores: probability of each among the choices at the answer position, by layer.
+        choices: requested labels; () without any.
+        scores: probability of each choice at the answer position, by layer.
     """
 
     lens: str
@@ -90,19 +90,19 @@ def inspect_prompt(
 
     Args:
         adapter: the frozen model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         ids: the prompt, start token first.
-        lens: how a layer is read.
+        lens: lens to read with.
         layers: layers below L to read.
-        heads: bound heads, for a lens that reads through some.
+        heads: bound heads, for a lens that needs some.
         last: number of positions shown, counted from the prompt's end; None shows all.
         top_k: tokens kept per cell.
         positions: position ids of SPADE's two tokens.
-        choices: label -> token, to be scored against each other at the answer position.
+        choices: label -> token, to score against each other at the answer position.
 
     Raises:
         RecipeError: a layer out of range, or nothing to show.
-        ArtifactError: a lens that reads through heads, without any.
+        ArtifactError: the lens needs heads, and none are given.
     """
     shown = len(ids) if last is None else min(last, len(ids))
     if shown < 1 or top_k < 1:
@@ -174,7 +174,7 @@ class _Words:
     def __call__(self, token: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
-            return f"<{token}>"  # a row of the unembedding that no token uses
+            return f"<{token}>"  # an unused row of the unembedding
         text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
         if not text or "\ufffd" in text:
             return piece.replace("▁", SPACE)  # part of a character, or white space alone

@@ -1,1 +1,1 @@
-"""Other projects' ways in: the LM Evaluation Harness, Weights & Biases."""
+"""Integrations with other projects: LM Evaluation Harness, Weights & Biases."""

@@ -1,4 +1,4 @@
-"""`lspade`, a model of the LM Evaluation Harness: its multiple-choice tasks with early exits.
+"""`lspade`, a model for the LM Evaluation Harness: its multiple-choice tasks with early exits.
 
     python -m lspade_train.integrations.lm_eval --model lspade \
         --model_args pretrained=MODEL,heads=FOLDER --tasks arc_challenge
@@ -7,14 +7,14 @@ is the harness's own command line with this model registered. Releases that read
 up to 0.4.13) find it from plain `lm_eval` too.
 
 A question whose continuations are all single tokens goes through SPADE-EXIT once, and its choices
-share the answer. The harness moves white space at the end of a context, such as the newline that a
-chat template ends in, into the continuations; for a question it is read as part of the prompt
-again, and its log-likelihood, one term for all choices, is left out of their scores. With
-`label_tokens=N` continuations of up to N tokens, such as "entailment", are labels: the first token
+are scored from that run. The harness moves white space at the end of a context, such as the newline
+at the end of a chat template, into the continuations; for a question it is moved back into the
+prompt, and its log-likelihood, the same for all choices, is left out of their scores. With
+`label_tokens=N`, continuations of up to N tokens, such as "entailment", are labels: the first token
 in which they differ decides and is scored. Longer continuations, labels of which only some begin
-alike, rolling likelihoods and generated text are the full model's, by the harness's own `hf`
-model, and are counted. With a policy that never exits every request is: the scores are those of
-`--model hf` bit for bit.
+alike, rolling likelihoods and generated text are left to the full model, through the harness's own
+`hf` model, and are counted. With a policy that never exits this applies to every request, so the
+scores are those of `--model hf` bit for bit.
 """
 
 import logging
@@ -49,18 +49,18 @@ NEVER = "never"
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 Request = tuple[Any, list[int], list[int]]
-"""The harness's: (context, continuation) in text, None within a rolling likelihood; token ids."""
+"""The harness's: text (context, continuation), None within a rolling likelihood; their ids."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Requests that share a context and are told apart by one token.
+    """Requests that share a context and differ in one token.
 
     Args:
         context: token ids up to that token.
-        tokens: place among the requests -> that token of it.
-        texts: the same -> the harness's own texts.
-        moved: whether white space that the harness had moved is part of the context again.
+        tokens: index of a request -> its token.
+        texts: index of a request -> the harness's own texts.
+        moved: whether white space that the harness had moved was moved back into the context.
     """
 
     context: tuple[int, ...]
@@ -72,17 +72,17 @@ class Question:
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether the continuation is the most probable one."""
 
-# A child of the harness's logger: shown where the harness's own lines are.
+# A child of the harness's logger, shown together with the harness's own messages.
 log = logging.getLogger("lm_eval.lspade")
 
 
 class Scorer(Probe):
-    """Exits as the policy says; answers over the vocabulary, as a log-likelihood must."""
+    """Exits by the policy, but answers over the vocabulary, as log-likelihoods require."""
 
     def answer(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits of every token, whatever the policy's scope."""
+        """Logits of every token, for any scope of the policy."""
         policy = replace(self.policy, scope="vocabulary")
         return Probe(self.adapter, self.heads, policy).read(state, batch, rows)
 
@@ -94,7 +94,7 @@ class Scorer(Probe):
         batch: Batch,
         rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "rows vocab"]:
-        """Every token's; what a check of the choices read would leave the others out."""
+        """Logits of every token, recomputed, since a check may have read the choices only."""
         if self.policy.scope == "choices":
             return self.answer(self.exit_state(hidden, layer), batch, rows)
         return super().exit_logits(check, hidden, layer, batch, rows)
@@ -102,14 +102,14 @@ class Scorer(Probe):
 
 @dataclass
 class Tally:
-    """Where the questions stopped, and what the full model answered.
+    """Exit layers of the questions, and counts of requests left to the full model.
 
     Attributes:
         tokens: prompt length of each question.
         choices: number of its choices.
-        layers: where it stopped; L is the full model.
-        moved: questions whose white space was read as part of the prompt again.
-        full_model: requests that no exit was tried for, by kind.
+        layers: its exit layer; L is the full model.
+        moved: number of questions whose white space was moved back into the prompt.
+        full_model: number of requests for which no exit was tried, by kind.
     """
 
     tokens: list[int] = field(default_factory=list[int])
@@ -119,7 +119,7 @@ class Tally:
     full_model: Counter[str] = field(default_factory=Counter[str])
 
     def summary(self, runtime: ExitRuntime | None) -> dict[str, Any]:
-        """As it stands in the harness's results; shares and FLOPs are over the questions."""
+        """Summary for the harness's results; fractions and FLOPs are over the questions."""
         found: dict[str, Any] = {
             "questions": len(self.layers),
             "white_space_read_as_prompt": self.moved,
@@ -137,7 +137,7 @@ class Tally:
         }
 
     def _saved(self, runtime: ExitRuntime) -> float:
-        """Fraction of the plain model's FLOPs, checks charged, each prompt alone."""
+        """Fraction of the plain model's FLOPs that is saved, with checks, each prompt alone."""
         counts = count_flops(runtime.adapter, runtime.heads)
         every = range(runtime.adapter.num_layers + 1)
         tokens, layers = torch.tensor(self.tokens), torch.tensor(self.layers)
@@ -154,24 +154,24 @@ class Tally:
 class LSpadeLM(HFLM):
     """A frozen model with its heads and an exit policy.
 
-    A calibrated policy's guarantee covers prompts like those it was calibrated on: a task of the
-    harness words its questions in its own way.
+    A calibrated policy's guarantee only covers prompts like those it was calibrated on; tasks of
+    the harness may phrase their questions differently.
 
     Args:
         pretrained: Hub id or folder of the frozen model, or the model itself.
-        heads: heads folder or Hub repository; None only where the policy needs none.
-        policy: `never` for the full model, or a policy.json (or a folder with one); None takes
-            the one beside the heads.
+        heads: heads folder or Hub repository; None only if the policy needs none.
+        policy: `never` for the full model, or a policy.json (or a folder with one); None uses the
+            one beside the heads.
         heads_revision: branch, tag or commit of heads on the Hub.
-        tokens_per_batch: padded tokens per batch of questions; other requests go by `batch_size`.
-        label_tokens: most tokens of a continuation that is a label, decided at the first token in
-            which it differs from the others; 1 leaves longer ones to the full model.
-        **settings: everything else is the harness's `hf` model's.
+        tokens_per_batch: padded tokens per batch of questions; other requests use `batch_size`.
+        label_tokens: most tokens of a continuation that is treated as a label, decided at the first
+            token in which it differs from the others; 1 leaves longer ones to the full model.
+        **settings: other arguments of the harness's `hf` model.
 
     Raises:
         PolicyError: no policy, or one that needs the group of each row.
         ArtifactError: heads of another model.
-        UnsupportedModelError: an encoder-decoder.
+        UnsupportedModelError: an encoder-decoder model.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class LSpadeLM(HFLM):
             )
 
     def _create_model(self, *args: Any, **settings: Any) -> None:
-        """As the harness loads it, and refused where its weights do not fit its configuration."""
+        """Load like the harness, and raise if the weights do not match the configuration."""
         if self.backend == "causal":
             self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load_checkpoint)
         super()._create_model(*args, **settings)
@@ -215,7 +215,7 @@ class LSpadeLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Questions by the runtime, the rest by `hf`, in the order asked."""
+        """Score questions with the runtime, the rest with `hf`, in the order of the requests."""
         questions = list(self._questions(requests))
         found = self._decide(questions, disable_tqdm) if questions else {}
         rest = [place for place in range(len(requests)) if place not in found]
@@ -228,16 +228,16 @@ class LSpadeLM(HFLM):
         return [found[place] for place in range(len(requests))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The full model's text."""
+        """Generate with the full model."""
         self.tally.full_model["generated texts"] += len(requests)
         return super().generate_until(requests, disable_tqdm)
 
     def get_model_info(self) -> dict[str, Any]:
-        """The harness's own facts, and the exits so far: it writes both into its results."""
+        """The harness's own information, and the exits so far; both go into its results."""
         return super().get_model_info() | {"lspade": self.tally.summary(self.runtime)}
 
     def _questions(self, requests: Sequence[Request]) -> Iterator[Question]:
-        """The requests that share a context, where all of them differ in one last token."""
+        """Groups of requests that share a context and all differ in one last token."""
         if self.runtime is None:
             return
         contexts: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -251,13 +251,13 @@ class LSpadeLM(HFLM):
                 continue
             tokens = {place: requests[place][2][len(shared)] for place in places}
             texts = {place: requests[place][0] for place in places}
-            # A start token alone is its own answer position: there is nothing to leave early.
+            # With a start token alone there is no separate answer position, hence no exit.
             if len(context) + len(shared) > 1 and len({*tokens.values()}) >= needed:
                 moved = bool(shared) and _spaced(asked)
                 yield Question((*context, *shared), tokens, texts, moved)
 
     def _shared(self, asked: Sequence[Request]) -> tuple[int, ...] | None:
-        """The tokens before the one that tells the continuations apart; None where none does."""
+        """The tokens before the one in which the continuations differ; None if there is none."""
         paths = {str(tokens): tuple(tokens) for _, _, tokens in asked}
         if not all(text and tokens for text, _, tokens in asked) or conflict([*paths], paths):
             return None
@@ -268,13 +268,13 @@ class LSpadeLM(HFLM):
             return None
         if longest <= self.label_tokens:
             return shared
-        # Else one token each, behind white space that stood in the context: no shared first word.
+        # Otherwise one token each, after white space from the context: no shared first word.
         single = all(len(path) == len(shared) + 1 for path in paths.values())
         white = not shared or (_spaced(asked) and self.tok_decode(shared).isspace())
         return shared if single and white else None
 
     def _warn_of_none(self, questions: Sequence[Question], requests: Sequence[Request]) -> None:
-        """Say it where a policy is there and no request was asked through it."""
+        """Warn if there is a policy but no request went through it."""
         asked = [request for request in requests if request[0]]
         if self.runtime is None or questions or not asked:
             return
@@ -288,7 +288,7 @@ class LSpadeLM(HFLM):
 
     @torch.no_grad()
     def _decide(self, questions: Sequence[Question], quiet: bool) -> dict[int, Answer]:
-        """One run of the runtime for each question; the answers by place among the requests."""
+        """Run the runtime once for each question; returns answers by index of the request."""
         runtime = self.runtime
         assert runtime is not None
         scorer = Scorer(runtime.adapter, runtime.heads, runtime.policy)
@@ -323,7 +323,7 @@ class LSpadeLM(HFLM):
         return found
 
     def _query(self, number: int, question: Question) -> Query:
-        """A question for the runtime, cut on the left to the model's context as `hf` does."""
+        """A question for the runtime, truncated on the left to the model's context as in `hf`."""
         tokens = dict.fromkeys(question.tokens.values())
         context = question.context[-self.max_length :]
         return Query(number, context, {str(token): token for token in tokens})
@@ -352,10 +352,10 @@ def _sentence(found: dict[str, Any]) -> str:
 
 
 def _policy(name: str | None, folder: Path | None) -> ExitPolicy:
-    """The policy asked for, or the one beside the heads.
+    """The requested policy, or the one beside the heads.
 
     Raises:
-        PolicyError: there is none, or it needs groups.
+        PolicyError: there is no policy, or it needs groups.
     """
     if name == NEVER:
         return ExitPolicy.never()

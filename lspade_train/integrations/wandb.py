@@ -16,16 +16,16 @@ PROJECT = "lspade-train"
 
 
 def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -> None:
-    """Log one evaluation as a run of its own; does nothing where W&B is off.
+    """Log one evaluation as a separate run; does nothing if W&B is disabled.
 
     History, one step per layer with `eval/layer` as x axis: `eval/METRIC/LENS`. Summary:
-    `eval/full_model/METRIC`, `eval/policy/VALUE`. `tables/NAME` and `figures/NAME` hold the
+    `eval/full_model/METRIC`, `eval/policy/VALUE`. `tables/NAME` and `figures/NAME` are the
     report's tables and figures; `results.json` and `report.html` are an artifact.
 
     Args:
         results: as in `results.json`.
-        folder: the heads folder; the run's files are written to `wandb/` there.
-        images: files that `plots.write_figures` wrote; the PNGs are logged.
+        folder: the heads folder; the run's files are written to its `wandb/`.
+        images: files from `plots.write_figures`; the PNGs are logged.
     """
     if not wandb_is_on():
         return
@@ -52,15 +52,15 @@ def log_results(results: dict[str, Any], folder: Path, images: Sequence[Path]) -
 
 
 def log_audit(state: AuditState, record: Mapping[str, Any] | None, folder: Path) -> None:
-    """Log what an audit has seen as a run of its own.
+    """Log an audit's state as a separate run.
 
-    One step: `audit/NAME` of each number of `audit_numbers`, and `tables/NAME` of each table that
-    the command prints. `audit/verdict` of the summary holds its sentences.
+    One step: `audit/NAME` for each number of `audit_numbers`, and `tables/NAME` for each table that
+    the command prints. `audit/verdict` in the summary has its sentences.
 
     Args:
-        state: the audit's.
-        record: `calibration` of its policy; None where that is not at hand.
-        folder: the run's files are written to `wandb/` there.
+        state: the audit's state.
+        record: `calibration` of its policy; None if not available.
+        folder: the run's files are written to its `wandb/`.
     """
     with start_run(
         project=PROJECT, name=f"audit-{folder.name}", job_type="audit", dir=folder,
@@ -92,7 +92,7 @@ def audit_numbers(state: AuditState) -> dict[str, float]:
 
 
 def _logged(tables: Sequence[Table]) -> dict[str, Any]:
-    """Tables under the names that W&B shows them by."""
+    """Tables by their names in W&B."""
     import wandb
 
     return {
@@ -103,7 +103,7 @@ def _logged(tables: Sequence[Table]) -> dict[str, Any]:
 
 
 def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
-    """The rows logged, one per layer: `eval/layer` and `eval/METRIC/LENS`."""
+    """The rows to log, one per layer: `eval/layer` and `eval/METRIC/LENS`."""
     rows: list[dict[str, float]] = [{"eval/layer": layer} for layer in results["layers"]]
     for lens, values in results["lenses"].items():
         for metric in METRICS:
@@ -114,7 +114,7 @@ def layer_rows(results: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, float]:
-    """One number per evaluation: the full model's metrics and the policy's."""
+    """Summary values of an evaluation: the full model's metrics and the policy's."""
     full = results["full_model"]
     found = {f"eval/full_model/{m}": full[m] for m in METRICS if full.get(m) is not None}
     policy = (results["exits"] or {}).get("policy") or {}

@@ -1,1 +1,1 @@
-"""Files, folders behind URLs, processes and progress. Knows nothing of models."""
+"""Files, remote folders, processes and progress. Independent of models."""

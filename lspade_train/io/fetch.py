@@ -1,8 +1,8 @@
-"""Heads folders from the Hugging Face Hub, through its own client, or from a URL.
+"""Downloads heads folders from the Hugging Face Hub, through its own client, or from a URL.
 
-Knows nothing of heads. Only the files that a heads folder has by name are ever fetched, so that
-nothing but safetensors, JSON, text and pictures enters the machine. Tokens are left to the client:
-its login, or HF_TOKEN.
+Only the known files of a heads folder are ever fetched, so that nothing but safetensors, JSON, text
+and pictures is downloaded. Tokens are left to the client: its login, or HF_TOKEN. Independent of
+heads.
 """
 
 import errno
@@ -21,7 +21,7 @@ NO_REVISION = (
 )
 GATED = "{repo} is gated.\nAsk for access on its page, and log in: {login}"
 NO_REPOSITORY = (
-    "The Hub has no repository {repo} that you may read.\n"
+    "The Hub has no repository {repo} that you can read.\n"
     "Check the name, and log in where it is private: {login}"
 )
 UNREACHABLE = (
@@ -37,23 +37,23 @@ NO_XET = (
     "Run it again; if it has no Xet storage, set HF_HUB_DISABLE_XET=1 and send them over HTTP."
 )
 BROKEN_OFF = (
-    "The exchange with {repo} broke off ({said}).\n"
-    "Nothing is half done; run it again: what has arrived is not sent twice."
+    "The transfer with {repo} was interrupted ({said}).\n"
+    "Nothing was committed; run it again: completed files are not sent twice."
 )
 NOT_TAKEN = (
-    "The Hub does not take this ({said}).\n"
-    "Nothing was committed; correct what it names (a licence: --license) and run it again."
+    "The Hub rejected the upload ({said}).\n"
+    "Nothing was committed; correct what it reports (a licence: --license) and run it again."
 )
 REFUSED = {
     401: "The Hub refuses the token ({said}).\nLog in again, with a valid one: {login}",
-    403: "The token may not do that in {repo} ({said}).\n"
+    403: "The token has no permission to do that in {repo} ({said}).\n"
     "Log in with a write token ({login}), or propose the change with --create_pr.",
 }
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def check_name(repo: str) -> None:
-    """Refuse what cannot be a repository or a URL, before any request is made.
+    """Refuse names that cannot be a repository or a URL, before any request is made.
 
     Raises:
         HubError: not `org/name`, or characters that the Hub does not allow.
@@ -76,16 +76,16 @@ def check_name(repo: str) -> None:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """The known files of one commit, in the client's own cache; those behind a URL, in a mirror.
+    """Download the known files of one commit to the client's cache, or of a URL to a mirror.
 
-    Where the Hub cannot be reached, the latest copy in that cache is taken.
+    If the Hub cannot be reached, the latest copy in the cache is used.
 
     Args:
         repo: `org/name`, or a URL.
         revision: branch, tag or commit; None: main. A URL has none.
 
     Raises:
-        HubError: no such repository or revision, no right, no network, or no heads in it.
+        HubError: no such repository or revision, no permission, no network, or no heads in it.
     """
     from huggingface_hub import snapshot_download
 
@@ -93,7 +93,7 @@ def download(repo: str, revision: str | None = None) -> Path:
     if is_remote(repo):
         return _mirrored(repo, revision)
     with hub_errors_named(repo, revision):
-        # No "..": paths in the server's listing become files here.
+        # Reject "..", since paths in the server's listing become local files.
         folder = Path(
             snapshot_download(
                 repo,
@@ -115,8 +115,8 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """A local heads folder as it is; a URL's mirror; anything else is downloaded from the Hub.
 
     Raises:
-        HubError: neither a folder nor a repository that can be read, a URL without heads, or a
-            revision of what has none.
+        HubError: neither a folder nor a readable repository, a URL without heads, or a revision
+            given for a folder or URL.
     """
     if is_remote(path):
         return _mirrored(str(path), revision)
@@ -149,14 +149,14 @@ def _mirrored(url: str, revision: str | None) -> Path:
 
 @contextmanager
 def hub_errors_named(repo: str, revision: str | None) -> Generator[None]:
-    """Turn everything that the client raises into one named error of two lines."""
+    """Turn every exception of the client into a named error of two lines."""
     from huggingface_hub import constants
 
     try:
         yield
     except HubError:
         raise
-    # The client raises its own errors, its HTTP library's and its transfer library's.
+    # The client raises its own errors and those of its HTTP and transfer libraries.
     except Exception as cause:
         if getattr(cause, "errno", None) in DISK_TROUBLE:
             raise
@@ -193,8 +193,8 @@ def _words(cause: Exception) -> str:
 
 
 def _innermost(cause: BaseException) -> str:
-    """The original error in one line, in the server's words where there are any."""
-    if isinstance(cause, ValueError):  # the client's own words, for what a check found
+    """The original error in one line, using the server's message if there is one."""
+    if isinstance(cause, ValueError):  # the client's own message for a failed check
         return " ".join(str(cause).split())
     while cause.__cause__ is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__

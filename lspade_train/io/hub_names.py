@@ -1,6 +1,6 @@
-"""A model's name before anything heavy is imported: a folder, an id, or neither.
+"""Checks a model's name before anything heavy is imported: a folder, an id, or neither.
 
-The Hub is asked once, since its client would try again for minutes where it does not answer.
+The Hub is queried only once, since its client would retry for minutes if it does not answer.
 """
 
 import logging
@@ -22,21 +22,21 @@ SECONDS = 10
 OFFLINE = "HF_HUB_OFFLINE"
 HUB_ID = re.compile(r"(\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?", re.ASCII)
 LONGEST = 96
-"""Characters of either part of an id."""
-UNKNOWN, CLOSED = 404, 401  # without a token the Hub says 401 of a name that it does not know
+"""Most characters in either part of an id."""
+UNKNOWN, CLOSED = 404, 401  # without a token, the Hub answers 401 for unknown names
 
 log = logging.getLogger(__name__)
 
 
 def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> None:
-    """Refuse a model that is nowhere; use cached copies alone where the Hub does not answer.
+    """Refuse a model that does not exist; use only cached copies if the Hub does not answer.
 
-    Asks nothing where both are paths that exist, or where `HF_HUB_OFFLINE` is set.
+    Makes no request if both are existing paths, or if `HF_HUB_OFFLINE` is set.
 
     Args:
         model: folder or Hub id.
         data: path or Hub id of the data; None: a task's own, on the Hub.
-        key: what set the model, for the message.
+        key: setting that named the model, for the message.
 
     Raises:
         UnsupportedModelError: no such folder, and neither the Hub nor its cache has that id.
@@ -55,7 +55,7 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
             nowhere = f"no such folder, not in the Hub's cache, and the Hub is out of reach ({why})"
             raise _no_model(model, nowhere, key)
         if status == UNKNOWN or (status == CLOSED and not _has_token()):
-            nowhere = "no such folder, and the Hub has none that you may read"
+            nowhere = "no such folder, and the Hub has none that you can read"
             raise _no_model(model, nowhere, key, "; for a private one: hf auth login")
     if status is None and not offline:
         log.warning("The Hub cannot be reached (%s): only what is cached here is used.", why)
@@ -63,7 +63,7 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the Hub could have that id: `name` or `owner/name`, of its characters."""
+    """Whether a name is a valid Hub id: `name` or `owner/name`, of allowed characters."""
     parts = name.split("/")
     fits = HUB_ID.fullmatch(name) and not {"--", ".."} & {a + b for a, b in pairwise(name)}
     return bool(fits) and max(map(len, parts)) <= LONGEST
@@ -74,21 +74,21 @@ def _no_model(name: str, why: str, key: str, more: str = "") -> UnsupportedModel
 
 
 def answer(address: str) -> tuple[int | None, str]:
-    """The HTTP status of an address, None where nothing answers, and why not."""
+    """The HTTP status of an address, None if there is no answer, and the reason."""
     try:
         with urlopen(Request(address, method="HEAD"), timeout=SECONDS) as found:
             return found.status, ""
     except HTTPError as error:
         return error.code, ""
     except URLError as error:
-        # Certificates are the client's business, which may have others than Python.
+        # Certificates are left to the client, which may use others than Python.
         return (0, "") if isinstance(error.reason, ssl.SSLError) else (None, _said(error.reason))
     except (OSError, ValueError) as error:
         return None, _said(error)
 
 
 def near_model(name: str) -> str:
-    """`; did you mean x?` for a model's folder, or an id in the Hub's cache, of a like name."""
+    """`; did you mean x?` for a folder, or an id in the Hub's cache, with a similar name."""
     places = (Path(name).parent, Path(), Path("checkpoints"))
     folders = {str(file.parent) for place in places for file in place.glob("*/config.json")}
     nearest = get_close_matches(name, sorted({*folders, *_cached()} - {name}), n=1)
@@ -104,7 +104,7 @@ def _is_cached(name: str) -> bool:
 
 
 def _cached() -> Iterable[str]:
-    """The ids in the Hub's cache, where its client keeps it."""
+    """The ids in the Hub client's cache."""
     home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     return (place.name[8:].replace("--", "/") for place in cache.glob("models--*"))
@@ -119,7 +119,7 @@ def _has_token() -> bool:
 def _stay_offline() -> None:
     os.environ[OFFLINE] = "1"
     constants = sys.modules.get("huggingface_hub.constants")
-    if constants is not None:  # it has read the environment already
+    if constants is not None:  # it has already read the environment
         constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The files of a heads folder: their names, and which of them travel. Knows nothing of heads."""
+"""The files of a heads folder: names, and which are pushed and pulled. Independent of heads."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ PATTERNS = [*FILES, *(f"figures/*{suffix}" for suffix in PICTURES)]
 
 
 def known_files(folder: Path) -> dict[str, Path]:
-    """What of a heads folder goes to the Hub, by its path there."""
+    """The files of a heads folder to upload to the Hub, by their paths there."""
     found = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
     return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
 

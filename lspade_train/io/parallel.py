@@ -1,7 +1,7 @@
-"""Agreement among the processes of one run, over torch.distributed. Knows nothing of their work.
+"""Coordinates the processes of one run, over torch.distributed. Independent of their work.
 
-The launcher (Lightning, torchrun, SLURM) has set up the process group; without one a process is
-alone, and everything here is a plain call.
+The launcher (Lightning, torchrun, SLURM) sets up the process group; without one, there is a single
+process, and everything here is a plain call.
 """
 
 import re
@@ -19,32 +19,32 @@ from lspade_train.errors import LSpadeError, PeerError, StoppedError
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=30)
-"""How long processes wait for each other's work, which may be to hash a terabyte."""
+"""How long processes wait for each other's work, such as hashing a terabyte."""
 
 LOST = re.compile(r"gloo/transport|connectFullMesh|ncclRemoteError|collective operation timeout")
-"""Found in the backends' errors of a lost peer, whose types are those of any other error."""
+"""Matches the backends' errors for a lost peer, which have no type of their own."""
 
 
 def ranks() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """This process's rank and the number of processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def together(work: Callable[[], Result]) -> list[Result]:
-    """Run `work` on every process; all return with the results of all, or all with an error.
+    """Run `work` on every process; all return the results of all, or all raise.
 
     Args:
-        work: what this process does; may itself call `together`.
+        work: this process's work; may itself call `together`.
 
     Returns:
         The results, in order of rank. They are pickled between processes of one user's run.
 
     Raises:
-        LSpadeError: on the first process, the first error of any.
-        PeerError: on the others, which need not report it again.
-        StoppedError: another process ended without reporting an error.
+        LSpadeError: on rank 0, the first error of any process.
+        PeerError: on the other ranks, which need not report it again.
+        StoppedError: another process exited without reporting an error.
     """
     rank, world = ranks()
     if world == 1:
@@ -54,7 +54,7 @@ def together(work: Callable[[], Result]) -> list[Result]:
     try:
         result = work()
     except LSpadeError as caught:
-        if getattr(caught, "everywhere", False):  # they all know from an inner call
+        if getattr(caught, "everywhere", False):  # already known to all from an inner call
             raise
         error = caught
     answers = _exchange((result, error), world)
@@ -67,10 +67,10 @@ def together(work: Callable[[], Result]) -> list[Result]:
 
 
 def first_alone(work: Callable[[], Result]) -> Result:
-    """Run `work` on the first process, then on the others, which find what it has written.
+    """Run `work` on rank 0, then on the others, which find the files that it has written.
 
     Raises:
-        LSpadeError: as `together` does.
+        LSpadeError: as for `together`.
     """
     kept: list[Result] = []
     for turn in (True, False):
@@ -80,13 +80,13 @@ def first_alone(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def lost_peers_named(advice: str) -> Generator[None]:
-    """Turn a backend's error of a lost peer into a named one; every other error passes.
+    """Turn a backend's error for a lost peer into a named one; other errors pass through.
 
     Args:
-        advice: what to do then, one line.
+        advice: what to do in that case, one line.
 
     Raises:
-        StoppedError: another process of this run ended without reporting an error.
+        StoppedError: another process of this run exited without reporting an error.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def _exchange(mine: object, world: int) -> list:
     answers: list = [None] * world
     with lost_peers_named("What is complete is kept: run the same command again to resume."):
         group = _group(distributed.group.WORLD)
-        # Polled, since a signal is not handled inside a call that waits.
+        # Polled, since signals are not handled inside a blocking call.
         everyone: Any = distributed.barrier(group, async_op=True)
         while not everyone.is_completed():
             time.sleep(0.002)
@@ -112,5 +112,5 @@ def _exchange(mine: object, world: int) -> list:
 
 @cache
 def _group(_: Any) -> Any:
-    """Over gloo, which notices a lost peer at once, whatever carries the gradients."""
+    """A gloo group, which detects a lost peer at once, for any backend of the gradients."""
     return distributed.new_group(backend="gloo", timeout=PATIENCE)

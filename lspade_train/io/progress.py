@@ -1,4 +1,4 @@
-"""Long work told on standard error: a bar on a terminal, elsewhere a line every half minute."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every half minute."""
 
 import logging
 import sys
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 OFTEN = 0.1
-"""Seconds between two states of a bar."""
+"""Seconds between two updates of a bar."""
 
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Work that is counted while it is done; a context manager. A part of other work is silent.
+    """Shows the progress of work; a context manager. Nested progress is not shown.
 
     Args:
-        name: what is done; None shows nothing.
-        total: how many units there are; None where that is not known.
-        unit: what they are, in the plural.
+        name: name of the work; None shows nothing.
+        total: number of units; None if unknown.
+        unit: name of the units, in the plural.
     """
 
     _shown: "ClassVar[Progress | None]" = None
-    """The work that is told."""
+    """The progress that is currently shown."""
 
     def __init__(self, name: str | None, total: int | None, unit: str = "rows") -> None:
         self.name, self.total, self.unit = name, total, unit
@@ -61,17 +61,17 @@ class Progress:
             self._bar = None
 
     def skip(self, count: int) -> None:
-        """Count what an earlier run has done already."""
+        """Count units that an earlier run has completed."""
         self.done += count
         self.skipped += count
         self._began = time.monotonic()
 
     def advance(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
-        """Count what was done just now.
+        """Count completed units.
 
         Args:
-            count: units.
-            note: gives what is shown beside the rate, such as a loss; called only where it is.
+            count: number of units.
+            note: returns a text to show beside the rate, such as a loss; called only when shown.
         """
         if self.skipped and not self._resumed and self.name is not None:
             self._resumed = True
@@ -81,13 +81,13 @@ class Progress:
         self.show(note)
 
     def counted(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`, each counted once the next one is asked for."""
+        """Yield `items`, counting each when the next one is requested."""
         for item in items:
             yield item
             self.advance()
 
     def show(self, note: Callable[[], str] | None = None) -> None:
-        """Show how far it is, if what was shown last is old enough."""
+        """Show the progress, if the last update is old enough."""
         now = time.monotonic()
         due = EVERY if self._bar is None else OFTEN
         if self.name is None or (now - self._told < due and self.done != self.total):
@@ -118,13 +118,13 @@ class Progress:
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "files") -> Iterator[Item]:
-    """Yield `items`, each counted once the next one is asked for."""
+    """Yield `items`, counting each when the next one is requested."""
     with Progress(name, total, unit) as progress:
         yield from progress.counted(items)
 
 
 def _digits(rate: float) -> str:
-    """Three digits of a small rate, all of a large one's."""
+    """Format a rate with at least three digits."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What made a file: versions of packages, and the state of this package's own checkout."""
+"""Provenance of files: versions of packages, and the state of this package's own checkout."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ PACKAGES = ("lspade-train", "torch", "transformers", "lightning", "datasets", "s
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

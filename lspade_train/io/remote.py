@@ -1,9 +1,9 @@
-"""Folders behind a URL that fsspec knows (s3://, gs://, hf://, memory://, ...), by a local mirror.
+"""Local mirrors of folders at URLs that fsspec supports (s3://, gs://, hf://, memory://, ...).
 
-A folder is as complete as its index: the file that is transferred last, and that is removed first
-where another changes. A mirror records the version of each file on both sides at its last transfer,
-so that only what is missing or has changed since is transferred again. These records save work and
-prove nothing: whoever opens the mirror compares its files with the digests in the index.
+A folder is complete if it has its index, the file that is transferred last, and removed first when
+another file changes. A mirror records the version of each file on both sides at its last transfer,
+so that only missing or changed files are transferred again. These records only save work: readers
+of the mirror compare its files with the digests in the index.
 """
 
 import errno
@@ -30,21 +30,21 @@ def is_remote(name: str | Path) -> bool:
 
 
 class Mirror:
-    """A remote folder and the local one that stands for it.
+    """A remote folder and its local mirror.
 
-    Several processes and machines may hold mirrors of one folder. Each file is published by one of
-    them; any may fetch.
+    Several processes and machines may have mirrors of the same folder. Each file is published by
+    one of them; all may fetch.
 
     Args:
         url: the remote folder.
-        patterns: names of its files, or globs, the index first; one folder deep at most. No other
-            file is fetched, published or removed.
-        error: what to raise.
-        folder: the local folder; None: one under `default_cache_root()`.
+        patterns: names of its files, or globs, the index first; at most one folder deep. No other
+            files are fetched, published or removed.
+        error: type of error to raise.
+        folder: the local folder; None: one in `default_cache_root()`.
 
     Raises:
-        error: by every method: the remote folder cannot be reached, read or written, or the disk
-            here is full.
+        error: from every method: the remote folder cannot be reached, read or written, or the local
+            disk is full.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Mirror:
         self._lock = FileLock(self.folder / ".mirror.lock")
 
     def fetch(self) -> Path:
-        """Make the mirror equal to the remote folder; an unfinished one only removes the index.
+        """Make the mirror equal to the remote folder; if that is incomplete, only remove the index.
 
         Returns:
             The mirror.
@@ -69,10 +69,10 @@ class Mirror:
         with self._reached() as (files, root), self._lock:
             there = self._listing(files, root)
             if self.index not in there:
-                _require_bucket(files, root)  # an error before the work that is to be stored there
+                _require_bucket(files, root)  # fail before the work whose results go there
                 (self.folder / self.index).unlink(missing_ok=True)
                 return self.folder
-            changed = there.keys() - self._settled(there)
+            changed = there.keys() - self._unchanged(there)
             gone = self._here() - there.keys()
             if changed or gone:
                 changed.add(self.index)
@@ -86,7 +86,7 @@ class Mirror:
         """Make the remote folder equal to the mirror."""
         with self._reached() as (files, root), self._lock:
             there, here = self._listing(files, root), self._here()
-            settled = self._settled(there)
+            settled = self._unchanged(there)
             if here == settled == there.keys():
                 return
             gone = there.keys() - here | {self.index}
@@ -96,18 +96,18 @@ class Mirror:
                 self._put(files, root, name)
 
     def fetch_files(self, *paths: Path) -> None:
-        """Make local files equal to the remote ones, where those exist; the index need not."""
+        """Make local files equal to the remote ones, if those exist; the index is not needed."""
         with self._reached() as (files, root):
             there = self._listing(files, root)
             wanted = {path.name for path in paths} & there.keys()
-            for name in sorted(wanted - self._settled(there)):
+            for name in sorted(wanted - self._unchanged(there)):
                 self._get(files, root, name, there[name])
 
     def publish_file(self, path: Path) -> None:
-        """Upload one file of the mirror; the remote folder is unfinished from then on."""
+        """Upload one file of the mirror; the remote folder is then incomplete."""
         with self._reached() as (files, root):
             there = self._listing(files, root)
-            if path.name in self._settled(there):
+            if path.name in self._unchanged(there):
                 return
             if self.index in there:
                 _remove(files, f"{root}/{self.index}")
@@ -115,7 +115,7 @@ class Mirror:
 
     @contextmanager
     def _reached(self) -> Generator[tuple[Any, str]]:
-        """The file system and the path in it."""
+        """Yield the file system and the path in it, and translate its errors."""
         from fsspec.core import url_to_fs
 
         try:
@@ -124,7 +124,7 @@ class Mirror:
             yield files, root.rstrip("/")
         except LSpadeError:
             raise
-        except Exception as cause:  # each file system raises what its own library raises
+        except Exception as cause:  # each file system raises its own library's errors
             raise self.error(self._explain(cause)) from cause
 
     def _get(self, files: Any, root: str, name: str, stamp: str) -> None:
@@ -138,8 +138,8 @@ class Mirror:
         self._note(name, stamp, self._stat(name))
 
     def _put(self, files: Any, root: str, name: str) -> None:
-        stat = self._stat(name)  # before: a change during the upload makes the record void
-        if "file" in files.protocol:  # the others need no folders, and buckets are not made here
+        stat = self._stat(name)  # before the upload: a change during it invalidates the record
+        if "file" in files.protocol:  # others need no folders, and buckets are not created here
             files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         files.put_file(str(self.folder / name), f"{root}/{name}")
         self._note(name, self._listing(files, root).get(name), stat)
@@ -154,8 +154,8 @@ class Mirror:
             return read_json(self.folder / NOTES, LSpadeError)
         return {}
 
-    def _settled(self, there: Mapping[str, str]) -> set[str]:
-        """Files that neither side has changed since they were last transferred."""
+    def _unchanged(self, there: Mapping[str, str]) -> set[str]:
+        """Files that have not changed on either side since their last transfer."""
         notes = self._notes()
         return {n for n, stamp in there.items() if notes.get(n) == [stamp, *self._stat(n)]}
 
@@ -164,7 +164,7 @@ class Mirror:
         if not path.is_file():
             return []
         stat = path.stat()
-        # The inode too: a file is replaced, never written into, and clocks are coarse.
+        # Include the inode: files are replaced, never modified, and clocks are coarse.
         return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _here(self) -> set[str]:
@@ -172,8 +172,8 @@ class Mirror:
         return {path.relative_to(self.folder).as_posix() for path in found if path.is_file()}
 
     def _listing(self, files: Any, root: str) -> dict[str, str]:
-        """A digest of the present version of each remote file, by name."""
-        files.invalidate_cache()  # others write there too
+        """A digest of the current version of each remote file, by name."""
+        files.invalidate_cache()  # others may write there, too
         entries = _entries(files, root)
         for folder in {pattern.split("/")[0] for pattern in self.patterns if "/" in pattern}:
             if folder in entries:
@@ -207,7 +207,7 @@ class Mirror:
 
 
 def _entries(files: Any, folder: str) -> dict[str, Any]:
-    """A remote folder's entries by the last part of their names."""
+    """A remote folder's entries, by the last component of their paths."""
     try:
         return {entry["name"].rpartition("/")[2]: entry for entry in files.ls(folder, detail=True)}
     except FileNotFoundError:

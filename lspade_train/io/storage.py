@@ -1,6 +1,6 @@
 """Files that are complete or absent: atomic writes, digests, checked JSON.
 
-Knows nothing of torch: a command that refuses a wrong argument does not wait for it.
+Does not import torch, so that commands reject wrong arguments without waiting for it.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from lspade_train.errors import CacheError, LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DIGITS = 300
-"""Of a whole number in JSON: a longer one is not a float either, and overflows in comparisons."""
+"""Most digits of an integer in JSON: a longer one overflows when compared with floats."""
 
 
 def default_cache_root() -> Path:
-    """`$LSPADE_CACHE`, or a folder under the user's cache directory.
+    """`$LSPADE_CACHE`, or a folder in the user's cache directory.
 
     Raises:
-        CacheError: neither is known: a container may run without a home directory.
+        CacheError: neither is known, as in a container without a home directory.
     """
     for name, below in (("LSPADE_CACHE", ""), ("XDG_CACHE_HOME", "lspade-train")):
         if os.environ.get(name):
@@ -47,7 +47,7 @@ def default_cache_root() -> Path:
 def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
-    On any failure the temporary file is removed and `path` is as it was.
+    On any failure the temporary file is removed and `path` is unchanged.
 
     Raises:
         error: the disk is full, or the folder cannot be written.
@@ -61,7 +61,7 @@ def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; what lands here is an ordinary one.
+        # mkstemp creates private files; restore the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -74,9 +74,9 @@ def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator
 
 
 def require_writable(folder: Path, error: type[LSpadeError] = LSpadeError) -> None:
-    """Refuse a folder, there or still to be made, that cannot be written; changes nothing.
+    """Refuse an existing or new folder that cannot be written; changes nothing.
 
-    Asked before hours of work for it; what only writing can tell, such as a full disk, remains.
+    Called before hours of work; errors such as a full disk only show when writing.
 
     Raises:
         error: the folder cannot be written.
@@ -99,7 +99,7 @@ def write_text(path: Path, text: str, error: type[LSpadeError] = LSpadeError) ->
 
 
 def write_json(path: Path, value: Any, error: type[LSpadeError] = LSpadeError) -> None:
-    """Write `value` as indented JSON, atomically. NaN and Inf are refused: JSON has neither.
+    """Write `value` as indented JSON, atomically. NaN and Inf are refused, as in the JSON standard.
 
     Raises:
         error: the file cannot be written.
@@ -112,8 +112,8 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
 
     Args:
         path: the file.
-        error: what to raise.
-        remedy: second line of the message: what the user does next.
+        error: type of error to raise.
+        remedy: second line of the message: what the user should do next.
 
     Raises:
         error: the file is missing, unreadable, too large, or not a JSON object.
@@ -143,10 +143,10 @@ def require_kinds(
     error: type[LSpadeError],
     remedy: str = "",
 ) -> None:
-    """Refuse a JSON object that lacks one of the keys of `kinds`, or holds another kind there.
+    """Refuse a JSON object that lacks a key of `kinds`, or has a value of the wrong type.
 
     Raises:
-        error: names the first such key.
+        error: there is such a key.
     """
     for name, kind in kinds.items():
         found = value.get(name)
@@ -174,16 +174,16 @@ def file_digest(path: Path, error: type[LSpadeError] = LSpadeError) -> str:
 
 
 def file_stamp(path: Path) -> list[int]:
-    """Size and times of a file: while they are equal, it has not been written to.
+    """Size and times of a file: as long as they are equal, it has not been written to.
 
-    With the time of the last status change: a copy may keep an older file's modification time.
+    Includes the status change time, since a copy may keep an older file's modification time.
     """
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of `value` as canonical JSON, as hex: equal for equal content."""
+    """SHA-256 of `value` as canonical JSON, as hex; equal for equal content."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -200,14 +200,14 @@ def _write_failure(path: Path, cause: Exception) -> str:
 
 
 def read_failure(path: Path, cause: OSError) -> str:
-    """Why a file could not be read, as a sentence."""
+    """Sentence on why a file could not be read."""
     if isinstance(cause, FileNotFoundError):
         return f"{path} does not exist."
     return f"{path} cannot be read ({cause.strerror or first_line(cause)})."
 
 
 def regular_size(path: Path) -> int:
-    """A file's size. A pipe or a device would never end."""
+    """A regular file's size; raises for pipes and devices, which may never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not an ordinary file")
@@ -232,12 +232,12 @@ def _no_number(constant: str) -> NoReturn:
 
 
 def join_lines(message: str, remedy: str) -> str:
-    """A message with its remedy on a second line, where there is one."""
+    """A message, with its remedy on a second line if there is one."""
     return f"{message}\n{remedy}" if remedy else message
 
 
 def first_line(cause: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
+    """The first line of an exception's message, or its name."""
     return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 

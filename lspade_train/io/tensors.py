@@ -1,4 +1,4 @@
-"""Safetensors files that are complete or absent, with a tag that says what they were made for."""
+"""Safetensors files that are complete or absent, with a tag that identifies their purpose."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ UNREADABLE = (
     RuntimeError,
     OverflowError,
 )
-"""What safetensors and torch raise over a file that is not theirs."""
+"""Errors of safetensors and torch for files of another format."""
 
 
 def write_tensors(
@@ -38,14 +38,14 @@ def write_tensors(
     tag: str = "",
     error: type[LSpadeError] = LSpadeError,
 ) -> None:
-    """Write a safetensors file, atomically: equal content gives equal bytes.
+    """Write a safetensors file, atomically; equal content gives equal bytes.
 
     Args:
         path: the file.
-        tensors: by name.
-        tag: what the file was made for; `file_tag` reads it. Kept with a digest of the tensors, in
-            one string, since safetensors writes several metadata entries in random order.
-        error: what to raise.
+        tensors: tensors by name.
+        tag: what the file was made for; see `file_tag`. Stored with a digest of the tensors in one
+            string, since safetensors writes several metadata entries in random order.
+        error: type of error to raise.
 
     Raises:
         error: the file cannot be written.
@@ -56,9 +56,9 @@ def write_tensors(
 
 
 def file_tag(path: Path) -> str | None:
-    """The tag of a whole, undamaged safetensors file; None where there is no such file or tag.
+    """The tag of a complete, undamaged safetensors file; None if there is no such file or tag.
 
-    Reads the file through: a bit that has flipped since it was written makes it damaged.
+    Reads the whole file to detect damage, even a single flipped bit.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,8 +81,8 @@ def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict
 
     Args:
         path: the file.
-        error: what to raise.
-        remedy: second line of the message: what the user does next.
+        error: type of error to raise.
+        remedy: second line of the message: what the user should do next.
 
     Raises:
         error: the file is missing, unreadable, or its header does not describe its bytes.

@@ -1,6 +1,6 @@
-"""Text as users write it and read it: byte-order marks, lines of any bytes, JSON, times, sizes.
+"""Text from and for users: byte-order marks, undecodable bytes, JSON, times, sizes.
 
-Knows nothing of tasks or recipes. Imports nothing heavy.
+Independent of tasks and recipes. Imports nothing heavy.
 """
 
 import codecs
@@ -24,12 +24,12 @@ MARKS = (
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 UNDECODABLE = "lspade-undecodable"
 
-# One lone surrogate for what cannot be decoded, in any encoding: its line is then not text.
+# Undecodable bytes become a lone surrogate, in any encoding, which marks the line as not text.
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", getattr(error, "end", 0)))
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that a byte-order mark names; UTF-8 where there is none."""
+    """The encoding that a byte-order mark indicates; UTF-8 if there is none."""
     return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
 
 
@@ -37,7 +37,7 @@ def read_text(path: Path, error: type[LSpadeError]) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
 
     Raises:
-        error: the file cannot be read, or is in another encoding; names the line.
+        error: the file cannot be read, or is in another encoding.
     """
     try:
         content = path.read_bytes()
@@ -56,10 +56,10 @@ def read_text(path: Path, error: type[LSpadeError]) -> str:
 
 
 def lines_of(binary: BinaryIO) -> TextIO:
-    """The lines of a stream, decoded as they come.
+    """The lines of a stream, decoded as they arrive.
 
-    A byte that cannot be decoded becomes a lone surrogate, so that it costs its own line only;
-    `require_text` refuses that line.
+    A byte that cannot be decoded becomes a lone surrogate, so that it affects only its own line,
+    which `require_text` refuses.
     """
     peek = getattr(binary, "peek", None)
     head: bytes = peek(4)[:4] if peek else b""
@@ -67,10 +67,10 @@ def lines_of(binary: BinaryIO) -> TextIO:
 
 
 def require_text(text: str) -> None:
-    """Refuse halves of surrogate pairs: no encoding has them, and no tokenizer takes them.
+    """Refuse lone surrogates, which no encoding allows and no tokenizer accepts.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the text has one.
     """
     found = SURROGATE.search(text)
     if found and found[0] == "\udcff":
@@ -80,10 +80,10 @@ def require_text(text: str) -> None:
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    """A JSON object with finite numbers and whole characters.
+    """A JSON object with finite numbers and without lone surrogates.
 
     Raises:
-        ValueError: it is not one; says why.
+        ValueError: the line is not such an object.
     """
     require_text(line)
     try:
@@ -92,7 +92,7 @@ def parse_object(line: str) -> dict[str, Any]:
         raise ValueError("nested too deeply") from cause
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    if "\\u" in line:  # an escape may be half of a pair
+    if "\\u" in line:  # an escape may be a lone surrogate
         require_text(json.dumps(value, ensure_ascii=False))
     return value
 

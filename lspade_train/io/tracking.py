@@ -1,6 +1,6 @@
-"""Weights & Biases without questions: whether it is on, and runs that start without a network.
+"""Weights & Biases without prompts: whether it is enabled, and runs that start without a network.
 
-Never prompts for a key. Knows nothing of what is logged; loads wandb at the first run only.
+Never prompts for a key. Independent of what is logged; imports wandb only at the first run.
 """
 
 import importlib.util
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def start_run(**given: Any) -> Any:
-    """A W&B run of its own, offline where the service cannot be reached or refuses the key.
+    """Start a W&B run, offline if the service cannot be reached or refuses the key.
 
     Args:
-        given: to `wandb.init`; `dir` among them.
+        given: arguments of `wandb.init`, including `dir`.
     """
     import wandb
     from wandb.errors import Error
@@ -33,7 +33,7 @@ def start_run(**given: Any) -> Any:
 
 
 def quiet_settings(*, offline: bool = False) -> Any:
-    """W&B's settings: online it names the run's page, offline we say ourselves how to send it."""
+    """W&B's settings: online it prints the run's page, offline we print how to upload it."""
     import wandb
 
     return wandb.Settings(
@@ -42,7 +42,7 @@ def quiet_settings(*, offline: bool = False) -> Any:
 
 
 def say_where(folder: Path) -> None:
-    """Log where an offline run is: W&B itself would take ten lines."""
+    """Log where an offline run is stored: W&B itself would print ten lines."""
     if _is_offline():
         log.info("W&B: writing offline to %s; send it with `wandb sync`", folder / "wandb")
 
@@ -54,7 +54,7 @@ def say_offline(error: Exception) -> None:
 
 
 def keep_wandb_from_asking() -> None:
-    """Without a key and without WANDB_MODE, a W&B logger writes offline instead of asking."""
+    """Make W&B loggers write offline instead of prompting if there is no key or WANDB_MODE."""
     if not os.environ.get("WANDB_MODE") and not _has_wandb_key():
         os.environ["WANDB_MODE"] = "offline"
         log.warning("W&B: no key found, writing offline; send it later with `wandb sync`.")

@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder, run block by block by its own code."""
+"""Runs any Hugging Face decoder block by block, with its own code."""
 
 from lspade_train.models.adapter import ModelAdapter
 from lspade_train.models.loading import hub_commit, load_unembedding, model_folder, resolve_device

@@ -2,9 +2,8 @@
 
 No forward is re-implemented. A shallow copy of the decoder runs once with recorders in place of
 its blocks, so that the model's own code computes embeddings, masks, position embeddings and
-per-layer choices; `Plan` keeps what each block was given. Whoever holds a plan runs the blocks,
-stops where it likes, drops rows, or substitutes hidden states. Knows nothing of SPADE, heads or
-tasks.
+per-layer choices; `Plan` keeps each block's arguments. With a plan the caller can run the blocks,
+stop at any of them, drop rows, or substitute hidden states. Independent of SPADE, heads and tasks.
 """
 
 from collections.abc import Generator
@@ -49,24 +48,24 @@ _STEADY: ContextVar["ModelAdapter | None"] = ContextVar("lspade_steady", default
 class ModelAdapter:
     """A causal language model, run block by block, without modifying it.
 
-    The model stays the caller's: nothing is set on it, and it may change between two calls. What
-    is kept of it (start-token caches, digests) is then worked out again, and so is the load-time
-    check where more than its weights' values changed. Safe to use from several threads, also
-    while others run the model itself. Every call that returns numbers runs without gradients.
+    The caller's model is never modified, and may change between two calls. What is cached for it
+    (start-token caches, digests) is then recomputed, and the load-time check repeated if more than
+    the values of its weights changed. Thread-safe, also while other threads run the model itself.
+    All results are computed without gradients.
 
     Attributes:
-        model: what the caller gave, out of `DataParallel` or `torch.compile`.
+        model: the caller's model, unwrapped from `DataParallel` or `torch.compile`.
         revision: the Hub commit that `from_pretrained` loaded; None for a folder.
 
     Args:
         model: any Hugging Face decoder-only model, on any device, in any dtype.
-        check: prove on one short probe that replay, unembedding and the start-token cache give
-            the model's own numbers.
-        compile: run the blocks through `torch.compile`; `data.compile` says what that takes.
+        check: check on one short probe that replay, unembedding and the start-token cache
+            reproduce the model's own results.
+        compile: run the blocks through `torch.compile`; see `data.compile`.
 
     Raises:
-        UnsupportedModelError: the model is not a decoder, drops values at random (training mode),
-            or fails the check.
+        UnsupportedModelError: the model is not a decoder, uses dropout (training mode), or fails
+            the check.
         RecipeError: the blocks cannot be compiled here.
     """
 
@@ -76,19 +75,19 @@ class ModelAdapter:
         self.model = unwrapped(model)
         self.compiled = compile
         self._apply = compiled_apply() if compile else apply_block
-        self._wants_check = False  # while its parts are looked up
+        self._wants_check = False  # not while its parts are looked up
         self._known: Known | None = None
         self.revision: str | None = None
         self.refresh()
         if quantization(self.model) is not None:
-            # Now: bitsandbytes rounds 4-bit scales when their first product on a CPU repacks them.
+            # Now, because the first product on a CPU repacks and rounds bitsandbytes' 4-bit scales.
             _ = self.identity
         if check:
             self.check()
 
     @classmethod
     def of(cls, model: "PreTrainedModel | ModelAdapter") -> "ModelAdapter":
-        """An adapter of `model`; what it computes is cached for the model's next adapter."""
+        """An adapter of `model`; its results are cached for the model's next adapter."""
         return model if isinstance(model, ModelAdapter) else cls(model)
 
     @classmethod
@@ -112,18 +111,18 @@ class ModelAdapter:
             model_id: Hub id or folder.
             revision: commit, tag or branch on the Hub.
             dtype: auto (the checkpoint's), float32, bfloat16 or float16.
-            device: auto (a GPU when there is one) or a torch device.
+            device: auto (a GPU if there is one) or a torch device.
             device_map: accelerate's map for models too large for one device; replaces `device`.
             quantization: int8 or int4 quantises the blocks while loading; None leaves the
                 checkpoint as it is, quantised or not.
             trust_remote_code: run code from the model's repository.
-            gguf_file: name of a GGUF file there, whose weights are unpacked while loading.
+            gguf_file: name of a GGUF file there, whose weights are dequantised while loading.
             check: run the load-time check.
             compile: run the blocks through `torch.compile`.
 
         Raises:
-            UnsupportedModelError: nothing there, no decoder, or the check fails.
-            RecipeError: no such device, no bitsandbytes here, or blocks that do not compile.
+            UnsupportedModelError: no model there, not a decoder, or the check fails.
+            RecipeError: no such device, bitsandbytes is missing, or the blocks do not compile.
         """
         commit = hub_commit(model_id, revision, gguf_file=gguf_file)
         model = load_model(
@@ -136,27 +135,27 @@ class ModelAdapter:
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
         )
-        # Ours alone, so it may be frozen: training heads then computes no gradient of its norm.
+        # No caller shares this model, so freeze it: training then computes no gradient of its norm.
         adapter = cls(model.eval().requires_grad_(False), check=check, compile=compile)
         adapter.revision = commit
         return adapter
 
     def check(self) -> None:
-        """Prove on one short probe that every path gives the model's own numbers.
+        """Check on one short probe that every path reproduces the model's own results.
 
         Done once, and again when the model's modules, mode or adapters have changed.
 
         Raises:
-            UnsupportedModelError: one of them does not.
+            UnsupportedModelError: a path does not.
         """
         self._wants_check = True
         self.refresh()
 
     def refresh(self) -> Known:
-        """See the model as it is now; `plan` and `plan_step` call this.
+        """Detect changes of the model; called by `plan` and `plan_step`.
 
         Returns:
-            What is known of it: the same object for as long as nothing has changed.
+            The model's cached properties: the same object as long as nothing has changed.
 
         Raises:
             UnsupportedModelError: it can no longer be run block by block.
@@ -179,7 +178,7 @@ class ModelAdapter:
 
     @contextmanager
     def steady(self) -> Generator[None]:
-        """See the model once for everything that is done inside, on this thread."""
+        """Detect changes only once for everything inside the block, on this thread."""
         self.refresh()
         outer = _STEADY.set(self)
         try:
@@ -188,11 +187,11 @@ class ModelAdapter:
             _STEADY.reset(outer)
 
     def _check(self, known: Known) -> Known:
-        checking = _CHECKING.set(True)  # the check itself plans runs
+        checking = _CHECKING.set(True)  # the check itself calls `plan`
         try:
             check_adapter(self)
             if quantization(self.model) is not None:
-                known = self.refresh()  # its weights have moved in its first run
+                known = self.refresh()  # the first run may move its weights
         finally:
             _CHECKING.reset(checking)
         known.checked.add(self.compiled)
@@ -222,20 +221,20 @@ class ModelAdapter:
 
     @property
     def max_length(self) -> int | None:
-        """Longest prompt in tokens, or None where the positions have no end."""
+        """Longest prompt in tokens, or None if positions are unlimited."""
         config = self.text_config
         named = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
         return next((getattr(config, name) for name in named if hasattr(config, name)), None)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a generated text, as `generate` ends it; () where there are none."""
+        """Tokens at which `generate` stops; () if there are none."""
         found = getattr(self.model.generation_config, "eos_token_id", None)
         return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device for token ids."""
         return cast(Tensor, self.model.get_input_embeddings().weight).device
 
     @property
@@ -245,7 +244,7 @@ class ModelAdapter:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells this model from another: digests, dtype and quantisation."""
+        """What identifies this model: digests, dtype and quantisation."""
         known = self.refresh()
         if known.identity is None:
             known.identity = model_identity(self.model, self.unembed.digest)
@@ -264,17 +263,17 @@ class ModelAdapter:
         """Let the decoder plan a forward over whole prompts; no block runs.
 
         Args:
-            input_ids: prompts, padded on either side; on the right where they share tokens.
-            attention_mask: 1 or True for real tokens; None where nothing is padded.
-            shared: leading tokens that all prompts have in common and that are run once, now or
-                in an earlier call; fewer than the shortest prompt has. `shared_groups` finds
-                them.
+            input_ids: prompts, padded on either side; on the right if they share tokens.
+            attention_mask: 1 or True for real tokens; None if nothing is padded.
+            shared: number of leading tokens that all prompts have in common and that are run once,
+                now or in an earlier call; less than the shortest prompt's length. See
+                `shared_groups`.
 
         Returns:
-            The plan; its `hidden` is h^0 of the tokens behind the shared ones.
+            The plan; its `hidden` is h^0 of the tokens after the shared ones.
 
         Raises:
-            TaskError: a token id that the model has no embedding for, or a mask of another shape.
+            TaskError: a token id outside the model's vocabulary, or a mask of another shape.
         """
         self.refresh()
         self._check_ids(input_ids)
@@ -289,14 +288,14 @@ class ModelAdapter:
 
     @torch.no_grad()
     def plan_step(self, start_ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Plan:
-        """Plan one single-token row per start token: the row sees that token and itself.
+        """Plan one single-token row per start token: the row attends to that token and itself.
 
         Args:
             start_ids: first real token of each row's prompt.
             positions: position id of the row's own token.
 
         Returns:
-            A plan over (rows, 1, d). Its `hidden` means nothing: substitute your own.
+            A plan over (rows, 1, d). Its `hidden` is a placeholder: substitute your own.
         """
         self.refresh()
         distinct, rows = start_ids.unique(return_inverse=True)
@@ -312,13 +311,13 @@ class ModelAdapter:
         position_ids: Int[Tensor, "rows tokens"],
         cache: DynamicCache | None,
     ) -> Plan:
-        """Plan a forward behind the tokens in `cache`, which the blocks fill as they run.
+        """Plan a forward after the tokens in `cache`, which the blocks fill as they run.
 
         Args:
             input_ids: new tokens.
             attention_mask: 1 for real tokens, over the cached and the new ones.
-            position_ids: of the new tokens.
-            cache: keys and values so far; None keeps none.
+            position_ids: position ids of the new tokens.
+            cache: keys and values so far; None uses no cache.
         """
         return self._record(input_ids, attention_mask, position_ids, cache)
 
@@ -326,13 +325,13 @@ class ModelAdapter:
     def run_block(
         self, plan: Plan, block: int, hidden: Float[Tensor, "rows tokens d"]
     ) -> Float[Tensor, "rows tokens d"]:
-        """Apply block number `block` (0-based: it makes h^(block+1) of h^block)."""
+        """Apply block number `block` (0-based: it maps h^block to h^(block+1))."""
         args, kwargs = plan.call(block)
         return self._apply(without_checkpointing(self.blocks[block]), hidden, args, kwargs)
 
     @torch.no_grad()
     def model_unembed(self, hidden: Float[Tensor, "rows tokens d"]) -> Tensor:
-        """Logits by the model's own code from raw outputs of the last block; slow, exact.
+        """Logits from raw outputs of the last block, by the model's own code; slow but exact.
 
         The reference that `unembed` is checked against.
         """
@@ -369,10 +368,10 @@ class ModelAdapter:
 
     @torch.no_grad()
     def start_cache(self, *tokens: int) -> DynamicCache:
-        """Keys and values of a start token, or of a longer beginning, at every block.
+        """Keys and values of a start token, or of a longer prefix, at every block.
 
-        Kept for as long as they hold and there is room. Always alone: in a batch their last bits
-        would depend on the other rows.
+        Cached while they are valid and there is room. Always computed alone: in a batch, the last
+        bits would depend on the other rows.
         """
         known = self._known
         assert known is not None

@@ -1,7 +1,7 @@
-"""Weights that are what the configuration says, or a named error.
+"""Loads checkpoints whose weights match the configuration exactly, or raises a named error.
 
-transformers fills in what a checkpoint lacks with random numbers and warns; here that is an error.
-Knows nothing of devices, precisions or quantisation.
+transformers initialises missing weights at random with a warning; here that is an error.
+Independent of devices, precisions and quantisation.
 """
 
 import logging
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 
 def load_checkpoint(model_id: str, **options: Any) -> "PreTrainedModel":
-    """`AutoModelForCausalLM.from_pretrained`, for a checkpoint that fits its configuration.
+    """`AutoModelForCausalLM.from_pretrained`, for a checkpoint that matches its configuration.
 
     Tied weights and buffers that the model computes are not expected in the files.
 
     Args:
-        model_id: Hub id or folder; a folder of a PEFT adapter loads its base model too.
-        **options: as transformers takes them.
+        model_id: Hub id or folder; for a folder with a PEFT adapter its base model is loaded, too.
+        **options: options of transformers.
 
     Raises:
         UnsupportedModelError: nothing to load there, a damaged file, or weights that are missing,
-            unexpected or of another shape; names them.
+            unexpected or of another shape.
     """
     base = _base_of_adapter(model_id)
     model, report = _load(base or model_id, options)
@@ -53,14 +53,14 @@ def load_checkpoint(model_id: str, **options: Any) -> "PreTrainedModel":
 
 
 def load_without_blocks(folder: str, **options: Any) -> "PreTrainedModel":
-    """A model of no blocks: what lies around them, from a checkpoint whose blocks stay unread.
+    """A model without blocks: everything else is loaded, the blocks' weights are not read.
 
     Args:
         folder: the model's files.
-        **options: as transformers takes them.
+        **options: options of transformers.
 
     Raises:
-        UnsupportedModelError: the files cannot be read, or lack what lies around the blocks.
+        UnsupportedModelError: the files cannot be read, or lack weights outside the blocks.
     """
     from transformers import AutoConfig
 
@@ -75,26 +75,27 @@ def load_without_blocks(folder: str, **options: Any) -> "PreTrainedModel":
 
 
 def require_complete(model_id: str, model: "PreTrainedModel", report: dict[str, Any]) -> None:
-    """Refuse a model whose load report names weights that the checkpoint and it do not share.
+    """Raise if the load report lists missing, unexpected or mismatched weights.
 
     Args:
-        model_id: for the message.
-        model: as it was loaded.
+        model_id: name for the message.
+        model: the loaded model.
         report: transformers' loading info.
 
     Raises:
-        UnsupportedModelError: names the first of them.
+        UnsupportedModelError: there are such weights.
     """
     if report["missing_keys"]:
         raise UnsupportedModelError(
-            f"{model_id} lacks weights that its configuration asks for: "
+            f"{model_id} is missing weights that its configuration requires: "
             f"{_listed(report['missing_keys'])}.\n"
-            "They would be random. Download the checkpoint again, or correct its config.json."
+            "They would be initialised at random. Download the checkpoint again, or correct its "
+            "config.json."
         )
     if report["mismatched_keys"]:
         name, got, expected = min(report["mismatched_keys"])
         raise UnsupportedModelError(
-            f"{model_id} holds {name} of shape {tuple(got)}, and its configuration asks for "
+            f"{model_id} holds {name} of shape {tuple(got)}, but its configuration expects "
             f"{tuple(expected)}{_more(len(report['mismatched_keys']) - 1)}.\n"
             "Download the checkpoint again, or correct its config.json."
         )
@@ -111,12 +112,12 @@ def require_complete(model_id: str, model: "PreTrainedModel", report: dict[str, 
 def load_failure(
     what: Literal["model", "tokenizer"], place: str, cause: Exception, gguf_file: str | None = None
 ) -> str:
-    """The message of a model or tokenizer that could not be loaded.
+    """The error message for a model or tokenizer that could not be loaded.
 
     Args:
-        what: which of them.
+        what: model or tokenizer.
         place: Hub id or folder.
-        cause: what transformers raised.
+        cause: transformers' exception.
         gguf_file: path of the GGUF file that it was read from.
     """
     text = (str(cause).splitlines() or [type(cause).__name__])[0]
@@ -144,7 +145,7 @@ def load_failure(
 
 
 def _damage(paths: Iterable[Path]) -> str | None:
-    """The message of the first file that cannot be what its name says; None if there is none."""
+    """Message for the first file that is not of the type its name says; None if there is none."""
     for path in paths:
         if path.suffix not in READ or not path.is_file():
             continue
@@ -152,7 +153,7 @@ def _damage(paths: Iterable[Path]) -> str | None:
             start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
             return (
-                f"{path} is a Git LFS pointer, not the file that it stands for.\n"
+                f"{path} is a Git LFS pointer, not the actual file.\n"
                 f"Run git lfs pull in {path.parent}, or download the model again."
             )
         why = "it is empty" if not start else _broken(path, start)
@@ -178,19 +179,19 @@ def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", di
 
     try:
         with _quiet_report():
-            # transformers' own error for other shapes does not name them; the report does.
+            # transformers' own error for mismatched shapes does not name the weights.
             found: Any = AutoModelForCausalLM.from_pretrained(
                 model_id, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
             return found
-    except Exception as cause:  # transformers raises errors of any kind over broken files
+    except Exception as cause:  # transformers raises many kinds of errors for broken files
         gguf_file = options.get("gguf_file")
         raise UnsupportedModelError(load_failure("model", model_id, cause, gguf_file)) from cause
 
 
 @contextmanager
 def _quiet_report() -> Generator[None]:
-    """Keep transformers from printing its load report: `require_complete` reads it instead."""
+    """Keep transformers from printing its load report, which `require_complete` evaluates."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_not_the_report(record: logging.LogRecord) -> bool:
@@ -204,9 +205,9 @@ def _quiet_report() -> Generator[None]:
 
 
 def _base_of_adapter(model_id: str) -> str | None:
-    """The base model of a folder that holds only a PEFT adapter; None for any other place.
+    """The base model of a folder with only a PEFT adapter; None for anything else.
 
-    In one call transformers would load both and report on the adapter's weights alone.
+    Loading both in one call, transformers would report on the adapter's weights only.
     """
     config = Path(model_id) / "adapter_config.json"
     if not config.is_file() or (Path(model_id) / "config.json").exists():
@@ -215,10 +216,10 @@ def _base_of_adapter(model_id: str) -> str | None:
 
 
 def _by_owner(model: "PreTrainedModel", names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names under a module of the model, and those of parts that it does not have.
+    """Names that belong to a module of the model, and names of parts that it does not have.
 
-    A vision tower beside a text model is left out on purpose; a block more than the configuration
-    says is not.
+    A vision tower next to a text model is left out on purpose; a block beyond the configured number
+    is not.
     """
     parts = {n for module in (model, model.base_model) for n, _ in module.named_children()}
     ours = [name for name in names if name.partition(".")[0] in parts]
@@ -226,7 +227,7 @@ def _by_owner(model: "PreTrainedModel", names: Iterable[str]) -> tuple[list[str]
 
 
 def _listed(names: Iterable[str], most: int = 4) -> str:
-    """The first few names; the tensors of one block are one entry."""
+    """The first few names, with the tensors of a block grouped into one entry."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         block = re.match(r"(.*?\.\d+\.)", name)

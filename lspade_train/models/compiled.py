@@ -1,6 +1,6 @@
-"""How a block is applied: as it is, or through `torch.compile`.
+"""Applies a block, either eagerly or through `torch.compile`.
 
-One compiled function serves every block of equal structure; the blocks themselves stay as they are.
+One compiled function serves all blocks of the same structure; the blocks are not modified.
 """
 
 import threading
@@ -16,29 +16,29 @@ from lspade_train.errors import RecipeError
 from lspade_train.models.plan import BlockStart
 
 Apply = Callable[[nn.Module, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
-"""Block, its hidden state, and its further arguments, to the next hidden state."""
+"""Maps a block, its hidden state and its other arguments to the next hidden state."""
 
 VARIANTS = 64
-"""Compiled variants of a block at most: kinds of block x with and without mask x one row or many x
-one token or many. The rest runs uncompiled."""
+"""Most compiled variants of a block: kinds of block x with or without mask x one row or many x one
+token or many. Any others run uncompiled."""
 
 NEEDS = {
     "InvalidCxxCompiler": "a C++ compiler: install g++, or point CXX to one",
     "TritonMissing": "Triton: pip install triton",
 }
-"""What is missing, by the name of the error that torch raises deep inside."""
+"""What is missing, by the name of torch's internal error."""
 
 
 def apply_block(
     block: nn.Module, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """The block's hidden state, whether it returns that alone or in a tuple."""
+    """The block's output state, whether it returns the state alone or in a tuple."""
     output = block(hidden, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 def compiled_apply() -> Apply:
-    """`apply_block`, compiled for any number of rows and tokens as it meets new kinds of block."""
+    """`apply_block`, compiled on demand for each kind of block, with dynamic rows and tokens."""
     fast = torch.compile(apply_block, dynamic=True)
 
     def apply(
@@ -46,7 +46,7 @@ def compiled_apply() -> Apply:
     ) -> Tensor:
         caches = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
         if not all(isinstance(cache, BlockStart) for cache in caches):
-            # A cache that grows holds every block's keys: it would be compiled block by block.
+            # A growing cache holds every block's keys, so each block would be compiled separately.
             return apply_block(block, hidden, args, kwargs)
         from torch._dynamo.exc import TorchDynamoException
 
@@ -60,10 +60,10 @@ def compiled_apply() -> Apply:
 
 
 class _Settings:
-    """The compiler's settings while any thread runs a compiled block; the process's own otherwise.
+    """Sets the compiler's settings while any thread runs a compiled block, then restores them.
 
-    Sizes that happen to be equal are compiled as others are, eight variants are not the end, and a
-    hook set on a module is noticed.
+    Sizes that happen to be equal are not specialised, more than eight variants are allowed, and
+    hooks set on a module are noticed.
     """
 
     def __init__(self) -> None:

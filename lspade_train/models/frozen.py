@@ -1,7 +1,7 @@
-"""The frozen model of a recipe, read no further than it is needed.
+"""The frozen model of a recipe, loaded only as far as needed. Independent of caches.
 
-Its facts, such as digests and sizes, need no weights once a load has found them; a fit on finished
-caches needs its final norm and head; only running blocks needs all of it. Knows nothing of caches.
+Facts such as digests and sizes are recorded at the first load and then need no weights; a fit on
+finished caches needs only the final norm and head; only running blocks needs the whole model.
 """
 
 import logging
@@ -32,14 +32,14 @@ from lspade_train.recipe import DataConfig
 RECORD_FORMAT = 2
 
 DECIDING = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
-"""Files of a model's folder that decide its facts."""
+"""Files of a model's folder that determine its facts."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a data module asks of a model without running it; `ModelAdapter` says what each is."""
+    """Properties of a model that are used without running it; see `ModelAdapter`."""
 
     identity: dict[str, str]
     num_layers: int
@@ -58,7 +58,7 @@ class FrozenModel:
 
     Args:
         config: names the model and how it is loaded.
-        device: where it goes, asked when something is loaded.
+        device: returns the device to load to; called when something is loaded.
     """
 
     def __init__(self, config: DataConfig, device: Callable[[], str]) -> None:
@@ -69,7 +69,7 @@ class FrozenModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """Kept from an earlier load of the same files, or those of the model itself.
+        """The model's facts, from an earlier load of the same files or from loading it now.
 
         Raises:
             UnsupportedModelError: no model can be loaded, or it cannot be run block by block.
@@ -80,11 +80,11 @@ class FrozenModel:
 
     @property
     def adapter(self) -> ModelAdapter:
-        """All of it; the load-time check waits for the first block.
+        """The whole model; the load-time check is deferred to the first block.
 
         Raises:
-            UnsupportedModelError: as `facts`, its head is not linear, or its files changed since
-                they were looked at.
+            UnsupportedModelError: as for `facts`, the head is not linear, or the files changed
+                since `facts` was read.
         """
         if self._adapter is None:
             self._adapter = self._load()
@@ -94,16 +94,16 @@ class FrozenModel:
     def unembed(self) -> Unembedding:
         """Final norm and head, bit for bit those of the whole model.
 
-        Read alone where the facts are kept and the family can be made without blocks.
+        Loaded alone if the facts are recorded and the family can be built without blocks.
         """
         facts = self.facts
         alone = self._unembedding_alone(facts) if self._adapter is None else None
         return alone or self.adapter.unembed
 
     def release_blocks(self) -> None:
-        """Drop the blocks where norm and head can be had without them; later uses load them again.
+        """Free the blocks if norm and head can be loaded without them; later uses reload them.
 
-        A fit needs no block once its caches are built.
+        A fit needs no blocks once its caches are built.
         """
         alone = self._unembedding_alone(self.facts) if self._adapter is not None else None
         if alone is not None:
@@ -112,7 +112,7 @@ class FrozenModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the weights.
+        """The model's tokenizer.
 
         Raises:
             UnsupportedModelError: there is none.
@@ -121,7 +121,7 @@ class FrozenModel:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What an artifact records of the model."""
+        """What an artifact records about the model."""
         return {
             "model_id": self.config.model_id,
             "revision": self.facts.revision,
@@ -131,7 +131,7 @@ class FrozenModel:
 
     @cached_property
     def _revision(self) -> str | None:
-        """On the Hub a commit, resolved once: all that is read is of one commit."""
+        """On the Hub, a commit that is resolved once, so that all files are of the same commit."""
         return resolved_revision(self.config)
 
     def _load(self) -> ModelAdapter:
@@ -140,10 +140,10 @@ class FrozenModel:
         adapter = open_adapter(
             config, self._revision, device=self._device(), check=False, compile=config.compile
         )
-        adapter.unembed.require_linear()  # now, and not once hours of caching are done
+        adapter.unembed.require_linear()  # now, rather than after hours of caching
         facts = self._facts_of(adapter)
         record = self._record()
-        # A commit's files come with the load and stay what they are; a folder's may change.
+        # A commit's files come with the load and never change; a folder's files may change.
         if record is not None and (record == before or adapter.revision):
             _keep(record, facts)
         if self._facts not in (None, facts):
@@ -155,7 +155,7 @@ class FrozenModel:
         return adapter
 
     def _facts_of(self, adapter: ModelAdapter) -> ModelFacts:
-        """The facts of a model that is loaded, and of the GGUF file it was unpacked from."""
+        """The facts of a loaded model, and of the GGUF file it was read from."""
         facts = ModelFacts.of(adapter)
         return replace(facts, identity=facts.identity | self._gguf_source)
 
@@ -168,13 +168,13 @@ class FrozenModel:
         return {"gguf_file": name, "gguf_sha256": file_digest(path, UnsupportedModelError)}
 
     def _record(self) -> Path | None:
-        """Where the facts are kept, by all that decides them; None where that is not only files.
+        """File that records the facts; None if they depend on more than the model's files.
 
-        Times are only compared for equality: a touched file costs a load and nothing else.
+        Times are only compared for equality: a touched file merely causes a reload.
         """
         config = self.config
         if config.trust_remote_code or config.quantization is not None:
-            return None  # code from elsewhere, or scales that depend on library and device
+            return None  # remote code, or scales that depend on library and device
         files = _deciding_files(config.model_id, self._revision, config.gguf_file)
         if files is None:
             return None
@@ -183,7 +183,7 @@ class FrozenModel:
         return default_cache_root() / "models" / f"{json_digest(key)[:32]}.json"
 
     def _unembedding_alone(self, facts: ModelFacts) -> Unembedding | None:
-        """Norm and head without the blocks; None where only a whole load can be trusted."""
+        """Norm and head without the blocks; None if the whole model has to be loaded."""
         if self.config.gguf_file is not None:
             return None
         folder = model_folder(self.config.model_id, self._revision)
@@ -191,7 +191,7 @@ class FrozenModel:
             found = load_unembedding(
                 str(folder), dtype=facts.identity["dtype"], device=self._device()
             )
-        except Exception as cause:  # whatever a family's code says to having no blocks
+        except Exception as cause:  # a family's code may raise anything without blocks
             log.debug("norm and head cannot be loaded alone: %r", cause)
             return None
         if found.digest != facts.identity["unembedding"]:
@@ -204,7 +204,7 @@ class FrozenModel:
 def _deciding_files(
     model_id: str, revision: str | None, gguf_file: str | None
 ) -> list[list[Any]] | None:
-    """Name, size and times of each; None where they cannot be told. A commit is in their names."""
+    """Name, size and times of each file; None if unknown. On the Hub, names include the commit."""
     folder = model_folder(model_id, revision, gguf_file=gguf_file)
     if folder is None:
         return None
@@ -223,7 +223,7 @@ def _deciding_files(
 
 
 def _recall(record: Path | None) -> ModelFacts | None:
-    """The facts kept in a file; None where there are none, or it is not as it was written."""
+    """The facts recorded in a file; None if it is missing or damaged."""
     try:
         found = read_json(record, LSpadeError) if record else {}
         whole = found["sha256"] == json_digest(found["facts"])
@@ -238,5 +238,5 @@ def _keep(record: Path, facts: ModelFacts) -> None:
     known = asdict(facts)
     try:
         write_json(record, {"facts": known, "sha256": json_digest(known)}, LSpadeError)
-    except LSpadeError as cause:  # it only saves time
+    except LSpadeError as cause:  # the record only saves time
         log.debug("the model's facts are not kept: %s", cause)

@@ -1,6 +1,6 @@
-"""GGUF files as bases: where the file is, and what reading it takes.
+"""GGUF files as base models: finding the file, and the options to load it.
 
-transformers unpacks the weights while it loads them: what runs is an ordinary model.
+transformers dequantises the weights while loading, so the result is an ordinary model.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ NEEDED = ("gguf", "accelerate")
 
 
 def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Path:
-    """The GGUF file of a folder or of a repository on the Hub, downloaded where it is not here.
+    """The GGUF file of a folder or of a repository on the Hub, downloaded if necessary.
 
     Args:
         model_id: Hub id or folder.
@@ -57,19 +57,19 @@ def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Pat
 
 
 def gguf_options(path: Path) -> dict[str, Any]:
-    """What transformers is given to load a GGUF file.
+    """Options for transformers to load a GGUF file.
 
-    Always unpacked: packed weights run in kernels that may not be installed, and a packed head is
+    Always dequantised: packed weights need kernels that may not be installed, and a packed head is
     not a matrix.
     """
     from transformers import GgufConfig
 
-    # The whole path: transformers prefers a file of that name in the current folder to the model's.
+    # The full path: transformers would prefer a file of that name in the current folder.
     return {"gguf_file": str(path), "quantization_config": GgufConfig(dequantize=True)}
 
 
 def clear_gguf_marks(model: "PreTrainedModel") -> None:
-    """Make an unpacked model an ordinary one: transformers still calls it quantised."""
+    """Mark a dequantised model as an ordinary one: transformers still calls it quantised."""
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None  # type: ignore[assignment]
 

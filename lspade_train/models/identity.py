@@ -1,4 +1,4 @@
-"""What tells one frozen model from another, without reading all of its weights."""
+"""Identifies a frozen model, without reading all of its weights."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 RUNS, RUN = 64, 2048  # a run of consecutive values is one page or two of a memory-mapped file
 VOLATILE = {"transformers_version", "architectures", "dtype"}
-"""Of a configuration: what wrote it. The dtype has an entry of its own."""
+"""Configuration keys that do not identify a model. The dtype is a separate entry."""
 
 
 def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]:
     """Digests of configuration, weights and unembedding, with dtype and quantisation.
 
-    Weights are parameters and, where they are quantised, the scales beside them. They are sampled:
-    64 runs of 2,048 values spread over every tensor, which is all of a tensor of up to 131,072. A
-    LoRA merge or a fine-tuning changes nearly every value of the matrices it touches, and shows in
-    the sample even where bfloat16 rounds all but one change in 10,000 away; an edit of a few rows
-    of a large matrix may not. Values are rounded to bfloat16 first, so that a checkpoint loaded in
-    float32 and in bfloat16 has one digest.
+    Weights are parameters and, if quantised, their scales. They are sampled: 64 runs of 2,048
+    values spread over every tensor, which covers tensors of up to 131,072 values completely. A LoRA
+    merge or fine-tuning changes nearly every value of the matrices it touches, and is detected even
+    if bfloat16 rounds away all but one change in 10,000; an edit of a few rows of a large matrix
+    may be missed. Values are rounded to bfloat16 first, so that a checkpoint loaded in float32 and
+    in bfloat16 has the same digest.
 
     Args:
         model: the frozen model.
@@ -47,9 +47,9 @@ def model_identity(model: "PreTrainedModel", unembedding: str) -> dict[str, str]
 
 
 def quantization(model: "PreTrainedModel") -> str | None:
-    """How the blocks' weights are quantised, such as `bitsandbytes int8`; None where they aren't.
+    """How the blocks' weights are quantised, such as `bitsandbytes int8`; None if they are not.
 
-    Norm and unembedding stay as they are by the libraries' defaults; the load-time check proves it.
+    The libraries leave norm and unembedding unquantised by default; the load-time check tests it.
     """
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
@@ -57,7 +57,7 @@ def quantization(model: "PreTrainedModel") -> str | None:
     known = settings if isinstance(settings, dict) else settings.to_dict()
     method = known["quant_method"]
     if known.get("dequantize"):
-        return None  # unpacked while it was loaded; the settings stay
+        return None  # dequantised while loading, but the settings remain
     bits = {"load_in_8bit": " int8", "load_in_4bit": " int4"}
     width = "".join(text for key, text in bits.items() if known.get(key))
     return getattr(method, "value", str(method)) + width
@@ -72,7 +72,7 @@ def _sample(value: Tensor) -> Tensor:
 
 
 def _plain(value: Tensor) -> Tensor:
-    """A tensor of numbers: quantised tensor classes give back what they stand for."""
+    """A plain tensor: quantised tensor classes are dequantised."""
     known = type(value) in (Tensor, nn.Parameter)
     return value.detach() if known or not hasattr(value, "dequantize") else value.dequantize()
 

@@ -1,6 +1,6 @@
-"""What was found out about a model, kept beside it for as long as it stays as it is.
+"""Caches what was computed about a model, as long as the model does not change.
 
-Nothing is written on the model and nothing here holds it: this goes when the model goes.
+Nothing is set on the model, and it is only referenced weakly: the cache is freed with the model.
 """
 
 import threading
@@ -18,12 +18,12 @@ from lspade_train.models.snapshot import Snapshot
 from lspade_train.models.structure import Signature
 
 START_TOKENS = 128
-"""Start tokens whose keys and values are kept, the least recently used dropped first. A model with
-BOS has one; without, each distinct first token of a prompt is one (0.5 MB each for Llama-2-7B)."""
+"""Start tokens whose keys and values are cached (LRU). A model with BOS has only one; without BOS,
+each distinct first token of a prompt is one (0.5 MB each for Llama-2-7B)."""
 
 PREFIX_BYTES = 1 << 30
-"""Keys and values of shared prefixes that are kept, the least recently used dropped first; the
-newest is kept whatever its size (0.5 MB a token for Llama-2-7B, 23 kB for SmolLM2-135M)."""
+"""Bytes of cached keys and values of shared prefixes (LRU); the newest is kept at any size (0.5 MB
+per token for Llama-2-7B, 23 kB for SmolLM2-135M)."""
 
 
 Kept = OrderedDict[tuple[Any, ...], DynamicCache]
@@ -31,17 +31,16 @@ Kept = OrderedDict[tuple[Any, ...], DynamicCache]
 
 @dataclass(eq=False)
 class Known:
-    """What was found out about a model in one state of it.
+    """What was computed about a model in one state.
 
     Attributes:
         snapshot: the state.
-        signature: how its blocks are called; None until it is needed.
-        identity: digests; None until they are needed.
-        prefix: why no beginning of a prompt may be run once for all; "" where it may, None until
-            it is needed.
-        checked: the load-time checks that it has passed: of plain blocks (False), of compiled ones.
-        notes: what others have found out about it, by a name of theirs.
-        lock: held while a check or the signature is being worked out.
+        signature: how its blocks are called; None until needed.
+        identity: digests; None until needed.
+        prefix: why prefixes of prompts cannot be shared; "" if they can, None until needed.
+        checked: load-time checks that it has passed: with eager (False) or compiled blocks (True).
+        notes: results that other modules cache here, by their own keys.
+        lock: held while a check or the signature is computed.
     """
 
     snapshot: Snapshot
@@ -57,7 +56,7 @@ class Known:
     def start(
         self, tokens: tuple[int, ...], device: torch.device, make: Callable[[], DynamicCache]
     ) -> DynamicCache:
-        """Keys and values of a beginning, made once per precision of autocast while it is kept."""
+        """Keys and values of a prefix, cached separately for each precision of autocast."""
         kind = device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (*tokens, auto)
@@ -85,13 +84,13 @@ _GUARD = threading.Lock()
 
 
 def known_of(model: nn.Module, now: Snapshot, *, keeps_identity: bool) -> Known:
-    """What is known of `model` as it is `now`; what a change has made untrue is forgotten.
+    """The cache entry for `model` in its state `now`, without what a change has invalidated.
 
     Args:
         model: the model.
         now: its snapshot.
-        keeps_identity: its weights change their place and their last bits when it first runs, as
-            bitsandbytes' do: it is then still the model that was loaded.
+        keeps_identity: whether its weights move and change their last bits in the first run, like
+            bitsandbytes' weights, although it is still the model that was loaded.
     """
     with _GUARD:
         before = _KNOWN.get(model)

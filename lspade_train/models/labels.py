@@ -1,7 +1,7 @@
-"""Answers of several tokens: where they part from each other, step by step.
+"""Labels of several tokens: the steps at which they diverge.
 
-Labels are told apart at the first token in which they differ, as constrained decoding does. Labels
-that begin alike are one option at first, and part in a later step. Knows nothing of texts.
+Labels are told apart at the first token in which they differ, as in constrained decoding. Labels
+that begin alike are one option at first, and diverge in a later step. Independent of texts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ Paths = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Fork:
-    """A place at which labels part.
+    """A step at which labels diverge.
 
     Attributes:
         shared: tokens that all of them begin with; they follow the prompt.
-        options: next token -> the labels that go on with it, and their tokens behind it.
+        options: next token -> the labels that continue with it, and their remaining tokens.
     """
 
     shared: tuple[int, ...]
@@ -25,7 +25,7 @@ class Fork:
 
     @classmethod
     def of(cls, paths: Paths) -> "Fork":
-        """Where two or more labels, none of which begins another, part for the first time."""
+        """The first step at which labels diverge; none may be a prefix of another."""
         first, *others = paths.values()
         depth = min(shared_start(first, other) for other in others)
         options: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -35,17 +35,17 @@ class Fork:
 
     @property
     def walked(self) -> bool:
-        """Whether some labels part in a later step only."""
+        """Whether some labels diverge only in a later step."""
         return any(len(labels) > 1 for labels in self.options.values())
 
     def behind(self, token: int) -> "Fork | None":
-        """Where the labels part that go on with `token`; None for a single one."""
+        """The next step for the labels that continue with `token`; None for a single label."""
         labels = self.options[token]
         return Fork.of(labels) if len(labels) > 1 else None
 
 
 def conflict(labels: Sequence[str], paths: Paths) -> str | None:
-    """What is wrong with two labels that no token tells apart; None where there are none."""
+    """Message about two labels that no token tells apart; None if there are none."""
     found: dict[tuple[int, ...], str] = {}
     for label in labels:
         other = found.setdefault(paths[label], label)
@@ -60,6 +60,6 @@ def conflict(labels: Sequence[str], paths: Paths) -> str | None:
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with in common."""
+    """Length of the common prefix of two token sequences."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""The load-time check: every path of an adapter against the model's own forward."""
+"""The load-time check: compares every path of an adapter with the model's own forward."""
 
 from typing import TYPE_CHECKING
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from lspade_train.models.adapter import ModelAdapter
 
 KEPT = (1, 3)
-"""Rows of the probe that stay from the middle on: of different length and start token, one dropped
-before them and one between them, so that a row in another's place is seen."""
+"""Rows of the probe that are kept from the middle on: of different length and start token, with one
+row dropped before and one between them, so that a row in the wrong place is noticed."""
 
 
 @torch.no_grad()
 def check_adapter(adapter: "ModelAdapter") -> None:
     """Compare every path with the model's own forward on one short padded probe.
 
-    As many rows as tokens: a plan that takes a token dimension for the batch fails here.
+    It has as many rows as tokens, so a plan that mistakes a token dimension for the batch fails.
 
     Raises:
-        UnsupportedModelError: a path gives other numbers; says which.
+        UnsupportedModelError: a path gives different results.
         RecipeError: the blocks cannot be compiled.
     """
     vocabulary = adapter.vocab_size
@@ -61,10 +61,10 @@ def _compare(adapter: "ModelAdapter", ids: Tensor, mask: Tensor, expected: Tenso
     if not _close(adapter.unembed(hidden)[real], expected[real], slack):
         raise _refused(adapter, "final norm and head do not give its logits")
     kept = torch.tensor(KEPT, device=mask.device)
-    # Padding, too: with another row's mask it is there that a row sees too much.
+    # Compare padding, too: with another row's mask, a row would attend to padding.
     if not _close(fewer, hidden[kept], slack):
         raise _refused(adapter, "the rows that stay change when others are dropped halfway")
-    # The two-token prompt [s, a] is its own SPADE from layer 0 on.
+    # For the two-token prompt [s, a], SPADE from layer 0 is the model itself.
     two = adapter.plan(ids[:, :2])
     step = adapter.plan_step(ids[:, 0], torch.ones_like(ids[:, 0]))
     both, _ = _run(adapter, two, two.hidden)
@@ -77,10 +77,10 @@ def _compare(adapter: "ModelAdapter", ids: Tensor, mask: Tensor, expected: Tenso
 
 @torch.no_grad()
 def why_no_prefix(adapter: "ModelAdapter") -> str:
-    """Compare rows behind a beginning that was run once with the same rows run whole.
+    """Compare rows that continue a shared prefix with the same rows run as a whole.
 
     Returns:
-        What differs; nothing where the model gives the same numbers.
+        What differs; "" if the results are the same.
     """
     ids = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 9, 2], [3, 4, 5, 6, 0], [3, 4, 5, 7, 8]])
     ids = (ids % adapter.vocab_size).to(adapter.device)
@@ -91,11 +91,11 @@ def why_no_prefix(adapter: "ModelAdapter") -> str:
     try:
         rest = adapter.plan(ids, mask, shared=3)
         behind, fewer = _run(adapter, rest, rest.hidden)
-    except Exception as cause:  # whatever a family's code says to a cache of several tokens
-        return f"its blocks fail behind one ({type(cause).__name__})"
+    except Exception as cause:  # a family's code may raise anything for a cache of several tokens
+        return f"its blocks fail after a shared prefix ({type(cause).__name__})"
     real, kept = mask[:, 3:].bool(), torch.tensor(KEPT, device=mask.device)
-    # Products of other heights round otherwise, and large states that cancel in a model's last
-    # blocks make that a few times 1e-5 of its logits; a wrong mask or position changes them all.
+    # Products with other numbers of rows round differently, and large states that cancel in the
+    # last blocks amplify that to a few 1e-5 of the logits; a wrong mask or position changes all.
     slack = max(_slack(adapter), 1e-3)
     logits, others = adapter.unembed(behind), adapter.unembed(fewer)
     if not _close(logits[real], adapter.unembed(whole[:, 3:])[real], slack):
@@ -106,7 +106,7 @@ def why_no_prefix(adapter: "ModelAdapter") -> str:
 
 
 def _run(adapter: "ModelAdapter", plan: Plan, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of the last block for all rows, and for `KEPT` alone from the middle on."""
+    """Output of the last block for all rows, and with only `KEPT` from the middle on."""
     middle = adapter.num_layers // 2
     few, fewer = plan, hidden
     for block in range(adapter.num_layers):
@@ -120,19 +120,19 @@ def _run(adapter: "ModelAdapter", plan: Plan, hidden: Tensor) -> tuple[Tensor, T
 
 
 def _slack(adapter: "ModelAdapter") -> float:
-    """What rounding may change: a few ulps in fp32, and more below it.
+    """Tolerance for rounding: a few ulps in fp32, and more in lower precision.
 
-    Measured in bf16: two paths of a 28-block model differ by 0.06, and by 0.2 or more where the
-    start token is missing or misplaced. Quantised products round by what shares their batch.
+    Measured in bf16: two paths of a 28-block model differ by 0.06, and by 0.2 or more if the start
+    token is missing or misplaced. Rounding of quantised products depends on the rest of the batch.
     """
     exact = adapter.dtype == torch.float32 and quantization(adapter.model) is None
     return 256 * torch.finfo(torch.float32).eps if exact else 0.1
 
 
 def _close(got: Tensor, expected: Tensor, slack: float) -> bool:
-    """Equal up to rounding: the root mean square over each row's values, relative to theirs.
+    """Equal up to rounding, by the relative root mean square error of each row.
 
-    Not the largest difference: in half precision that one depends on the number of threads.
+    Not by the largest difference, which in half precision depends on the number of threads.
     """
     off = (got.float() - expected.float()).square().mean(-1).sqrt()
     size = expected.float().square().mean(-1).sqrt() + 1e-3

@@ -1,4 +1,4 @@
-"""A frozen model from the Hub or a folder, in the precision and on the device asked for."""
+"""Loads a frozen model from the Hub or a folder, in a given precision and on a given device."""
 
 import importlib.util
 import logging
@@ -34,12 +34,12 @@ def load_model(
     trust_remote_code: bool,
     gguf_file: str | None = None,
 ) -> "PreTrainedModel":
-    """Load a Hub id or a folder; `ModelAdapter.from_pretrained` says what the arguments are.
+    """Load a Hub id or a folder; see `ModelAdapter.from_pretrained` for the arguments.
 
     Raises:
-        RecipeError: no such device, or a package that reads such weights is not installed.
+        RecipeError: no such device, or a package needed to read the weights is not installed.
         UnsupportedModelError: nothing there, not a causal language model, or weights that do not
-            fit the configuration.
+            match the configuration.
     """
     where: Any = device_map or resolve_device(device)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
@@ -49,7 +49,7 @@ def load_model(
                 f"data.quantization is {quantization} and data.gguf_file is {gguf_file!r}: "
                 "a GGUF file is quantised already.\nSet one of them to null."
             )
-        # Quantised weights are made where they stay: they cannot be moved like others.
+        # Quantised weights are created on their final device, as they cannot be moved like others.
         options = {
             "quantization_config": _bitsandbytes(quantization, dtype),
             "device_map": device_map or {"": where},
@@ -74,7 +74,7 @@ def load_model(
 
 
 def _warn_of_emulation(model: "PreTrainedModel") -> None:
-    """Say it where half precision is slower than float32: on an x86 processor without it."""
+    """Warn if half precision is slower than float32: on an x86 processor that emulates it."""
     native: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     emulated = platform.machine() in {"x86_64", "AMD64"} and not native()
     if model.device.type == "cpu" and model.dtype.itemsize < 4 and emulated:
@@ -88,7 +88,7 @@ def _warn_of_emulation(model: "PreTrainedModel") -> None:
 def model_folder(
     model_id: str, revision: str | None, *, gguf_file: str | None = None
 ) -> Path | None:
-    """The local folder of a model's files; None where there is none, as loading it will say."""
+    """The local folder of a model's files; None if there is none (loading will raise)."""
     from transformers.utils.hub import cached_file
 
     name = gguf_file or "config.json"
@@ -100,7 +100,7 @@ def model_folder(
 
 
 def hub_commit(model_id: str, revision: str | None, *, gguf_file: str | None = None) -> str | None:
-    """The commit that a Hub id and a revision stand for; None for a folder."""
+    """The commit that a revision of a Hub id resolves to; None for a folder."""
     if Path(model_id).is_dir():
         return None
     folder = model_folder(model_id, revision, gguf_file=gguf_file)
@@ -108,19 +108,19 @@ def hub_commit(model_id: str, revision: str | None, *, gguf_file: str | None = N
 
 
 def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:
-    """The final norm and head of a model, its blocks left unread.
+    """The final norm and head of a model, without reading its blocks.
 
-    The family's own class is made without blocks, so that its own code finds and names the rest.
-    Compare the digest with that of the whole model: not every family need allow it.
+    The family's own class is created without blocks, so that its own code finds and names the rest.
+    Compare the digest with that of the whole model: not every family may support this.
 
     Args:
         folder: the model's files.
         dtype: float32, bfloat16 or float16.
-        device: auto (a GPU when there is one) or a torch device.
+        device: auto (a GPU if there is one) or a torch device.
 
     Raises:
         UnsupportedModelError: norm or head are not in the files.
-        Exception: whatever the family's code says to having no blocks.
+        Exception: any error of the family's code that is caused by having no blocks.
     """
     model = load_without_blocks(folder, dtype=getattr(torch, dtype))
     model.eval().requires_grad_(False)
@@ -131,10 +131,10 @@ def load_unembedding(folder: str, *, dtype: str, device: str) -> Unembedding:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one.
+    """Resolve a device; `auto` is a GPU if there is one.
 
     Raises:
-        RecipeError: no such device here.
+        RecipeError: no such device on this machine.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +158,7 @@ def _bitsandbytes(quantization: Quantization, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        # It logs a cast to half precision at every product of every block.
+        # bitsandbytes logs a cast to half precision at every product of every block.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)

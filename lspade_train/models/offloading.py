@@ -12,7 +12,7 @@ from lspade_train.models.shadow import shadow
 
 
 def stored(model: nn.Module) -> Iterator[Tensor]:
-    """The values of a model's state, in the order of names, from wherever they are kept."""
+    """The values of a model's state, in the order of names, including offloaded ones."""
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             path, _, own = name.rpartition(".")
@@ -21,9 +21,9 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
 
 
 def loaded(module: nn.Module) -> nn.Module:
-    """The module, or where its weights are offloaded a copy with its weights on their device.
+    """The module, or, if its weights are offloaded, a copy with its weights on their device.
 
-    For modules whose weights are used without their forward; the module stays as it is.
+    For modules whose weights are used without their forward; the module itself is not modified.
     """
     hook = _hook(module)
     children = {n: c if c is None else loaded(c) for n, c in module._modules.items()}
@@ -35,13 +35,13 @@ def loaded(module: nn.Module) -> nn.Module:
         for name in [name for name, value in parameters.items() if value is not None]:
             value = hook.weights_map[name].to(hook.execution_device)
             parameters[name] = nn.Parameter(value, requires_grad=False)
-        for name in ("forward", "_old_forward", "_hf_hook"):  # nothing to load or to send away
+        for name in ("forward", "_old_forward", "_hf_hook"):  # nothing to load or to offload
             vars(copy).pop(name, None)
     return copy
 
 
 def _hook(module: nn.Module) -> Any:
-    """What brings a module's weights when it runs; None where they are there."""
+    """The hook that loads a module's weights when it runs; None if they are not offloaded."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return next((one for one in hooks if getattr(one, "offload", False)), None)

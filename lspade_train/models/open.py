@@ -1,6 +1,6 @@
-"""Opening the model and tokenizer that a recipe names: the one place that passes its settings on.
+"""Opens the model and tokenizer of a recipe: the only place that passes its settings on.
 
-Knows nothing of what is done with them.
+Independent of what they are used for.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from lspade_train.recipe import DataConfig
 
 
 def open_model(config: DataConfig) -> tuple[ModelAdapter, PreTrainedTokenizerBase]:
-    """The frozen model, checked, and its tokenizer, of one revision.
+    """The frozen model, checked, and its tokenizer, of the same revision.
 
     `data.compile` is for the commands that build or read states and is not applied here.
 
@@ -29,7 +29,7 @@ def open_model(config: DataConfig) -> tuple[ModelAdapter, PreTrainedTokenizerBas
 
 
 def resolved_revision(config: DataConfig) -> str | None:
-    """The commit on the Hub that `data.revision` stands for now; for a folder, as it is."""
+    """The commit on the Hub that `data.revision` currently resolves to; unchanged for a folder."""
     commit = hub_commit(config.model_id, config.revision, gguf_file=config.gguf_file)
     return commit or config.revision
 
@@ -46,8 +46,8 @@ def open_adapter(
 
     Args:
         config: names the model and how it is loaded.
-        revision: as resolved.
-        device: in place of `config.device`, which a trainer may decide.
+        revision: the resolved revision.
+        device: device to use instead of `config.device`, as a trainer may choose it.
         check: run the load-time check now.
         compile: run the blocks through `torch.compile`.
 
@@ -70,11 +70,11 @@ def open_adapter(
 
 
 def open_tokenizer(config: DataConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights.
+    """The model's tokenizer.
 
     Args:
         config: names the model.
-        revision: as resolved: the model's.
+        revision: the model's resolved revision.
 
     Raises:
         UnsupportedModelError: there is none.

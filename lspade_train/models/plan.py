@@ -1,4 +1,4 @@
-"""What a model's decoder gave each block, kept to be replayed. Knows nothing of models."""
+"""The arguments that a model's decoder passed to each block, for replay. Independent of models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ Rows = Int[Tensor, " rows"] | slice
 def token_mask(
     input_ids: Int[Tensor, "rows tokens"], attention_mask: Tensor | None
 ) -> Int[Tensor, "rows tokens"]:
-    """A mask of 0 and 1 over prompts, from one of any dtype; None is all ones.
+    """A mask of 0 and 1 over prompts, from a mask of any dtype; None means all ones.
 
     Raises:
-        TaskError: it has another shape than the prompts.
+        TaskError: its shape differs from the prompts'.
     """
     if attention_mask is None:
         return torch.ones_like(input_ids)
@@ -34,19 +34,19 @@ def token_mask(
 
 
 class StartCache(DynamicCache):
-    """Keys and values of what rows begin with, read by any row and written by none.
+    """Read-only keys and values of the rows' prefixes, shared by all rows.
 
-    Causal attention makes the states of a beginning, be it a start token alone or a prefix that
-    prompts share, depend on nothing behind it, so they are constants of the model: the same ones
-    serve every row and every block of a sweep.
+    With causal attention, the states of a prefix (a start token, or a longer prefix that prompts
+    share) do not depend on later tokens, so they are constants of the model: the same ones serve
+    every row and every block of a sweep.
     """
 
     def __init__(self, starts: Sequence[DynamicCache], rows: Int[Tensor, " rows"]) -> None:
-        """Keep prefilled caches of one length; `rows` says which one a row uses."""
+        """Store prefilled caches of equal length; `rows` holds the index of each row's cache."""
         super().__init__()
         self.starts = starts
         self.rows = rows
-        # What the decoder asks when it builds masks: so many tokens have been seen at every layer.
+        # The decoder asks this when it builds masks: the number of tokens seen at every layer.
         self.layers = starts[0].layers
         self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -57,7 +57,7 @@ class StartCache(DynamicCache):
         return other
 
     def at(self, block: int) -> "BlockStart":
-        """What one block is given: its rows' beginnings."""
+        """The argument for one block: its rows' prefixes."""
         if len(self.starts) == 1:
             only: Any = self.starts[0].layers[block]
             count = len(self.rows)
@@ -73,10 +73,10 @@ class StartCache(DynamicCache):
 
 
 class BlockStart(DynamicCache):
-    """One block's beginnings; knows no block number, so that all blocks compile to one thing."""
+    """One block's prefixes, without a block number, so that all blocks share compiled code."""
 
     def __init__(self, layers: list[Any], keys: Tensor, values: Tensor) -> None:
-        """Keep what `update` puts in front, (rows, heads, seen, d); `layers` say what is seen."""
+        """Store what `update` prepends, (rows, heads, seen, d); `layers` know the length seen."""
         super().__init__()
         self.layers = layers
         self.keys, self.values = keys, values
@@ -84,7 +84,7 @@ class BlockStart(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """The beginning's keys and values in front of the row's own, (rows, heads, tokens, d)."""
+        """The prefix's keys and values, followed by the row's own, (rows, heads, tokens, d)."""
         return (
             torch.cat([self.keys, key_states], dim=-2),
             torch.cat([self.values, value_states], dim=-2),
@@ -93,12 +93,12 @@ class BlockStart(DynamicCache):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the model's decoder gave each block, for one batch.
+    """The arguments that the model's decoder passed to each block, for one batch.
 
     Attributes:
         hidden: input of the first block, (rows, tokens, d).
-        calls: per block, the further arguments and keyword arguments.
-        per_row: entries per row in the first dimension of an argument, where it is not one.
+        calls: for each block, the other positional and keyword arguments.
+        per_row: entries per row in the first dimension of an argument, if not one.
     """
 
     hidden: Float[Tensor, "rows tokens d"]
@@ -106,7 +106,7 @@ class Plan:
     per_row: Mapping[str | int, int] = field(default_factory=dict[str | int, int])
 
     def call(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The further arguments of one block, start tokens as that block sees them."""
+        """The other arguments of one block, with that block's start tokens."""
         args, kwargs = self.calls[block]
 
         def seen(value: Any) -> Any:
@@ -115,7 +115,7 @@ class Plan:
         return tuple(map(seen, args)), {name: seen(value) for name, value in kwargs.items()}
 
     def select(self, rows: Rows) -> "Plan":
-        """The plan of a subset of the rows: every tensor that has rows is indexed, once each."""
+        """The plan for a subset of the rows: every tensor with rows is indexed, once each."""
         chosen = _Selection(rows, self.hidden.shape[0])
 
         def picked(name: str | int, value: Any) -> Any:
@@ -132,7 +132,7 @@ class Plan:
 
 
 class _Selection:
-    """Some rows of whatever a block is given; what several blocks share is indexed once."""
+    """Selects rows of the blocks' arguments; arguments that blocks share are indexed once."""
 
     def __init__(self, rows: Rows, batch: int) -> None:
         self.rows, self.batch = rows, batch
@@ -152,12 +152,12 @@ class _Selection:
         if isinstance(value, StartCache):
             return value.select(self.rows)
         if isinstance(value, BlockMask):
-            # Its function sees a row by its place in the batch, inside a compiled kernel.
+            # Its function gets a row's index in the batch, inside a compiled kernel.
             raise UnsupportedModelError(
-                "flex_attention's masks hold for the whole batch: rows cannot leave it.\n"
+                "flex_attention's masks apply to the whole batch, so rows cannot be dropped.\n"
                 "Call model.set_attn_implementation('sdpa') first."
             )
-        # One-dimensional tensors run over tokens, whatever their length.
+        # One-dimensional tensors are over tokens, for any length.
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.batch * count:
             return value
         rows = self.rows.to(value.device) if isinstance(self.rows, Tensor) else self.rows

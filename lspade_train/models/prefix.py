@@ -1,7 +1,6 @@
-"""Which prompts are run together: those of one length, and those that begin alike.
+"""Which prompts are run together: those of similar length, and those with a common prefix.
 
-What prompts have in common at their beginning need not be run for each of them. Knows nothing of
-how a model runs it.
+A common prefix need not be run for each prompt. Independent of how a model runs it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,38 +14,38 @@ from numpy.typing import NDArray
 Tokens = Sequence[int] | NDArray[Any]
 
 LEAST_TOKENS = 16
-"""Shorter beginnings are not worth a cut in every prompt."""
+"""Shorter prefixes are not worth splitting the prompts."""
 
 LEAST_SAVED = 512
-"""What a prefix costs besides its tokens, in tokens: a run of its own reads all weights once more,
-and its batches are filled with fewer kinds of prompts."""
+"""Overhead of a prefix, in tokens: a separate run reads all weights once more, and batches can only
+be filled with prompts of the same prefix."""
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary angles that are others for long prompts than for short ones."""
+"""Types of rotary embeddings whose angles differ between long and short prompts."""
 
 PADDING = 256
-"""Tokens of padding after which another batch, which reads all weights once more, costs less."""
+"""Tokens of padding above which a separate batch, which reads all weights again, is cheaper."""
 
 SEEN = 8
-"""Shared tokens that fill a batch as one token of a row's own does: only their keys and values are
-there for each row, in one block at a time."""
+"""Shared tokens that count as one token of a row's own when filling a batch: only their keys and
+values are present for each row, in one block at a time."""
 
 
 def shared_prefixes(
     prompts: Sequence[Tokens], own: Sequence[int] | None = None
 ) -> list[tuple[int, list[int]]]:
-    """Prompts that begin alike, and how many tokens they have in common.
+    """Group prompts by common prefix.
 
-    A function of these prompts alone, whatever was run before.
+    The groups depend on these prompts only, not on what was run before.
 
     Args:
         prompts: token ids.
-        own: first token of each prompt that must not be shared, such as the first answer position;
-            None: the last one.
+        own: index of each prompt's first token that must not be shared, such as the first answer
+            position; None: the last token.
 
     Returns:
-        (shared tokens, indices of the prompts); those that share too little to be worth it come
-        last, with 0.
+        (shared tokens, indices of the prompts) for each group; prompts that share too little to be
+        worth it come last, with 0.
     """
     starts = [
         np.asarray(prompt[: len(prompt) - 1 if own is None else own[i]], dtype=">i4")
@@ -62,13 +61,13 @@ def shared_prefixes(
 
 @dataclass
 class _Run:
-    """Neighbours in sorted order that begin alike: where they begin, and what is in the run.
+    """Neighbours in sorted order with a common prefix.
 
     Attributes:
-        shared: tokens that all of them have in common.
-        first: place of the first one.
-        saved: most tokens that are saved by prefixes of parts of the run.
-        parts: those prefixes: shared tokens, first and last place.
+        shared: number of tokens that all of them have in common.
+        first: index of the first one.
+        saved: most tokens that can be saved by prefixes of parts of the run.
+        parts: those prefixes: shared tokens, first and last index.
     """
 
     shared: int
@@ -77,16 +76,16 @@ class _Run:
     parts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
 
     def close(self, last: int) -> None:
-        """See whether one prefix for the whole run saves more than those of its parts."""
+        """Use one prefix for the whole run if it saves more than those of its parts."""
         saved = self.shared * (last - self.first) - LEAST_SAVED
         if self.shared >= LEAST_TOKENS and saved > self.saved:
             self.saved, self.parts = saved, [(self.shared, self.first, last)]
 
 
 def _best_runs(common: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Disjoint runs whose prefixes save most, of `common[i]` tokens between places i and i + 1.
+    """Disjoint runs whose prefixes save most, where prompts i and i + 1 share `common[i]` tokens.
 
-    A longer prefix has fewer prompts: every run is weighed against the best of its parts.
+    Longer prefixes have fewer prompts, so every run is compared with the best of its parts.
     """
     root = _Run(0, 0)
     opened = [root]
@@ -109,10 +108,10 @@ def length_batches(
     """Indices of prompts of about equal length, longest first.
 
     Args:
-        lengths: of the prompts, in tokens.
-        tokens: padded tokens of a batch; a prompt over that goes alone.
-        shared: leading tokens that all prompts have in common and that are run apart.
-        most: prompts of a batch; None: any number.
+        lengths: lengths of the prompts, in tokens.
+        tokens: padded tokens per batch; a longer prompt is a batch of its own.
+        shared: number of common leading tokens, which are run separately.
+        most: most prompts in a batch; None: any number.
     """
     batch: list[int] = []
     longest = padding = 0
@@ -129,13 +128,13 @@ def length_batches(
 
 
 def rotation_limit(config: Any) -> int | None:
-    """Longest prompt whose rotary angles are those of short ones; None: all of them.
+    """Longest prompt with the same rotary angles as short ones; None if all have the same.
 
     Args:
         config: the decoder's configuration.
     """
     settings = getattr(config, "rope_parameters", None) or {}
-    # One for all layers, or one for each kind of them.
+    # One setting for all layers, or one for each kind of layer.
     each = [s for s in (settings, *settings.values()) if isinstance(s, dict)]
     most = getattr(config, "max_position_embeddings", None) or 2**31
     limits = [

@@ -1,6 +1,6 @@
-"""Runs of shallow copies of a model: its decoder without its blocks, its head on a given state.
+"""Runs shallow copies of a model: its decoder without the blocks, its head on a given state.
 
-Knows nothing of what is kept between runs.
+Keeps nothing between runs.
 """
 
 import inspect
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""What a configuration may ask to collect, by hooks that transformers then leaves on the model."""
+"""Configuration flags that make transformers collect outputs, with hooks it leaves on the model."""
 
 
 class Recorder:
@@ -46,10 +46,10 @@ class Recorder:
         positions: Int[Tensor, "rows tokens"],
         cache: DynamicCache | None,
     ) -> Plan:
-        """What the decoder gives each block, none of which runs.
+        """Record the arguments that the decoder passes to each block, without running the blocks.
 
         Raises:
-            UnsupportedModelError: the decoder does not go through its blocks.
+            UnsupportedModelError: the decoder does not call its blocks one by one.
         """
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -67,7 +67,7 @@ class Recorder:
         """How the decoder calls its blocks, found by running the first one on 2 and on 3 rows.
 
         Raises:
-            UnsupportedModelError: the decoder does not go through its blocks.
+            UnsupportedModelError: the decoder does not call its blocks one by one.
         """
         first: Callable[..., Any] = without_checkpointing(self.blocks[0]).forward
         outputs: list[Any] = []
@@ -82,7 +82,7 @@ class Recorder:
             return outputs[-1]
 
         for rows in (2, 3):
-            # Some of the tokens are padding, so that every mask is there.
+            # Some of the tokens are padding, so that all masks are created.
             ids = torch.ones(rows, 5, dtype=torch.long, device=self._device)
             mask = torch.ones_like(ids)
             mask[1:, -1] = 0
@@ -102,10 +102,10 @@ class Recorder:
     def unembed(
         self, signature: Signature, hidden: Float[Tensor, "rows tokens d"]
     ) -> Float[Tensor, "rows tokens vocab"]:
-        """The whole model's logits where its last block returns `hidden`.
+        """The whole model's logits if its last block returned `hidden`.
 
         Raises:
-            UnsupportedModelError: the model does not go through its blocks.
+            UnsupportedModelError: the model does not call its blocks one by one.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self._device)
         reached: list[bool] = []
@@ -130,7 +130,7 @@ class Recorder:
         input_ids: Int[Tensor, "rows tokens"],
         mask: Int[Tensor, "rows tokens"],
     ) -> Float[Tensor, "rows tokens vocab"]:
-        """The logits of a whole forward of `model`: the model itself, or a copy of it."""
+        """The logits of a full forward of `model`: the model itself, or a copy of it."""
         extra = self._extra((mask.cumsum(-1) - 1).clamp(min=0))
         return model(
             input_ids=input_ids, attention_mask=mask, use_cache=False, return_dict=True, **extra
@@ -145,8 +145,8 @@ class Recorder:
         cache: DynamicCache | None,
     ) -> None:
         stage = with_blocks(self.decoder, self.blocks, forwards, hooks=False)
-        # The mask is always passed: without one, position ids with a gap are taken for two packed
-        # sequences and the start token is masked out in silence.
+        # Always pass the mask: without one, position ids with a gap are taken for two packed
+        # sequences, and the start token is silently masked out.
         stage(
             input_ids=input_ids,
             attention_mask=mask,
@@ -166,7 +166,7 @@ class Recorder:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """What a decoder calls its keys and values: transformers 5.24 has begun to rename them."""
+    """The decoder's name for its key-value cache: transformers 5.24 started renaming it."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 

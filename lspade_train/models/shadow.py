@@ -1,7 +1,7 @@
-"""Shallow copies of modules, so that other code can stand in for a model's blocks unseen.
+"""Shallow copies of modules, to replace a model's blocks without modifying the model.
 
-A shadow has the class, weights and settings of its module and an attribute table of its own: what
-is set on it reaches neither the model nor another thread that runs it.
+A shadow has the class, weights and settings of its module but a separate attribute table: setting
+attributes affects neither the model nor other threads that run it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -18,7 +18,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def shadow(module: nn.Module, **attributes: Any) -> nn.Module:
-    """A shallow copy of `module` with some attributes of its own; submodules may be replaced."""
+    """A shallow copy of `module` with some attributes or submodules replaced."""
     copy = object.__new__(type(module))
     own = vars(copy)
     own.update(vars(module))
@@ -38,13 +38,13 @@ def with_blocks(
     *,
     hooks: bool,
 ) -> nn.Module:
-    """`root` as it is, but that its blocks do what `forwards` say.
+    """A shadow of `root` in which `forwards` replace its blocks.
 
     Args:
-        root: holds `blocks`, directly or further down.
+        root: contains `blocks`, directly or further down.
         blocks: the decoder's blocks.
-        forwards: one function per block, called as the block is.
-        hooks: run the forward hooks above the blocks, too; those of the blocks never run.
+        forwards: one function per block, called like the block.
+        hooks: also run the forward hooks above the blocks; those of the blocks never run.
     """
     none: dict[str, Any] = {name: {} for name in HOOKS}
     stand_ins = {
@@ -52,7 +52,7 @@ def with_blocks(
         for (name, block), forward in zip(blocks.named_children(), forwards, strict=True)
     }
     found: nn.Module = shadow(blocks, _modules=stand_ins)
-    for parent, name in reversed(_way(root, blocks)):
+    for parent, name in reversed(_path_to(root, blocks)):
         kept = {} if hooks else {"_forward_hooks": {}}
         found = shadow(parent, _modules={**parent._modules, name: found}, **kept)
         if getattr(found, "gradient_checkpointing", False):
@@ -61,21 +61,21 @@ def with_blocks(
 
 
 def without_checkpointing(block: nn.Module) -> nn.Module:
-    """The block, or a shadow of it that keeps its cache where it would recompute its activations.
+    """The block, or a shadow of it without gradient checkpointing.
 
-    While a block checkpoints, transformers takes its key-value cache away from it.
+    While a block uses checkpointing, transformers removes its key-value cache.
     """
     if block.training and getattr(block, "gradient_checkpointing", False):
         return shadow(block, gradient_checkpointing=False)
     return block
 
 
-def _way(root: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]:
+def _path_to(root: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]:
     """Each module from `root` down to `target`'s parent, with the name of the next one."""
     for name, child in root.named_children():
         if child is target:
             return [(root, name)]
-        if further := _way(child, target):
+        if further := _path_to(child, target):
             return [(root, name), *further]
     return []
 

@@ -1,4 +1,4 @@
-"""Beginnings that a model runs once for all prompts that have them, where that is exact."""
+"""Prefixes that a model runs once for all prompts that share them, if that is exact."""
 
 import logging
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def prefill(adapter: "ModelAdapter", tokens: Sequence[int]) -> DynamicCache:
 
 
 def prefix_refusal(adapter: "ModelAdapter", longest: int) -> str | None:
-    """Why prompts of up to `longest` tokens are not to be cut at a prefix; None: they may.
+    """Why prompts of up to `longest` tokens cannot be split at a prefix; None if they can.
 
-    Found by a probe of the model at the first question, and kept for as long as it holds.
+    Determined by probing the model at the first call, and cached while the model is unchanged.
     """
     known = adapter.refresh()
     with known.lock:
@@ -48,7 +48,7 @@ def prefix_refusal(adapter: "ModelAdapter", longest: int) -> str | None:
 def shared_groups(
     adapter: "ModelAdapter", prompts: Sequence[Tokens], own: Sequence[int] | None = None
 ) -> list[tuple[int, list[int]]]:
-    """`shared_prefixes` of these prompts; one group without any where the model cannot."""
+    """`shared_prefixes` of these prompts; one group without a prefix if the model cannot share."""
     found = shared_prefixes(prompts, own)
     if _refused(adapter, prompts, found) is not None:
         return [(0, list(range(len(prompts))))]
@@ -58,7 +58,7 @@ def shared_groups(
 def sharing_told(
     adapter: "ModelAdapter", prompts: Sequence[Tokens], own: Sequence[int] | None = None
 ) -> str:
-    """What of these prompts is run once, in words."""
+    """Which part of these prompts is run only once, in words."""
     found = shared_prefixes(prompts, own)
     shared = [(tokens, len(members)) for tokens, members in found if tokens]
     refused = _refused(adapter, prompts, found)

@@ -1,4 +1,4 @@
-"""What a model is at one moment, to see whether it has changed. Knows nothing of what is kept.
+"""A model's state at one moment, to detect changes. Independent of what is cached.
 
 Weak references and numbers only: a snapshot keeps neither a model nor its weights alive.
 """
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES = 8
-"""Values compared of each tensor. Fused optimizers and writes through `.data` change weights
-without counting it in `Tensor._version`; only the values tell."""
+"""Values of each tensor to compare. Fused optimizers and writes through `.data` change weights
+without incrementing `Tensor._version`, so only the values reveal it."""
 
 CONFIGURED = ("_attn_implementation", "logit_scale", "logits_scaling", "final_logit_softcapping")
-"""Settings of a configuration that are looked at when a model is first used."""
+"""Settings of a configuration that are read when a model is first used."""
 
 _SAMPLED = (SAMPLES,)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -34,13 +34,13 @@ class Snapshot:
     """A model at one moment.
 
     Attributes:
-        references: to its modules, to `forward`s set on them, and to its tensors.
-        settings: modes, switches of adapters, what the configuration says, and hooks outside the
-            blocks, which no replay of blocks runs.
+        references: references to its modules, to `forward`s set on them, and to its tensors.
+        settings: modes, switches of adapters, configured values, and hooks outside the blocks,
+            which a replay of blocks does not run.
         hooks: all hooks.
-        places: where each tensor's numbers lie.
-        versions: in-place changes that PyTorch has counted; None for inference tensors.
-        values: a few numbers of every tensor.
+        places: memory address of each tensor.
+        versions: PyTorch's counters of in-place changes; None for inference tensors.
+        values: a few values of every tensor.
     """
 
     references: list[Any]
@@ -51,7 +51,7 @@ class Snapshot:
     values: list[Tensor]
 
     def same_structure(self, other: "Snapshot") -> bool:
-        """Whether modules, modes, adapters and the place of all weights are the same."""
+        """Whether modules, modes, adapters and the addresses of all weights are the same."""
         return (
             self.settings == other.settings
             and self.places == other.places
@@ -72,16 +72,16 @@ class Snapshot:
 
 @torch.no_grad()
 def snapshot(model: nn.Module) -> Snapshot:
-    """Look at every module and tensor of a model: some 0.5 ms for 30 blocks on a CPU."""
+    """Take a snapshot of every module and tensor: some 0.5 ms for 30 blocks on a CPU."""
     modules: list[nn.Module] = []
     outside: list[nn.Module] = []
     _walk(model, modules, outside)
     tensors = [t for m in modules for t in m._parameters.values() if t is not None]
     for module in modules:
         if module._buffers:
-            derived = module._non_persistent_buffers_set  # some models write theirs in a forward
+            derived = module._non_persistent_buffers_set  # some models update them in forward
             tensors += [b for n, b in module._buffers.items() if b is not None and n not in derived]
-    # accelerate loads a tensor that it offloaded for one forward, and makes a new one to wait.
+    # accelerate loads an offloaded tensor for one forward, then creates a new placeholder.
     offloaded = sum(tensor.is_meta for tensor in tensors)
     if offloaded:
         tensors = [tensor for tensor in tensors if not tensor.is_meta]
@@ -111,13 +111,13 @@ def _walk(module: nn.Module, found: list[nn.Module], outside: list[nn.Module] | 
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
-    """Their numbers, which PyTorch gives out once each."""
+    """The ids of their hooks, which are unique in PyTorch."""
     tables = (table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks))
     return [tuple(table) for table in tables if table]
 
 
 def _is_foreign(kind: type[nn.Module]) -> bool:
-    """Neither PyTorch's nor transformers' own: LoRA layers and the like, with switches."""
+    """Whether a class is not from PyTorch or transformers, such as LoRA layers with switches."""
     known = _FOREIGN.get(kind)
     if known is None:
         known = _FOREIGN[kind] = not kind.__module__.startswith(("torch.", "transformers."))
@@ -128,7 +128,7 @@ _FOREIGN: "weakref.WeakKeyDictionary[type[nn.Module], bool]" = weakref.WeakKeyDi
 
 
 def _switches(module: nn.Module) -> list[tuple[str, Any]]:
-    """Plain values among a module's attributes: enabled adapters, their scales, what is merged."""
+    """Plain values among a module's attributes: active adapters, their scales, merged ones."""
     return [(name, _plain(value)) for name, value in vars(module).items() if name not in _OWN_NAMES]
 
 
@@ -151,15 +151,15 @@ def _configured(model: nn.Module) -> list[Any]:
 def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
     try:
         return [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors count nothing
+    except RuntimeError:  # inference tensors have no version counter
         return None
 
 
 def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
-    # For 30 blocks most of a snapshot's time: hence few calls for each tensor.
+    # This takes most of a snapshot's time, hence the few calls per tensor.
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        # Other classes are quantised tensors, which need not allow this.
+        # Other classes are quantised tensors, which may not support this.
         if type(tensor) in _PLAIN_TENSORS and tensor.is_contiguous():
             step = tensor.numel() // SAMPLES
             few = tensor.as_strided(_SAMPLED, (step,)) if step else tensor.reshape(-1)
@@ -168,6 +168,6 @@ def _values(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Those of each device, nearly always of one."""
+    """Group tensors by device; nearly always there is only one."""
     devices = {tensor.device for tensor in tensors}
     return [[t for t in tensors if t.device == device] for device in sorted(devices, key=str)]

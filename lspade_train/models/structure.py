@@ -1,6 +1,6 @@
 """Where a model keeps its decoder and its blocks, and how its blocks are called.
 
-Knows nothing of plans or of what runs between the blocks.
+Independent of plans and of what runs between the blocks.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def find_decoder(model: "PreTrainedModel") -> tuple[nn.Module, nn.ModuleList]:
     """The decoder and its blocks; in a multimodal model, those of its text tower.
 
     Raises:
-        UnsupportedModelError: the model is not a decoder-only one.
+        UnsupportedModelError: the model is not decoder-only.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -46,7 +46,7 @@ def find_decoder(model: "PreTrainedModel") -> tuple[nn.Module, nn.ModuleList]:
         )
     decoder = model.get_decoder()
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    # Llama-4 hands out the text model with its head: the decoder is one step further in.
+    # Llama-4 returns the text model with its head: the decoder is one level further in.
     for candidate in (decoder, getattr(decoder, "model", None)):
         for child in candidate.children() if isinstance(candidate, nn.Module) else ():
             if isinstance(child, nn.ModuleList) and len(child) == layers:
@@ -59,33 +59,33 @@ def find_decoder(model: "PreTrainedModel") -> tuple[nn.Module, nn.ModuleList]:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a family calls its blocks, as seen in two calls that differ in their rows only.
+    """How a family calls its blocks, found from two calls that differ only in the number of rows.
 
     Attributes:
-        outputs: length of the tuple that a block returns; None where it returns the state alone.
-        per_row: for arguments (by name or place) whose first dimension is not simply the row, its
-            entries per row: BLOOM's ALiBi has one per head, MPT's has none and looks like rows
-            where a batch has as many rows as the model has heads.
+        outputs: length of the tuple that a block returns; None if it returns the state alone.
+        per_row: for arguments (by name or index) whose first dimension is not simply the row, its
+            entries per row: BLOOM's ALiBi has one per head; MPT's has none, and looks like rows if
+            a batch has as many rows as the model has heads.
     """
 
     outputs: int | None
     per_row: Mapping[str | int, int]
 
     def as_output(self, hidden: Tensor) -> Any:
-        """A state as the blocks return it."""
+        """A state in the form that the blocks return."""
         return hidden if self.outputs is None else (hidden, *[None] * (self.outputs - 1))
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Only a model that gives the same answer twice can be run block by block.
+    """Raise if dropout is active: only a deterministic model can be run block by block.
 
     Raises:
-        UnsupportedModelError: a module is in training mode and drops values at random.
+        UnsupportedModelError: a dropout module is in training mode.
     """
     for name, module in model.named_modules():
         if not module.training:
             continue
-        drops = "drop" in type(module).__name__.lower()  # a module for it, whose rate is `p`
+        drops = "drop" in type(module).__name__.lower()  # a dropout module, whose rate is `p`
         rates = [v for k, v in vars(module).items() if "drop" in k or (drops and k == "p")]
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise UnsupportedModelError(

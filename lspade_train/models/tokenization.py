@@ -1,6 +1,6 @@
-"""Prompts to token ids, and answers to the tokens that they are in a prompt's context.
+"""Tokenises prompts, and finds the tokens of answers in a prompt's context.
 
-Knows nothing of tasks or data sets: the runtime resolves its choices here too.
+Independent of tasks and data sets: the runtime resolves its choices here, too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +25,15 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True
 ) -> Iterator[list[int]]:
-    """Token ids of each text, as a model reads a text that it is to continue.
+    """Token ids of each text, for a model to continue.
 
-    BOS comes first exactly once where the tokenizer has one, also when a chat template has
-    written it into the text. What a tokenizer would put behind the text, such as EOS, is left out.
+    If the tokenizer has BOS, it comes first exactly once, even if a chat template has written it
+    into the text. Tokens that a tokenizer would append, such as EOS, are omitted.
 
     Args:
-        tokenizer: the model's.
-        texts: any number; they are tokenised a thousand at a time.
-        special: False leaves BOS out.
+        tokenizer: the model's tokenizer.
+        texts: any number of texts; they are tokenised a thousand at a time.
+        special: False omits BOS.
     """
     start = leading_ids(tokenizer) if special else []
     for first in range(0, len(texts), BATCH):
@@ -47,16 +47,16 @@ def resolve_choices(
     labels: Sequence[str],
     prefix: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """The tokens that each label is when it follows `prompt + prefix`.
+    """The tokens of each label after `prompt + prefix`.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompt: text that ends where the answer begins.
         labels: answer strings to choose from.
-        prefix: text between prompt and answer; None takes a space or nothing, as `choose_prefix`.
+        prefix: text between prompt and answer; None means a space or nothing (`choose_prefix`).
 
     Raises:
-        TaskError: a label has no tokens of its own there, or no token tells it from another.
+        TaskError: a label is not tokenised separately there, or is not distinct from another.
     """
     return choose_prefix(tokenizer, lambda _: prompt, [labels], prefix)[1]
 
@@ -67,20 +67,20 @@ def choose_prefix(
     lists: Sequence[Sequence[str]],
     prefix: str | None,
 ) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The prefix to use and the labels' tokens behind it.
+    """The prefix to use and the labels' tokens after it.
 
-    A space and nothing are tried (nothing and a space where the prompt ends in white space). The
-    first with which every label is one token is taken; else the first with which every label is
+    A space and the empty string are tried (in reverse order if the prompt ends in white space). The
+    first with which every label is one token is used; else the first with which every label is
     decided in one step; else the first that works.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         render: prefix -> prompt; solved examples in the prompt are written with the prefix.
-        lists: the answers that are chosen among, list by list; a free answer is one of its own.
-        prefix: the only one to try; None tries a space and nothing.
+        lists: lists of answers to choose from; a free answer is a list of its own.
+        prefix: the only prefix to try; None tries a space and the empty string.
 
     Raises:
-        TaskError: with each of them a label has no tokens of its own, no token tells it from
+        TaskError: with every prefix, a label is not tokenised separately or is not distinct from
             another of its list, or a free answer is not one token.
     """
     if prefix is not None:
@@ -109,9 +109,9 @@ def choose_prefix(
 def label_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, lists: Sequence[Sequence[str]], prefix: str
 ) -> dict[str, tuple[int, ...]] | str:
-    """The labels' tokens behind `prompt + prefix`, or what is wrong with the first that fails.
+    """The labels' tokens after `prompt + prefix`, or an error message for the first that fails.
 
-    Whole texts are compared, since a tokenizer may merge across the border or split a word
+    Whole texts are compared, since a tokenizer may merge across the boundary or split a word
     differently at the start of a text.
     """
     labels = list(dict.fromkeys(label for labels in lists for label in labels))
@@ -137,7 +137,7 @@ def _fault(
     paths: dict[str, tuple[int, ...]],
     prefix: str,
 ) -> str | None:
-    """What is wrong with the first list whose labels cannot be decided."""
+    """Error message for the first list whose labels cannot be decided."""
     for labels in lists:
         if len(labels) > 1:
             found = conflict(labels, paths)
@@ -155,7 +155,7 @@ def _too_long(tokenizer: PreTrainedTokenizerBase, text: str, path: Sequence[int]
 
 
 def _steps(lists: Sequence[Sequence[str]], paths: dict[str, tuple[int, ...]]) -> int:
-    """0 where every label is one token, 1 where each is decided in one step, else 2."""
+    """0 if every label is one token, 1 if each is decided in one step, else 2."""
     if all(len(path) == 1 for path in paths.values()):
         return 0
     chosen = ({label: paths[label] for label in labels} for labels in lists if len(labels) > 1)

@@ -1,4 +1,4 @@
-"""The model's tokenizer: loading it, and its digest. Knows nothing of tasks."""
+"""Loading the model's tokenizer, and its digest. Independent of tasks."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ def load_tokenizer(
         model_id: Hub id or folder.
         revision: commit, tag or branch on the Hub.
         trust_remote_code: run code from the model's repository.
-        gguf_file: name of the GGUF file that holds the tokenizer.
+        gguf_file: name of the GGUF file that contains the tokenizer.
 
     Raises:
-        UnsupportedModelError: none can be loaded, or it needs code that is not trusted.
+        UnsupportedModelError: it cannot be loaded, or it needs remote code that is not trusted.
         RecipeError: the packages that read a GGUF file are not installed.
     """
     place = model_id
@@ -39,7 +39,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except Exception as cause:  # transformers raises errors of any kind over broken files
+    except Exception as cause:  # transformers raises many kinds of errors for broken files
         if "trust_remote_code" in str(cause):
             raise UnsupportedModelError(
                 f"The tokenizer of {model_id!r} needs code from its repository, which is not run "
@@ -50,11 +50,11 @@ def load_tokenizer(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of everything that decides the token ids of a prompt, as hex."""
+    """SHA-256 of everything that determines the token ids of a prompt, as hex."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state: dict[str, Any] = json.loads(backend.to_str())
-        # Settings of the last call, not of the tokenizer.
+        # These are settings of the last call, not of the tokenizer.
         state.pop("truncation", None)
         state.pop("padding", None)
     else:

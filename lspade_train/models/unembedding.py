@@ -1,4 +1,4 @@
-"""The frozen way from a hidden state to logits, and where a model keeps it."""
+"""The frozen map from a hidden state to logits, and where a model keeps it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm")
-"""Where the families keep the norm after the last block; the load-time check proves the guess."""
+"""Names of the norm after the last block in different families; verified by the load-time check."""
 
 
 @dataclass(frozen=True)
 class Unembedding:
-    """The frozen way from a hidden state to logits: final norm, head, scaling, soft-capping.
+    """The frozen map from a hidden state to logits: final norm, head, scaling, soft-capping.
 
     Attributes:
         norm: final norm, (..., d) -> (..., d_head).
         head: linear map onto the vocabulary.
         scale: factor on the logits.
-        softcap: `softcap * tanh(logits / softcap)` where the family caps them.
-        linear: the head's own call is its matrix and bias and nothing else: what is computed from
-            those alone (a few tokens' logits, the loss and its gradient) is then exact.
+        softcap: `softcap * tanh(logits / softcap)`, if the family caps them.
+        linear: whether the head applies its matrix and bias and nothing else, so that results
+            computed from those (a few tokens' logits, the loss and its gradient) are exact.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -46,12 +46,12 @@ class Unembedding:
 
     @property
     def bias(self) -> Float[Tensor, " vocab"] | None:
-        """The head's bias, where the family has one."""
+        """The head's bias, if the family has one."""
         return getattr(self.head, "bias", None)
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Norm and head, as far as the norm is a module."""
+        """The head, and the norm if it is a module."""
         return [part for part in (self.norm, self.head) if isinstance(part, nn.Module)]
 
     @property
@@ -60,17 +60,17 @@ class Unembedding:
         return sum(p.nbytes for part in self.modules for p in part.parameters())
 
     def __call__(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of raw block outputs, in the model's dtype; only `hidden` has a graph."""
+        """Logits of raw block outputs, in the model's dtype; differentiable in `hidden` only."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad):
             return self.finish(self.head(self.norm(hidden)))
 
     def into(
         self, normed: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"] | None
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits of normed states, written into `out` where it has the head's dtype.
+        """Logits of normed states, written into `out` if it has the head's dtype.
 
         Raises:
-            UnsupportedModelError: the head is not linear: the loss would take a wrong gradient.
+            UnsupportedModelError: the head is not linear, so the loss's gradient would be wrong.
         """
         self.require_linear()
         if out is None or out.dtype != self.weight.dtype:
@@ -87,7 +87,7 @@ class Unembedding:
     ) -> Float[Tensor, "rows tokens"]:
         """Logits of a few tokens per row: a d x tokens product instead of d x V.
 
-        A head that is not linear makes all of them.
+        A head that is not linear computes all logits.
         """
         if not self.linear:
             return self(hidden).gather(-1, ids)
@@ -95,7 +95,7 @@ class Unembedding:
         return self.finish(logits if self.bias is None else logits + self.bias[ids])
 
     def require_linear(self) -> None:
-        """Refuse a head whose gradient its matrix does not give.
+        """Refuse a head whose gradient is not given by its matrix.
 
         Raises:
             UnsupportedModelError: the head is not linear.
@@ -117,7 +117,7 @@ class Unembedding:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything here: heads trained for one digest are of no use with another."""
+        """SHA-256 of everything here: heads trained for one digest do not work with another."""
         norms = self.norm.parameters() if isinstance(self.norm, nn.Module) else ()
         extras = torch.tensor([self.scale, self.softcap or 0.0], dtype=torch.float64)
         more = () if self.linear else self.head.state_dict().values()
@@ -144,7 +144,7 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
     if not isinstance(weight, Tensor):
         raise UnsupportedModelError(
             f"The head of {type(model).__name__} ({type(head).__name__}) has no weight of its own; "
-            "expected a linear layer.\nUnwrap the head before the model is used here."
+            "expected a linear layer.\nUnwrap the head first."
         )
     if any(p.device != weight.device for stage in stages for p in stage.parameters()):
         stages.append(_MoveTo(weight.device))
@@ -161,7 +161,7 @@ def find_unembedding(model: "PreTrainedModel", decoder: nn.Module) -> Unembeddin
 
 
 class _MoveTo(nn.Module):
-    """Bring states to the head's device, where a `device_map` has put the norm on another."""
+    """Move states to the head's device, if a `device_map` has put the norm on another one."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -173,12 +173,12 @@ class _MoveTo(nn.Module):
 
 @torch.no_grad()
 def _is_linear(head: nn.Module, weight: Tensor) -> bool:
-    """Whether the head's own call gives the product with its weight, and no hook may change it.
+    """Whether the head computes the product with its weight, with no hook that may change it.
 
-    Small states and large ones: a head may normalise or clamp what it is given.
+    Tested with small and large states, since a head may normalise or clamp its input.
 
     Raises:
-        UnsupportedModelError: its logits are not as many as its weight has rows.
+        UnsupportedModelError: the number of logits is not the number of its weight's rows.
     """
     width = weight.shape[-1]
     wave = torch.arange(4.0 * width, device=weight.device).reshape(2, 2, width).sin()
@@ -186,7 +186,7 @@ def _is_linear(head: nn.Module, weight: Tensor) -> bool:
     states = (wave * torch.tensor([1e-3, 1e3], device=weight.device)[:, None, None]).to(dtype)
     try:
         found = head(states)
-    except Exception:  # an unusual head may refuse plain states: the load-time check judges it
+    except Exception:  # an unusual head may reject plain states; left to the load-time check
         return False
     if found.shape[-1] != weight.shape[0]:
         raise UnsupportedModelError(

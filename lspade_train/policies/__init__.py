@@ -1,1 +1,1 @@
-"""When to exit: the exit rule, what it costs, how it is chosen and what it guarantees."""
+"""Exit policies: when to exit, what it costs, how a policy is chosen and what it guarantees."""

@@ -1,6 +1,6 @@
-"""What an audit has seen of a policy in use: one small JSON file that several processes share.
+"""The state of an audit of a policy in use: a small JSON file that several processes share.
 
-Counts only, never prompts or answers. Knows nothing of models or of how rows are drawn.
+Counts only, never prompts or answers. Independent of models and of how rows are sampled.
 """
 
 import logging
@@ -39,10 +39,10 @@ from lspade_train.policies.sequential import (
 
 FORMAT_VERSION = 1
 STATE = "audit.json"
-"""Name of the state beside a policy."""
+"""File name of the state, beside a policy."""
 
 LEVEL = 0.95
-"""Confidence of the bound that stands in if a policy guarantees nothing about disagreement."""
+"""Confidence of the bound that is used if a policy guarantees nothing about disagreement."""
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ class Seen:
     """Counts of some rows.
 
     Attributes:
-        rows: all of them.
-        exited: of these, stopped below L.
-        exits: exit layer -> rows, L included.
-        drawn: rows that the coin chose, whether they exited or not.
-        audited: of these, the rows that had exited and were finished by the full model, too.
-        failures: of these, the rows where the full model answers otherwise.
-        unaudited: rows answered by the full model after an alarm; not among `rows`.
+        rows: all rows.
+        exited: rows that exited below L.
+        exits: exit layer -> rows, including L.
+        drawn: rows sampled for the audit, whether they exited or not.
+        audited: sampled rows that had exited and were also run through the full model.
+        failures: audited rows where the full model's answer differs.
+        unaudited: rows answered by the full model after an alarm; not counted in `rows`.
         flops: operations of the full model on these rows, of the policy, and of the audit.
     """
 
@@ -85,13 +85,13 @@ COUNTS = [f for f in fields(Seen) if f.name not in {"exits", "flops"}]
 
 @dataclass(frozen=True, kw_only=True)
 class AuditKey:
-    """What one audit is about; counts of another policy or budget never mix with it.
+    """Identifies an audit, so that counts of different policies or budgets are never mixed.
 
     Attributes:
         policy: `policy_digest` of the policy.
-        heads: `weights_sha256` of the heads; None where not known.
-        budget: largest disagreement with the full model that is no reason for an alarm.
-        alpha: probability of a false alarm, however long and often one looks.
+        heads: `weights_sha256` of the heads; None if unknown.
+        budget: largest disagreement with the full model that does not call for an alarm.
+        alpha: probability of ever raising a false alarm, over any number of looks.
     """
 
     policy: str
@@ -112,12 +112,12 @@ class AuditState:
     """An audit so far.
 
     Attributes:
-        key: what it is about.
-        seen: all rows' counts.
-        blocks: drawn rows and failures, block by block, as the test needs them.
+        key: identifies the audit.
+        seen: counts over all rows.
+        blocks: sampled rows and failures per block, for the sequential test.
         began: time of the first row, UTC.
         updated: time of the last update, UTC.
-        alarm: when the alarm was raised and what had been seen then; None: no alarm. It stays.
+        alarm: time of the alarm and the counts at that time; None: no alarm. Never cleared.
     """
 
     key: AuditKey
@@ -129,25 +129,25 @@ class AuditState:
 
     @property
     def log_evidence(self) -> float:
-        """Against "the disagreement is within the budget"; alarm at `log(1 / alpha)`."""
+        """Log evidence against "disagreement within the budget"; alarm at `log(1 / alpha)`."""
         return log_evidence(self.blocks, self.key.budget)
 
     @property
     def disagreement(self) -> float | None:
-        """Fraction of the drawn rows that the full model answers otherwise; None before any."""
+        """Fraction of sampled rows that the full model answers differently; None without rows."""
         return self.seen.failures / self.seen.drawn if self.seen.drawn else None
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Confidence sequence of the disagreement at 1 - alpha, if it has not changed."""
+        """Confidence sequence for the disagreement at 1 - alpha, assuming it is constant."""
         return confidence_sequence(self.seen.failures, self.seen.drawn, self.key.alpha)
 
     def rows_until_alarm(self, disagreement: float, rate: float | None = None) -> float:
-        """Rows in use, from now on, until an alarm at that disagreement; about half ring earlier.
+        """Further rows until an alarm at that disagreement; about half of all alarms come earlier.
 
         Args:
             disagreement: true rate from now on.
-            rate: share of rows that is drawn; None: as so far.
+            rate: fraction of rows to sample; None: the fraction so far.
         """
         most = 10**6
         drawn = rows_until_alarm(
@@ -157,7 +157,7 @@ class AuditState:
         return drawn / share if share and drawn < most else math.inf
 
     def plus(self, seen: Seen) -> Self:
-        """With further rows; raises the alarm where the evidence now suffices."""
+        """The state after further rows; raises the alarm if the evidence now suffices."""
         now = utc_now()
         found = replace(
             self,
@@ -205,14 +205,14 @@ class AuditState:
 
 
 class AuditFile:
-    """An audit's state on disk. Every update is atomic and under a lock; a kill loses no count.
+    """An audit's state on disk. Updates are atomic and locked; a kill loses none of its counts.
 
     Args:
-        path: the JSON file; made at the first update.
-        key: what the audit is about.
+        path: the JSON file; created at the first update.
+        key: identifies the audit.
 
     Raises:
-        AuditError: the file is damaged or is about something else, or cannot be written.
+        AuditError: the file is damaged, belongs to another audit, or cannot be written.
     """
 
     def __init__(self, path: str | Path, key: AuditKey) -> None:
@@ -226,16 +226,16 @@ class AuditFile:
     def add(
         self, seen: Seen, rows: Sequence[AuditedRow] = (), flops: Mapping[str, Any] | None = None
     ) -> AuditState:
-        """Add counts to what all processes have seen, and return that.
+        """Add counts to those of all processes, and return the new state.
 
         Args:
             seen: further counts.
-            rows: the drawn ones among them, kept in a file beside the state. Where that cannot be
-                written they are lost, with a word in the log: the counts alone are the audit.
-            flops: what the model's parts cost, as `AuditedRows` keeps it; needed for rows.
+            rows: the sampled rows among them, kept in a file beside the state. If that cannot be
+                written they are lost with a log message: the audit needs the counts only.
+            flops: costs of the model's parts, as in `AuditedRows`; required with rows.
 
         Raises:
-            AuditError: the file is damaged or is about something else, or cannot be written.
+            AuditError: the file is damaged, belongs to another audit, or cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ class AuditFile:
         state = AuditState.load(self.path)
         for name, asked in asdict(self.key).items():
             found = getattr(state.key, name)
-            # The default budget is computed, and may differ in its last digit elsewhere.
+            # The default budget is computed, and may differ in its last digit between machines.
             close = isinstance(asked, float) and math.isclose(found, asked, rel_tol=1e-9)
             if found != asked and not close:
                 raise AuditError(
@@ -277,13 +277,13 @@ class AuditFile:
 
 
 def policy_digest(policy: ExitPolicy) -> str:
-    """SHA-256 of what a policy does; how it was calibrated is not part of it."""
+    """SHA-256 of what a policy does, excluding its calibration record."""
     values = {
         f.name: getattr(policy, f.name)
         for f in fields(policy)
         if f.name not in {"calibration", "gate"}
     }
-    # What is not set is left out, so that a new setting leaves the digests of policies without it.
+    # Leave out unset fields, so that new settings do not change the digests of old policies.
     return json_digest({name: value for name, value in values.items() if value is not None})
 
 
@@ -293,7 +293,7 @@ def default_budget(policy: ExitPolicy) -> float:
     The bound is Clopper and Pearson's at 95%, on the calibration rows.
 
     Raises:
-        AuditError: the policy holds no calibration.
+        AuditError: the policy has no calibration record.
     """
     record = policy.calibration
     try:
@@ -311,7 +311,7 @@ def default_budget(policy: ExitPolicy) -> float:
 
 
 def audit_of(folder: Path) -> AuditState | None:
-    """The audit beside a policy, where there is one of just that policy."""
+    """The audit beside a policy, if there is one for exactly this policy."""
     try:
         state = AuditState.load(folder / STATE)
         same = state.key.policy == policy_digest(ExitPolicy.load(folder))
@@ -327,7 +327,7 @@ def _count(value: Any) -> int:
 
 
 def _check_sums(state: AuditState) -> None:
-    """Refuse counts that no audit can have."""
+    """Raise if the counts are inconsistent."""
     seen = state.seen
     drawn, failures = (sum(block[i] for block in state.blocks) for i in (0, 1))
     fits = (

@@ -1,7 +1,7 @@
-"""The rows that an audit drew, one line each, from which a stricter policy can be chosen again.
+"""The rows that an audit sampled, one line each, from which a stricter policy can be chosen.
 
-Numbers only, never prompts or answers. The file is bounded: the oldest half goes when it is full.
-Knows nothing of models.
+Numbers only, never prompts or answers. The file's size is bounded: when it is full, the oldest half
+is dropped. Independent of models.
 """
 
 import json
@@ -18,24 +18,24 @@ from lspade_train.io.storage import write_text
 FORMAT_VERSION = 1
 
 MOST_BYTES = 4_000_000
-"""Of the file: some 30,000 rows of five checks."""
+"""Size limit of the file: some 30,000 rows of five checks."""
 
 AGAIN = "Move it away, with the state beside it, to begin a new audit."
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditedRow:
-    """One drawn row.
+    """One sampled row.
 
     Attributes:
         tokens: length of the prompt.
-        choices: number of its choices; None without.
-        shared: leading tokens of the prompt that were run once for several.
-        group: its subgroup of the task; None where that is not known.
-        time: when, UTC.
-        values: what the check at each check layer reads, None for NaN; None for a row that did not
-            exit.
-        agrees: whether the answer there is the full model's; None for a row that did not exit.
+        choices: number of its choices; None without choices.
+        shared: number of leading tokens that were run once for several prompts.
+        group: its subgroup of the task; None if unknown.
+        time: time of the row, UTC.
+        values: the measure at each check layer, None for NaN; None for a row that did not exit.
+        agrees: whether the answer at each check layer is the full model's; None for a row that did
+            not exit.
     """
 
     tokens: int
@@ -63,17 +63,17 @@ class AuditedRows:
 
 
 def rows_file(state: Path) -> Path:
-    """Where the rows of an audit are kept: `audit.rows.jsonl` beside `audit.json`."""
+    """File of an audit's rows: `audit.rows.jsonl` beside `audit.json`."""
     return state.with_suffix(".rows.jsonl")
 
 
 def utc_now() -> str:
-    """The time as rows and states have it."""
+    """The current time, in the format of rows and states."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def append(path: Path, policy: str, flops: Mapping[str, Any], rows: Sequence[AuditedRow]) -> None:
-    """Add rows at the end; the caller holds the state's lock.
+    """Append rows; the caller holds the state's lock.
 
     Raises:
         OSError: the file cannot be written.
@@ -88,7 +88,7 @@ def append(path: Path, policy: str, flops: Mapping[str, Any], rows: Sequence[Aud
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        if file.read(1) != b"\n":  # a kill has left half a line
+        if file.read(1) != b"\n":  # a kill left an incomplete line
             file.seek(0)
             size = file.read().rfind(b"\n") + 1
             file.truncate(size)
@@ -103,7 +103,7 @@ def require_policy(path: Path, policy: str) -> None:
     """Refuse rows of another policy.
 
     Raises:
-        AuditError: damaged, or of another one.
+        AuditError: damaged, or of another policy.
     """
     with path.open("rb") as file:
         head = file.readline()
@@ -119,7 +119,7 @@ def require_policy(path: Path, policy: str) -> None:
 
 
 def load(path: Path) -> AuditedRows:
-    """Read the rows; half a last line, which a kill has left, is passed over.
+    """Read the rows, ignoring an incomplete last line, as a kill may leave it.
 
     Raises:
         AuditError: missing, damaged, or of an unknown format.

@@ -1,7 +1,7 @@
-"""What candidate policies may look at and answer on cached rows, read once; tables made of it.
+"""Signals and answers of candidate policies on cached rows, read once, and tables made from them.
 
-A table is what `ExitRuntime` would do on each row, without running it. Knows nothing of how a
-threshold is chosen, of files or of pictures.
+A table describes what `ExitRuntime` would do on each row, without running it. Independent of how a
+threshold is chosen, of files and of plots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,20 +31,20 @@ from lspade_train.training.targets import target_logits
 
 @dataclass(frozen=True, kw_only=True)
 class CachedExits:
-    """Everything that exits at some layers can be decided and answered by, row by row.
+    """Signals, answers and costs of exits at some layers, row by row.
 
     Attributes:
         layers: K layers, ascending.
-        scope: what was read: the vocabulary or the choices.
+        scope: the tokens that logits were computed for: the vocabulary or the choices.
         readings: statistics of each reader's logits, by its name, one `Reading` per layer.
-        signals: by (reader, measure), (n, K).
+        signals: measures by (reader, measure), (n, K).
         answers: token answered at each layer, by decoder, (n, K).
         full_answer: the full model's answer, (n,).
-        gold: the right answer, (n,); None where a row has none.
+        gold: the correct answer, (n,); None if some row has none.
         tokens: length of each prompt, (n,).
         choices: number of choices, (n,); None for the vocabulary.
-        counts: what the model's parts cost in FLOPs.
-        seconds: what they take here, where policies are priced by time.
+        counts: FLOPs of the model's parts.
+        seconds: their time on this machine, if policies are priced by time.
         dataset: the rows, for gates that read hidden states.
     """
 
@@ -82,7 +82,7 @@ class CachedExits:
         )
 
     def features(self, layers: Sequence[int], readers: Sequence[str]) -> list[Tensor]:
-        """What a gate that checks `layers` looks at, (n, features) per layer."""
+        """Input features of a gate that checks `layers`, (n, features) per layer."""
         found: list[Tensor] = []
         before: Reading | None = None
         for layer in layers:
@@ -98,11 +98,11 @@ class CachedExits:
         return torch.cat([batch.hidden[:, place].float() for batch in chunks(self.dataset)])
 
     def wrong(self, layers: Sequence[int], decoders: Sequence[Decoder]) -> Bool[Tensor, "rows k"]:
-        """Whether the answer given at each of `layers` is not the full model's."""
+        """Whether the answer at each of `layers` differs from the full model's."""
         return self._answers(layers, decoders) != self.full_answer[:, None]
 
     def doubt(self, gate: Gate, layers: Sequence[int]) -> Float[Tensor, "rows layers"]:
-        """What a gate says at each of `layers`."""
+        """A gate's output at each of `layers`."""
         hidden = (None if gate.hidden is None else self.hidden(layer) for layer in layers)
         seen = zip(layers, self.features(layers, gate.readers), hidden, strict=True)
         return torch.stack([gate.doubt(*one) for one in seen], dim=1)
@@ -110,12 +110,12 @@ class CachedExits:
     def table(
         self, policy: ExitPolicy, readers: Sequence[str], confidence: Tensor | None = None
     ) -> ExitTable:
-        """What every row would answer and cost if it stopped at each of the policy's layers.
+        """Every row's answer and cost for an exit at each of the policy's layers.
 
         Args:
-            policy: layers, measure and decoders; its threshold is not read.
-            readers: what its checks read; none for exits that check nothing.
-            confidence: signal at each of its layers; None: read here.
+            policy: layers, measure and decoders; its threshold is ignored.
+            readers: readers that its checks use; empty for exits without a check.
+            confidence: signal at each of its layers; None computes it.
         """
         if confidence is None:
             confidence = self._confidence(policy, readers)
@@ -167,15 +167,15 @@ def read_exits(
     Args:
         dataset: cached states of one split.
         adapter: the frozen model.
-        readers: bound heads whose logits checks may read, or that answer.
-        decoders: who may answer; all of them readers, or `spade`.
+        readers: bound heads that checks or answers may use.
+        decoders: decoders that may answer: readers, or `spade`.
         layers: layers to read, ascending.
-        scope: what is read: all of the vocabulary, or each row's choices.
-        measures: of the readers' logits.
+        scope: tokens to compute logits for: the whole vocabulary, or each row's choices.
+        measures: measures of the readers' logits.
         seconds: prices exits by time; None: by FLOPs.
 
     Raises:
-        PolicyError: no rows, or a scope of choices where a row has none.
+        PolicyError: no rows, or the scope is choices and a row has none.
     """
     if not len(dataset):
         raise PolicyError("There are no rows to calibrate on. Choose a split that has rows.")
@@ -216,17 +216,16 @@ def read_exits(
 def exit_table(
     dataset: StateDataset, adapter: ModelAdapter, heads: LSpadeHeads, policy: ExitPolicy
 ) -> ExitTable:
-    """What every cached row would answer, and cost, if it stopped at each of the policy's layers.
+    """Every cached row's answer and cost for an exit at each of the policy's layers.
 
     Args:
         dataset: cached states of one split.
         adapter: the frozen model.
         heads: bound heads of the policy's layers.
-        policy: layers, measure, scope, decoders and exit groups; its threshold is not read.
+        policy: layers, measure, scope, decoders and exit groups; its threshold is ignored.
 
     Raises:
-        PolicyError: no rows, no layers, heads that the policy needs and that are not there, or a
-            scope of choices where a row has none.
+        PolicyError: no rows, no layers, missing heads, or the scope is choices and a row has none.
         NumericsError: a confidence that is NaN or infinite.
     """
     checked = check_readers(policy, heads)
@@ -262,7 +261,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is read of every batch."""
+    """Reads batches of cached rows."""
 
     unembed: Unembedding
     readers: Readers
@@ -299,7 +298,7 @@ class _Source:
         )
 
     def _logits(self, state: Tensor, batch: StateBatch) -> Tensor:
-        """Over the vocabulary, or over each row's choices (-inf pads a short list)."""
+        """Logits over the vocabulary, or over each row's choices, padded with -inf."""
         if self.scope == "vocabulary":
             return self.unembed(state)
         logits = self.unembed.tokens(state, batch.choice_ids.long())

@@ -1,9 +1,9 @@
-"""Choose the exit thresholds that save most compute within a risk budget, with a guarantee.
+"""Chooses the exit thresholds that save the most compute within a risk budget, with a guarantee.
 
 Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052): candidate policies are tested from
 strict to loose, each with a p-value for "its risk is over the budget", until the first one fails.
-What passed is within the budget with the wanted confidence, for rows drawn like the tested ones.
-Arrays in, numbers out: knows nothing of models, of heads or of files.
+Those that passed are within the budget with the given confidence, for rows from the distribution of
+the tested ones. Independent of models, heads and files.
 """
 
 import math
@@ -27,9 +27,9 @@ from lspade_train.policies.power import RiskKind, rows_to_prove
 from lspade_train.policies.pvalues import disagreement_p_value, drop_p_value
 
 LEAD = 2 / 3
-"""Share of the error probability for the most promising sequence."""
+"""Fraction of the error probability for the most promising sequence."""
 LEAST_TIME = 0.02
-"""Share of the time that must be saved for an exit to be worth it: timing tells no less. Ours."""
+"""Least fraction of time saved for a worthwhile exit: less cannot be measured. Our choice."""
 FLAGS = {"accuracy_drop": "--max_accuracy_drop", "disagreement": "--max_disagreement"}
 
 
@@ -39,15 +39,15 @@ class Calibration:
 
     Attributes:
         chosen: the policy; threshold None means never exit.
-        reason: in words, why it was chosen.
-        risk: what the budget is about.
+        reason: why it was chosen, in words.
+        risk: the risk that the budget limits.
         budget: largest risk allowed, 0..1.
         confidence: probability that the guarantee holds.
         n: rows tested.
-        oracle_saving: of all the layers that could be checked.
+        oracle_saving: saving of the oracle over all layers that could be checked.
         curve: every policy considered, sequence after sequence, strict to loose; with conditions
             its p-value is the largest of all its tests.
-        conditions: groups and depths that are covered, or left out.
+        conditions: groups and depths that are covered or excluded.
     """
 
     chosen: PolicyRow
@@ -71,10 +71,10 @@ class Candidate:
 
     Attributes:
         name: signal and answer method, in words.
-        table: of the rows in hand, over all layers that its kind of policy could check.
-        rule: which of them it checks, and its thresholds.
-        conditions: groups and depths within which it is to be within the budget, too.
-        expected: share of the answers that it is expected to change, from the proposing rows.
+        table: table of the current rows, over all layers that its kind of policy could check.
+        rule: which of these layers it checks, and its thresholds.
+        conditions: groups and depths within which the budget must hold, too.
+        expected: fraction of answers that it is expected to change, from the proposing rows.
     """
 
     name: str
@@ -91,20 +91,20 @@ def learn_then_test(
     confidence: float = 0.95,
     conditions: Conditions | None = None,
 ) -> Calibration:
-    """Test each sequence of policies in its order, and take the accepted one that saves most.
+    """Test each sequence of policies in order, and choose the accepted policy that saves most.
 
     Args:
         sequences: a table and rules over its layers, strict to loose, chosen without the table's
             rows (`uniform_rules` of its grid, or `propose` on other rows). Several share the error
-            probability equally (Bonferroni); an empty one takes no share.
+            probability equally (Bonferroni); an empty one gets no share.
         risk: `accuracy_drop` or `disagreement`, both against the full model.
         budget: largest risk allowed, over 0 and under 1.
         confidence: probability that the chosen policy's true risk is within the budget.
-        conditions: groups and depths within which it is to be within the budget, too.
+        conditions: groups and depths within which the budget must hold, too.
 
     Raises:
         PolicyError: budget or confidence out of range, or nothing to test.
-        TaskError: an accuracy budget for rows without right answers.
+        TaskError: an accuracy budget for rows without labels.
     """
     if not sequences:
         raise PolicyError("No policies to test. Give at least one set of check layers.")
@@ -123,20 +123,20 @@ def run_tests(
     confidence: float = 0.95,
     shares: Sequence[float] | None = None,
 ) -> Calibration:
-    """`learn_then_test` for sequences whose policies may differ in anything.
+    """`learn_then_test` for sequences of arbitrary policies.
 
     Args:
         sequences: candidates, strict to loose, ordered without the rows of their tables.
-        tables: of the same rows, for the oracle: all layers that could be checked.
+        tables: tables of the same rows over all layers that could be checked, for the oracle.
         risk: as for `learn_then_test`.
         budget: as for `learn_then_test`.
         confidence: as for `learn_then_test`.
-        shares: of the error probability, one per sequence, together at most 1 (`error_shares`);
-            None: equal ones.
+        shares: fraction of the error probability for each sequence, at most 1 in total
+            (`error_shares`); None: equal shares.
 
     Raises:
         PolicyError: budget or confidence out of range.
-        TaskError: an accuracy budget for rows without right answers.
+        TaskError: an accuracy budget for rows without labels.
 
     Source: fixed-sequence testing, arXiv:2110.01052; of a Pareto frontier, arXiv:2210.07913.
     """
@@ -179,13 +179,13 @@ def run_tests(
 
 
 def frontier(candidates: "Sequence[Candidate]") -> "list[Candidate]":
-    """The candidates that no other beats in both expected risk and saving on the proposing rows.
+    """The Pareto-optimal candidates in expected risk and saving on the proposing rows.
 
     Args:
-        candidates: with tables of rows that are not tested later.
+        candidates: candidates with tables of rows that are not tested later.
 
     Returns:
-        Safest first: the order in which they are tested on other rows.
+        Candidates, safest first, which is the order to test them in on other rows.
 
     Source: Pareto Testing, arXiv:2210.07913.
     """
@@ -200,7 +200,7 @@ def frontier(candidates: "Sequence[Candidate]") -> "list[Candidate]":
 
 
 def saving(candidate: Candidate) -> float:
-    """Share of the plain model's cost that a candidate saves on its table's rows."""
+    """Fraction of the plain model's cost that a candidate saves on its table's rows."""
     checked = candidate.table.at(candidate.rule.layers)
     return evaluate_policy(checked, candidate.rule.threshold, oracle=1.0).saved
 
@@ -208,12 +208,12 @@ def saving(candidate: Candidate) -> float:
 def error_shares(sequences: "Sequence[Sequence[Candidate]]", budget: float) -> list[float]:
     """How much of the error probability each sequence gets; an empty one gets none.
 
-    Two thirds for the one that is expected to save most within the budget, from the rows that
-    propose; the others share the rest. Any split that does not look at the tested rows is valid.
+    Two thirds go to the one expected to save most within the budget, judged by the proposing rows;
+    the others share the rest. Any split that does not use the tested rows is valid.
 
     Args:
-        sequences: with tables of the proposing rows.
-        budget: largest share of changed answers.
+        sequences: candidates with tables of the proposing rows.
+        budget: largest fraction of changed answers.
     """
     within = [
         max((saving(one) for one in sequence if one.expected <= budget), default=0.0)
@@ -242,7 +242,7 @@ def check_budget(risk: RiskKind, budget: float, confidence: float) -> None:
 
 
 def rows_needed(budget: float, confidence: float, sequences: int = 1) -> int:
-    """Fewest rows with which a policy that never errs can pass; the accuracy test needs 1% more."""
+    """Fewest rows on which an error-free policy can pass; the accuracy test needs 1% more."""
     return math.ceil(math.log((1 - confidence) / sequences) / math.log1p(-budget))
 
 
@@ -250,13 +250,13 @@ def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> 
     """Exact p-value of "this policy's risk is over the budget", from the table's rows.
 
     Args:
-        table: over the rule's layers.
+        table: table over the rule's layers.
         rule: thresholds.
         risk: as for `learn_then_test`.
         budget: as for `learn_then_test`.
 
     Raises:
-        TaskError: an accuracy budget for rows without right answers.
+        TaskError: an accuracy budget for rows without labels.
     """
     answers = pick(table.answers, table.full_answer, table.exits(rule.threshold))
     if risk == "disagreement":
@@ -270,13 +270,13 @@ def p_value(table: ExitTable, rule: ExitRule, risk: RiskKind, budget: float) -> 
 
 
 def _changes(table: ExitTable, answers: NDArray[Any]) -> tuple[int, int]:
-    """Rows whose right answer is lost, and rows whose wrong one is mended."""
+    """Number of rows that become wrong, and of rows that become right."""
     before, after = table.full_answer == table.gold, answers == table.gold
     return int((before & ~after).sum()), int((after & ~before).sum())
 
 
 def _measure(risk: RiskKind, budget: float) -> Measured:
-    """Risk and p-value of a rule on a table's rows."""
+    """A function that gives the risk and p-value of a rule on a table's rows."""
 
     def measured(table: ExitTable, rule: ExitRule) -> tuple[float, float]:
         row = evaluate_policy(table, rule.threshold, oracle=1.0)
@@ -286,7 +286,7 @@ def _measure(risk: RiskKind, budget: float) -> Measured:
 
 
 def _risk(row: PolicyRow, risk: RiskKind) -> float:
-    """Its risk on the rows it was measured on; disagreement bounds a drop that is not known."""
+    """Its risk on the rows it was measured on; disagreement bounds an unknown accuracy drop."""
     if risk == "disagreement" or row.drop is None:
         return row.disagreement
     return row.drop

@@ -1,8 +1,8 @@
 """Groups and depths within which a policy's risk must be within the budget, too.
 
-A policy passes where every one of its tests passes. A policy that breaks its guarantee anywhere
-passes that one test with the error probability at most, so that no correction for their number is
-needed (intersection-union test, Berger 1982). Arrays in, numbers out.
+A policy passes if all of its tests pass. A policy that exceeds its budget anywhere passes that test
+with at most the error probability, so no correction for the number of tests is needed
+(intersection-union test, Berger 1982).
 
 Source: arXiv:2402.00857 (control of the risk given the halting time).
 """
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lspade_train.cache import StateDataset
 
 MARGIN = 1.5
-"""A depth is tested where this many times the rows are expected there that prove it at best."""
+"""A depth is tested if its expected rows are this many times the fewest that could pass."""
 
 SmallGroups = Literal["never_exit", "exclude"]
-"""What becomes of a group with too few rows to prove anything."""
+"""How to treat a group with too few rows to prove anything."""
 
 Measured = Callable[[ExitTable, ExitRule], tuple[float, float]]
-"""Risk and p-value of a rule on a table of its check layers."""
+"""Gives the risk and p-value of a rule on a table of its check layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Finding:
 
     Attributes:
         kind: `group`, or `depth`: the rows that exit at or before a layer.
-        name: of the group, or the layer.
-        n: rows.
+        name: name of the group, or the layer.
+        n: number of rows.
         held: whether it was tested; if not, there is no guarantee.
-        risk: on these rows; None without rows.
-        p_value: of "the risk there is over the budget"; None where it was not tested.
+        risk: risk on these rows; None without rows.
+        p_value: of "the risk there is over the budget"; None if it was not tested.
     """
 
     kind: Literal["group", "depth"]
@@ -54,13 +54,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a policy must keep to besides its budget over all rows.
+    """What a policy must satisfy besides its budget over all rows.
 
     Attributes:
         groups: name -> which of the tested rows belong to it, (n,).
-        proposing: other rows, in a table of at least the rules' layers: they say at which depths
-            enough of the tested rows will exit. The tested rows may not: a choice by their own
-            exits would not be independent of their answers. None: no condition on depths.
+        proposing: other rows, in a table of at least the rules' layers, to estimate at which depths
+            enough of the tested rows will exit. The tested rows cannot be used, as their exits are
+            not independent of their answers. None: no condition on depths.
     """
 
     groups: Mapping[str, Bool[np.ndarray, " rows"]]
@@ -69,13 +69,13 @@ class Conditions:
     def findings(
         self, table: ExitTable, rule: ExitRule, measured: Measured, needed: int
     ) -> list[Finding]:
-        """Every condition of a rule.
+        """Results for every condition of a rule.
 
         Args:
-            table: the tested rows, of the rule's layers.
+            table: table of the tested rows, over the rule's layers.
             rule: the rule.
-            measured: its risk and p-value on some rows.
-            needed: fewest rows that can prove the budget, without a loss.
+            measured: gives risk and p-value on some rows.
+            needed: fewest rows that can prove the budget if none is lost.
         """
         found = [
             _finding("group", name, mask, int(mask.sum()) >= needed, table, rule, measured)
@@ -108,7 +108,7 @@ def groups_of(rows: "StateDataset") -> dict[str, Bool[np.ndarray, " rows"]]:
 
 
 def may_not_exit(rows: "StateDataset", policy: ExitPolicy) -> Bool[np.ndarray, " rows"]:
-    """Which rows belong to groups that the policy hands to the full model."""
+    """Which rows belong to groups that the policy leaves to the full model."""
     held = np.array([not policy.may_exit(name) for name in rows.groups], dtype=bool)
     return held[rows.labels["group"].numpy()]
 
@@ -116,12 +116,12 @@ def may_not_exit(rows: "StateDataset", policy: ExitPolicy) -> Bool[np.ndarray, "
 def without_small(
     table: ExitTable, groups: Mapping[str, Bool[np.ndarray, " rows"]], needed: int
 ) -> tuple[ExitTable, tuple[str, ...]]:
-    """The table with the rows of small groups held back, and the names of the other groups.
+    """The table without exits for the rows of small groups, and the names of the other groups.
 
     Args:
         table: the tested rows.
         groups: as in `Conditions`.
-        needed: fewest rows that can prove the budget, without a loss.
+        needed: fewest rows that can prove the budget if none is lost.
     """
     small = np.zeros(len(table), dtype=bool)
     for mask in groups.values():
@@ -139,7 +139,7 @@ def _finding(
     measured: Measured,
 ) -> Finding:
     n = int(mask.sum())
-    # Without a row nothing speaks for the guarantee: a p-value of 1.
+    # Without rows there is no evidence for the guarantee: a p-value of 1.
     risk, p_value = measured(table.rows(mask), rule) if n else (None, 1.0)
     return Finding(
         kind=kind, name=name, n=n, held=held, risk=risk, p_value=p_value if held else None

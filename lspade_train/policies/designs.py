@@ -1,6 +1,6 @@
-"""Kinds of policies, and the candidates of each kind that some rows speak for.
+"""Kinds of policies, and the candidates of each kind that are proposed from some rows.
 
-Knows nothing of models, of files or of how candidates are tested.
+Independent of models, files and how candidates are tested.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +29,10 @@ class Design:
     """One kind of policy: everything but which layers it checks and its thresholds.
 
     Attributes:
-        name: in words.
-        policy: over all candidate layers.
-        readers: what its checks read.
-        fitted: its gate, with what it says of the rows that it was fitted on.
+        name: description in words.
+        policy: the policy over all candidate layers.
+        readers: readers that its checks use.
+        fitted: its gate, with cross-fitted outputs for the rows that it was fitted on.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Design:
     fitted: FittedGate | None = None
 
     def table(self, rows: CachedExits) -> ExitTable:
-        """What these rows, which the gate has not seen, would answer and cost."""
+        """The table of these rows, which the gate was not fitted on."""
         return rows.table(self.policy, self.readers)
 
     def candidates(self, rows: CachedExits, *, uniform: bool = False) -> list[Candidate]:
-        """Policies of this kind that the proposing rows speak for.
+        """Policies of this kind that are proposed from some rows.
 
         Args:
-            rows: which the gate was fitted on.
-            uniform: one threshold for all check layers.
+            rows: rows that the gate was fitted on.
+            uniform: use one threshold for all check layers.
         """
         if self.fitted is not None:
             chance = self.fitted.doubt
@@ -70,10 +70,10 @@ class Design:
 
 
 def with_history(rule: ExitRule, layers: Sequence[int]) -> ExitRule:
-    """Keep the check before each one of a gate, whose values it reads, with a threshold of 0.
+    """Add the check before each check of a gate, which uses its values, with a threshold of 0.
 
     Args:
-        rule: thresholds per layer, of the checks that pay for themselves.
+        rule: thresholds per layer, of the checks that pay off.
         layers: all layers that the gate was fitted for.
     """
     assert isinstance(rule.threshold, tuple)
@@ -88,15 +88,14 @@ def with_history(rule: ExitRule, layers: Sequence[int]) -> ExitRule:
 
 @dataclass(frozen=True)
 class Proposals:
-    """What some rows speak for.
+    """Candidate policies that are proposed from some rows.
 
     Attributes:
         designs: every kind of policy.
-        candidates: of each kind.
-        sequences: those that no other beats, safest first, with the place of their design; one
-            sequence per signal. Heads know the rows they were trained on too well, and a signal
-            that suffers from it can head the frontier of all: in a sequence of its own it spoils
-            only that.
+        candidates: candidates of each kind.
+        sequences: the Pareto-optimal candidates, safest first, with the index of their design; one
+            sequence per signal. Heads overfit their training rows, and a signal that suffers from
+            it can come first on a joint frontier; with separate sequences it spoils only its own.
     """
 
     designs: Sequence[Design]
@@ -117,17 +116,17 @@ class Proposals:
         return cls(designs, candidates, sequences)
 
     def widest(self) -> list[Design]:
-        """One design per set of decoders: whose oracle may answer by them."""
+        """One design per set of decoders, for the oracles that answer with them."""
         return [*{design.policy.decoders: design for design in self.designs}.values()]
 
     def best_of_kinds(
         self, rows: CachedExits, risk: RiskKind, budget: float
     ) -> Iterator[PolicyRow]:
-        """Of every kind, what saves most within half the budget on the proposing rows.
+        """For each kind, the policy that saves most within half the budget on the proposing rows.
 
         Args:
-            rows: what it is measured on.
-            risk: what the budget is about.
+            rows: rows to measure it on.
+            risk: the risk that the budget limits.
             budget: largest risk.
         """
         for design, candidates in zip(self.designs, self.candidates, strict=True):
@@ -141,7 +140,7 @@ class Proposals:
 
 
 def _best(candidates: Sequence[Candidate], risk: RiskKind, budget: float) -> ExitRule | None:
-    """What saves most within a budget on the candidates' own rows; None where nothing saves."""
+    """What saves most within a budget on the candidates' own rows; None if nothing saves."""
     found: tuple[float, ExitRule | None] = (0.0, None)
     for one in candidates:
         seen = evaluate_policy(one.table.at(one.rule.layers), one.rule.threshold, oracle=1.0)

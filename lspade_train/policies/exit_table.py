@@ -1,6 +1,6 @@
-"""What every row would answer and cost at every check layer, and what a policy makes of it.
+"""Every row's answer and cost at every check layer, and the evaluation of policies on them.
 
-Arrays in, numbers out: knows nothing of models, of how a threshold is chosen or of files.
+Works on arrays only: independent of models, files and how a threshold is chosen.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ GRID_FLOOR = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRule:
-    """Where a policy checks and what it asks there.
+    """Where a policy checks, and with which thresholds.
 
     Attributes:
         layers: check layers, ascending, at least one.
@@ -34,19 +34,19 @@ class ExitRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitCosts:
-    """The parts of what an exit costs, row by row, so that any set of check layers can be priced.
+    """The components of an exit's cost, row by row, to price any set of check layers.
 
     All in one unit, FLOPs or seconds; K check layers.
 
     Attributes:
         reach: the model's own work up to each check layer, then to its last block, (n, K+1).
         check: one check at each check layer, (n, K).
-        answer: from an exit to its answer, what its check computed at hand; the last column is
-            the answer behind the last block, (n, K+1).
+        answer: from an exit to its answer, reusing what its check computed; the last column is the
+            answer after the last block, (n, K+1).
         unchecked: from an exit without a check to its answer, (n, K).
-        plain: the untouched model, (n,).
-        together: what comes on top where the rows of a batch leave it at different layers; None:
-            rows cost the same whatever the others do, as in FLOPs.
+        plain: the original model, (n,).
+        together: extra cost if the rows of a batch exit at different layers; None: a row's cost
+            does not depend on the others, as in FLOPs.
     """
 
     reach: Float[np.ndarray, "rows stages"]
@@ -57,23 +57,23 @@ class ExitCosts:
     together: Together | None = None
 
     def stops(self) -> Float[np.ndarray, "rows stages"]:
-        """Cost of stopping at each check layer and of never stopping, every check on the way paid.
+        """Cost of exiting at each check layer or never, including all checks on the way.
 
         Returns:
-            (n, K+1); the last column pays all K checks.
+            (n, K+1); the last column includes all K checks.
         """
         checks = self.check.cumsum(1)
         return self.reach + np.concatenate([checks, checks[:, -1:]], axis=1) + self.answer
 
     def saved(self, stops: Int[np.ndarray, " rows"]) -> float:
-        """Share of the untouched model's cost that is saved by stopping at these places."""
+        """Fraction of the original model's cost that is saved by exiting at these places."""
         cost = take(self.stops(), stops).sum()
         if self.together is not None:
             cost += len(stops) * self.together.extra(stops)
         return float(1 - cost / self.plain.sum())
 
     def without_checks(self) -> Float[np.ndarray, "rows checks"]:
-        """Cost of stopping at each check layer for who knows without asking, (n, K)."""
+        """Cost of exiting at each check layer without any checks, as an oracle does, (n, K)."""
         return self.reach[:, :-1] + self.unchecked
 
     def at(self, places: Sequence[int]) -> Self:
@@ -94,26 +94,26 @@ class ExitCosts:
         return replace(self, **{name: getattr(self, name)[index] for name in arrays})
 
     def without_checks_of(self, rows: Bool[np.ndarray, " rows"]) -> Self:
-        """The same, but that some rows are never checked."""
+        """The same costs, except that some rows are never checked."""
         return replace(self, check=np.where(rows[:, None], 0.0, self.check))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitTable:
-    """What every row would answer and cost if it stopped at each check layer.
+    """Every row's answer and cost for an exit at each check layer.
 
     Attributes:
         layers: check layers, ascending, K of them.
-        num_layers: blocks of the model: the exit layer of a row that never stops.
+        num_layers: number of blocks, which is the exit layer of a row that never exits.
         bounds: the measure's value for a certain and for an undecided row, such as (0, ln vocab)
-            for an entropy or (1, 0) for a probability. Their order says which way is certain.
+            for an entropy or (1, 0) for a probability. Their order defines which end is certain.
         confidence: the measure at each check layer, in the runtime's precision (fp32), (n, K).
-        answers: token answered when stopping there, (n, K).
+        answers: token answered when exiting there, (n, K).
         full_answer: the full model's answer, (n,).
-        gold: the right answer, (n,), or None where it is not known.
-        costs: what stopping costs, and what the model costs that never checks; savings are of it.
-        flops: the same in FLOPs, where `costs` are seconds; None: they are FLOPs.
-        stays: rows that never stop, whatever the threshold, (n,); None: there are none.
+        gold: the correct answer, (n,), or None if it is not known.
+        costs: cost of exits, and of the original model, relative to which savings are measured.
+        flops: the same in FLOPs, if `costs` are seconds; None: they are FLOPs.
+        stays: rows that never exit at any threshold, (n,); None: there are none.
 
     Raises:
         PolicyError: no rows, no layers, or shapes that do not fit together.
@@ -161,7 +161,7 @@ class ExitTable:
 
     @property
     def lower_is_sure(self) -> bool:
-        """Whether low values of `confidence` are the certain ones."""
+        """Whether low values of `confidence` mean certain."""
         return self.bounds[0] < self.bounds[1]
 
     def rows(self, index: NDArray[Any]) -> Self:
@@ -178,7 +178,7 @@ class ExitTable:
         )
 
     def held_back(self, rows: Bool[np.ndarray, " rows"]) -> Self:
-        """The same rows, of which these, too, go through the full model, unchecked."""
+        """The same table, with these rows, too, answered by the full model, unchecked."""
         stays = rows if self.stays is None else rows | self.stays
         flops = None if self.flops is None else self.flops.without_checks_of(rows)
         return replace(self, stays=stays, costs=self.costs.without_checks_of(rows), flops=flops)
@@ -198,22 +198,22 @@ class ExitTable:
         )
 
     def sure(self, threshold: Threshold) -> Bool[np.ndarray, "rows checks"]:
-        """Which checks would stop which rows."""
+        """Which checks would let which rows exit."""
         # As in the runtime, the threshold is rounded to the signal's precision.
         limits = np.asarray(threshold, dtype=self.confidence.dtype)
         return self.confidence <= limits if self.lower_is_sure else self.confidence >= limits
 
     def exits(self, threshold: Threshold) -> Int[np.ndarray, " rows"]:
-        """Place of the first check layer whose confidence passes its threshold.
+        """Index of the first check layer whose confidence passes its threshold.
 
         Returns:
-            0..K-1, or K for a row that never stops.
+            0..K-1, or K for a row that never exits.
         """
         stops = first_true(self.sure(threshold))
         return stops if self.stays is None else np.where(self.stays, len(self.layers), stops)
 
     def grid(self, points: int = GRID_POINTS) -> list[float]:
-        """Thresholds for all layers, strict to loose, from the bounds alone: no row is looked at.
+        """Thresholds for all layers, strict to loose, from the bounds alone, not from the rows.
 
         From certain to undecided, log-spaced over five decades of that range.
         """
@@ -229,16 +229,16 @@ class PolicyRow:
     Attributes:
         layers: its check layers.
         threshold: one for all check layers, one per check layer, or None: never exit.
-        accuracy: of its answers; None without right answers, as is `drop`.
-        drop: accuracy of the full model less its own.
-        disagreement: fraction of rows it answers unlike the full model.
-        mean_exit_layer: rows that never stop count as the model's number of blocks.
-        compute_saved: fraction of the plain model's FLOPs; negative where checks cost more.
-        efficiency: `saved` over the oracle's; None where the oracle saves nothing.
-        time_saved: fraction of the plain model's seconds; None where FLOPs are the cost.
-        name: signal and answer method, in words; "" where there is one kind of policy only.
-        p_value: of "its risk is over the budget"; None where nothing was tested.
-        accepted: it and all stricter ones of its sequence passed; None where nothing was tested.
+        accuracy: accuracy of its answers; None without labels, as is `drop`.
+        drop: accuracy of the full model minus its own.
+        disagreement: fraction of rows where its answer differs from the full model's.
+        mean_exit_layer: mean exit layer; rows that never exit count with the number of blocks.
+        compute_saved: fraction of the plain model's FLOPs; negative if checks cost more.
+        efficiency: `saved` over the oracle's; None if the oracle saves nothing.
+        time_saved: fraction of the plain model's seconds; None if the cost is FLOPs.
+        name: signal and answer method, in words; "" if there is only one kind of policy.
+        p_value: of "its risk is over the budget"; None if nothing was tested.
+        accepted: whether it and all stricter ones of its sequence passed; None if not tested.
     """
 
     layers: tuple[int, ...]
@@ -256,7 +256,7 @@ class PolicyRow:
 
     @property
     def saved(self) -> float:
-        """By the cost that policies are compared by: seconds where they are priced, else FLOPs."""
+        """Fraction saved of the cost used to compare policies: seconds if known, else FLOPs."""
         return self.compute_saved if self.time_saved is None else self.time_saved
 
 
@@ -266,9 +266,9 @@ def evaluate_policy(
     """Measure one policy that checks all the table's layers, for instance on the test split.
 
     Args:
-        table: of its check layers (`ExitTable.at`).
-        threshold: in the table's measure; None is the plain model, unchecked.
-        oracle: saving that `efficiency` compares with; None: `oracle_saving` of this table.
+        table: table of its check layers (`ExitTable.at`).
+        threshold: threshold in the table's measure; None is the plain model, unchecked.
+        oracle: saving that `efficiency` is relative to; None: `oracle_saving` of this table.
     """
     checks = len(table.layers)
     stops = np.full(len(table), checks) if threshold is None else table.exits(threshold)
@@ -296,12 +296,12 @@ def evaluate_policy(
 
 
 def oracle_saving(table: ExitTable) -> float:
-    """Saved by stopping every row where it costs least to answer like the full model.
+    """Saving if every row exits at the cheapest layer that answers like the full model.
 
-    The oracle knows that layer, so it pays for no check. In FLOPs it is the first layer that
-    answers so, but for SPADE's way up; in seconds that may cost more than a later answer of a
-    head, or than the full model. Give a table of all layers for the bound that no choice of check
-    layers can beat without changing an answer.
+    The oracle knows that layer, so it pays for no check. In FLOPs it is usually the first such
+    layer; in seconds, SPADE's continuation from there may cost more than a later answer of a head,
+    or than the full model. With a table of all layers this is an upper bound for every choice of
+    check layers that changes no answer.
 
     Returns:
         Fraction of the plain model's cost.
@@ -313,15 +313,15 @@ def oracle_saving(table: ExitTable) -> float:
 
 
 def first_true(flags: Bool[np.ndarray, "rows checks"]) -> Int[np.ndarray, " rows"]:
-    """Place of each row's first True; the number of columns where there is none."""
+    """Index of each row's first True; the number of columns if there is none."""
     return np.where(flags.any(1), flags.argmax(1), flags.shape[1])
 
 
 def pick(per_check: NDArray[Any], otherwise: NDArray[Any], stops: NDArray[Any]) -> NDArray[Any]:
-    """Each row's value at its exit, `otherwise` (n,) where it never stops (K)."""
+    """Each row's value at its exit; `otherwise` (n,) for rows that never exit (K)."""
     return take(np.concatenate([per_check, otherwise[:, None]], axis=1), stops)
 
 
 def take(values: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
-    """Each row's value at its own place, (rows, stages) -> (rows,)."""
+    """Each row's value at its own index, (rows, stages) -> (rows,)."""
     return np.take_along_axis(values, places[:, None], axis=1)[:, 0]

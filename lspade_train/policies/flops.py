@@ -1,7 +1,7 @@
-"""What an exit costs: matrix products counted on the model itself, then scaled to any prompt.
+"""FLOPs of an exit: matrix products counted on the model itself, extrapolated to any prompt.
 
-Every block is linear plus quadratic in the prompt's length, so three short prompts decide its
-count for all lengths, whatever the family. Knows nothing of policies' choice or of wall time.
+A block's count is a quadratic in the prompt's length, so three short prompts determine it for all
+lengths, in any model family. Independent of how policies are chosen and of wall time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Shared = int | Int[Tensor, " prompts"]
-"""Leading tokens of prompts that are run once for all of them."""
+"""Number of leading tokens that are run once for several prompts."""
 
-PROBES = (2, 3, 4)  # prompt lengths that are counted: the three points of a parabola
+PROBES = (2, 3, 4)  # prompt lengths to count at: three points determine a parabola
 
 
 @dataclass(frozen=True)
 class FlopCounts:
     """Floating-point operations (two per multiply-add) of one row of one model.
 
-    Attention is charged as the kernels are counted, T x T, without a discount for causality.
+    Attention is counted as T x T, as the kernels are, without a discount for causality.
 
     Attributes:
         prompt: Newton coefficients over the prompt's length, (L+1, 3): embeddings, then blocks.
-        step: a block on one single-token row that sees the start token and itself, (L,).
-        norm: final norm, and projection where the family has one, of one row.
-        token: one token's logit of one row.
+        step: a block on a single-token row that attends to the start token and itself, (L,).
+        norm: final norm of one row, and projection if the family has one.
+        token: one token's logit for one row.
         vocab: V.
-        maps: the map of each reader of one row, by its name, the heads' own first; 0 without one.
+        maps: each reader's map for one row, by its name, the heads' own first; 0 without one.
         width: d.
     """
 
@@ -57,12 +57,12 @@ class FlopCounts:
     def reach(
         self, tokens: Int[Tensor, " prompts"], shared: Shared = 0
     ) -> Float[Tensor, "prompts stages"]:
-        """Operations until h^0, h^1, ... h^L of prompts alone of those lengths.
+        """Operations up to h^0, h^1, ... h^L for prompts of those lengths.
 
         Args:
             tokens: length of each prompt.
-            shared: leading tokens of each that were run before: the rest attends to them, too.
-                That earlier run costs what a prompt of so many tokens costs, once for all.
+            shared: number of leading tokens that were run before; the rest attends to them, too.
+                That earlier run costs as much as a prompt of that length, once for all prompts.
         """
         n = (tokens - shared).double()
         square = (n - 2) * (
@@ -72,7 +72,7 @@ class FlopCounts:
         return (basis @ self.prompt.T).cumsum(-1)
 
     def readout(self, choices: "int | Tensor | None" = None) -> "float | Tensor":
-        """Final norm and unembedding of one row over so many choices; None: the vocabulary."""
+        """Final norm and unembedding of one row over the choices; None: over the vocabulary."""
         return self.norm + self.token * (self.vocab if choices is None else choices)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class FlopCounts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """The inverse of `to_json`."""
         kept: dict[str, Any] = dict(value)
         kept |= {n: torch.tensor(kept[n], dtype=torch.float64) for n in ("prompt", "step")}
         return cls(**kept)
@@ -93,19 +93,19 @@ class FlopCounts:
 
         Args:
             tokens: length of each prompt.
-            shared: leading tokens of each that were run before, as servers that keep prefixes do.
+            shared: number of leading tokens that were run before, as servers with prefix caches do.
         """
         return self.reach(tokens, shared)[:, -1] + self.readout()
 
 
 def counter() -> FlopCounterMode:
-    """PyTorch's counter, with the kernels that it leaves out: attention on CPU, grouped experts."""
+    """PyTorch's counter, plus kernels that it does not count: CPU attention, grouped experts."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
     def grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
-        # (rows, in) x (experts, in, out): each row meets one expert's matrix.
+        # (rows, in) x (experts, in, out): each row is multiplied by one expert's matrix.
         return 2 * left[0] * left[1] * right[-1]
 
     kernels = {
@@ -119,7 +119,7 @@ def counter() -> FlopCounterMode:
 def count_flops(
     model: "PreTrainedModel | ModelAdapter", heads: LSpadeHeads | Readers | None = None
 ) -> FlopCounts:
-    """Count the model's parts on three short prompts, once while it stays as it is.
+    """Count the model's parts on three short prompts; cached while the model is unchanged.
 
     Args:
         model: the frozen model.
@@ -134,7 +134,7 @@ def count_flops(
 
 
 def _count_model(adapter: ModelAdapter) -> FlopCounts:
-    adapter.check()  # once per model, and it runs the model: not while its work is counted
+    adapter.check()  # runs the model, once per model, so not while counting
     first, second, third = (_prompt_flops(adapter, tokens) for tokens in PROBES)
     row = torch.zeros(1, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
     row = row.to(adapter.unembed.weight.device)
@@ -162,14 +162,14 @@ def cost_parts(
 ) -> ExitCosts:
     """Operations of each prompt by parts, for any choice of check layers among the policy's.
 
-    The sums are those of `exit_flops`, which says what is charged.
+    Their sums are those of `exit_flops`, which documents what is counted.
 
     Args:
-        counts: of the model and its heads.
+        counts: counts of the model and its heads.
         tokens: length of each prompt.
         policy: gives layers, scope, readers and decoder; its threshold is not used.
         choices: number of choices of each prompt, for `scope: choices`.
-        shared: leading tokens of each prompt that are run once for all, by the plain model, too.
+        shared: number of leading tokens that are run once for all, also by the plain model.
     """
     lengths = torch.as_tensor(tokens).cpu()
     price, layers = _Price(counts, policy, choices), policy.layers
@@ -198,21 +198,21 @@ def exit_flops(
     checks: Sequence[int] | None = None,
     shared: Shared = 0,
 ) -> Float[Tensor, "prompts layers"]:
-    """Operations of each prompt if it stopped at each layer.
+    """Operations of each prompt for an exit at each layer.
 
-    Charged: the prompt's blocks up to the exit, every check on the way (map, norm, unembedding
-    over the policy's scope), the single-token continuation, the answer's unembedding. The start
-    token's keys and values are constants of the model and charged to nobody; those of a shared
-    prefix cost what a prompt of its length costs, once, and are not in here.
+    Counted are the prompt's blocks up to the exit, every check on the way (map, norm, unembedding
+    over the policy's scope), the single-token continuation, and the answer's unembedding. The start
+    token's keys and values are constants of the model and not counted; those of a shared prefix
+    cost as much as a prompt of its length, once, and are not included.
 
     Args:
-        counts: of the model and its heads.
-        tokens: length of each prompt (the padded one, to charge a padded batch).
-        layers: exit layers, 0..L; L is no exit.
-        policy: decides scope, decoder and check layers.
+        counts: counts of the model and its heads.
+        tokens: length of each prompt (the padded length, to price a padded batch).
+        layers: exit layers, 0..L; L means no exit.
+        policy: determines scope, decoder and check layers.
         choices: number of choices, for `scope: choices`.
-        checks: check layers charged instead of the policy's; () charges none (the oracle).
-        shared: leading tokens of each prompt that are run once for all.
+        checks: check layers to count instead of the policy's; () counts none (the oracle).
+        shared: number of leading tokens that are run once for all prompts.
 
     Returns:
         float64, on the CPU.
@@ -242,8 +242,8 @@ def exit_costs(
 ) -> Float[Tensor, "prompts layers"]:
     """`exit_flops` as a fraction of the full model's operations for the same prompt.
 
-    No exit costs a little over 1: the checks, which the full model does without. What is shared is
-    shared by both: a server that keeps prefixes runs the full model behind them, too.
+    A row that never exits costs a little over 1, because of the checks. A shared prefix is shared
+    by both: a server that caches prefixes also runs the full model after them.
     """
     flops = exit_flops(
         counts, tokens, layers, policy, choices=choices, checks=checks, shared=shared
@@ -252,7 +252,7 @@ def exit_costs(
 
 
 class _Price:
-    """What a policy's checks and answers cost one row, or each of several with `choices`."""
+    """Cost of a policy's checks and answers for one row, or for each of several with `choices`."""
 
     def __init__(
         self, counts: FlopCounts, policy: ExitPolicy, choices: "int | Tensor | None"
@@ -272,7 +272,7 @@ class _Price:
         return sum((self._one(name) for name in self.read), start=extra)
 
     def answer(self, layer: int, *, checked: bool) -> "float | Tensor":
-        """From the exit to the answer's logits; `checked` where a check is at hand."""
+        """From the exit to the answer's logits; `checked` if a check can be reused."""
         counts = self.counts
         top = layer == len(counts.step)
         decoder = "spade" if top else answer_head(self.policy, layer, counts.maps)

@@ -1,10 +1,10 @@
-"""A learned measure of doubt: the probability that the answer given here is not the full model's.
+"""A learned measure of doubt: the probability that an exit's answer is not the full model's.
 
-At every check layer a logistic regression reads what the check has at hand anyway: statistics of
-each reader's logits (an L-SPADE head, a tuned lens), whether the readers agree, the same of the
-check before and whether the answer has changed since, and the hidden state where that helps. It is
-fitted on rows whose full answers are known; no right answers are needed. Knows nothing of models,
-of costs or of how a threshold is chosen.
+At every check layer a logistic regression uses what the check computes anyway: statistics of each
+reader's logits (an L-SPADE head, a tuned lens), whether the readers agree, the same for the
+previous check and whether the answer has changed since, and the hidden state if it helps. It is
+fitted on rows whose full answers are known; no labels are needed. Independent of models, costs and
+how a threshold is chosen.
 
 Source: logistic gates over exit statistics as in AdaInfer (arXiv:2403.02181), fitted to agreement
 with the full model; features and fitting are ours.
@@ -31,21 +31,21 @@ from lspade_train.probes.metrics import entropy
 FORMAT_VERSION = 1
 STATISTICS = ("entropy", "max_prob", "margin", "logit margin", "logit norm")
 PENALTIES = ((3, np.inf), (30, np.inf), (3, 30), (30, 30), (30, 300))
-"""Strengths to choose from, in rows: of the features and of the hidden state; inf leaves it out."""
+"""Candidate penalties, in rows, for the features and the hidden state; inf excludes the latter."""
 DIRECTIONS = 32
-"""Principal directions of the hidden state that a gate reads: few beside the rows at hand."""
+"""Principal directions of the hidden state that a gate reads: few, compared with the rows."""
 LEAST = 1e-6
-"""Doubt that always remains, so that a threshold of 0 stops nobody."""
+"""Lower bound of the doubt, so that with a threshold of 0 no row exits."""
 REMEDY = "Fit it again with lspade-train calibrate."
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the readers say at one check layer.
+    """The readers' outputs at one check layer.
 
     Attributes:
-        statistics: of each reader's logits, in the order of `STATISTICS`, (rows, readers * 5).
-        answers: place of each reader's likeliest token, (rows, readers).
+        statistics: each reader's statistics, in the order of `STATISTICS`, (rows, readers * 5).
+        answers: index of each reader's most likely token, (rows, readers).
     """
 
     statistics: Float[Tensor, "rows statistics"]
@@ -53,14 +53,14 @@ class Reading:
 
     @classmethod
     def of(cls, logits: Sequence[Float[Tensor, "rows tokens"]]) -> Self:
-        """From the logits of each reader over the same tokens; -inf leaves a token out."""
+        """Compute from the logits of each reader over the same tokens; -inf excludes a token."""
         found = [_statistics(one.float()) for one in logits]
         answers = [one.argmax(-1) for one in logits]
         return cls(torch.cat(found, dim=-1), torch.stack(answers, dim=-1))
 
     @classmethod
     def beside(cls, parts: "Sequence[Reading]") -> "Reading":
-        """The readings of several readers of the same rows."""
+        """Join the readings of several readers of the same rows."""
         return cls(
             torch.cat([part.statistics for part in parts], dim=1),
             torch.cat([part.answers for part in parts], dim=1),
@@ -68,14 +68,14 @@ class Reading:
 
     @classmethod
     def stacked(cls, parts: "Sequence[Reading]") -> "Reading":
-        """The readings of several batches by the same readers."""
+        """Join the readings of several batches by the same readers."""
         return cls(
             torch.cat([part.statistics for part in parts]),
             torch.cat([part.answers for part in parts]),
         )
 
     def cpu(self) -> "Reading":
-        """In the CPU's memory."""
+        """A copy on the CPU."""
         return Reading(self.statistics.cpu(), self.answers.cpu())
 
     def rows(self, index: Tensor) -> "Reading":
@@ -84,11 +84,11 @@ class Reading:
 
 
 def features(now: Reading, before: Reading | None) -> Float[Tensor, "rows features"]:
-    """What the gate looks at: this check, the one before, and what has changed in between.
+    """The gate's inputs: this check, the previous one, and what has changed in between.
 
     Args:
         now: this check.
-        before: the check layer before, for the same rows; None at the first one (zeros).
+        before: the previous check of the same rows; None at the first check layer (zeros).
     """
     readers = now.answers.shape[1]
     pairs = [(i, j) for i in range(readers) for j in range(i + 1, readers)]
@@ -107,9 +107,9 @@ class Gate:
     Attributes:
         layers: check layers, ascending.
         readers: lenses whose logits it reads, such as ("l_spade", "tuned_lens").
-        weight: of the features, (layers, features); their scales are folded in.
-        bias: (layers,).
-        hidden: weights of the hidden state, (layers, d); None where it is not read.
+        weight: weights of the unscaled features, (layers, features).
+        bias: biases, (layers,).
+        hidden: weights of the hidden state, (layers, d); None if it is not read.
     """
 
     layers: tuple[int, ...]
@@ -124,15 +124,15 @@ class Gate:
         features: Float[Tensor, "rows features"],
         hidden: Float[Tensor, "rows d"] | None,
     ) -> Float[Tensor, " rows"]:
-        """Probability that the answer given at `layer` is not the full model's.
+        """Probability that the answer at `layer` is not the full model's.
 
         Args:
             layer: one of `layers`.
             features: from `features`.
-            hidden: h_a at that layer; read only where the gate was fitted with it.
+            hidden: h_a at that layer; used only if the gate was fitted with it.
         """
         place, device = self.layers.index(layer), features.device
-        # Matrix products, as FLOPs are counted by them.
+        # Matrix products, because those are what FLOP counts include.
         score = features @ self.weight[place, :, None].to(device)
         if self.hidden is not None and hidden is not None:
             score = score + (hidden.float() @ self.hidden[place, :, None].to(hidden.device))
@@ -140,7 +140,7 @@ class Gate:
         return torch.sigmoid(score).clamp(min=LEAST)
 
     def save(self, path: Path) -> str:
-        """Write `gate.safetensors`; equal gates give equal bytes.
+        """Write `gate.safetensors`; equal gates give identical bytes.
 
         Returns:
             SHA-256 of the file.
@@ -180,11 +180,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class FittedGate:
-    """A gate, and what it would have said of the very rows it was fitted on without seeing them.
+    """A gate, and cross-fitted outputs for the rows that it was fitted on.
 
     Attributes:
-        gate: fitted on all rows.
-        doubt: each row's value by a gate fitted on the other folds, (rows, layers).
+        gate: the gate, fitted on all rows.
+        doubt: each row's output from a gate fitted on the other folds, (rows, layers).
     """
 
     gate: Gate
@@ -194,15 +194,15 @@ class FittedGate:
 class GateFitter:
     """Fits gates on the same rows for any answers, each layer's regression once per answer.
 
-    Whether a layer's gate reads the hidden state, and how strongly its weights are penalised, is
-    decided on rows that the regression has not seen.
+    Whether a layer's gate uses the hidden state, and how strongly its weights are penalised, is
+    decided by cross-validation.
 
     Args:
         layers: check layers, ascending.
-        readers: lenses that the features were made of.
+        readers: lenses that the features were computed from.
         features: from `features`, one per layer.
         hidden: h_a at each layer, (rows, d).
-        seed: of the folds.
+        seed: seed of the folds.
     """
 
     def __init__(
@@ -226,10 +226,10 @@ class GateFitter:
         self._fits: dict[tuple[int, bytes], LayerFit] = {}
 
     def fit(self, wrong: Bool[np.ndarray, "rows layers"]) -> FittedGate:
-        """The gate for answers of which some are wrong.
+        """Fit the gate.
 
         Args:
-            wrong: whether the answer given at each layer is not the full model's.
+            wrong: whether the answer at each layer differs from the full model's.
         """
         found = [self._layer(place, wrong[:, place]) for place in range(len(self.layers))]
         weight = np.stack([one.weight[: self._width] for one in found])

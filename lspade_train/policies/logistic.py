@@ -1,4 +1,4 @@
-"""Logistic regressions whose penalty is chosen by cross-fitting. Arrays in, weights out.
+"""Logistic regressions whose penalty is chosen by cross-validation.
 
 Newton's method: with some tens of columns a step costs one small product and one small solve.
 """
@@ -15,20 +15,20 @@ from scipy.special import expit
 FOLDS = 5
 STEPS, HALVINGS, CHORDS = 50, 20, 30
 TOLERANCE = 1e-8
-"""Largest slope, per row, at which a fit ends."""
+"""A fit ends when the largest gradient entry, per row, is below this."""
 CERTAIN = 1e-6
-"""Distance that an estimated probability keeps from 0 and 1."""
+"""Estimated probabilities are kept at least this far from 0 and 1."""
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One regression, and what it would say of its own rows without having seen them.
+    """One regression, and cross-fitted probabilities for its own rows.
 
     Attributes:
-        weight: of the raw columns, (columns,).
-        bias: of the raw columns.
-        doubt: each row's probability by a fit to the other folds, (rows,).
-        log_loss: of those probabilities, nats per row.
+        weight: weights of the raw columns, (columns,).
+        bias: bias for the raw columns.
+        doubt: each row's probability from a fit to the other folds, (rows,).
+        log_loss: log loss of those probabilities, nats per row.
     """
 
     weight: Float[np.ndarray, " columns"]
@@ -38,7 +38,7 @@ class LayerFit:
 
 
 def folds(rows: int, seed: int) -> Int[np.ndarray, " rows"]:
-    """The fold of each row, as even as can be."""
+    """The fold of each row; fold sizes differ by at most one."""
     return np.random.default_rng(seed).permutation(rows) % FOLDS
 
 
@@ -48,18 +48,18 @@ def fit_layer(
     fold: Int[np.ndarray, " rows"],
     penalties: Sequence[float | Float[np.ndarray, " columns"]],
 ) -> LayerFit:
-    """The regression of the penalty that does best on rows that it has not seen.
+    """Fit with the penalty that does best in cross-validation.
 
     Args:
-        raw: what is read; every column is scaled to unit variance.
-        wrong: what is to be told.
+        raw: inputs; every column is scaled to unit variance.
+        wrong: the binary target.
         fold: from `folds`.
         penalties: strengths of the L2 penalty, in rows, one for all columns or one per column; a
-            penalty of n halves what n rows say, an infinite one leaves a column out.
+            penalty of n halves the evidence of n rows, an infinite one excludes a column.
     """
     raw = raw.astype(np.float64)
     mean, scale = raw.mean(0), raw.std(0)
-    scale[scale < 1e-9] = np.inf  # a constant column says nothing
+    scale[scale < 1e-9] = np.inf  # a constant column carries no information
     inputs, target = (raw - mean) / scale, wrong.astype(np.float64)
     found: list[LayerFit] = []
     for penalty in penalties:
@@ -84,10 +84,10 @@ def _cross_fit(
     fold: NDArray[np.integer],
     whole: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Each row's probability by a fit to the other folds.
+    """Each row's probability from a fit to the other folds.
 
-    A fold's fit lies near the fit to all rows: the curvature there, less the fold's share, leads
-    to it in a few steps that cost no new curvature.
+    A fold's fit is close to the fit to all rows: the Hessian there, minus the fold's share, leads
+    to it in a few steps without recomputing the Hessian.
     """
     columns, ridge = np.c_[inputs, np.ones(len(inputs))], np.r_[penalty, 0.0]
     chance = expit(columns @ whole)
@@ -104,7 +104,7 @@ def _cross_fit(
             if np.abs(slope).max() < TOLERANCE * len(known):
                 break
             weights -= step @ slope
-        else:  # too far away: one kind only, or a fold that turns the fit
+        else:  # not converged: only one class, or an influential fold
             weights = np.append(*logistic(inputs[rest], known, penalty))
         out[~rest] = expit(columns[~rest] @ weights)
     return out
@@ -115,7 +115,7 @@ def logistic(
     target: NDArray[np.float64],
     penalty: float | NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], float]:
-    """Penalised maximum likelihood; half a row of each kind keeps the bias finite.
+    """Penalised maximum likelihood; half a pseudo-row of each class keeps the bias finite.
 
     Args:
         inputs: (rows, columns).
@@ -127,7 +127,7 @@ def logistic(
     """
     base = (target.sum() + 0.5) / (len(target) + 1)
     lone = float(np.log(base / (1 - base)))
-    if target.min(initial=1) == target.max(initial=0):  # one kind only: nothing to tell apart
+    if target.min(initial=1) == target.max(initial=0):  # only one class
         return np.zeros(inputs.shape[1]), lone
     columns = np.c_[inputs, np.ones(len(inputs))]
     ridge = np.r_[np.broadcast_to(penalty, inputs.shape[1]), 0.0]
@@ -147,7 +147,7 @@ def logistic(
         spread = (chance * (1 - chance))[:, None]
         curve = columns.T @ (spread * columns) + np.diag(ridge)
         step = np.linalg.solve(curve + 1e-9 * np.eye(len(ridge)), slope)
-        # Newton's step overshoots far from the minimum: halve it until it leads downhill.
+        # Newton's step overshoots far from the minimum: halve it until the loss decreases.
         for _ in range(HALVINGS):
             moved = weights - step
             score = columns @ moved
@@ -156,7 +156,7 @@ def logistic(
                 break
             step /= 2
         else:
-            break  # at the minimum, to rounding
+            break  # at the minimum, up to rounding
     return weights[:-1], float(weights[-1])
 
 
@@ -166,7 +166,7 @@ def principal(
     """Directions in which states vary most, each scaled to unit variance.
 
     By subspace iteration (Halko et al., arXiv:0909.4061): a few products of the states with some
-    tens of directions, where the eigenvectors of a d x d matrix would take seconds per layer.
+    tens of directions, whereas the eigenvectors of a d x d matrix would take seconds per layer.
     """
     centred = torch.from_numpy(np.asarray(states, dtype=np.float32))
     centred = centred - centred.mean(0)

@@ -1,4 +1,4 @@
-"""How many rows a guarantee needs, before a model is loaded: counted from the data alone."""
+"""How many rows a guarantee needs, computed from the data alone, without loading a model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,16 +20,16 @@ LOSSES = (0, 1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How many rows a budget needs, and what the data at hand can prove.
+    """How many rows a budget needs, and what the available data can prove.
 
     Attributes:
-        risk: what the budget is about.
+        risk: the risk that the budget limits.
         budget: largest risk allowed, 0..1.
         confidence: probability that the guarantee holds.
         side: the rows that would be tested.
-        rows: how many these are, but for prompts over the model's context.
-        needed: losses among the tested rows -> fewest rows that prove the budget all the same.
-        losses: most losses with which `rows` prove the budget; None: not even without one.
+        rows: their number, before prompts over the model's context are dropped.
+        needed: losses among the tested rows -> fewest rows that still prove the budget.
+        losses: most losses with which `rows` prove the budget; None: not even without losses.
         provable: losses -> smallest budget that `rows` can prove; None: none under 1.
     """
 
@@ -46,17 +46,17 @@ class Plan:
 def plan(
     data: "HiddenStateDataModule", risk: RiskKind, budget: float, confidence: float = 0.95
 ) -> Plan:
-    """Count the rows that `calibrate` would test, and the rows that the budget takes.
+    """Count the rows that `calibrate` would test, and the rows that the budget requires.
 
     Args:
-        data: of a recipe; its model is not loaded.
+        data: a recipe's data; its model is not loaded.
         risk: as for `learn_then_test`.
         budget: as for `learn_then_test`.
         confidence: as for `learn_then_test`.
 
     Raises:
         PolicyError: budget or confidence out of range, or a task of running text.
-        TaskError: a missing split, or an accuracy budget for rows without right answers.
+        TaskError: a missing split, or an accuracy budget for rows without labels.
     """
     check_budget(risk, budget, confidence)
     if find_task(data.config.task).to_question is None:
@@ -67,7 +67,7 @@ def plan(
         )
     side = calibration_side(data)
     rows = _count(data, side, risk)
-    level = (1 - confidence) * LEAD  # of the most promising signal
+    level = (1 - confidence) * LEAD  # level for the most promising signal
     return Plan(
         risk=risk,
         budget=budget,

@@ -1,6 +1,6 @@
-"""`ExitPolicy`: when a row may stop, and how it then answers; `policy.json` beside the heads.
+"""`ExitPolicy`: when a row may exit, and how it then answers; `policy.json` beside the heads.
 
-Knows nothing of models or of how a policy is chosen: `lspade-train calibrate` does that.
+Independent of models and of how a policy is chosen (`lspade-train calibrate`).
 """
 
 import math
@@ -40,27 +40,27 @@ class ExitPolicy:
 
     Attributes:
         layers: check layers, ascending, 0 (embedding output) to L-1.
-        threshold: one for all check layers, one per check layer, or None: never exit. A row stops
+        threshold: one for all check layers, one per check layer, or None: never exit. A row exits
             at or under it with `entropy` (nats), at or over it with `margin` and `max_prob`.
         measure: name of a registered measure: entropy, margin (difference of the two highest
-            probabilities), max_prob (the highest probability), or one of
-            `probes.measures.register_measure`; `gate` is the learned gate's doubt (0 to 1, low is
-            sure), `fixed` stops every row unchecked.
-        reader: whose logits the measure is of: `l-spade`, `tuned_lens` or `logit_lens`; None: the
-            given heads, or no head with the decoder `logit_lens`. A gate names its own readers.
-        scope: what the probabilities are over: the vocabulary, or the task's choices only, which
+            probabilities), max_prob (the highest probability), or one added with
+            `probes.measures.register_measure`; `gate` is the learned gate's doubt (0 to 1, low
+            means confident), `fixed` exits with every row, unchecked.
+        reader: lens whose logits the measure uses: `l-spade`, `tuned_lens` or `logit_lens`; None:
+            the given heads, or no head with the decoder `logit_lens`. A gate names its own readers.
+        scope: tokens that probabilities are over: the vocabulary, or the task's choices only, which
             makes a check a d x |choices| product.
         decoder: how the answer is computed at the exit: by `spade` (the paper's), or from a head
             without running the remaining layers: `l-spade`, `tuned_lens` (heads fitted with target
             final), `logit_lens` (no head). One for all check layers, or one per check layer.
         positions: position ids of SPADE's two tokens, as the heads were trained.
         heads_digest: `weights_sha256` of the heads it was chosen for; None: not tied to any.
-        tuned_lens_digest: the same of the tuned lens beside them, where the policy reads it.
-        gate_digest: SHA-256 of `gate.safetensors`; None where the measure is not `gate`.
-        gate: the learned gate itself; not a part of `policy.json`.
+        tuned_lens_digest: the same for the tuned lens beside them, if the policy uses it.
+        gate_digest: SHA-256 of `gate.safetensors`; None if the measure is not `gate`.
+        gate: the learned gate itself; not part of `policy.json`.
         exit_groups: groups of the task whose rows may exit; every other row is answered by the full
             model, unchecked. None: any row may exit.
-        calibration: free-form record of how it was chosen, with the curve behind the choice.
+        calibration: free-form record of how it was chosen, including the curve.
 
     Raises:
         PolicyError: a value out of range.
@@ -97,7 +97,7 @@ class ExitPolicy:
         """Check layers `interval`, 2 x `interval`, ... below L.
 
         Raises:
-            PolicyError: no layer of that kind.
+            PolicyError: there is no such layer.
         """
         if not 1 <= interval < num_layers:
             raise PolicyError(
@@ -108,17 +108,17 @@ class ExitPolicy:
 
     @classmethod
     def never(cls) -> Self:
-        """The full model, untouched."""
+        """The policy that never exits: the full model, unchanged."""
         return cls(layers=())
 
     @classmethod
     def always(cls, layer: int, **settings: Any) -> Self:
-        """Every row stops at `layer`, unchecked: a fixed exit."""
+        """A fixed exit: every row exits at `layer`, unchecked."""
         return cls(layers=(layer,), measure=FIXED, threshold=0.0, **settings)
 
     @property
     def check_layers(self) -> tuple[int, ...]:
-        """Layers where a check is computed: none with threshold None."""
+        """Layers where a check is computed; none with threshold None."""
         return self.layers if self.threshold is not None else ()
 
     def may_exit(self, group: str | None) -> bool:
@@ -152,14 +152,14 @@ class ExitPolicy:
         return tuple(self.decoder for _ in self.layers)
 
     def at(self, layers: Sequence[int], threshold: float | tuple[float, ...] | None) -> Self:
-        """The same policy with only some of its check layers, and another threshold."""
+        """The same policy with some of its check layers and another threshold."""
         decoder = self.decoder
         if isinstance(decoder, tuple):
             decoder = tuple(self.decoder_at(layer) for layer in layers)
         return replace(self, layers=tuple(layers), threshold=threshold, decoder=decoder)
 
     def exits(self, signal: Float[Tensor, "*rows"], layer: int) -> Bool[Tensor, "*rows"]:
-        """Which rows stop at check layer `layer`; NaN never does."""
+        """Which rows exit at check layer `layer`; never those with a NaN signal."""
         limits = self.threshold
         if limits is None:
             return torch.zeros_like(signal, dtype=torch.bool)
@@ -167,14 +167,14 @@ class ExitPolicy:
         return find_measure(self.measure).is_sure(signal, limit)
 
     def check_heads(self, digest: str | None, tuned_lens_digest: str | None = None) -> None:
-        """Refuse heads other than the ones it was chosen for.
+        """Refuse heads other than those it was chosen for.
 
         Args:
             digest: `weights_sha256` in the heads' config.json.
-            tuned_lens_digest: the same of the tuned lens beside them.
+            tuned_lens_digest: the same for the tuned lens beside them.
 
         Raises:
-            PolicyError: another digest, or one that is not known.
+            PolicyError: another digest, or an unknown one.
         """
         for what, wanted, got in (
             ("heads", self.heads_digest, digest),
@@ -189,7 +189,7 @@ class ExitPolicy:
                 )
 
     def save(self, folder: Path) -> None:
-        """Write `policy.json`, and `gate.safetensors` where there is a gate.
+        """Write `policy.json`, and `gate.safetensors` if there is a gate.
 
         Raises:
             PolicyError: the folder cannot be written.
@@ -236,8 +236,8 @@ class ExitPolicy:
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            PolicyError: none there, malformed, or of an unknown format.
-            HubError: neither a folder nor a repository that can be read.
+            PolicyError: missing, malformed, or of an unknown format.
+            HubError: neither a folder nor a readable repository.
         """
         return cls.load(local_folder(path, revision) / POLICY)
 
@@ -251,7 +251,7 @@ def _load_gate(path: Path, digest: str) -> Gate:
     gate = Gate.load(path)
     if file_digest(path, PolicyError) != digest:
         raise PolicyError(
-            f"{path} is not the gate that policy.json names ({digest[:12]}...).\n"
+            f"{path} does not match the gate in policy.json ({digest[:12]}...).\n"
             "Restore the file that was written beside policy.json, or run lspade-train calibrate."
         )
     return gate
@@ -263,7 +263,7 @@ def _check_gate(policy: ExitPolicy) -> None:
         raise PolicyError(f"The gate was not fitted for layers {missing}. {REMEDY}")
     if policy.measure == GATED and policy.gate is None and policy.check_layers:
         raise PolicyError(
-            "The measure is gate, and there is no gate: load the policy from its folder "
+            "The measure is gate, but no gate is loaded: load the policy from its folder "
             f"(ExitPolicy.load), which holds {GATE}."
         )
 

@@ -1,4 +1,4 @@
-"""How many rows the tests of `pvalues.py` take, and what so many rows prove: from counts alone."""
+"""How many rows the tests in `pvalues.py` need, and what a number of rows can prove."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -11,16 +11,16 @@ MOST_ROWS = 10**7
 
 
 def rows_to_prove(losses: int, risk: RiskKind, budget: float, level: float) -> int:
-    """Fewest rows on which a policy with so many losses, and no gain, passes its test.
+    """Fewest rows on which a policy with that many losses, and no gains, passes its test.
 
     Args:
-        losses: rows that the policy answers worse than the full model.
+        losses: rows where the policy's answer is worse than the full model's.
         risk: as for `learn_then_test`.
         budget: as for `learn_then_test`.
         level: largest p-value that passes.
 
     Raises:
-        PolicyError: over ten million.
+        PolicyError: more than ten million rows are needed.
     """
     enough = losses + 1
     while _p_value(losses, enough, risk, budget) > level:
@@ -31,13 +31,13 @@ def rows_to_prove(losses: int, risk: RiskKind, budget: float, level: float) -> i
 
 
 def most_losses(risk: RiskKind, budget: float, rows: int, level: float) -> int | None:
-    """Most losses, without a gain, with which so many rows prove a budget; None: not even 0."""
+    """Most losses, without gains, with which that many rows prove a budget; None: not even 0."""
     fails = _first(lambda losses: _p_value(losses, rows, risk, budget) > level, -1, rows)
     return fails - 1 if fails else None
 
 
 def smallest_budget(losses: int, risk: RiskKind, rows: int, level: float) -> float | None:
-    """Smallest budget, to 0.0001, that so many rows prove with so many losses; None under 1."""
+    """Smallest budget under 1, to 0.0001, that these rows and losses prove; None if none does."""
     if losses > rows:
         return None
     steps = 10_000
@@ -50,7 +50,7 @@ def smallest_budget(losses: int, risk: RiskKind, rows: int, level: float) -> flo
 
 
 def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Smallest number over `low`, up to `high`, from which on a condition holds."""
+    """Smallest number over `low`, up to `high`, for which a monotone condition holds."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)

@@ -1,6 +1,6 @@
-"""A policy's guarantee in words (its promise): the text of policy.json, card, report and commands.
+"""A policy's guarantee in words, for policy.json, model card, report and commands.
 
-From the record of its calibration alone; loads nothing heavy.
+Made from the record of its calibration alone, without heavy imports.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ NONE = "No guarantee: this policy has not been calibrated. Run lspade-train cali
 
 
 def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str:
-    """What is guaranteed, for which prompts, how surely, on how many rows; until when audited.
+    """What is guaranteed, for which prompts, with which confidence; and the audit's results.
 
     Args:
         record: `calibration` of a policy.
-        audit: of the same policy.
+        audit: audit of the same policy.
     """
     if not record.get("confidence"):
         return NONE
@@ -26,7 +26,7 @@ def promise(record: Mapping[str, Any], audit: "AuditState | None" = None) -> str
 
 
 def audited(audit: "AuditState") -> str:
-    """The results of the audit, in a sentence or two."""
+    """The audit's results, in a sentence or two."""
     seen = audit.seen
     if audit.disagreement is None:
         return f"Audit running: none of {seen.rows:,} rows sampled yet."
@@ -44,7 +44,7 @@ def audited(audit: "AuditState") -> str:
 
 
 def _days(first: str | None, last: str | None) -> str:
-    """Such as `from 2026-03-01 to 2026-03-05`, of two times."""
+    """Format two times, such as `from 2026-03-01 to 2026-03-05`."""
     begin, end = (first or last or "")[:10], (last or "")[:10]
     return f"on {end}" if begin == end else f"from {begin} to {end}"
 
@@ -62,7 +62,7 @@ def _what(record: Mapping[str, Any]) -> str:
 
 
 def _points(share: float) -> str:
-    """Such as `1 percentage point`."""
+    """Format a fraction, such as `1 percentage point`."""
     value = f"{share * 100:g}"
     return f"{value} percentage point{'' if value == '1' else 's'}"
 
@@ -89,7 +89,7 @@ def _where(record: Mapping[str, Any]) -> str:
 
 
 def _within(record: Mapping[str, Any]) -> str:
-    """For which groups and depths the same holds, and for which it does not."""
+    """For which groups and depths the guarantee holds, and for which it does not."""
     found: Sequence[Mapping[str, Any]] = record.get("conditions") or ()
     words = ""
     for kind, what in (("group", "within the group"), ("depth", "for exits up to layer")):

@@ -1,6 +1,6 @@
-"""Candidate policies from rows that are not tested later: thresholds, and the checks worth making.
+"""Proposes candidate policies, from rows that are not tested later: check layers and thresholds.
 
-Arrays in, rules out: knows nothing of models, of risks' budgets or of files.
+Works on arrays only: independent of models, budgets and files.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold, pic
 from lspade_train.policies.logistic import fit_layer, folds
 
 PRICES = tuple(float(price) for price in np.geomspace(2000, 0.5, 100))
-"""What one wrong answer may be worth, in forwards of the plain model."""
+"""Prices of a wrong answer to try, in forwards of the plain model."""
 SWEEPS = 4
 PENALTIES = (0.1, 3.0)
 
@@ -22,14 +22,14 @@ def propose(
     chance: Float[np.ndarray, "rows checks"],
     prices: Sequence[float] = PRICES,
 ) -> list[ExitRule]:
-    """The rule that is cheapest for each price of a wrong answer, strict to loose.
+    """The cheapest rule for each price of a wrong answer, strict to loose.
 
     Args:
-        table: rows of another split than the one that is tested.
-        chance: probability that the answer at each check layer is not the full model's, as far as
-            can be told from what is checked (`chance_wrong`, or a gate's own). Not whether it is:
-            among a few thousand rows the few wrong ones leave large steps between the rules.
-        prices: of a wrong answer, in forwards of the plain model.
+        table: rows of a split other than the tested one.
+        chance: estimated probability that the answer at each check layer is not the full model's
+            (`chance_wrong`, or a gate's own). Smoother than the actual outcomes: the few wrong
+            answers in a few thousand rows would leave large steps between the rules.
+        prices: prices of a wrong answer, in forwards of the plain model.
     """
     order = _surest_first(table)  # the same for all prices
     rules = (cheapest(table, chance, price, order) for price in prices)
@@ -44,18 +44,18 @@ def cheapest(
 ) -> ExitRule | None:
     """Thresholds that minimise the cost of the rows and of their wrong answers.
 
-    Coordinate descent, from the last check layer down: given the others, the best threshold of
-    one layer is where the sum, over the rows that reach it in order of their doubt, of what
-    stopping saves is largest; a layer whose largest sum does not pay for its checks has none.
+    Coordinate descent, from the last check layer down: with the others fixed, a layer's best
+    threshold maximises the cumulative saving over the rows that reach it, sorted by doubt; a layer
+    whose maximum does not pay for its checks is dropped.
 
     Args:
         table: as for `propose`.
         chance: as for `propose`.
-        price: of a wrong answer, in forwards of the plain model.
-        order: the rows of each check layer, the most certain first, where it is known already.
+        price: price of a wrong answer, in forwards of the plain model.
+        order: the rows at each check layer, most certain first, if already known.
 
     Returns:
-        None where no check pays.
+        The rule; None if no check pays off.
     """
     costs, count = table.costs, len(table.layers)
     unit = costs.plain.mean()
@@ -79,7 +79,7 @@ def cheapest(
         if (limits == before).all():
             break
     kept = np.flatnonzero(np.isfinite(limits))
-    # Rounding may take a measure past its bounds by a hair, where no policy can have a limit.
+    # Rounding may push a measure slightly past its bounds, where thresholds are not allowed.
     low, high = sorted(sign * end for end in table.bounds)
     inside = np.clip(limits[kept], low, high)
     if not len(kept):
@@ -91,7 +91,7 @@ def cheapest(
 
 
 def _doubt(table: ExitTable) -> tuple[int, Float[np.ndarray, "rows checks"]]:
-    """The measure times a sign with which low is certain."""
+    """A sign that makes low values certain, and the measure times that sign."""
     sign = 1 if table.lower_is_sure else -1
     return sign, sign * table.confidence
 
@@ -103,12 +103,12 @@ def _surest_first(table: ExitTable) -> Int[np.ndarray, "rows checks"]:
 def chance_wrong(table: ExitTable, seed: int = 0) -> Float[np.ndarray, "rows checks"]:
     """Probability that a row's answer is not the full model's, given its confidence.
 
-    A logistic regression per check layer over the measure, its root and its logarithm, each row's
-    value fitted on other rows.
+    A logistic regression per check layer on the measure, its root and its logarithm, with each
+    row's value from a fit to other rows.
 
     Args:
         table: rows whose full answers are known.
-        seed: of the folds.
+        seed: seed of the folds.
     """
     certain, undecided = table.bounds
     doubt = np.clip((table.confidence.astype(np.float64) - certain) / (undecided - certain), 0, 1)
@@ -125,11 +125,11 @@ def chance_wrong(table: ExitTable, seed: int = 0) -> Float[np.ndarray, "rows che
 def expected_risk(
     table: ExitTable, rule: ExitRule, chance: Float[np.ndarray, "rows checks"]
 ) -> float:
-    """Share of the rows whose answer a rule is expected to change.
+    """Fraction of rows whose answer a rule is expected to change.
 
     Args:
         table: as for `propose`, over all layers.
-        rule: over some of them.
+        rule: a rule over some of them.
         chance: as for `propose`.
     """
     places = [table.layers.index(layer) for layer in rule.layers]
@@ -138,36 +138,36 @@ def expected_risk(
 
 
 def uniform_rules(table: ExitTable) -> list[ExitRule]:
-    """The grid's thresholds, one for all layers, each with only the checks that pay."""
+    """A rule for each threshold of the grid, with only the checks that pay off."""
     return paying_rules(table, table.grid())
 
 
 def paying_rules(table: ExitTable, thresholds: Sequence[Threshold]) -> list[ExitRule]:
-    """A rule for each threshold with the checks that pay; none where no check does.
+    """A rule for each threshold, with only the checks that pay off; no rule if none does.
 
     Args:
-        table: rows that say what pays.
-        thresholds: for all layers of the table.
+        table: rows to decide which checks pay off.
+        thresholds: thresholds for all layers of the table.
     """
     rules = (prune(table, threshold) for threshold in thresholds)
     return [*dict.fromkeys(rule for rule in rules if rule is not None)]
 
 
 def prune(table: ExitTable, threshold: Threshold) -> ExitRule | None:
-    """Drop checks until each that is left saves more than it costs on the table's rows.
+    """Drop checks until each remaining one saves more than it costs on the table's rows.
 
-    One at a time, always the one whose removal saves most: the rows that it stopped then stop at
-    the next layer that is sure of them, and all rows that reached it are spared its cost.
+    Greedily, the check whose removal saves most is dropped: the rows that exited there then exit at
+    the next layer that is confident, and all rows that reached it save its cost.
 
     Args:
-        table: rows that say what pays.
-        threshold: for all layers of the table.
+        table: rows to decide which checks pay off.
+        threshold: threshold for all layers of the table.
 
     Returns:
-        None where no check pays.
+        The rule; None if no check pays off.
     """
     costs, never = table.costs, np.ones(len(table), dtype=bool)
-    # Stage by stage, so that dropping one is cheap; every row stops at the last one.
+    # Kept per stage, so that dropping one is cheap; all remaining rows stop at the last one.
     sure = np.vstack([table.sure(threshold).T, never])
     check, ends = costs.check.T.copy(), (costs.reach + costs.answer).T.copy()
     layers, limits = list(table.layers), threshold
@@ -188,12 +188,12 @@ def _gains_without(
     check: Float[np.ndarray, "checks rows"],
     ends: Float[np.ndarray, "stages rows"],
 ) -> Float[np.ndarray, " checks"]:
-    """What is saved over all rows by dropping each check, negative where it pays for itself.
+    """Saving over all rows from dropping each check, negative if the check pays off.
 
     Args:
-        sure: which stage would stop which row; the last one, never stopping, all of them.
+        sure: which stage would stop which row; the last one (no exit) stops all of them.
         check: cost of one check.
-        ends: cost of stopping at each stage, the checks on the way apart.
+        ends: cost of stopping at each stage, without the checks on the way.
     """
     first = sure.argmax(0)
     stopped = np.flatnonzero(first < len(check))
@@ -202,7 +202,7 @@ def _gains_without(
     second = later.argmax(0)
     paid = check.cumsum(0)
     stops = ends + np.vstack([paid, paid[-1:]])
-    # A row that stops there runs on to the next layer that is sure of it ...
+    # A row that stops there continues to the next layer that is confident ...
     dearer = stops[second, stopped] - check[at, stopped] - stops[at, stopped]
     # ... and one that passes is spared the check.
     spared = (check * (first > np.arange(len(check))[:, None])).sum(1)
@@ -212,16 +212,16 @@ def _gains_without(
 def _best_limit(
     doubt: Float[np.ndarray, " rows"], saved: Float[np.ndarray, " rows"], price: float
 ) -> float:
-    """The doubt up to which to stop, -inf where nothing that is saved pays for the checks.
+    """The doubt up to which to exit, -inf if no saving pays for the checks.
 
     Args:
-        doubt: ascending.
-        saved: by stopping each row.
-        price: of the checks.
+        doubt: doubt of each row, ascending.
+        saved: saving from stopping each row.
+        price: cost of the checks.
     """
     if not len(doubt):
         return -np.inf
     total = saved.cumsum()
-    total[:-1][doubt[1:] == doubt[:-1]] = -np.inf  # equal doubts stop together
+    total[:-1][doubt[1:] == doubt[:-1]] = -np.inf  # rows of equal doubt stop together
     best = int(total.argmax())
     return float(doubt[best]) if total[best] > price else -np.inf

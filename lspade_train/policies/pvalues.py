@@ -1,6 +1,6 @@
 """Exact p-values of the two risks of an early exit, from counts alone.
 
-Knows nothing of policies, of tables or of thresholds.
+Independent of policies, tables and thresholds.
 """
 
 import functools
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
-# Error spent on the unknown rate of gains, the mass left out of sums, and how closely the largest
-# probability over that rate is bounded from above.
+# Error spent on the unknown rate of gains, the mass omitted from sums, and the tolerance of the
+# upper bound for the largest probability over that rate.
 NUISANCE, TAIL = 1e-5, 1e-9
 RELATIVE_GAP, ABSOLUTE_GAP = 1e-2, 1e-6
 
@@ -36,10 +36,10 @@ def drop_p_value(losses: int, gains: int, n: int, budget: float) -> float:
     The rate of gains is unknown under the null hypothesis: the p-value is the largest probability
     over a Clopper-Pearson interval for it, plus that interval's error (Berger and Boos 1994). The
     rejection region is closed under "one loss less" and "one gain more", so a corner of each cell
-    of rates bounds the whole cell, and splitting cells gives the maximum, not a grid's guess.
+    of rates bounds the whole cell, and splitting cells gives the exact maximum, unlike a grid.
 
     Args:
-        losses: rows right with the full model and wrong with the policy.
+        losses: rows that are right with the full model and wrong with the policy.
         gains: the reverse.
         n: rows.
         budget: drop tested against, over 0 and under 1.
@@ -56,7 +56,7 @@ def drop_p_value(losses: int, gains: int, n: int, budget: float) -> float:
     region = _region(float(observed), np.arange(most + 1), n, budget)[seen]
 
     def reach(loss_rate: NDArray[Any], gain_rate: NDArray[Any]) -> NDArray[Any]:
-        """Probability of the region, to which all outside `seen` is counted."""
+        """Probability of the region, which is taken to include everything outside `seen`."""
         share = np.minimum(loss_rate / (1 - gain_rate), 1)[:, None]
         inside = binom.cdf(region, n - seen, share) * binom.pmf(seen, n, gain_rate[:, None])
         outside = binom.cdf(seen[0] - 1, n, gain_rate) + binom.sf(most, n, gain_rate)
@@ -75,7 +75,7 @@ def drop_p_value(losses: int, gains: int, n: int, budget: float) -> float:
 
 
 def _score(losses: NDArray[Any], gains: NDArray[Any], n: int, budget: float) -> NDArray[Any]:
-    """Tango's statistic: negative where the drop is under the budget."""
+    """Tango's statistic: negative if the drop is under the budget."""
     # The gains' most likely rate if the drop were the budget: root of a quadratic.
     slope = (losses + gains) * (1 - budget) - 2 * budget * (n - losses)
     rate = (slope + np.sqrt(slope**2 + 8 * n * gains * budget * (1 - budget))) / (4 * n)
@@ -83,12 +83,12 @@ def _score(losses: NDArray[Any], gains: NDArray[Any], n: int, budget: float) -> 
 
 
 def _region(observed: float, gains: NDArray[Any], n: int, budget: float) -> NDArray[Any]:
-    """For 0, 1, ... gains the most losses whose score is at most the observed one, or -1."""
+    """For 0, 1, ... gains, the most losses whose score is at most the observed one, or -1."""
     low = np.full(len(gains), -1)
     high = np.minimum(n - gains, np.floor(n * budget + gains).astype(int))
     while (low < high).any():
         middle = (low + high + 1) // 2
         inside = _score(middle, gains, n, budget) <= observed + 1e-9
         low, high = np.where(inside, middle, low), np.where(inside, high, middle - 1)
-    # More gains never allow fewer losses; the bound over cells rests on it.
+    # More gains never allow fewer losses, which the bound over cells relies on.
     return np.minimum(np.maximum.accumulate(low), n - gains)

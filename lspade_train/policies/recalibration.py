@@ -1,9 +1,9 @@
-"""A stricter policy, tested on the rows that an audit drew from use.
+"""Chooses a stricter policy, tested on the rows that an audit sampled in use.
 
-The audited policy, with every threshold tightened step by step, or checking from the deepest layer
-up: the steps are fixed beforehand, so that all audited rows test them (Learn then Test). Looser
-policies cannot be tested: of rows that did not exit an audit does not learn what they would have
-answered. Knows nothing of models or of the command line.
+The candidates are the audited policy with tightened thresholds, or with only its deepest checks.
+They are fixed beforehand, so all audited rows can test them (Learn then Test). Looser policies
+cannot be tested: for rows that did not exit, an audit does not learn what they would have answered.
+Independent of models and the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,25 +34,25 @@ from lspade_train.policies.shift import exit_profile
 from lspade_train.probes.measures import FIXED, find_measure
 
 FACTORS = (0.0, *map(float, np.geomspace(1e-4, 1, 33)))
-"""How much of the way from certainty to its threshold a check may stop at, strict to loose."""
+"""Thresholds to try, as fractions of the way from certain to the policy's, strict to loose."""
 
 COARSE = FACTORS[::4]
-"""The same, where one layer after another is added."""
+"""The same, for adding one layer after another."""
 
 SEQUENCES = 2
 
 KEPT = ("rows", "small_groups", "cost", "seconds")
-"""What a policy's record of its calibration hands on."""
+"""Keys of the calibration record that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recalibration:
-    """What audited rows say of a policy and of stricter ones.
+    """The result of testing a policy and stricter ones on audited rows.
 
     Attributes:
-        policy: the chosen one, with its new guarantee.
+        policy: the chosen policy, with its new guarantee.
         calibration: the test.
-        rows: the audited rows that it rests on.
+        rows: number of audited rows it is based on.
         unchanged: whether the audited policy itself was chosen.
     """
 
@@ -65,20 +65,20 @@ class Recalibration:
 def recalibrate(
     policy: ExitPolicy, audited: AuditedRows, budget: float, confidence: float = 0.95
 ) -> Recalibration:
-    """Choose the policy again, from the audited one and stricter ones.
+    """Choose among the audited policy and stricter ones.
 
     The guarantee is on the disagreement with the full model, which bounds a drop in accuracy. A
-    guarantee within groups is kept: rows of a group with too few audited rows never exit any more,
-    or are excluded, as the policy's calibration has it. One by depth is not.
+    guarantee within groups is kept: rows of a group with too few audited rows no longer exit, or
+    are excluded, as in the policy's calibration. A guarantee by depth is not kept.
 
     Args:
-        policy: that was audited.
-        audited: its rows, drawn by a coin from those that it answered.
+        policy: the policy that was audited.
+        audited: its rows, sampled at random from those that it answered.
         budget: largest disagreement, over 0 and under 1.
         confidence: probability that the guarantee holds.
 
     Raises:
-        AuditError: a policy that never exits, rows of another one, or too few of them.
+        AuditError: the policy never exits, or the rows are of another policy or too few.
         PolicyError: budget or confidence out of range.
     """
     check_budget("disagreement", budget, confidence)
@@ -101,7 +101,7 @@ def recalibrate(
     conditions = Conditions(groups=groups) if groups else None
     sequences = [
         [Candidate("", table, rule, conditions) for rule in rules]
-        for rules in (_tightened(policy, table), _from_the_deepest(policy, table))
+        for rules in (_tightened(policy, table), _added_from_deepest(policy, table))
     ]
     found = run_tests(sequences, [table], "disagreement", budget, confidence)
     chosen = found.chosen
@@ -112,7 +112,7 @@ def recalibrate(
     checked = table.at(chosen.layers) if chosen.threshold is not None else table
     times = sorted(row.time for row in audited.rows)
     kept = found.to_json() | {
-        # The rows that had chosen the audited policy: on these its figures still flatter it.
+        # The rows that chose the audited policy: its figures on these are still biased.
         **{name: record[name] for name in KEPT if name in record},
         "audited": {"first": times[0], "last": times[-1]},
         "profile": exit_profile(checked, chosen.threshold),
@@ -123,7 +123,7 @@ def recalibrate(
 
 
 def since(audited: AuditedRows, policy: str, time: str | None) -> AuditedRows:
-    """The rows of a policy from some time on.
+    """The rows of a policy since some time.
 
     Args:
         audited: all rows.
@@ -161,7 +161,7 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
         counts.vocab if widths is None else max(int(widths.max()), 2)
     )
     unknown = (None,) * len(layers)
-    # A check that read NaN stops no row; what a row that stays reads is never looked at.
+    # A NaN check stops no row, and the values of rows that never exit are not used.
     values = [
         [bounds[1] if value is None else value for value in row.values or unknown] for row in rows
     ]
@@ -173,7 +173,7 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
         choices=widths,
         shared=torch.tensor([row.shared for row in rows]),
     )
-    priced = policy.calibration.get("seconds")  # of a policy that was chosen by time
+    priced = policy.calibration.get("seconds")  # if the policy was chosen by time
     seconds = Seconds.from_json(priced).costs(policy, len(rows)) if priced else None
     held = np.array([not policy.may_exit(row.group) for row in rows])
     table = ExitTable(
@@ -192,7 +192,7 @@ def _table(policy: ExitPolicy, audited: AuditedRows) -> ExitTable:
 
 
 def _tightened(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
-    """All thresholds, tightened alike; last the policy itself."""
+    """Rules with all thresholds tightened alike; the last one is the policy itself."""
     if policy.measure == FIXED:
         return [ExitRule(layers=policy.layers, threshold=limits_of(policy))]
     return [
@@ -203,8 +203,8 @@ def _tightened(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
     ]
 
 
-def _from_the_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
-    """The deepest check alone, then one after another above it, each from strict to loose."""
+def _added_from_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
+    """The deepest check alone, then with the shallower ones added one by one, strict to loose."""
     if policy.measure == FIXED or len(policy.layers) == 1:
         return []
     found: list[ExitRule] = []
@@ -213,7 +213,7 @@ def _from_the_deepest(policy: ExitPolicy, table: ExitTable) -> list[ExitRule]:
             factors = [factor, *[1.0] * (len(policy.layers) - start - 1)]
             limits = _scaled(policy, table, [0.0] * start + factors)[start:]
             rule = ExitRule(layers=policy.layers[start:], threshold=limits)
-            # A gate's check reads the one before it.
+            # A gate's check uses the one before it.
             found.append(rule if policy.gate is None else with_history(rule, policy.layers))
     return found
 
@@ -228,12 +228,12 @@ def limits_of(policy: ExitPolicy) -> tuple[float, ...]:
 def _scaled(policy: ExitPolicy, table: ExitTable, factors: Sequence[float]) -> tuple[float, ...]:
     certain = table.bounds[0]
     pairs = zip(limits_of(policy), factors, strict=True)
-    # The policy's own threshold is kept to the last bit.
+    # The policy's own threshold is kept exactly.
     return tuple(x if f == 1 else certain + (x - certain) * f for x, f in pairs)
 
 
 def _groups(record: Mapping[str, Any], rows: Sequence[AuditedRow]) -> dict[str, Any]:
-    """Which rows belong to each group, where the guarantee is one within groups."""
+    """Which rows belong to each group, if the guarantee holds within groups."""
     if not any(one["kind"] == "group" for one in record.get("conditions") or ()):
         return {}
     names = [row.group or NO_GROUP for row in rows]
@@ -241,7 +241,7 @@ def _groups(record: Mapping[str, Any], rows: Sequence[AuditedRow]) -> dict[str, 
 
 
 def _same(before: ExitPolicy, after: ExitPolicy) -> bool:
-    """Whether both do the same."""
+    """Whether both policies behave the same."""
     if after.threshold is None or before.exit_groups != after.exit_groups:
         return False
     return before.layers == after.layers and limits_of(before) == limits_of(after)

@@ -1,6 +1,6 @@
-"""What a calibration searches: the kinds of policies that a task's rows and heads allow.
+"""The search space of a calibration: the kinds of policies that a task's rows and heads allow.
 
-Knows nothing of files, of the command line or of how candidates are tested.
+Independent of files, the command line and how candidates are tested.
 """
 
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, GATED
 
 SEARCHED = ("entropy", GATED, FIXED)
-"""Measures that are tried where none is asked for."""
+"""Measures to try by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `calibrate` may search, as it was asked for; None searches all there is.
+    """Restrictions of the search by `calibrate`'s options; None searches all values.
 
     Attributes:
         measure: exit criterion.
-        reader: heads whose logits a measure is of.
+        reader: heads whose logits a measure uses.
         decoder: how the answer is computed at an exit.
-        uniform: one threshold for all check layers.
-        seed: of the folds.
-        seconds: what a saving is counted in; None: FLOPs.
+        uniform: use one threshold for all check layers.
+        seed: seed of the folds.
+        seconds: price savings in seconds; None: in FLOPs.
     """
 
     measure: str | None = None
@@ -58,8 +58,8 @@ class Search:
 
     Args:
         adapter: the frozen model.
-        heads: bound; a tuned lens beside them is searched too.
-        template: what all policies share.
+        heads: bound heads; a tuned lens beside them is searched, too.
+        template: settings that all policies share.
         asked: what to search.
     """
 
@@ -84,13 +84,13 @@ class Search:
                 )
 
     def check_scope(self) -> None:
-        """Refuse heads that were fitted over the choices where the vocabulary is looked at."""
+        """Refuse heads that were fitted over the choices if the scope is the vocabulary."""
         for word in self.heads_by_name:
             reader = replace(self.template, reader=cast(Reader, word), decoder=cast(Decoder, word))
             check_readers(reader, self.heads)
 
     def read(self, rows: StateDataset) -> CachedExits:
-        """Everything that the search looks at, of some rows."""
+        """Read everything that the search needs from some rows."""
         return read_exits(
             rows,
             self.adapter,
@@ -103,10 +103,10 @@ class Search:
         )
 
     def propose(self, rows: CachedExits) -> Proposals:
-        """Every kind of policy, and what these rows speak for.
+        """Every kind of policy, and the candidates proposed from these rows.
 
         Args:
-            rows: none of those that are tested.
+            rows: rows that are not tested.
         """
         designs: list[Design] = []
         candidates: list[list[Candidate]] = []
@@ -138,7 +138,7 @@ class Search:
         return GateFitter(layers, readers, features, hidden, seed=self.asked.seed)
 
     def _decoders(self, rows: CachedExits) -> list[tuple[Decoder, ...]]:
-        """Who may answer: one for all layers, or at each layer whoever agrees most."""
+        """Decoders to try: one for all layers, or at each layer the one that agrees most."""
         count = len(self.template.layers)
         if self.asked.decoder is not None:
             return [_repeated(self.asked.decoder, count)]
@@ -146,7 +146,7 @@ class Search:
         right = np.stack(
             [(rows.answers[word] == rows.full_answer[:, None]).double().mean(0) for word in words]
         )
-        # Of equals the cheapest: an answer from a head runs no block above the exit.
+        # Ties go to the cheapest: an answer from a head runs no block above the exit.
         best: tuple[Decoder, ...] = tuple(
             words[len(words) - 1 - int(place)] for place in right[::-1].argmax(0)
         )

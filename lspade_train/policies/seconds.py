@@ -1,7 +1,7 @@
-"""What an exit costs in seconds: pieces timed on one machine, added up for any policy.
+"""The cost of exits in seconds: pieces timed on one machine, added up for any policy.
 
-At one batch size and one prompt length. Knows nothing of how the pieces were timed
-(`profiling.pieces` does that) or of how policies are chosen.
+For one batch size and one prompt length. Independent of how the pieces were timed (see
+`profiling.pieces`) and of how policies are chosen.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ class Piece:
     """Seconds of one piece of work on some rows of a batch.
 
     Attributes:
-        once: however many rows there are, if there is one.
-        each: per row on top.
+        once: fixed cost if there is any row.
+        each: additional cost per row.
     """
 
     once: float
@@ -33,14 +33,14 @@ class Piece:
 
     @classmethod
     def through(cls, single: float, batch: float, rows: int) -> Self:
-        """From the seconds on one row and on a full batch, whose seconds are kept exactly."""
+        """Fit to the seconds of one row and of a full batch; the latter are kept exactly."""
         if rows == 1:
             return cls(batch, 0.0)
         each = min(max((batch - single) / (rows - 1), 0.0), batch / rows)
         return cls(batch - rows * each, each)
 
     def of(self, rows: int) -> float:
-        """Seconds on so many rows."""
+        """Seconds for that many rows."""
         return self.once + self.each * rows if rows else 0.0
 
     def share(self, rows: int) -> float:
@@ -53,7 +53,7 @@ NOTHING = Piece(0.0, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Seconds that the parts of one model take, on one machine and for one shape of batch.
+    """Seconds that the parts of one model take, on one machine and for one batch shape.
 
     Attributes:
         hardware: the processor's name.
@@ -71,7 +71,7 @@ class Seconds:
         prompt: whole prompts through each block, L pieces.
         step: single-token rows through each block, L pieces.
         enter: the first exit of a batch that continues as a single token.
-        answer: final norm and logits over the scope, behind the last block.
+        answer: final norm and logits over the scope, after the last block.
         readers: map, norm and logits of each reader, by its name, the heads' own first.
         measures: a check's decision from logits, by the measure's name.
     """
@@ -96,12 +96,12 @@ class Seconds:
 
     @property
     def shape(self) -> str:
-        """Such as `8 x 64 tokens`."""
+        """The batch shape in words, such as `8 x 64 tokens`."""
         return f"{self.batch_size} x {self.prompt_length} tokens"
 
     @property
     def where(self) -> str:
-        """Such as `EPYC 7B13, 2 threads, float32`."""
+        """The machine in words, such as `EPYC 7B13, 2 threads, float32`."""
         return place(self.hardware, self.threads, self.dtype)
 
     def to_json(self) -> dict[str, Any]:
@@ -164,14 +164,14 @@ class Seconds:
         return Piece(sum(part.once for part in parts), sum(part.each for part in parts))
 
     def costs(self, policy: ExitPolicy, rows: int) -> ExitCosts:
-        """Seconds of each of some rows by parts, as `flops.cost_parts` has the operations.
+        """Seconds of each row by parts, the counterpart of `flops.cost_parts`.
 
-        A row's share of a full batch, and `together` for batches that rows have left. All rows
-        cost the same: their prompts are priced at one length.
+        They are a row's share of a full batch, with `together` for batches that rows have left.
+        All rows cost the same, since their prompts are priced at one length.
 
         Args:
-            policy: decides layers, what a check reads and who answers; not its threshold.
-            rows: how many.
+            policy: determines layers, readers and decoders; its threshold is ignored.
+            rows: number of rows.
         """
         size, layers = self.batch_size, policy.layers
         stages, check = (*layers, len(self.prompt)), self.check(policy)
@@ -208,11 +208,11 @@ class Seconds:
         )
 
     def batch(self, policy: ExitPolicy, stops: Sequence[int]) -> float:
-        """Seconds of one batch whose rows stop at these layers, L for a row that never does.
+        """Seconds of one batch whose rows exit at these layers, L for a row that never exits.
 
         Args:
-            policy: whose checks are made and who answers.
-            stops: layer of each row.
+            policy: determines checks and decoders.
+            stops: exit layer of each row.
         """
         top, known = len(self.prompt), self.readers
         away = [x for x in stops if x < top and answer_head(policy, x, known) == "spade"]
@@ -229,13 +229,13 @@ class Seconds:
         return total + self.answer.of(len(away) + stops.count(top))
 
     def _up(self, layer: int) -> float:
-        """A row's share of a full batch, from an exit as single tokens to the answer."""
+        """A row's share of a full batch, from an exit, as a single token, to the answer."""
         pieces = (self.enter, *self.step[layer:], self.answer)
         return sum(piece.share(self.batch_size) for piece in pieces)
 
 
 def place(hardware: str, threads: int, dtype: str) -> str:
-    """What something was timed on, in words."""
+    """The machine that something was timed on, in words."""
     return f"{hardware}, {threads} thread{'s' if threads != 1 else ''}, {dtype}"
 
 

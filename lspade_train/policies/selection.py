@@ -1,7 +1,7 @@
 """From a recipe's data and heads to an exit policy with its guarantee: what `calibrate` does.
 
 Candidate policies (signal, scope, decoder, thresholds, check layers) are generated on training
-rows; the Pareto-optimal ones are tested on validation rows. Knows nothing of the command line.
+rows; the Pareto-optimal ones are tested on validation rows. Independent of the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
 DESIGN_ROWS = 4_000
-"""Training rows that propose policies: more would change them little."""
+"""Training rows used to propose policies; more would make little difference."""
 
 DROP = 0.01
-"""Accuracy that may be lost where no budget is given. Ours."""
+"""Default budget for the accuracy drop. Our choice."""
 
 PAPER = Options(measure="entropy", reader="l-spade", decoder="spade", uniform=True)
-"""The paper's rule: one entropy threshold of the L-SPADE heads, SPADE answers."""
+"""The paper's rule: one entropy threshold for the L-SPADE heads; SPADE answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Selection:
     """A chosen policy and the evidence for it.
 
     Attributes:
-        policy: ready for `ExitRuntime` and `save`; its threshold is None where nothing qualified.
-        calibration: the test: every candidate, and the guarantee.
+        policy: ready for `ExitRuntime` and `save`; its threshold is None if nothing qualified.
+        calibration: the test, with every candidate and the guarantee.
         never: the full model on the tested rows.
         kinds: the best candidate of each kind by the training rows, measured on the tested rows;
             for comparison, without a guarantee.
@@ -96,19 +96,19 @@ def calibrate(
 
     Args:
         data: the frozen model's states on the task; missing caches are built.
-        heads: its heads; a tuned lens beside them is read too.
-        max_accuracy_drop: budget against the full model's accuracy; 0.01 where neither is given.
-        max_disagreement: budget for answers unlike the full model's; needs no labels.
+        heads: its heads; a tuned lens beside them is used, too.
+        max_accuracy_drop: budget for the drop from the full model's accuracy; default 0.01.
+        max_disagreement: budget for answers that differ from the full model's; needs no labels.
         confidence: probability that the guarantee holds, over 0 and under 1.
         measure: exit criterion: entropy, margin, max_prob or another registered one, `gate`, or
             `fixed` (always exit at one layer); None searches entropy, gate and fixed exits.
         scope: tokens over which the measure is computed; None: the choices if every row has some.
-        reader: heads whose logits the measure is of: l-spade or tuned_lens; None searches both.
+        reader: heads whose logits the measure uses: l-spade or tuned_lens; None searches both.
         decoder: how the answer is computed at an exit; None searches spade and the heads, also
             layer by layer.
-        paper: the paper's rule: one entropy threshold of the L-SPADE heads for all check layers,
-            SPADE answers. In the place of `measure`, `reader` and `decoder`.
-        interval: candidate check layers are every n-th layer that has a head.
+        paper: use the paper's rule: one entropy threshold for the L-SPADE heads at all check
+            layers; SPADE answers. Replaces `measure`, `reader` and `decoder`.
+        interval: use every n-th layer that has a head as a candidate check layer.
         seed: seed of the gate's folds.
         per_group: the guarantee also holds within every group of the task with enough rows.
         per_depth: the guarantee also holds for the rows that exit at or before each layer, if the
@@ -116,11 +116,11 @@ def calibrate(
         small_groups: with `per_group`, how to treat groups that are too small to test or missing:
             `never_exit`, the full model answers their rows, or `exclude`, their rows exit but are
             not covered by the guarantee. None: never_exit.
-        cost: what is saved: the seconds that `measure_seconds` found on this machine, or None for
+        cost: cost to reduce: the seconds that `measure_seconds` found on this machine, or None for
             FLOPs. The guarantee is the same.
 
     Raises:
-        PolicyError: an option out of range, or one that these heads or rows cannot serve.
+        PolicyError: an option out of range, or not possible with these heads or rows.
         TaskError: an accuracy budget for rows without labels, or a missing split.
         ArtifactError: heads of another model.
 
@@ -131,7 +131,7 @@ def calibrate(
     if measure is not None:
         find_measure(measure)
     _check_small_groups(small_groups, per_group=per_group)
-    # Refuses words that no policy knows.
+    # Raises for unknown values.
     ExitPolicy(layers=(), scope=scope or "choices", reader=reader, decoder=decoder or "spade")
     asked = Options(measure=measure, reader=reader, decoder=decoder, seed=seed, seconds=cost)
     if paper:
@@ -182,14 +182,14 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Choice:
-    """What a test has chosen among proposals.
+    """The result of testing proposals.
 
     Attributes:
-        policy: None where the full model is to answer.
+        policy: the chosen policy; None to always use the full model.
         calibration: the test.
-        table: of the tested rows, over the chosen policy's check layers.
+        table: table of the tested rows, over the chosen policy's check layers.
         widest: tables of the tested rows over all layers, one per set of decoders.
-        proposals: what was proposed.
+        proposals: the proposals.
     """
 
     policy: ExitPolicy | None
@@ -210,17 +210,17 @@ def choose(
     by_depth: bool = False,
     hold_back: bool = False,
 ) -> Choice:
-    """Test proposals on rows that did not make them.
+    """Test proposals on rows that they were not made from.
 
     Args:
         proposals: from `Search.propose`.
-        rows: others, from the distribution that the guarantee covers.
-        risk: what the budget is about.
+        rows: other rows, from the distribution that the guarantee covers.
+        risk: the risk that the budget limits.
         budget: largest risk.
         confidence: probability that the guarantee holds.
         groups: rows of each group within which the budget must hold, too.
-        by_depth: it must hold for the rows that exit at or before each layer, too.
-        hold_back: rows of groups with too few rows to prove anything never exit.
+        by_depth: the budget must also hold for the rows that exit at or before each layer.
+        hold_back: never exit with rows of groups that are too small to prove anything.
     """
     tables: dict[int, ExitTable] = {}
     sequences: list[list[Candidate]] = []
@@ -259,9 +259,9 @@ def _hold_back(
     risk: RiskKind,
     budget: float,
 ) -> tuple[list[list[Candidate]], list[tuple[str, ...] | None]]:
-    """The candidates with small groups' rows held back, and the groups that may exit in each.
+    """The candidates without exits for small groups, and the groups that may exit in each.
 
-    A group's size decides, never its answers: the tests stay valid.
+    This depends on a group's size, never on its answers, so the tests stay valid.
     """
     held: list[list[Candidate]] = []
     names: list[tuple[str, ...] | None] = []
@@ -274,7 +274,7 @@ def _hold_back(
 
 
 def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKind, float]:
-    """The one budget that is given, by what it is about; an accuracy drop of 0.01 for none.
+    """The risk and the budget; by default an accuracy drop of 0.01.
 
     Raises:
         PolicyError: both are given.

@@ -1,13 +1,13 @@
-"""A test that may be looked at after every row: is a rate still within its budget?
+"""An anytime-valid test, usable after every row: is a rate still within its budget?
 
-A fixed-sample p-value is void once somebody stops looking because of what it says. An e-process is
-not: whenever one looks, the probability that it has ever reached 1/alpha is at most alpha as long
-as every row fails with a probability within the budget (Ville's inequality). Counts in, numbers
-out: knows nothing of models, policies or files.
+A fixed-sample p-value is invalid if the decision to stop depends on it. An e-process stays valid:
+the probability that it ever reaches 1/alpha is at most alpha, as long as every row fails with a
+probability within the budget (Ville's inequality). Works on counts only: independent of models,
+policies and files.
 
 Source: Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting";
 Podkopaev and Ramdas 2021, arXiv:2110.06177, tracking the risk of a deployed model; Shin, Ramdas
-and Rinaldo 2022, arXiv:2203.03532, on evidence that starts anew as time passes.
+and Rinaldo 2022, arXiv:2203.03532, on evidence that restarts over time.
 """
 
 import math
@@ -23,19 +23,19 @@ PRIOR = (0.5, 0.5)
 """Beta prior over the rate that the bets are placed on (Jeffreys'); ours, not the papers'."""
 
 BLOCK, GROWTH = 100, 0.05
-"""A block is full at 100 rows, or at 5% of all rows before it: blocks grow in number like log n."""
+"""A block is full at 100 rows, or 5% of all rows before it: their number grows like log n."""
 
 Blocks = Sequence[tuple[int, int]]
 """Rows and failures of consecutive blocks of a stream, oldest first."""
 
 
 def add_to_blocks(blocks: Blocks, n: int, failures: int) -> tuple[tuple[int, int], ...]:
-    """The blocks with further rows: in the last block, or in a new one where that is full.
+    """Add further rows to the last block, or to a new one if it is full.
 
     Args:
-        blocks: what has been seen.
-        n: further rows, 0 or more.
-        failures: of these.
+        blocks: the blocks so far.
+        n: number of further rows, 0 or more.
+        failures: number of failures among them.
     """
     if not n:
         return tuple(blocks)
@@ -49,32 +49,32 @@ def add_to_blocks(blocks: Blocks, n: int, failures: int) -> tuple[tuple[int, int
 def log_evidence(blocks: Blocks, budget: float) -> float:
     """Logarithm of the evidence against "every row fails with probability `budget` or less".
 
-    One bet begins with every block, so that a change after a long healthy time is found as soon as
-    one at the beginning, but for a logarithm: a single bet would first have to win back what it
-    lost meanwhile. Block k (from 0) is given 1 / ((k+1)(k+2)) of the wealth beforehand.
+    A new bet begins with every block, so that a change after a long healthy time is found almost as
+    soon as one at the beginning (up to a logarithm): a single bet would first have to win back its
+    losses. Block k (from 0) is allotted 1 / ((k+1)(k+2)) of the wealth beforehand.
 
     Args:
-        blocks: as `add_to_blocks` makes them. Where they end is decided by numbers of rows only.
+        blocks: from `add_to_blocks`. Where they end depends on the number of rows only.
         budget: largest rate allowed, over 0 and under 1.
 
     Returns:
-        Natural logarithm; 0 without rows. Alarm at level alpha where it reaches `log(1 / alpha)`.
+        Natural logarithm; 0 without rows. Raise an alarm at level alpha at `log(1 / alpha)`.
     """
     if not blocks:
         return 0.0
     n, failures = np.array(blocks, dtype=float)[::-1].cumsum(0)[::-1].T
     share = np.arange(1, len(blocks) + 1)
     grown = _log_e_values(failures, n, budget) - np.log(share * (share + 1))
-    kept = -math.log(len(blocks) + 1)  # for blocks that have not begun
+    kept = -math.log(len(blocks) + 1)  # reserved for future blocks
     return float(np.logaddexp(np.logaddexp.reduce(grown), kept))
 
 
 def log_e_value(failures: int, n: int, budget: float) -> float:
     """Logarithm of the evidence of one bet that began with the first row.
 
-    A likelihood ratio between a rate q over the budget and the budget itself is a bet whose wealth
-    cannot be expected to grow under the null hypothesis. The mixture of these bets over q, with a
-    Beta prior cut off at the budget, has a closed form and depends on the counts alone.
+    The likelihood ratio of a rate q over the budget to the budget itself is a bet whose wealth does
+    not grow in expectation under the null hypothesis. The mixture of these bets over q, with a Beta
+    prior truncated at the budget, has a closed form and depends on the counts alone.
 
     Args:
         failures: rows that failed, 0..n.
@@ -88,11 +88,11 @@ def log_e_value(failures: int, n: int, budget: float) -> float:
 
 
 def confidence_sequence(failures: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Interval for the rate that covers it at all sample sizes at once, with 1 - alpha.
+    """Interval for the rate that is valid at all sample sizes simultaneously, at level 1 - alpha.
 
     Args:
         failures: rows that failed, 0..n.
-        n: independent rows seen, all of one rate; 0 gives (0, 1).
+        n: independent rows seen, all of the same rate; 0 gives (0, 1).
         alpha: probability that the true rate is ever outside.
 
     Source: Robbins 1970, the mixture of likelihood ratios, inverted.
@@ -113,16 +113,16 @@ def confidence_sequence(failures: int, n: int, alpha: float = 0.05) -> tuple[flo
 def rows_until_alarm(
     rate: float, budget: float, alpha: float = 0.05, seen: Blocks = (), most: int = 10**6
 ) -> int:
-    """Further rows until a stream that fails exactly at `rate` rings; `most` where it does not.
+    """Further rows until an alarm for a stream that fails exactly at `rate`, or `most`.
 
-    A guide for choosing an audit rate: half of all random streams ring earlier, roughly.
+    A guide for choosing an audit rate: about half of all random streams raise an alarm earlier.
 
     Args:
-        rate: from now on.
+        rate: failure rate from now on.
         budget: as for `log_evidence`.
         alpha: level of the alarm.
-        seen: what has been seen before.
-        most: where to stop looking.
+        seen: blocks so far.
+        most: upper limit of the search.
     """
 
     def rings(rows: int) -> bool:
@@ -148,7 +148,7 @@ def rows_until_alarm(
 def _log_e_values(failures: ArrayLike, n: ArrayLike, budget: float) -> NDArray[Any]:
     a, b = np.add(PRIOR[0], failures), np.subtract(np.add(PRIOR[1], n), failures)
     inside = betaln(a, b) - betaln(*PRIOR)
-    with np.errstate(divide="ignore"):  # no rate over the budget is left: evidence of 0
+    with np.errstate(divide="ignore"):  # no rate over the budget remains: evidence 0
         tail = np.log(betaincc(a, b, budget)) - math.log(betaincc(*PRIOR, budget))
     return inside + tail - _log_likelihood(failures, n, budget)
 

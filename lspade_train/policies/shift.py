@@ -1,4 +1,4 @@
-"""Do rows exit where the calibration rows did? Arrays and counts in, numbers out."""
+"""Tests whether rows exit at the same layers as the calibration rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,21 +10,21 @@ from lspade_train.policies.exit_table import ExitTable, Threshold
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEVEL = 0.001
-"""p-value under which exit layers are said to differ."""
+"""Report that exit layers differ for p-values below this."""
 
 LEAST = 5
-"""Fewest rows to be expected in each cell, for the chi-square approximation."""
+"""Smallest expected count per cell, for the chi-square approximation."""
 
 
 def exit_profile(table: ExitTable, threshold: Threshold | None) -> dict[str, Any]:
-    """Where rows exit and what their checks read, as `policy.json` keeps it.
+    """Exit layers of rows, and quantiles of their measures, for `policy.json`.
 
     Args:
-        table: of the policy's check layers.
-        threshold: the policy's.
+        table: table of the policy's check layers.
+        threshold: the policy's threshold.
 
     Returns:
-        `exit_counts`, exit layer -> rows (L: none exited), and `signal_quantiles`, check layer ->
+        `exit_counts`, exit layer -> rows (L: never exited), and `signal_quantiles`, check layer ->
         the measure's values at `quantiles`, over all rows that are checked.
     """
     layers = [*table.layers, table.num_layers]
@@ -43,28 +43,28 @@ def exit_profile(table: ExitTable, threshold: Threshold | None) -> dict[str, Any
 
 
 def calibrated_exits(record: Mapping[str, Any]) -> dict[int, int]:
-    """Exit layer -> rows at calibration; empty for a policy that does not record them."""
+    """Exit layer -> rows at calibration; empty if the policy does not record them."""
     counts = (record.get("profile") or {}).get("exit_counts") or {}
     return {int(layer): int(rows) for layer, rows in counts.items()}
 
 
 def shift_p_value(before: Mapping[int, int], now: Mapping[int, int]) -> float | None:
-    """Chi-square test of "both samples exit alike"; for one look, not for looking again and again.
+    """Chi-square test of "both samples exit alike"; for a single look, not for repeated testing.
 
-    Neighbouring layers are merged until each cell can be expected to hold a few rows.
+    Neighbouring layers are merged until each cell has a few expected rows.
 
     Args:
         before: exit layer -> rows.
-        now: the same of other rows.
+        now: the same for other rows.
 
     Returns:
-        None where there are too few rows to tell.
+        The p-value, or None if there are too few rows.
     """
     layers = sorted({*before, *now})
     pairs = np.array([[before.get(layer, 0), now.get(layer, 0)] for layer in layers], dtype=float)
     if not len(pairs) or not pairs.sum(0).all():
         return None
-    # Of a cell's rows, the smaller sample's share must be large enough.
+    # The smaller sample's expected share of a cell must be large enough.
     least = LEAST / (pairs.sum(0).min() / pairs.sum())
     cells: list[Any] = []
     for pair in pairs:

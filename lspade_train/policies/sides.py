@@ -1,8 +1,8 @@
-"""Which rows choose a policy and which measure it: never the same ones, where it can be helped.
+"""Which rows choose a policy and which evaluate it, disjoint whenever possible.
 
-Where the data have a labelled test split, all of validation chooses. Elsewhere (BoolQ) a hash of
-each row's content halves validation, as `tasks/held_out.py` says: one half chooses, the held-out
-half measures.
+If the data has a labelled test split, all of validation chooses. Otherwise (BoolQ) a hash of each
+row's content halves validation (`tasks/held_out.py`): one half chooses, the held-out half
+evaluates.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ Part = Literal["all", "calibration", "held_out"]
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Some rows of a task's data, named so that a file can say which they were.
+    """Some rows of a task's data, in a form that files can record.
 
     Attributes:
         task: the recipe's task.
         dataset: the recipe's data set.
         split: train, validation or test.
-        part: of the split: all of it, or one half of a validation split that is shared.
+        part: part of the split: all of it, or one half of a shared validation split.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Side:
 
     @property
     def words(self) -> str:
-        """Such as `validation` or `validation, held-out half`."""
+        """Description such as `validation` or `validation, held-out half`."""
         if self.part == "all":
             return self.split
         return f"{self.split}, {self.part.replace('_', '-')} half"
@@ -50,7 +50,7 @@ class Side:
         """Its cached rows.
 
         Raises:
-            PolicyError: none of the split's rows is on this side.
+            PolicyError: this side has no rows of the split.
         """
         found = data.stored(self.split)
         if self.part == "all":
@@ -64,7 +64,7 @@ class Side:
         return found.select(rows)
 
     def prompts(self, data: "HiddenStateDataModule", rows: Sequence[int]) -> list[list[int]]:
-        """What the model read of some of the rows of `states`: token ids, up to the answer."""
+        """Token ids, up to the answer, of some of the rows of `states`."""
         examples = data.encoded(self.split).examples
         places = [(example, int(at)) for example in examples for at in example.positions]
         if self.part != "all":
@@ -77,7 +77,7 @@ class Side:
         return (held_out if self.part == "held_out" else ~held_out).nonzero()[:, 0]
 
     def to_json(self) -> dict[str, Any]:
-        """As files hold it."""
+        """The form that is written to files."""
         return asdict(self)
 
 
@@ -87,11 +87,11 @@ def calibration_side(data: "HiddenStateDataModule") -> Side:
 
 
 def evaluation_side(data: "HiddenStateDataModule", split: Split | None = None) -> Side:
-    """The rows to report on; a split that is asked for by name is taken whole.
+    """The rows to report on; a split that is requested by name is used as a whole.
 
     Args:
-        data: of a recipe.
-        split: None takes test, or the held-out half of validation where test has no labels.
+        data: a recipe's data.
+        split: None means test, or the held-out half of validation if test has no labels.
     """
     if split is not None:
         return _side(data, split, "all")
@@ -100,18 +100,18 @@ def evaluation_side(data: "HiddenStateDataModule", split: Split | None = None) -
 
 
 def chose(policy: ExitPolicy, side: Side) -> bool:
-    """Whether some of these rows chose that policy, so that its figures on them flatter it.
+    """Whether some of these rows chose that policy, which biases its figures on them.
 
-    A policy that no calibration chose was set by hand: no row chose it.
+    A policy without a calibration was set by hand, so no rows chose it.
     """
     if not policy.calibration:
         return False
     known = policy.calibration.get("rows")
-    if known is None:  # of a calibration that did not record them: all of validation
+    if known is None:  # older calibrations do not record them: all of validation
         return side.split != "test"
     if (known["task"], known["dataset"]) != (side.task, side.dataset):
         return False
-    if side.split == "train":  # it proposed
+    if side.split == "train":  # training rows proposed the policy
         return True
     return side.split == known["split"] and {side.part, known["part"]} != {
         "calibration",
@@ -124,5 +124,5 @@ def _side(data: "HiddenStateDataModule", split: Split, part: Part) -> Side:
 
 
 def _is_shared(data: "HiddenStateDataModule") -> bool:
-    """Whether validation is also what results are reported on."""
+    """Whether results are also reported on validation."""
     return tasks.evaluation_split(data.config) == "validation"

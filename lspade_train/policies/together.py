@@ -1,7 +1,7 @@
-"""What the rows of one batch pay together, where they leave it at different layers.
+"""Costs that the rows of a batch share, if they exit at different layers.
 
-A block takes nearly as long for one single-token row as for eight: most of it is reading weights.
-Arrays in, numbers out: knows nothing of models or of how anything was measured.
+A block takes nearly as long for one single-token row as for eight, since most of the time goes into
+reading weights. Works on arrays only: independent of models and of how anything was measured.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """What a batch pays once for a piece of work, however many of its rows need it.
+    """Fixed costs per batch for each piece of work, for any number of rows that need it.
 
-    `ExitCosts` shares that evenly among the rows of a full batch, as if all needed it. Where some
-    have left, the others pay their part too. K check layers, all in the unit of the costs.
+    `ExitCosts` divides these costs evenly among the rows of a full batch, as if all needed it. If
+    some have exited, the others pay their share, too. K check layers, in the unit of the costs.
 
     Attributes:
-        rows: in a batch.
-        reach: in the blocks up to each check layer, then up to the last block, (K+1,).
-        check: in the check at each check layer, (K,).
-        above: in the single-token blocks from each check layer up, (K,).
-        unread: in a head's answer that its check does not have at hand, (K,).
+        rows: rows in a batch.
+        reach: cost in the blocks up to each check layer, then up to the last block, (K+1,).
+        check: cost in the check at each check layer, (K,).
+        above: cost in the single-token blocks from each check layer up, (K,).
+        unread: cost in a head's answer that its check has not computed, (K,).
         continues: whether a row that exits there continues as a single token, (K,).
-        last: in the answer behind the last block.
-        first: in the first exit of a batch that continues.
+        last: cost in the answer after the last block.
+        first: cost in the first exit of a batch that continues.
     """
 
     rows: int
@@ -48,17 +48,17 @@ class Together:
         return replace(self, reach=self.reach[[*columns, len(self.check)]], **kept)
 
     def extra(self, stops: Int[np.ndarray, " rows"]) -> float:
-        """What a row pays on average beyond its share of full batches.
+        """A row's average cost beyond its share of full batches.
 
-        Batches are drawn at random from these rows, so that a piece that a share p of them needs
-        is paid by 1 - (1 - p)^rows of the batches.
+        Batches are drawn at random from these rows, so a piece that a fraction p of them needs is
+        paid by 1 - (1 - p)^rows of the batches.
 
         Args:
-            stops: place of each row's exit, K for a row that never stops.
+            stops: index of each row's exit, K for a row that never exits.
         """
         checks = len(self.check)
         at = np.bincount(stops, minlength=checks + 1) / len(stops)
-        reached = at[::-1].cumsum()[::-1]  # at that place or later
+        reached = at[::-1].cumsum()[::-1]  # at that index or later
         away = (at[:checks] * self.continues).cumsum()  # as single tokens, in the blocks from there
         going = float(away[-1])
         return (

@@ -1,1 +1,1 @@
-"""What is read off a layer: SPADE, linear heads, lenses, and the measures of an answer."""
+"""What is read at a layer: SPADE, linear heads, lenses, and measures of confidence."""

@@ -1,6 +1,6 @@
 """`LSpadeHeads`: one residual affine map per layer, in front of the model's frozen unembedding.
 
-Knows nothing of training, tasks or policies.
+Independent of training, tasks and policies.
 """
 
 import logging
@@ -43,8 +43,8 @@ KINDS = {
 class LSpadeHeads(nn.Module):
     """Stacked linear heads: `h + A_l h + b_l`, then the frozen final norm and unembedding.
 
-    The maps are residual and start at zero, so that an untrained head is the logit lens bit for
-    bit and weight decay pulls towards it.
+    The maps are residual and start at zero, so an untrained head equals the logit lens bit for
+    bit, and weight decay pulls towards it.
 
     Args:
         layers: the layers that have a head, ascending.
@@ -63,14 +63,14 @@ class LSpadeHeads(nn.Module):
         self.rank = rank
         self.metadata: dict[str, Any] = {}  # base model and provenance, as read from config.json
         self._unembed: Unembedding | None = None
-        self._beside: tuple[LSpadeHeads, ...] = ()  # in a tuple: not a part of these parameters
+        self._beside: tuple[LSpadeHeads, ...] = ()  # in a tuple, so not registered as a submodule
         count, d = len(self.layers), hidden_size
         self.bias = nn.Parameter(torch.zeros(count, d))
         # Matrices are (in, out): a row vector is multiplied from the left.
         if form == "full":
             self.weight = nn.Parameter(torch.zeros(count, d, d))
         elif form == "low_rank":
-            # One factor random, the other zero: the product starts at zero and has a gradient.
+            # One factor is random, the other zero: the product starts at zero, with a gradient.
             self.down = nn.Parameter(torch.empty(count, d, rank))
             self.up = nn.Parameter(torch.zeros(count, rank, d))
             if not self.down.is_meta:
@@ -78,14 +78,14 @@ class LSpadeHeads(nn.Module):
 
     @property
     def target(self) -> str | None:
-        """What they were fitted to: `spade`, or `final` (a tuned lens); None where not recorded."""
+        """What they were fitted to: `spade` or `final` (a tuned lens); None if not recorded."""
         found = self._trained_as.get("target")
-        # A fit of both keeps the tuned lens, whose record says `final`, in a folder of its own.
+        # A fit of both keeps the tuned lens, recorded as `final`, in a separate folder.
         return "spade" if found == "both" else found
 
     @property
     def scope(self) -> LossScope:
-        """The tokens that their loss was over: `vocabulary`, or the `choices` of each row."""
+        """The tokens that the loss was over: `vocabulary`, or the `choices` of each row."""
         return self._trained_as.get("scope", "vocabulary")
 
     @property
@@ -94,7 +94,7 @@ class LSpadeHeads(nn.Module):
 
     @property
     def tuned_lens(self) -> "LSpadeHeads | None":
-        """Heads fitted to the model's own answers, where their folder holds both kinds."""
+        """Heads fitted to the model's own answers, if the folder holds both kinds."""
         return self._beside[0] if self._beside else None
 
     def beside(self, tuned_lens: "LSpadeHeads | None") -> Self:
@@ -104,7 +104,7 @@ class LSpadeHeads(nn.Module):
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the weights' file they were read from; None where they never were a file."""
+        """SHA-256 of the weights file they were read from; None if they never were in a file."""
         return self.metadata.get("weights_sha256")
 
     def extra_repr(self) -> str:
@@ -122,9 +122,9 @@ class LSpadeHeads(nn.Module):
         return states + self._delta(stacked, slice(None)).transpose(0, 1)
 
     def part(self, which: slice) -> "LSpadeHeads":
-        """Heads of some of the layers: the same numbers in the same memory, as leaves of their own.
+        """Heads of some of the layers, as separate leaf tensors that share this one's memory.
 
-        What is learned in the part is learned here; gradients stay with the part.
+        Updates to the part are updates to these heads; gradients stay with the part.
         """
         part = copy(self)
         part.layers = self.layers[which]
@@ -136,7 +136,7 @@ class LSpadeHeads(nn.Module):
 
     @classmethod
     def joined(cls, parts: Sequence["LSpadeHeads"]) -> "LSpadeHeads":
-        """Heads of all layers from those of groups of layers, in ascending order of layer."""
+        """Join the heads of groups of layers, given in ascending order of layer."""
         whole = copy(parts[0])
         whole.layers = tuple(layer for part in parts for layer in part.layers)
         whole._parameters = {
@@ -146,13 +146,13 @@ class LSpadeHeads(nn.Module):
         return whole
 
     def translate(self, hidden: Float[Tensor, "*batch d"], layer: int) -> Float[Tensor, "*batch d"]:
-        """Map h^layer to where the frozen norm and head can read it.
+        """Map h^layer to a state that the frozen norm and head can read.
 
         Raises:
             ArtifactError: no head for that layer.
         """
         index = self.index(layer)
-        # With a device_map the blocks need not be where the unembedding and these maps are.
+        # With a device_map the block may be on another device than the unembedding and these maps.
         states = hidden.to(self.bias.device, self.bias.dtype)
         flat = states.reshape(1, -1, self.hidden_size)
         return states + self._delta(flat, slice(index, index + 1)).reshape(states.shape)
@@ -177,7 +177,7 @@ class LSpadeHeads(nn.Module):
         return self._unembed(self.translate(hidden, layer).to(hidden.dtype))
 
     def index(self, layer: int) -> int:
-        """Place of `layer` in the stacked maps.
+        """Index of `layer` in the stacked maps.
 
         Raises:
             ArtifactError: no head for that layer.
@@ -190,7 +190,7 @@ class LSpadeHeads(nn.Module):
         return self.layers.index(layer)
 
     def bind(self, model: "PreTrainedModel | ModelAdapter") -> Self:
-        """Take the final norm and unembedding of `model`, and move to its device.
+        """Use the final norm and unembedding of `model`, and move to its device.
 
         Raises:
             ArtifactError: the heads were fitted for another model (`check_same_model`).
@@ -208,11 +208,11 @@ class LSpadeHeads(nn.Module):
         return self.to(adapter.unembed.weight.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `heads.safetensors` and `config.json`: both, or what was there stays.
+        """Write `heads.safetensors` and `config.json`: both, or neither is replaced.
 
         A tuned lens beside them is written to `tuned_lens/` first, in the same way.
 
-        `metadata` is then what `from_pretrained` would read, so that a policy can be tied to them.
+        Afterwards `metadata` is what `from_pretrained` would read, so a policy can be tied to it.
 
         Raises:
             ArtifactError: the folder cannot be written.
@@ -232,7 +232,7 @@ class LSpadeHeads(nn.Module):
                 "base_model": self.metadata.get("base_model", {}),
                 "training": self.metadata.get("training", {}),
             }
-            # While the weights wait under another name: a disk that fills up here keeps the old.
+            # The weights are still under a temporary name: a full disk leaves the old files alone.
             write_json(folder / CONFIG, config, ArtifactError)
         self.metadata = config
 
@@ -245,8 +245,8 @@ class LSpadeHeads(nn.Module):
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            ArtifactError: nothing there, damaged, or of an unknown format (HubError: the Hub
-                cannot be reached, or has no such repository or revision).
+            ArtifactError: the folder is missing, damaged, or of an unknown format (HubError: the
+                Hub cannot be reached, or has no such repository or revision).
         """
         folder = local_folder(path, revision)
         config = read_json(folder / CONFIG, ArtifactError)
@@ -281,7 +281,7 @@ class LSpadeHeads(nn.Module):
 
     @classmethod
     def _described(cls, config: dict[str, Any]) -> Self:
-        """Heads as a config describes them, without memory: it may claim more than there is."""
+        """Heads on the meta device: a damaged config may claim more memory than there is."""
         layers, form = config["layers"], config["form"]
         if not all(type(layer) is int and layer >= 0 for layer in layers):
             raise ValueError(f"layers is {layers!s:.40}")
@@ -291,7 +291,7 @@ class LSpadeHeads(nn.Module):
             return cls(layers, config["hidden_size"], form=form, rank=config["rank"] or 0)
 
     def _draw(self, down: Tensor) -> None:
-        """Random numbers by the run's seed and the layer: each layer starts as it would alone."""
+        """Seed by run and layer, so that each layer starts as if it were trained alone."""
         for layer, matrix in zip(self.layers, down, strict=True):
             seeded = torch.Generator().manual_seed(torch.initial_seed() + layer)
             drawn = torch.randn(*matrix.shape, generator=seeded, device="cpu")
@@ -308,18 +308,18 @@ class LSpadeHeads(nn.Module):
 
 
 def check_same_model(base: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """Refuse a model of another `identity` than the one in `base` (a config's `base_model`).
+    """Refuse a model whose `identity` differs from `base` (a config's `base_model`).
 
-    What heads were fitted to and what a policy promises hold for one model: other blocks void both,
-    even behind the same norm and head. Compared are
+    Heads and a policy's guarantee hold for one model only: other blocks void both, even with the
+    same norm and head. Compared are
 
     - the configuration, always;
     - norm and head, bit for bit, in the dtype that the heads were fitted in;
     - all weights, by `model_identity`'s sample, in that dtype or between float32 and bfloat16. Not
       between float16 or quantised weights and others, whose values differ by their rounding.
 
-    Devices make no difference, except that quantisation may round otherwise on another one: other
-    weights of the same quantisation are a warning.
+    The device makes no difference, except that quantisation may round differently: different
+    weights of the same quantisation are only a warning.
 
     Raises:
         ArtifactError: another configuration, unembedding or weights.

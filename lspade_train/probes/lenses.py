@@ -1,9 +1,8 @@
-"""The registry of lenses: every way of reading next-token logits off one layer.
+"""The registry of lenses: every way of reading next-token logits from one layer.
 
-Tables, figures, report, model card, `results.json` and `inspect --lens` all ask this registry, so
-that one call of `register`, in one file, adds a lens everywhere. Styles are plain data, and no
-tensor library is imported: a command that only prints results need not load one. Knows nothing of
-caches or metrics.
+Tables, figures, report, model card, `results.json` and `inspect --lens` all use this registry, so
+one call of `register` adds a lens everywhere. Styles are plain data, and torch is not imported, so
+that commands which only print results start fast. Independent of caches and metrics.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ Dash = Literal["solid", "dash", "dot", "dashdot"]
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is told from others, in greyscale too: colour, marker and dashes all differ.
+    """Style of a lens's line. Colour, marker and dashes all differ, to be distinct in greyscale.
 
     Attributes:
         colour: hex, such as `#0072B2`.
@@ -48,8 +47,8 @@ class LayerView:
         layer: l.
         hidden: h_a^l, (rows, d).
         unembed: the model's frozen final norm and head.
-        heads: the heads that the lens reads through; None for a lens without any.
-        spade: gives SPADE's logits from that layer, (rows, vocab).
+        heads: the heads that the lens uses; None for a lens without heads.
+        spade: computes SPADE's logits from that layer, (rows, vocab).
     """
 
     layer: int
@@ -61,11 +60,11 @@ class LayerView:
 
 @dataclass(frozen=True)
 class HeadsSource:
-    """Where the heads of a lens are, and what they were fitted to.
+    """Where a lens's heads are stored, and what they were fitted to.
 
     Attributes:
         target: `model.target` of the fit: `spade` or `final`.
-        folder: sub-folder of the heads folder; `.` is the heads folder itself.
+        folder: subfolder of the heads folder; `.` is the heads folder itself.
     """
 
     target: str
@@ -77,14 +76,14 @@ class Lens:
     """One way of reading a layer.
 
     Attributes:
-        key: in `results.json` and for `inspect --lens`.
-        label: in tables, legends and the card.
-        short_label: where columns are narrow.
-        read: logits of the layer in a view, (rows, vocab).
-        style: of its line in figures.
-        heads: the heads it reads through; None for a lens without any.
-        decoder: the `ExitPolicy.decoder` that answers as this lens does, whose FLOPs are then
-            its cost; None where no policy can: it is left out of the comparison at equal FLOPs.
+        key: name in `results.json` and for `inspect --lens`.
+        label: name in tables, legends and the card.
+        short_label: name for narrow columns.
+        read: computes the logits of the layer in a view, (rows, vocab).
+        style: style of its line in figures.
+        heads: the heads it uses; None for a lens without heads.
+        decoder: the `ExitPolicy.decoder` that answers like this lens, whose FLOPs are its cost;
+            None if there is none, which leaves it out of the comparison at equal FLOPs.
     """
 
     key: str
@@ -99,7 +98,7 @@ class Lens:
         """Read the layer in `view`.
 
         Raises:
-            ArtifactError: the lens reads through heads, and the view has none.
+            ArtifactError: the lens needs heads, and the view has none.
         """
         if self.heads is not None and view.heads is None:
             raise ArtifactError(
@@ -119,7 +118,7 @@ def _through_heads(view: LayerView) -> "Tensor":
     return view.heads.logits(view.hidden, view.layer)
 
 
-# Colours of Okabe and Ito's palette, which the colour-blind can tell apart.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 LOGIT_LENS = Lens(
     key="logit_lens",
     label="logit lens",
@@ -166,7 +165,7 @@ LENSES: dict[str, Lens] = {}
 """By key, in the order of tables and figures."""
 
 UNREGISTERED = LineStyle("#CC79A7", "pentagon", "dashdot")
-"""Of a lens that another installation measured and this one does not know."""
+"""Style of a lens that was measured by another installation and is not registered here."""
 
 
 def register(lens: Lens) -> Lens:
@@ -199,10 +198,10 @@ for _lens in (LOGIT_LENS, TUNED_LENS, L_SPADE, SPADE):
 
 
 def find_lens(key: str) -> Lens:
-    """The registered lens of that key.
+    """The registered lens with that key.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: no lens has that key.
     """
     if key not in LENSES:
         raise RecipeError(f"No lens {key!r}; expected one of {', '.join(LENSES)}. Set --lens.")
@@ -210,13 +209,13 @@ def find_lens(key: str) -> Lens:
 
 
 def lens_of_target(target: str | None) -> Lens:
-    """The lens that heads fitted to a `model.target` make.
+    """The lens whose heads are fitted to a given `model.target`.
 
     Args:
-        target: None, where it was not recorded, means `spade`.
+        target: None (not recorded) means `spade`.
 
     Raises:
-        ArtifactError: no lens reads heads of that target.
+        ArtifactError: no lens has heads of that target.
     """
     wanted = target or "spade"
     for lens in LENSES.values():
@@ -229,7 +228,7 @@ def lens_of_target(target: str | None) -> Lens:
 
 
 def label_of(key: str, *, short: bool = False) -> str:
-    """A lens's label; of one that is not registered here, as in shared results, its key."""
+    """A lens's label, or its key if it is not registered here (as in shared results)."""
     lens = LENSES.get(key)
     if lens is None:
         return key

@@ -1,7 +1,7 @@
 """The measures of confidence that decide an exit, in one registry.
 
-A measure is added here, or from anywhere by `register_measure`: `calibrate --measure NAME`, the
-runtime, tables, figures and cards ask the registry. Knows nothing of models, policies or files.
+A measure is added here, or from anywhere with `register_measure`: `calibrate --measure NAME`, the
+runtime, tables, figures and cards use the registry. Independent of models, policies and files.
 """
 
 import math
@@ -17,16 +17,15 @@ from lspade_train.probes.metrics import entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How sure a distribution over tokens is.
+    """A measure of how confident a distribution over tokens is.
 
     Attributes:
-        name: in `calibrate --measure`, `policy.json` and tables.
-        function: logits (..., tokens), where -inf leaves a token out, to one fp32 value per row;
-            None: it is not a function of one distribution (a learned gate, a fixed exit).
-        lower_is_sure: whether low values are the certain ones, as of an entropy.
-        bounds: the lowest and the highest value over so many tokens; `math.inf` tokens where
-            their number is not known.
-        unit: of the values, such as nats; "" for none.
+        name: name in `calibrate --measure`, `policy.json` and tables.
+        function: maps logits (..., tokens), where -inf excludes a token, to one fp32 value per
+            row; None if it is not a function of one distribution (a learned gate, a fixed exit).
+        lower_is_sure: whether low values mean confident, as for an entropy.
+        bounds: lowest and highest value for a given number of tokens, `math.inf` if unknown.
+        unit: unit of the values, such as nats; "" for none.
     """
 
     name: str
@@ -36,17 +35,17 @@ class Measure:
     unit: str = ""
 
     def ends(self, tokens: int) -> tuple[float, float]:
-        """The values of a certain and of an undecided distribution over `tokens`."""
+        """The values of a certain and of a uniform distribution over `tokens`."""
         low, high = self.bounds(tokens)
         return (low, high) if self.lower_is_sure else (high, low)
 
     def is_sure(self, values: Float[Tensor, "*rows"], limit: float) -> Tensor:
-        """Which values are at the threshold or more certain; NaN never is."""
+        """Which values are at the threshold or more confident; never true for NaN."""
         return values <= limit if self.lower_is_sure else values >= limit
 
     @property
     def relation(self) -> str:
-        """How a value that stops stands to its threshold, in words."""
+        """How a value that exits compares to its threshold, in words."""
         return "at or under" if self.lower_is_sure else "at or over"
 
 
@@ -54,13 +53,13 @@ GATED = "gate"
 """The learned gate's doubt: computed by `policies.gate` from more than one distribution."""
 
 FIXED = "fixed"
-"""No check: every row that gets to the layer stops there."""
+"""No check: every row that reaches the layer exits there."""
 
 MEASURES: dict[str, Measure] = {}
 
 
 def register_measure(measure: Measure) -> Measure:
-    """Make a measure known by its name.
+    """Register a measure under its name.
 
     Raises:
         PolicyError: the name is taken.
@@ -74,10 +73,10 @@ def register_measure(measure: Measure) -> Measure:
 
 
 def find_measure(name: str) -> Measure:
-    """The measure of that name.
+    """The measure with that name.
 
     Raises:
-        PolicyError: there is none.
+        PolicyError: no measure has that name.
     """
     if name not in MEASURES:
         raise PolicyError(
@@ -91,7 +90,7 @@ def signal(logits: Float[Tensor, "*rows tokens"], measure: str) -> Float[Tensor,
     """The confidence of each row, in fp32, over the tokens given.
 
     Args:
-        logits: over the vocabulary or over the choices; -inf leaves a token out.
+        logits: over the vocabulary or over the choices; -inf excludes a token.
         measure: name of a registered measure.
     """
     function = find_measure(measure).function
@@ -101,12 +100,12 @@ def signal(logits: Float[Tensor, "*rows tokens"], measure: str) -> Float[Tensor,
 
 
 def _max_prob(logits: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
-    """Probability of the likeliest token."""
+    """Probability of the most likely token."""
     return logits.float().softmax(-1).amax(-1)
 
 
 def _margin(logits: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
-    """Probability of the likeliest token less that of the second."""
+    """Probability of the most likely token minus that of the second."""
     top = logits.float().softmax(-1).topk(min(2, logits.shape[-1])).values
     return top[..., 0] - top[..., 1:].sum(-1)
 

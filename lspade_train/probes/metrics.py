@@ -1,6 +1,6 @@
 """Entropy, KL, agreement, calibration, AUROC, risk-coverage, bootstrap: functions of tensors.
 
-Knows nothing of models or files.
+Independent of models and files.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BOOTSTRAP_CELLS = 2**23
-"""Resamples x rows held at once."""
+"""Resamples x rows held in memory at once."""
 
 
 class Distribution:
-    """softmax(logits) in fp32 or better; what several metrics need of it is computed once.
+    """softmax(logits) in fp32 or better; quantities that several metrics need are computed once.
 
     Args:
         logits: unnormalised scores, promoted to fp32 (bf16 loses small entropies).
@@ -37,21 +37,21 @@ class Distribution:
     @cached_property
     def best(self) -> Int[Tensor, "*batch"]:
         """The most probable token."""
-        return self.log.argmax(-1)  # in half precision several times slower
+        return self.log.argmax(-1)  # several times slower in half precision
 
     @cached_property
     def confidence(self) -> Float[Tensor, "*batch"]:
-        """Its probability."""
+        """The probability of the most probable token."""
         return self.probability.gather(-1, self.best[..., None]).squeeze(-1)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "*batch"]:
-        """Shannon entropy in nats; a token that cannot be adds nothing."""
+        """Shannon entropy in nats; a token of zero probability adds nothing."""
         finite = self.log.clamp(min=torch.finfo(self.log.dtype).min)  # zero times -inf is NaN
         return -torch.linalg.vecdot(self.probability, finite)
 
     def kl_to(self, other: "Distribution") -> Float[Tensor, "*batch"]:
-        """KL(self || other) in nats, as `kl_divergence` says."""
+        """KL(self || other) in nats; see `kl_divergence`."""
         ratio = self.log - other.log
         found = torch.linalg.vecdot(self.probability, ratio)
         if found.isfinite().all():
@@ -78,8 +78,8 @@ def kl_divergence(
 ) -> Float[Tensor, "*batch"]:
     """KL(softmax(target) || softmax(logits)) in nats, in fp32 or better.
 
-    A token that the target excludes (a logit of -inf) contributes nothing, whatever the other side
-    gives it; one that only the other side excludes makes the divergence infinite.
+    A token that the target excludes (a logit of -inf) contributes nothing; one that only `logits`
+    excludes makes the divergence infinite.
     """
     return Distribution(target).kl_to(Distribution(logits))
 
@@ -117,7 +117,7 @@ def auroc(score: Float[Tensor, " rows"], positive: Bool[Tensor, " rows"]) -> flo
     """Probability that a positive row scores above a negative one; ties count half.
 
     Returns:
-        0..1, or None where one of the two classes is empty.
+        0..1, or None if one of the two classes is empty.
     """
     positives = int(positive.sum())
     negatives = len(positive) - positives
@@ -136,8 +136,8 @@ def risk_coverage(
 ) -> Float[Tensor, " rows"]:
     """Error rate among the k rows of highest score, for k = 1..n.
 
-    Rows of equal score stand in random order: their errors count in equal parts. The mean over k
-    is the area under the curve, AURC.
+    Ties are averaged over: rows of equal score share their errors equally. The mean over k is the
+    area under the curve, AURC.
 
     Args:
         score: confidence of each row; only its order matters.
@@ -165,7 +165,7 @@ def at_coverage(
         coverage: fractions, over 0 up to 1; rounded up to whole rows.
     """
     wanted = torch.tensor(coverage, dtype=torch.float64) * len(curve)
-    # The subtraction undoes what a product like 0.1 * 30 has in excess.
+    # The subtraction keeps products like 0.1 * 30, slightly above 3, from being rounded up to 4.
     return curve[(wanted - 1e-9).ceil().long().clamp(1, len(curve)) - 1]
 
 
@@ -178,14 +178,14 @@ def bootstrap_interval(
 ) -> Float[Tensor, "columns 2"]:
     """Percentile bootstrap intervals of the columns' means.
 
-    All columns see the same resampled rows, so intervals of a difference come from a column of
-    differences. Rows are taken for independent draws.
+    All columns are resampled together, so the interval of a difference comes from a column of
+    differences. Rows are assumed independent.
 
     Args:
         values: one row per measured row, at least one.
         level: probability inside the interval.
-        resamples: draws of n rows with replacement.
-        seed: of those draws.
+        resamples: number of draws of n rows with replacement.
+        seed: seed of those draws.
 
     Returns:
         Lower and upper bound of each column's mean, float64.

@@ -1,6 +1,6 @@
 """SPADE: what the model answers from `[h_s^l, h_a^l]` alone, for all layers in one upward sweep.
 
-Paper v2 calls it SimLens. Knows nothing of heads, tasks or files.
+Paper v2 calls it SimLens. Independent of heads, tasks and files.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class States:
     """Residual stream of one batch at its answer positions.
 
     Attributes:
-        hidden: h_a^l for each asked layer, (prompts, positions, layers, d).
+        hidden: h_a^l for each requested layer, (prompts, positions, layers, d).
         final: h_a^L, (prompts, positions, d).
         start_ids: first real token of each prompt, (prompts,).
         position_ids: index of each answer among the prompt's real tokens, (prompts, positions).
@@ -52,11 +52,11 @@ def collect_states(
     Args:
         adapter: the frozen model.
         input_ids: prompts, padded on either side.
-        attention_mask: 1 for real tokens; None where nothing is padded.
+        attention_mask: 1 for real tokens; None if nothing is padded.
         positions: columns of `input_ids` to keep.
         layers: layers to keep, 0..L.
-        shared: leading tokens that are run once for all prompts, as `ModelAdapter.plan` says; no
-            position is among them.
+        shared: number of leading tokens that are run once for all prompts (see
+            `ModelAdapter.plan`); `positions` must come after them.
     """
     mask = token_mask(input_ids, attention_mask)
     plan = adapter.plan(input_ids, mask, shared=shared)
@@ -91,7 +91,7 @@ def continue_states(
     *,
     positions: PositionIds = "original",
 ) -> Float[Tensor, "rows layers d"]:
-    """SPADE's hidden state before the final norm, from every asked layer, in one sweep.
+    """SPADE's hidden state before the final norm, from every requested layer, in one sweep.
 
     Going up the blocks once, the rows that start at layer l join the batch before block l+1. The
     start token's keys and values are constants, so a row is a single token: L(L+1)/2 single-token
@@ -114,7 +114,7 @@ def continue_states(
         return hidden.clone()
     plan = adapter.plan_step(start_ids.repeat(len(asked)), position_ids.repeat(len(asked)))
     done = sweep(adapter, plan, hidden[:, : len(asked), None], asked)
-    # Layer L has no block above it: SPADE there is the model itself.
+    # Layer L has no block above it: there, SPADE is the model itself.
     return torch.cat([done, hidden[:, len(asked) :]], dim=1)
 
 
@@ -125,11 +125,11 @@ def sweep(
     hidden: Float[Tensor, "rows layers tokens d"],
     layers: Sequence[int],
 ) -> Float[Tensor, "rows layers d"]:
-    """Run short sequences up the blocks, each from its own layer on.
+    """Run short sequences through the blocks, each starting after its own layer.
 
     Args:
         adapter: the frozen model.
-        plan: of rows x layers sequences, the rows of the first layer first.
+        plan: plan for rows x layers sequences, the rows of the first layer first.
         hidden: the sequences' states after each of `layers`.
         layers: ascending, 0..L-1.
 
@@ -161,8 +161,8 @@ def spade_logits(
     Args:
         model: a Hugging Face decoder, or its adapter.
         input_ids: prompts, padded on the right or on the left.
-        attention_mask: 1 or True for real tokens; None where nothing is padded.
-        layers: layers 0..L to answer from; None takes 1..L. Layer L is the model itself.
+        attention_mask: 1 or True for real tokens; None if nothing is padded.
+        layers: layers 0..L to answer from; None means 1..L. Layer L is the model itself.
         positions: `original` keeps the two tokens' position ids (0, n), `compact` uses (0, 1).
 
     Raises:
@@ -197,6 +197,6 @@ def spade_logits(
 
 
 def last_real_token(mask: Int[Tensor, "rows tokens"]) -> Int[Tensor, " rows"]:
-    """Column of each row's last real token, whatever the padding side."""
+    """Column of each row's last real token, for either padding side."""
     columns = torch.arange(mask.shape[1], device=mask.device)
     return (mask * columns).argmax(-1)

@@ -1,4 +1,4 @@
-"""What a policy gains on this machine. What it costs in answers is `calibration`'s to say."""
+"""Measures what a policy saves on this machine; its effect on answers is measured elsewhere."""
 
 from lspade_train.profiling.forward import Profile, ProfileRow, profile
 from lspade_train.profiling.generation import (

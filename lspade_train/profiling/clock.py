@@ -12,7 +12,7 @@ SMAPS_RESET = Path("/proc/self/clear_refs")
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue waited for."""
+    """Wall time of one call, including the device's pending work."""
     _wait(device)
     start = time.perf_counter()
     run()
@@ -26,7 +26,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory in MB held during one run above what was held before it."""
+    """Peak memory in MB during one run, above the memory in use before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -35,7 +35,7 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
     if device.type != "cpu" or not SMAPS_RESET.exists():
         return None
     try:
-        SMAPS_RESET.write_text("5")  # Linux: forget the peak so far
+        SMAPS_RESET.write_text("5")  # Linux: reset the peak
     except OSError:
         return None
     before = _resident("VmRSS:")

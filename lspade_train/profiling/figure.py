@@ -1,4 +1,4 @@
-"""The picture of a profile."""
+"""The figure of a profile."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +9,12 @@ from lspade_train.policies.exit_table import Threshold
 if TYPE_CHECKING:
     from lspade_train.profiling.forward import Profile
 
-# Okabe-Ito colours, told apart by marker as well.
+# Okabe-Ito colours; markers differ, too.
 LINES = [("#0072B2", "o"), ("#D55E00", "D"), ("#009E73", "s"), ("#E69F00", "^"), ("#CC79A7", "v")]
 
 
 def threshold_name(threshold: Threshold | None) -> str:
-    """How tables and figures call a threshold."""
+    """The name of a threshold in tables and figures."""
     if threshold is None:
         return "never exit"
     return f"{threshold:.3g}" if isinstance(threshold, float | int) else "per layer"

@@ -1,8 +1,8 @@
 """Wall time, memory and FLOPs of a policy against the forward of the original model.
 
-The two run in turn on the same batches, over prompt lengths, batch sizes and thresholds. The
-untouched model is a second load of the same weights, as a user runs it: what is done to the
-runtime's own model, such as `requires_grad_(False)`, may change how fast its forward is.
+The two run alternately on the same batches, over prompt lengths, batch sizes and thresholds. The
+original model is a second, unmodified load of the same weights: changes to the runtime's own model,
+such as `requires_grad_(False)`, may affect the speed of its forward.
 """
 
 import statistics
@@ -37,17 +37,17 @@ class ProfileRow:
     Attributes:
         tokens: length of each prompt.
         rows: prompts in the batch.
-        threshold: the policy's; None never checks.
-        mean_exit_layer: over the batch; L for a row that never stops.
+        threshold: the policy's threshold; None never checks.
+        mean_exit_layer: mean over the batch; L for a row that never exits.
         seconds: median wall time of the batch.
-        plain_seconds: the same of the original model's forward, which unembeds the answer
-            position only (`logits_to_keep=1`).
+        plain_seconds: the same for the original model's forward, which unembeds the answer position
+            only (`logits_to_keep=1`).
         speedup: `plain_seconds` over `seconds`.
         paired_speedup: smallest and largest ratio of two times of the same round.
-        tokens_per_second: prompt tokens answered.
-        peak_mb: most memory above what was held before; None where it cannot be read.
+        tokens_per_second: prompt tokens per second.
+        peak_mb: peak memory above that in use before; None if it cannot be read.
         plain_peak_mb: the same for the original model's forward.
-        flops: operations as a fraction of the model's, checks and all.
+        flops: operations, including checks, as a fraction of the original model's.
     """
 
     tokens: int
@@ -66,15 +66,15 @@ class ProfileRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """All rows, and what they were measured on.
+    """All results, and what they were measured on.
 
     Attributes:
         device: the accelerator's name, or the number of CPU threads.
         dtype: the model's precision.
         prompts: `given`, or `random` tokens, whose exits say nothing about real ones.
         repeats: timed rounds per shape.
-        results: shape by shape.
-        confirmation: of a policy that was priced by time.
+        results: results, shape by shape.
+        confirmation: the confirmation, for a policy that was priced by time.
     """
 
     device: str
@@ -85,7 +85,7 @@ class Profile:
     confirmation: Confirmation | None = None
 
     def save(self, folder: Path) -> Path:
-        """Write `profile.json` and, under `figures/`, `speedup.png` and `.svg`.
+        """Write `profile.json` and, in `figures/`, `speedup.png` and `.svg`.
 
         Returns:
             The JSON file.
@@ -136,25 +136,25 @@ def profile(
     repeats: int = 5,
     track: Callable[[list[Any]], Iterable[Any]] = lambda shapes: shapes,
 ) -> Profile:
-    """Time the policy and the original model in turn, on every length x batch size x threshold.
+    """Time the policy and the original model alternately, for all lengths, batches and thresholds.
 
     Args:
         runtime: model, heads and policy.
-        plain: the same weights loaded a second time with transformers, and nothing done to them.
+        plain: the same weights loaded a second time with transformers, unmodified.
         lengths: prompt lengths in tokens.
         batch_sizes: prompts per batch.
-        thresholds: thresholds to put in the policy; () takes its own.
-        prompts: real ones as token ids, cut from the left or joined to each length, so that exits
-            are those of real text; () takes random tokens.
+        thresholds: thresholds to use in the policy; () uses its own.
+        prompts: real prompts as token ids, truncated from the left or joined to each length, so
+            that exits are those of real text; () uses random tokens.
         choices: tokens to choose from, for a policy of scope `choices`.
-        repeats: timed rounds per shape, after one that warms up.
+        repeats: timed rounds per shape, after a warm-up.
         track: progress over the shapes.
 
     Raises:
-        RecipeError: a number that no profile can have.
-        TaskError: a length over the model's context, or a policy of scope `choices` without any.
-        PolicyError: a threshold that the policy's measure cannot have.
-        UnsupportedModelError: `plain` is the runtime's own model, or another one.
+        RecipeError: a number out of range.
+        TaskError: a length over the model's context, or no choices for a policy of scope `choices`.
+        PolicyError: a threshold out of the measure's range.
+        UnsupportedModelError: `plain` is the runtime's own model, or a different one.
     """
     adapter, policy = runtime.adapter, runtime.policy
     _check_shapes(lengths, batch_sizes, repeats)
@@ -217,7 +217,7 @@ def _measure(
     peaks = [peak_mb(run, device) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
-        for run, seconds in zip(runs, times, strict=True):  # in turn: all see the same machine
+        for run, seconds in zip(runs, times, strict=True):  # alternately, for equal conditions
             seconds.append(seconds_of(run, device))
     for probe, outcome, peak, seconds in zip(
         probes, outcomes[1:], peaks[1:], times[1:], strict=True

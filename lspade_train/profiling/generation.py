@@ -1,4 +1,4 @@
-"""What an exit layer keeps of greedy decoding, and what it saves."""
+"""Agreement and savings of greedy decoding with exits at a fixed layer."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRow:
-    """Greedy generation behind one exit layer, against the full model's.
+    """Greedy generation with one exit layer, against the full model's.
 
     Attributes:
         layer: exit layer of every prompt; L is the full model.
-        agreement: fraction of the full model's tokens that are repeated at the same place.
-        first_token: the same for the first token alone, which `decide` would answer.
+        agreement: fraction of the full model's tokens that are reproduced at the same position.
+        first_token: the same for the first token alone, which is the answer of `decide`.
         prefill_seconds: median time to the first token of all prompts.
-        cache_bytes: mean keys and values held per prompt at its end.
+        cache_bytes: mean size of a prompt's keys and values at the end.
     """
 
     layer: int
@@ -43,17 +43,17 @@ def profile_generation(
     layers: Sequence[int] | None = None,
     repeats: int = 3,
 ) -> list[GenerationRow]:
-    """What an exit at each layer keeps of greedy decoding, and what it saves.
+    """Measure agreement and savings of greedy decoding with an exit at each layer.
 
     Args:
         runtime: model and heads; its policy's decoder and positions are used.
         prompts: token ids, start token first.
         max_new_tokens: most tokens per prompt.
-        layers: exit layers, 0..L; None takes the heads' and L.
+        layers: exit layers, 0..L; None means the heads' layers and L.
         repeats: timed prefills per layer.
 
     Raises:
-        RecipeError: a number of tokens or of repeats under 1.
+        RecipeError: `max_new_tokens` or `repeats` is less than 1.
     """
     for name, value in (("--generate", max_new_tokens), ("--repeats", repeats)):
         if value < 1:
@@ -87,7 +87,7 @@ def profile_generation(
 
 
 def generation_table(rows: Sequence[GenerationRow], max_new_tokens: int) -> "Table":
-    """What `profile_generation` found, for a terminal."""
+    """The results of `profile_generation`, for a terminal."""
     from rich.table import Table
 
     titles = ("exit layer", "agreement", "first token", "prefill", "cache per prompt")

@@ -1,9 +1,9 @@
-"""The pieces of an exit, timed on this machine: what `calibrate --cost time` prices policies by.
+"""Times the pieces of an exit on this machine, by which `calibrate --cost time` prices policies.
 
-The runtime itself is run in turn with the untouched model: without exits, with every row leaving at
-the embeddings, and with SPADE from there. Their differences are the blocks' seconds, so that the
-pieces add up to the run without exits. Checks are timed by themselves. Knows nothing of policies'
-choice.
+The runtime itself is run alternately with the original model: without exits, with all rows exiting
+at the embeddings, and with SPADE from there. The blocks' seconds are differences of these, so that
+the pieces add up to the run without exits. Checks are timed separately. Independent of how policies
+are chosen.
 """
 
 import logging
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
 BATCH_SIZE = 8
-"""Prompts in a batch where none is asked for. `data.batch_size` is of training steps."""
+"""Default number of prompts in a batch; `data.batch_size` is for training steps."""
 
 HEADS = 8
-"""Most layers whose heads are timed: each has weights of its own to read."""
+"""Most layers whose heads are timed: each has its own weights to read."""
 UNSTEADY = 0.1
-"""Spread of the rounds from which on the user is told."""
+"""Warn the user if the spread of the rounds is larger."""
 SMALL = 10
-"""Runs in a row of what takes less than a millisecond."""
+"""Consecutive runs of work that takes less than a millisecond."""
 
 log = logging.getLogger(__name__)
 
@@ -69,29 +69,28 @@ def measure_seconds(
 ) -> Seconds:
     """Time the parts of a recipe's model here, on validation prompts, for `calibrate(cost=...)`.
 
-    The model is loaded a second time beside `data.adapter`, as the unmodified baseline, so there
-    must be memory for two.
+    The model is loaded a second time, as the unmodified baseline, so there must be memory for two.
 
     Args:
         data: the frozen model's states on the task.
         heads: its heads.
         batch_size: prompts in a batch; None: 8.
         prompt_length: tokens of each; None: the median of the rows that `calibrate` tests.
-        scope: what a check looks at; None: as `calibrate` chooses.
+        scope: tokens that checks compute logits for; None: as in `calibrate`.
         rounds: timed rounds; None: as many as fit into some seconds, at least 5.
 
     Raises:
-        RecipeError: a size or a length that no batch can have.
-        PolicyError: heads that were not fitted for the scope.
+        RecipeError: a batch size or prompt length out of range.
+        PolicyError: the heads were not fitted for the scope.
     """
     tested = calibration_side(data).states(data)
     chosen: Scope = scope or ("choices" if has_choices(tested) else "vocabulary")
     if prompt_length is None:
         prompt_length = max(int(tested.labels["position_id"].median()) + 1, 2)
     widest = int(tested.labels["choice_count"].max()) if chosen == "choices" else 0
-    # As the runtime does: not through `torch.compile`.
+    # Like the runtime, without `torch.compile`.
     adapter = ModelAdapter(data.adapter.model)
-    # Of every group: which of them may exit is not chosen yet.
+    # From every group, since the groups that may exit are not chosen yet.
     prompts, _ = prompts_of(data.config, data.tokenizer, adapter.max_length, lambda _: True)
     return time_pieces(
         adapter,
@@ -123,19 +122,19 @@ def time_pieces(
 
     Args:
         adapter: the runtime's model.
-        plain: the same weights loaded a second time, and nothing done to them.
-        heads: of the checks; None: the logit lens alone.
+        plain: the same weights loaded a second time, unmodified.
+        heads: heads for the checks; None: the logit lens only.
         batch_size: prompts in a batch.
         prompt_length: tokens of each.
-        scope: what a check looks at.
-        choices: tokens to choose from, where the scope is choices; which ones does not matter.
+        scope: tokens that checks compute logits for.
+        choices: tokens to choose from, if the scope is choices; any will do.
         prompts: as for `profile`.
         rounds: timed rounds; None: as many as fit into some seconds, at least 5.
 
     Raises:
-        RecipeError: a size or a length that no batch can have.
-        PolicyError: heads that were not fitted for the scope.
-        UnsupportedModelError: `plain` is the runtime's own model, or another one.
+        RecipeError: a batch size or prompt length out of range.
+        PolicyError: the heads were not fitted for the scope.
+        UnsupportedModelError: `plain` is the runtime's own model, or a different one.
     """
     _check_shape(adapter, batch_size, prompt_length)
     check_baseline(plain, adapter)
@@ -159,7 +158,7 @@ def time_pieces(
     if spread > UNSTEADY:
         log.warning(
             "the rounds differ by %.0f%%: other work seems to run here, and the seconds are not to "
-            "be relied on. Run it again on a quiet machine.",
+            "be relied on. Run it again on an idle machine.",
             100 * spread,
         )
     counts = count_flops(adapter)
@@ -209,12 +208,12 @@ class _Bench:
         self.logits = self.full.answer(self.hidden, batch, self.rows)
 
     def work(self) -> "Iterator[tuple[str, Work]]":
-        """By name."""
+        """The work to time, by name."""
         yield "never", Work(lambda: decide_batch(self.full, self.batch))
         yield "leave", self._left_at_once("logit_lens")
         yield "spade", self._left_at_once("spade")
         starts, positions = self.batch.starts, self.batch.positions
-        # As in the middle of a run, which has seen the model already.
+        # As in the middle of a run, where the model's changes have been checked already.
         enter = partial(self.adapter.plan_step, starts, positions)
         yield "enter", Work(enter, SMALL, self.adapter.steady)
         yield "answer", Work(self._answer, SMALL)
@@ -259,7 +258,7 @@ class _Bench:
         return lambda: known.is_sure(signal(self.logits, measure), 0.0).cpu().any()
 
     def _gate(self) -> Callable[[], object]:
-        """Of the dearest kind: it reads all heads, and the hidden state."""
+        """The most expensive kind of gate, which uses all heads and the hidden state."""
         names = tuple(name for name in available(self.heads) if name != "logit_lens")
         logits = [self.logits] * max(len(names), 1)
         width = features(Reading.of(logits), None).shape[1]
@@ -287,16 +286,16 @@ class _Found:
     batch_size: int
 
     def piece(self, name: str, *without: str) -> Piece:
-        """What a run takes, without others that are a part of it."""
+        """A run's seconds, minus those of other runs that are part of it."""
         single, batch = (self.less(rows, name, *without) for rows in (1, self.batch_size))
         return Piece.through(max(single, 0.0), max(batch, 0.0), self.batch_size)
 
     def less(self, rows: int, name: str, *others: str) -> float:
-        """A run's seconds on so many rows, less those of others."""
+        """A run's seconds for that many rows, minus those of others."""
         return self.medians[f"{name} {rows}"] - sum(self.medians[f"{x} {rows}"] for x in others)
 
 
 def _split(whole: Piece, weights: Tensor) -> tuple[Piece, ...]:
-    """All blocks' seconds, block by block in proportion to their FLOPs."""
+    """Divide all blocks' seconds among them, in proportion to their FLOPs."""
     shares = (weights / weights.sum()).tolist()
     return tuple(Piece(whole.once * share, whole.each * share) for share in shares)

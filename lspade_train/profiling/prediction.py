@@ -1,4 +1,4 @@
-"""A policy that was priced by time, against the clock: predicted seconds beside measured ones."""
+"""Compares predicted and measured time of a policy that was priced by time."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPTS = 32
-"""Prompts that confirm a prediction, in batches of the priced size."""
+"""Prompts used to confirm a prediction, in batches of the priced size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """What `calibrate --cost time` predicts for some batches, and what they took.
+    """Predicted (by `calibrate --cost time`) and measured time for some batches.
 
-    All ratios are the policy's seconds over the untouched model's.
+    All ratios are the policy's seconds over the original model's.
 
     Attributes:
         shape: prompts and tokens of a batch, in words.
         priced_on: hardware, threads and precision of the prediction.
-        measured_on: the same of the measurement.
-        prompts: how many.
-        mean_exit_layer: of them.
-        expected: what calibrate predicted over the validation rows; None: not recorded.
-        predicted: of these prompts, from where they exit.
-        measured: of these prompts, each batch's median over the rounds.
-        rounds: lowest and highest ratio of one round.
+        measured_on: the same for the measurement.
+        prompts: number of prompts.
+        mean_exit_layer: their mean exit layer.
+        expected: ratio that calibrate predicted for the validation rows; None: not recorded.
+        predicted: ratio predicted for these prompts, from their exit layers.
+        measured: ratio measured for these prompts, from each batch's median over the rounds.
+        rounds: lowest and highest ratio of a round.
     """
 
     shape: str
@@ -51,7 +51,7 @@ class Confirmation:
 
     @property
     def difference(self) -> float:
-        """Of the prediction from what was measured, as a share of the latter."""
+        """Relative difference between prediction and measurement."""
         return self.predicted / self.measured - 1
 
     @property
@@ -80,21 +80,21 @@ def confirm(
     choices: Sequence[int] = (),
     repeats: int = 5,
 ) -> Confirmation | None:
-    """Time a policy that was priced by time and the untouched model in turn, batch by batch.
+    """Time a policy that was priced by time and the original model alternately, batch by batch.
 
     Args:
         runtime: model, heads and policy.
         plain: as for `profile`.
-        prompts: as for `profile`; those nearest to the priced length are taken.
+        prompts: as for `profile`; those nearest to the priced length are used.
         choices: as for `profile`.
-        repeats: timed rounds of each batch, after one that warms up.
+        repeats: timed rounds of each batch, after a warm-up.
 
     Returns:
-        None for a policy that was not priced by time.
+        The comparison; None for a policy that was not priced by time.
 
     Raises:
-        PolicyError: a record that cannot be read.
-        UnsupportedModelError: `plain` is the runtime's own model, or another one.
+        PolicyError: the policy's record cannot be read.
+        UnsupportedModelError: `plain` is the runtime's own model, or a different one.
     """
     adapter, policy = runtime.adapter, runtime.policy
     priced = policy.calibration.get("seconds")
@@ -131,7 +131,7 @@ def confirm(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Where its rows stopped, and the seconds of each round."""
+    """A batch's exit layers, and the seconds of each round."""
 
     stops: list[int]
     own: list[float]
@@ -139,7 +139,7 @@ class _Batch:
 
 
 def _time(runtime: ExitRuntime, plain: "PreTrainedModel", batch: Batch, repeats: int) -> _Batch:
-    """One batch by the policy and by the untouched model, in turn."""
+    """Time one batch with the policy and with the original model, alternately."""
     forward, device = forward_of(plain, batch), batch.ids.device
     found = _Batch(decide_batch(runtime.probe, batch).layers.tolist(), [], [])
     forward()

@@ -1,4 +1,4 @@
-"""Work timed in turn, round by round, so that all of it sees the same machine."""
+"""Times several pieces of work alternately, round by round, under equal conditions."""
 
 import statistics
 import time
@@ -14,19 +14,19 @@ from lspade_train.profiling.clock import seconds_of
 ROUNDS = (5, 40)
 """Fewest and most timed rounds."""
 ENOUGH = 20.0
-"""Seconds after which no further round begins."""
+"""Seconds after which no further round is started."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time, so many times in a row, in a context that is not timed."""
+    """Work to time, a number of times in a row, in a context that is not timed."""
 
     run: Callable[[], object]
     times: int = 1
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def seconds(self, device: torch.device) -> float:
-        """Of one run."""
+        """Seconds of one run."""
 
         def runs() -> None:
             for _ in range(self.times):
@@ -39,14 +39,14 @@ class Work:
 def time_rounds(
     work: Mapping[str, Work], device: torch.device, rounds: int | None
 ) -> dict[str, list[float]]:
-    """Seconds of everything, round by round.
+    """Seconds of all work, round by round.
 
     Args:
-        work: what to time, by name.
-        device: where it runs.
-        rounds: how many; None: as many as some seconds hold, and at least 5.
+        work: work to time, by name.
+        device: device it runs on.
+        rounds: number of rounds; None: as many as fit into some seconds, at least 5.
     """
-    for one in work.values():  # warms up
+    for one in work.values():  # warm up
         one.run()
     least, most = ROUNDS if rounds is None else (rounds, rounds)
     found: dict[str, list[float]] = {name: [] for name in work}
@@ -62,7 +62,7 @@ def time_rounds(
 
 
 def spread_of(values: Sequence[float]) -> float:
-    """The middle half as a share of the median."""
+    """Interquartile range as a fraction of the median."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4)

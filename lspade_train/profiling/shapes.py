@@ -1,7 +1,7 @@
-"""What is timed: batches of one shape, and the untouched model that they are compared with.
+"""Inputs for timing: batches of one shape, and the original model as a baseline.
 
-The untouched model is a second load of the same weights, as a user runs it: what is done to the
-runtime's own model, such as `requires_grad_(False)`, may change how fast its forward is.
+The original model is a second, unmodified load of the same weights: changes to the runtime's own
+model, such as `requires_grad_(False)`, may affect the speed of its forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def untouched(config: DataConfig) -> "PreTrainedModel":
-    """The recipe's model as transformers loads it: the baseline.
+    """The recipe's model as loaded by transformers: the baseline.
 
     Raises:
         UnsupportedModelError: no model can be loaded.
@@ -40,17 +40,17 @@ def untouched(config: DataConfig) -> "PreTrainedModel":
 
 
 def check_baseline(plain: "PreTrainedModel", adapter: ModelAdapter) -> None:
-    """Refuse a baseline that is the runtime's own model, or another one.
+    """Refuse a baseline that is the runtime's own model, or a different model.
 
     Raises:
-        UnsupportedModelError: it is.
+        UnsupportedModelError: it is one of these.
     """
     remedy = "Load the same model again: AutoModelForCausalLM.from_pretrained(...)."
     mine, theirs = dict(adapter.model.named_parameters()), dict(plain.named_parameters())
     places = [{p.data_ptr() for p in part.values()} - {0} for part in (mine, theirs)]
     if places[0] & places[1]:
         raise UnsupportedModelError(
-            f"The baseline is the runtime's own model, which is no longer untouched.\n{remedy}"
+            f"The baseline is the runtime's own model, which has been modified.\n{remedy}"
         )
     shapes = [{name: p.shape for name, p in part.items()} for part in (mine, theirs)]
     if shapes[0] != shapes[1] or plain.dtype != adapter.model.dtype:
@@ -60,7 +60,7 @@ def check_baseline(plain: "PreTrainedModel", adapter: ModelAdapter) -> None:
 
 
 def forward_of(plain: "PreTrainedModel", batch: Batch) -> Callable[[], object]:
-    """The untouched model's forward, which unembeds the answer position only."""
+    """The original model's forward, which unembeds the answer position only."""
 
     def forward() -> object:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def prompts_of(
     max_length: int | None,
     may_exit: Callable[[str], bool],
 ) -> tuple[list[list[int]], list[int]]:
-    """Validation prompts as token ids, of groups that may exit, and the first one's choices."""
+    """Validation prompts of groups that may exit, as token ids, and the first one's choices."""
     rows = tasks.load_rows(config, "validation")
     examples = tasks.encode(config, rows, tokenizer, max_length or 2**31).examples
     timed = [[*map(int, e.input_ids)] for e in examples if may_exit(e.group)]
@@ -91,7 +91,7 @@ def batch_of(
     rows: int,
     choices: Sequence[int],
 ) -> Batch:
-    """Prompts of exactly that length: the start token, then the end of what is there."""
+    """Prompts of exactly that length: the start token, then the last tokens available."""
     if not prompts:
         seeded = torch.Generator().manual_seed(0)
         found = torch.randint(adapter.vocab_size, (rows, tokens), generator=seeded).tolist()
@@ -100,7 +100,7 @@ def batch_of(
         found = []
         for row in range(rows):
             text: list[int] = []
-            back = row  # the row's own prompt ends it; those before fill what is missing
+            back = row  # ends with the row's own prompt, padded with those before it
             while len(text) < tokens - 1:
                 text = every[back % len(every)] + text
                 back -= 1

@@ -1,4 +1,4 @@
-"""An audit's state as tables, for the terminal and as one HTML file. Knows nothing of models."""
+"""An audit's state as tables, for the terminal and as one HTML file. Independent of models."""
 
 import math
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from lspade_train.policies.shift import calibrated_exits, shift_p_value
 from lspade_train.reporting.tables import Table
 
 RATES = (0.01, 0.02, 0.05)
-"""Audit rates that the table of rows until an alarm shows."""
+"""Audit rates in the table of rows until an alarm."""
 
 
 def audit_tables(state: AuditState, record: Mapping[str, Any] | None = None) -> list[Table]:
-    """What was seen, where rows exited, and how long a shift would go unnoticed.
+    """Counts, exit layers, and how long a shift would go unnoticed.
 
     Args:
-        state: the audit's.
-        record: `calibration` of its policy; None where that is not at hand.
+        state: the audit's state.
+        record: `calibration` of its policy; None if not available.
     """
     return [_seen(state), _exits(state, record or {}), _until(state)]
 

@@ -39,8 +39,8 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a heads folder, from the files there.
 
     Args:
-        folder: holds `results.json`; `config.json`, `policy.json`, the model card and `figures/`
-            are shown or linked if present.
+        folder: folder with `results.json`; `config.json`, `policy.json`, the model card and
+            `figures/` are shown or linked if present.
 
     Returns:
         The path of the report.
@@ -83,7 +83,7 @@ def write_report(folder: Path) -> Path:
 
 
 def facts(results: dict[str, Any]) -> dict[str, str]:
-    """What was measured and how long it took, by name; what is not recorded is left out."""
+    """What was measured and how long it took, by name; omits values that are not recorded."""
     n, labelled, interval = results["n"], results["n_labelled"], results["interval"]
     rows = f"{n:,} ({rows_measured(results)})"
     if labelled != n:
@@ -105,7 +105,7 @@ def facts(results: dict[str, Any]) -> dict[str, str]:
 
 
 def provenance(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What made the results and the heads, from results.json and config.json."""
+    """Provenance of the results and the heads, from results.json and config.json."""
     path = folder / CONFIG
     training = read_json(path, ArtifactError).get("training", {}) if path.exists() else {}
     model = {name: results[name] for name in ("model_id", "revision", "dtype", "vocab_size")}
@@ -121,7 +121,7 @@ def provenance(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(value: dict[str, Any], *above: str) -> Iterator[tuple[str, str]]:
-    """A nested mapping as rows of a table; what is null or empty is left out."""
+    """A nested mapping as rows of a table; omits null and empty values."""
     for name, item in value.items():
         if isinstance(item, dict):
             yield from flat(item, *above, str(name))
@@ -131,7 +131,7 @@ def flat(value: dict[str, Any], *above: str) -> Iterator[tuple[str, str]]:
 
 
 def _against(results: dict[str, Any]) -> str:
-    """What the lenses are measured against, as a sentence."""
+    """A sentence on what the lenses are measured against."""
     full = results["full_model"]
     if full["accuracy"] is None:
         return "These rows have no labels: lenses are compared with the full model."
@@ -142,7 +142,7 @@ def _against(results: dict[str, Any]) -> str:
 
 
 def _promise(folder: Path, results: dict[str, Any]) -> str | None:
-    """What policy.json promises, where it is about these heads."""
+    """The guarantee in policy.json, if it is for these heads."""
     if not (folder / POLICY).exists():
         return None
     policy = read_json(folder / POLICY, ArtifactError)

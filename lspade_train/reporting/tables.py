@@ -1,4 +1,4 @@
-"""The numbers of `results.json` as tables, for the report and a dashboard. Rounds nothing."""
+"""The numbers of `results.json` as tables, for the report and a dashboard, without rounding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings.
+    """A table with headings.
 
     Attributes:
         name: identifies the table in a dashboard.
-        title: what it shows.
+        title: title of the table.
         columns: headings.
         rows: values as in `results.json`.
     """
@@ -63,14 +63,14 @@ def merged(table: Table) -> tuple[list[str], list[list[Value | Ranged]]]:
 
 
 def exit_lens(results: dict[str, Any]) -> str:
-    """Key of the lens whose entropy decides exits: the one that reads the folder's own heads."""
+    """Key of the lens whose entropy decides exits: the lens of the folder's own heads."""
     key = lens_of_target(results["heads"]["target"]).key
-    # Earlier versions recorded every folder's heads as L-SPADE, tuned lenses among them.
+    # Earlier versions recorded every folder's heads as L-SPADE, including tuned lenses.
     return key if key in results["lenses"] else L_SPADE.key
 
 
 def all_tables(results: dict[str, Any]) -> list[Table]:
-    """Every table that the results can fill."""
+    """Every table that the results have data for."""
     found = [layer_table(results, metric) for metric in METRICS]
     extra = [
         full_model_table(results),
@@ -106,7 +106,7 @@ def full_model_table(results: dict[str, Any]) -> Table:
 
 
 def exits_table(results: dict[str, Any]) -> Table:
-    """SPADE-EXIT at the paper's thresholds and under the policy."""
+    """SPADE-EXIT at the paper's thresholds and with the policy."""
     rows: list[tuple[Value, ...]] = []
     if results["exits"]:
         found = results["exits"]
@@ -121,7 +121,7 @@ def exits_table(results: dict[str, Any]) -> Table:
 
 
 def baselines_table(results: dict[str, Any]) -> Table:
-    """Other early-exit methods on the same rows, and the saved policy under them."""
+    """Other early-exit methods on the same rows, followed by the saved policy."""
     found = results.get("baselines")
     columns = ("rule", "source", "setting", "accuracy", "drop", "disagreement", "mean exit layer",
                "FLOPs saved", "of the oracle", "within the budget where it was set")  # fmt: skip

@@ -1,6 +1,6 @@
-"""What an evaluation found, in sentences: for the terminal, the report and the card.
+"""The findings of an evaluation in sentences, for the terminal, the report and the card.
 
-Says nothing that is not in `results.json`.
+Based on `results.json` alone.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def chance_accuracy(full: dict[str, Any]) -> float | None:
-    """Accuracy without a model: of guessing or of the most frequent answer; None if unknown."""
+    """Accuracy of guessing or of the most frequent answer, without a model; None if unknown."""
     known = [full[name] for name in ("chance", "majority") if full.get(name) is not None]
     return max(known, default=None)
 
@@ -95,7 +95,7 @@ def _no_policy(results: dict[str, Any], policy: dict[str, Any]) -> str:
 
 
 def _near(results: dict[str, Any]) -> list[str]:
-    """From which layer on the heads and SPADE are near the full model."""
+    """The layers from which on the heads and SPADE are near the full model."""
     keys = [key for key in (exit_lens(results), SPADE.key) if key in results["lenses"]]
     found = {label_of(key): near_from(results, key) for key in keys}
     parts = [f"{label} from layer {layer} on" for label, layer in found.items() if layer]

@@ -1,9 +1,9 @@
-"""`Audit`: is the disagreement of a policy in use within its budget? Some rows are answered twice.
+"""`Audit`: tests whether the disagreement of a policy in use is within its budget.
 
-A coin with a fixed probability is flipped for every row. A row that was drawn and had exited is
-answered by the full model, too; one that was drawn and had not exited is the full model's answer
-already and costs nothing. So the drawn rows are independent draws of the policy's disagreement,
-and the test of `policies/sequential.py` may be looked at after each of them.
+Every row is sampled with a fixed probability. A sampled row that exited is also answered by the
+full model; one that did not exit already has the full model's answer, at no cost. So the sampled
+rows are independent draws of the policy's disagreement, and the test of `policies/sequential.py`
+can be evaluated after each of them.
 """
 
 import logging
@@ -46,20 +46,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """How a policy is audited while it is used. Every default is ours.
+    """Settings of the audit of a policy in use. Every default is ours.
 
     Attributes:
-        state: JSON file of what has been seen; processes may share it, a restart resumes it.
-        rate: share of rows that is drawn, over 0 and up to 1.
-        budget: largest disagreement with the full model that is no reason for an alarm. None: the
-            policy's guaranteed disagreement; for one on accuracy, the upper 95% bound of
+        state: JSON file with the counts; processes may share it, and a restart resumes it.
+        rate: fraction of rows to sample, over 0 and up to 1.
+        budget: largest disagreement with the full model that does not call for an alarm. None: the
+            policy's guaranteed disagreement; for a guarantee on accuracy, the upper 95% bound of
             the disagreement measured at calibration.
-        alpha: probability of a false alarm, however long the policy is used.
+        alpha: probability of ever raising a false alarm, over any period of use.
         on_alarm: `warn`, or `never_exit`: from then on the full model answers every row.
-        callback: called with the state, once in each process, when the alarm is known there.
-        seed: of the coin, together with the rows seen before; None draws one.
-        seconds_between_writes: most time that counts of undrawn rows stay in memory; drawn rows
-            are written at once.
+        callback: called with the state, once in each process, when it learns of the alarm.
+        seed: seed of the sampling, together with the number of rows seen before; None: random.
+        seconds_between_writes: longest time that counts of rows that were not sampled stay in
+            memory; sampled rows are written at once.
     """
 
     state: str | Path
@@ -81,13 +81,13 @@ class Audit:
 
 
 class Auditor:
-    """An audit at work in one runtime; safe to use from several threads.
+    """Runs the audit in one runtime; thread-safe.
 
     Args:
-        audit: its settings.
+        audit: settings.
         adapter: the model.
         heads: the policy's heads.
-        policy: audited.
+        policy: the policy to audit.
         tokens_per_batch: padded tokens per batch of the full model.
 
     Raises:
@@ -116,7 +116,7 @@ class Auditor:
         self._counts: FlopCounts | None = None
         entropy = None if audit.seed is None else [audit.seed, self.file.state.seen.rows]
         self._coin = np.random.default_rng(entropy)
-        self._guard = threading.RLock()  # the callback may ask for the state
+        self._guard = threading.RLock()  # reentrant: the callback may read the state
         self._waiting = Seen()
         self._rows: list[AuditedRow] = []
         self._written = time.monotonic()
@@ -125,12 +125,12 @@ class Auditor:
 
     @property
     def state(self) -> AuditState:
-        """What all processes had seen at this one's last update."""
+        """The state of all processes at this one's last update."""
         return self.file.state
 
     @property
     def stopped(self) -> bool:
-        """Whether the full model answers every row since an alarm."""
+        """Whether the full model answers every row, because of an alarm."""
         return self.audit.on_alarm == "never_exit" and self.state.alarm is not None
 
     def observe(
@@ -141,16 +141,16 @@ class Auditor:
         full: bool = False,
         shared: Mapping[int, int] | None = None,
     ) -> None:
-        """Count answered rows, and audit those that the coin draws.
+        """Count answered rows, and audit a sample of them.
 
-        A state that cannot be written costs no answer: it is logged once, and the counts wait.
+        A state that cannot be written does not affect answers: the counts are kept in memory.
 
         Args:
             queries: the rows.
-            decisions: by the queries' index.
-            full: whether the full model gave them, after an alarm.
-            shared: leading tokens of each row that were run once for several, by index; none:
-                whole prompts. The full model is charged as if it shared them, too.
+            decisions: decisions by the queries' index.
+            full: whether they are the full model's answers, after an alarm.
+            shared: number of leading tokens of each row that were run once for several, by index;
+                empty: whole prompts. The full model's cost assumes that it shares them, too.
         """
         if not queries:
             return
@@ -167,11 +167,11 @@ class Auditor:
                 self._flush()
             except AuditError as error:
                 if not self._failing:
-                    log.error("The audit's counts wait in memory: %s", error)
+                    log.error("The audit's counts are kept in memory: %s", error)
                 self._failing = True
 
     def flush(self) -> AuditState:
-        """Write what waits, and say what all processes have seen.
+        """Write pending counts, and return the state of all processes.
 
         Raises:
             AuditError: the state is damaged, of another audit, or cannot be written.
@@ -212,7 +212,7 @@ class Auditor:
         decisions: Mapping[int, Decision],
         shared: Mapping[int, int],
     ) -> tuple[Seen, list[AuditedRow]]:
-        """The rows' counts, and what was learnt of the drawn ones."""
+        """The rows' counts, and the results for the sampled ones."""
         with self._guard:
             heads_up = self._coin.random(len(queries)) < self.audit.rate
         drawn = [query for query, coin in zip(queries, heads_up, strict=True) if coin]
@@ -250,14 +250,14 @@ class Auditor:
     def _traced(
         self, queries: Sequence[Query], decisions: Mapping[int, Decision]
     ) -> tuple[dict[int, dict[str, Any]], int]:
-        """What each row's checks read and whether its answers agree, by its index; failures.
+        """Each row's measures and whether its answers agree, by index; and the failures.
 
-        A failure is a row that the full model answers otherwise, or cannot answer (NaN). All
-        answers of such a row count as disagreeing where the model cannot answer.
+        A failure is a row that the full model answers differently, or cannot answer (NaN). In the
+        latter case all of the row's answers count as disagreeing.
         """
         found: dict[int, dict[str, Any]] = {}
         failures = 0
-        # Every check layer's answer may be one more row beside each prompt.
+        # Every check layer's answer may add one more row for each prompt.
         tokens = max(1, self.tokens // (1 + len(self.policy.check_layers)))
         for batch in batches(queries, tokens, self.adapter.device):
             seen = trace(self.probe, batch)
@@ -276,7 +276,7 @@ class Auditor:
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Each row's operations with the full model, with the policy, and in the audit's trace.
 
-        Without padding. The trace runs whole prompts.
+        Padding is not counted. The trace runs whole prompts.
         """
         if self._counts is None:
             self._counts = count_flops(self.adapter, self._heads)

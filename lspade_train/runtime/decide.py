@@ -1,7 +1,7 @@
-"""SPADE-EXIT on one batch: block by block, rows leave when they are sure, each as one token.
+"""SPADE-EXIT on one batch: block by block, confident rows exit and continue as a single token.
 
-Paper v2 calls it SimExit. Every block runs at most twice per batch: once on the prompts still in,
-once on all rows that have left, a single token each. Knows nothing of text or files.
+Paper v2 calls it SimExit. Every block runs at most twice per batch: once on the remaining prompts,
+once on all rows that have exited, a single token each. Independent of text and files.
 """
 
 from dataclasses import dataclass, replace
@@ -27,16 +27,16 @@ class Decision:
     """The answer to one prompt.
 
     Attributes:
-        token_id: the answer, the most probable choice or token; of a label of several tokens the
-            one that decided.
+        token_id: the answer, the most probable choice or token; for a label of several tokens, the
+            one that decided it.
         text: its label, or its text; None without a tokenizer.
-        layer: where the prompt stopped; L is the full model. Of several steps the highest.
-        entropy: nats over the policy's scope: the check's where the prompt stopped, the model's
-            own where it ran through. Of several steps the largest.
-        exited: whether it, or every step of it, stopped below L.
-        scores: label -> probability among the choices; None without choices. Labels that begin
-            alike, and that the steps passed by, share the probability of their beginning evenly.
-        steps: where each step stopped, if there were several.
+        layer: exit layer; L is the full model. With several steps, the highest.
+        entropy: nats over the policy's scope: the check's entropy at an exit, the model's own
+            otherwise. With several steps, the largest.
+        exited: whether it, or every step of it, exited below L.
+        scores: label -> probability among the choices; None without choices. Labels that were not
+            followed to the step that separates them share their common probability evenly.
+        steps: exit layer of each step, if there were several.
     """
 
     token_id: int
@@ -50,12 +50,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        value: the measure, by which the policy decides, (rows,).
-        logits: of each reader, over the policy's scope, by its name.
-        reading: what a gate's next check compares with; None without a gate.
+        value: the measure that the policy compares with its threshold, (rows,).
+        logits: each reader's logits over the policy's scope, by its name.
+        reading: reading for the gate's next check; None without a gate.
     """
 
     value: Float[Tensor, " rows"]
@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is read from a hidden state: a head's map, then logits over the policy's scope."""
+    """Reads hidden states: a head's map, then logits over the policy's scope."""
 
     adapter: ModelAdapter
     heads: LSpadeHeads | None
@@ -73,7 +73,7 @@ class Probe:
 
     @cached_property
     def readers(self) -> Readers:
-        """The heads that every check reads; none where nothing is checked."""
+        """The heads that every check uses; empty if nothing is checked."""
         checks = self.policy.check_layers and self.policy.measure != FIXED
         return check_readers(self.policy, self.heads) if checks else {}
 
@@ -96,8 +96,8 @@ class Probe:
             hidden: h_a of the rows.
             layer: a check layer.
             batch: the whole batch.
-            rows: places of the rows in it.
-            before: reading of the check before, for the same rows.
+            rows: indices of the rows in it.
+            before: reading of the previous check, for the same rows.
         """
         policy = self.policy
         logits = {
@@ -121,23 +121,23 @@ class Probe:
         batch: Batch,
         rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "rows tokens"]:
-        """What the head that answers at `layer` says: the check's own logits where it read it."""
+        """Logits of the head that answers at `layer`, reused from the check if possible."""
         name = self.policy.decoder_at(layer)
         if check is not None and name in check.logits:
             return check.logits[name]
         return self.read(self.exit_state(hidden, layer), batch, rows)
 
     def exit_state(self, hidden: Float[Tensor, "rows d"], layer: int) -> Float[Tensor, "rows d"]:
-        """What the final norm and LM head read where a head answers at `layer`."""
+        """The input of the final norm and LM head if a head answers at `layer`."""
         return _translated(hidden, self.answer_heads[self.policy.decoder_at(layer)], layer)
 
     def read(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows tokens"]:
-        """Logits over the vocabulary, or over each row's choices (-inf pads a short list)."""
+        """Logits over the vocabulary, or over each row's choices, padded with -inf."""
         unembed = self.adapter.unembed
         if self.policy.scope == "vocabulary":
-            # One token per row, the shape of the model's own product with logits_to_keep=1.
+            # One token per row, the same shape as the model's own product with logits_to_keep=1.
             return unembed(state[:, None])[:, 0]
         assert batch.choice_ids is not None and batch.choice_mask is not None  # noqa: PT018
         where = unembed.weight.device
@@ -147,17 +147,17 @@ class Probe:
     def answer(
         self, state: Float[Tensor, "rows d"], batch: Batch, rows: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows tokens"]:
-        """The logits that a row answers from, once it has been through the last block."""
+        """The logits of the answer, for rows that have passed the last block."""
         return self.read(state, batch, rows)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where each row of a batch stopped, and what it answers from.
+    """Where each row of a batch exited, and its logits.
 
     Attributes:
-        logits: over the policy's scope, (rows, tokens).
-        layers: exit layer, L where there was none, (rows,).
+        logits: logits over the policy's scope, (rows, tokens).
+        layers: exit layer, L for none, (rows,).
         entropy: nats, as in `Decision`, (rows,).
     """
 
@@ -167,7 +167,7 @@ class Outcome:
 
 
 class BatchRun:
-    """One batch on its way through the blocks: the prompts still in, and the rows that left."""
+    """One batch on its way through the blocks: the remaining prompts, and the rows that exited."""
 
     def __init__(self, probe: Probe, batch: Batch) -> None:
         self.probe, self.batch = probe, batch
@@ -175,14 +175,14 @@ class BatchRun:
         rows = len(batch.queries)
         self.inside = torch.arange(rows)
         self.outside = torch.arange(0)
-        # `plan.hidden` is always the state in hand, so that dropping rows drops everything at once.
+        # `plan.hidden` is always the current state, so dropping rows drops everything at once.
         self.plan: Plan = self.adapter.plan(batch.ids, batch.mask, shared=batch.shared)
         self.ends = batch.ends  # columns of the answers of the rows inside
         self.step: Plan | None = None  # single-token rows of `outside`
-        self.every_step: Plan | None = None  # of the whole batch, planned at the first exit
+        self.every_step: Plan | None = None  # for the whole batch, planned at the first exit
         self.layers = torch.full((rows,), self.adapter.num_layers)
         self.entropy = torch.full((rows,), torch.nan)
-        self.before: Reading | None = None  # of the rows inside, where a gate compares checks
+        self.before: Reading | None = None  # of the rows inside, if a gate compares checks
         self.answers: list[tuple[Tensor, Tensor]] = []  # rows, logits
 
     def run(self) -> Outcome:
@@ -231,14 +231,14 @@ class BatchRun:
         self._keep(~leaving)
 
     def _answer(self, rows: Int[Tensor, " rows"], logits: Float[Tensor, "rows tokens"]) -> None:
-        """Keep what rows answer from; its entropy too, where no check has read one."""
+        """Store the rows' answer logits, and their entropy if no check has computed it."""
         unread = self.entropy[rows].isnan()
         if unread.any():
             self.entropy[rows[unread]] = entropy(logits[unread.to(logits.device)]).float().cpu()
         self.answers.append((rows, logits))
 
     def _continue(self, hidden: Float[Tensor, "rows d"], rows: Int[Tensor, " rows"]) -> None:
-        """From here on these rows are one token each, behind their start token."""
+        """From here on, these rows are a single token each, after their start token."""
         if self.every_step is None:
             where = self.batch.positions
             where = torch.ones_like(where) if self.policy.positions == "compact" else where
@@ -258,7 +258,7 @@ class BatchRun:
             self.before = None if self.before is None else self.before.rows(places)
 
     def _finish(self) -> None:
-        """One unembedding for the prompts that ran through and the rows that left."""
+        """Unembed the prompts that never exited and the rows that did, in one product."""
         ends = [self._hidden] if len(self.inside) else []
         ends += [] if self.step is None else [self.step.hidden[:, 0]]
         if not ends:
@@ -276,7 +276,7 @@ def decide_batch(probe: Probe, batch: Batch) -> Outcome:
     """
     with probe.adapter.steady():
         outcome = BatchRun(probe, batch).run()
-    top = outcome.logits.amax(-1)  # NaN where one of them is
+    top = outcome.logits.amax(-1)  # NaN if any of them is
     broken = top.isnan() | (top == torch.inf)
     if broken.any():
         prompt = batch.queries[int(broken.nonzero()[0, 0])].index
@@ -288,12 +288,12 @@ def decide_batch(probe: Probe, batch: Batch) -> Outcome:
 
 
 def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> list[Decision]:
-    """The decisions of one batch, in the batch's order; `text` only where there are choices.
+    """The decisions of one batch, in the batch's order; `text` only if there are choices.
 
     Args:
-        outcome: of the batch.
+        outcome: the batch's outcome.
         batch: its rows.
-        policy: whose scope the logits are over.
+        policy: the policy, whose scope the logits are over.
         top: L.
     """
     logits = answer_logits(outcome.logits, batch, policy)
@@ -307,12 +307,12 @@ def answers(outcome: Outcome, batch: Batch, policy: ExitPolicy, top: int) -> lis
 def answer_logits(
     logits: Float[Tensor, "rows tokens"], batch: Batch, policy: ExitPolicy
 ) -> Float[Tensor, "rows answers"]:
-    """What may be answered: each row's choices where it has some, else the vocabulary; fp32.
+    """Logits of possible answers: each row's choices if it has any, else the vocabulary; fp32.
 
     Args:
-        logits: over the policy's scope.
+        logits: logits over the policy's scope.
         batch: the rows.
-        policy: whose scope it is.
+        policy: the policy.
     """
     logits = logits.float()
     if batch.choice_ids is None or policy.scope == "choices":
@@ -323,7 +323,7 @@ def answer_logits(
 
 
 def answered(query: Query, place: int) -> int:
-    """The token that a place among the answers stands for."""
+    """The token at an index of the possible answers."""
     return place if query.choices is None else [*query.choices.values()][place]
 
 

@@ -1,6 +1,6 @@
-"""Lines in, answers out: in order, a bounded number at a time, a bad line without losing the rest.
+"""Answers a stream of lines in order, a bounded number at a time; a bad line affects only itself.
 
-Knows nothing of files, recipes or the command line.
+Independent of files, recipes and the command line.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,13 +18,13 @@ from lspade_train.tasks.base import group_of
 Row = dict[str, Any]
 
 ANSWER_KEYS = frozenset({"line", "error", "answer", "correct", *(f.name for f in fields(Decision))})
-"""What an output line says itself."""
+"""Keys of an output line that are not echoed from the input."""
 
 EXPECTED = 'Expected {"prompt": text, "choices": [text, ...] or left out}.'
 
 
 class Ask(Protocol):
-    """What turns a row into what the model is asked."""
+    """Turns a row into a prompt for the model."""
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -32,16 +32,16 @@ class Ask(Protocol):
         ...
 
     def row_of(self, text: str) -> Mapping[str, Any]:
-        """The row that a line of plain text stands for."""
+        """The row for a line of plain text."""
         ...
 
     def __call__(self, row: Mapping[str, Any]) -> Asked:
-        """What a row asks; raises `TaskError`."""
+        """The prompt of a row; raises `TaskError`."""
         ...
 
 
 class RawPrompts:
-    """Prompts as they stand: no template, no solved examples, no chat format."""
+    """Uses prompts as they are: no template, no solved examples, no chat format."""
 
     text_keys = frozenset({"prompt", "choices", "answer"})
 
@@ -50,7 +50,7 @@ class RawPrompts:
         return {"prompt": text}
 
     def __call__(self, row: Mapping[str, Any]) -> Asked:
-        """`{"prompt", "choices", "answer"}`, of which only the prompt is needed."""
+        """From `{"prompt", "choices", "answer"}`, of which only the prompt is required."""
         prompt, choices, answer = (row.get(name) for name in ("prompt", "choices", "answer"))
         if not isinstance(prompt, str) or not _is_texts(choices):
             raise TaskError(EXPECTED)
@@ -67,7 +67,7 @@ class RawPrompts:
 
 @dataclass(frozen=True)
 class Line:
-    """An input line: what it asks, or what is wrong with it, and what is echoed of it."""
+    """An input line: its prompt or an error, and the keys to echo."""
 
     echo: Row
     asked: Asked | None
@@ -84,24 +84,24 @@ def predict_lines(
 ) -> Iterator[Row]:
     """Answer every line, in input order.
 
-    A line is a JSON object or, where it does not begin with `{`, plain text. Blank lines are
-    passed over. A bad line gives `{"line": n, "error": ...}`. Further keys are echoed; one that is
-    named like an output key is echoed as `input_KEY`.
+    A line is a JSON object or, if it does not begin with `{`, plain text. Blank lines are skipped.
+    A bad line gives `{"line": n, "error": ...}`. Other keys are echoed; one that has the name of an
+    output key is echoed as `input_KEY`.
 
     Args:
-        runtime: answers.
-        lines: read as they are needed.
-        ask: what a row asks; None takes prompts as they stand.
-        done: leading answers that exist already (lines of the output so far), not given again.
-        window: lines held, and batched, at a time.
+        runtime: computes the answers.
+        lines: input lines, read lazily.
+        ask: turns a row into a prompt; None uses prompts as they are.
+        done: number of leading answers that already exist (lines of the output so far), to skip.
+        window: number of lines to hold in memory and batch at a time.
 
     Yields:
-        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores; steps
-        where there were several; answer and correct where the row says the right answer.
+        line (from 1), the echoed keys, token_id, text, layer, entropy, exited and scores; steps if
+        there were several; answer and correct if the row has the correct answer.
     """
     ask = RawPrompts() if ask is None else ask
     numbered = ((n, line.rstrip("\n")) for n, line in enumerate(lines, 1) if line.strip())
-    # From the window's beginning: in another batch a number may round to another last digit.
+    # Start at the window's beginning: in a different batch, results may round differently.
     given = done % window
     waiting = islice(numbered, done - given, None)
     yield from islice(_windows(runtime, ask, waiting, window), given, None)
@@ -115,7 +115,7 @@ def _windows(
 
 
 def parse_line(number: int, text: str, ask: Ask) -> Line:
-    """What a line asks, or what is wrong with it."""
+    """Parse a line into its prompt, or an error."""
     echo: Row = {"line": number}
     try:
         if text.lstrip().startswith("{"):
@@ -162,7 +162,7 @@ def _answer(lines: list[Line], runtime: ExitRuntime) -> Iterator[Row]:
 
 
 def _marked(decision: Decision, asked: Asked | None) -> Row:
-    """The right answer, where it is known, and whether it was given."""
+    """The correct answer, if known, and whether it was given."""
     answer = None if asked is None else asked.answer
     if answer is None:
         return {}
@@ -170,7 +170,7 @@ def _marked(decision: Decision, asked: Asked | None) -> Row:
 
 
 def _decide(asked: list[Asked], runtime: ExitRuntime) -> list[Decision | LSpadeError]:
-    """All at once; where that fails, halves, down to the rows that are to blame."""
+    """Decide all rows at once; if that fails, in halves, down to the rows that cause the error."""
     if not asked:
         return []
     try:

@@ -1,6 +1,6 @@
-"""One answer of several decisions: a label of several tokens is decided step by step.
+"""Joins the decisions of an answer: a label of several tokens is decided step by step.
 
-Knows nothing of models or of batches.
+Independent of models and batches.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from lspade_train.runtime.batching import Query
 from lspade_train.runtime.decide import Decision
 
 Step = tuple[Query, Decision]
-"""What a step of an answer asked, and what it decided."""
+"""The query and the decision of a step."""
 
 
 def join(steps: Sequence[Step]) -> Decision:
-    """One decision of the steps of a prompt's answer, in their order."""
+    """Join the steps of a prompt's answer, in order, into one decision."""
     last = steps[-1][1]
     scores = last.scores
     if any(query.fork is not None and query.fork.walked for query, _ in steps):
@@ -33,7 +33,7 @@ def join(steps: Sequence[Step]) -> Decision:
 
 
 def _shares(steps: Sequence[Step]) -> dict[str, float]:
-    """Probability of every label: of its steps as far as they were taken."""
+    """Probability of every label: the product over its steps, up to the last one taken."""
     shares: dict[str, float] = {}
     reached = 1.0
     for query, decision in steps:

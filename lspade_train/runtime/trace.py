@@ -1,6 +1,6 @@
-"""One batch through all blocks, checked and answered at every check layer on the way.
+"""Runs one batch through all blocks, with a check and an answer at every check layer.
 
-What an audit learns of a row: where else it might have stopped, and what it would have answered.
+This tells an audit where else a row could have exited, and what it would have answered.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from lspade_train.runtime.decide import BatchRun, Probe, answer_logits
 
 @dataclass(frozen=True)
 class Trace:
-    """What a batch's rows read and answer everywhere.
+    """Measures and answers of a batch's rows at every check layer.
 
     Attributes:
         values: the measure at each check layer, (rows, K).
-        answers: place of the answer among a row's choices, or its token, at each check layer and
-            by the full model, (rows, K+1).
+        answers: index of the answer among a row's choices, or its token, at each check layer and
+            from the full model, (rows, K+1).
         broken: whether the full model's logits are NaN or Inf, (rows,).
     """
 
@@ -37,18 +37,18 @@ def trace(probe: Probe, batch: Batch) -> Trace:
 
 
 def trace_flops(costs: ExitCosts) -> Float[np.ndarray, " rows"]:
-    """Operations of each row's trace: the full model, and every check and answer on the way."""
+    """Operations of each row's trace: the full model, plus every check and answer on the way."""
     return costs.reach[:, -1] + costs.check.sum(1) + costs.answer.sum(1)
 
 
 class _TraceRun(BatchRun):
-    """A batch of which no row leaves; the single-token rows of each SPADE answer go beside it."""
+    """A batch in which no row exits; the single-token rows of SPADE's answers run beside it."""
 
     def __init__(self, probe: Probe, batch: Batch) -> None:
         super().__init__(probe, batch)
         self.values: list[Tensor] = []
         self.best: dict[int, Tensor] = {}
-        self.going: list[int] = []  # check layers whose SPADE answers are on their way, in order
+        self.going: list[int] = []  # check layers whose SPADE answers are in progress, in order
 
     @torch.no_grad()
     def trace(self) -> Trace:
@@ -63,7 +63,7 @@ class _TraceRun(BatchRun):
         broken = (full.isnan() | (full == torch.inf)).any(-1).cpu()
         rows = len(self.inside)
         for place, layer in enumerate(self.going):
-            assert self.step is not None  # a SPADE answer has begun
+            assert self.step is not None  # a SPADE answer is in progress
             states = self.step.hidden[place * rows : (place + 1) * rows, 0]
             self.best[layer] = self._best(self.probe.answer(states, self.batch, self.inside))
         stages = [self.best[layer] for layer in self.policy.check_layers]

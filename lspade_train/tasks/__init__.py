@@ -1,8 +1,8 @@
-"""Data rows to tokenised prompts with one-token answers.
+"""Turns data rows into tokenised prompts with one-token answers.
 
-One file per benchmark says what its rows mean; templates, labels and chat format are data in the
-recipe. Importing this package loads neither `datasets` nor `transformers`: rows are checked before
-anything is tokenised.
+One file per benchmark defines its rows; templates, labels and chat format come from the recipe.
+Importing this package loads neither `datasets` nor `transformers`: rows are checked before anything
+is tokenised.
 """
 
 import importlib
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs a tokenizer is imported on first use."""
+    """Import modules that need a tokenizer on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"lspade_train.{_MODULES[name]}"), name)

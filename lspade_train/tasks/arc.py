@@ -4,7 +4,7 @@ from lspade_train.tasks.base import MULTIPLE_CHOICE, Question, Record, Task, mul
 
 
 def to_question(row: Record, labels: tuple[str, ...]) -> Question:
-    """The right option is found by its place among the row's own labels, which may be 1 to 4."""
+    """The correct option is found by its index in the row's own labels, which may be 1 to 4."""
     names: list[str] = row["choices"]["label"]
     key: str | None = row["answerKey"]
     if key and key not in names:

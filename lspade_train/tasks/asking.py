@@ -1,4 +1,4 @@
-"""One row at a time to what the model is asked, exactly as `fit` asked it."""
+"""Turns single rows into prompts, exactly as in `fit`."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from lspade_train.tasks.prompts import Prompter
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.rows import labels_of, load_rows, rename, shot_questions
 
-RAW = "Give prompts as they stand with --raw."
+RAW = "Use --raw for prompts without a template."
 ROW_FAULTS = (ValueError, TypeError, KeyError, AttributeError)
 
 
@@ -25,9 +25,9 @@ class Asked:
 
     Args:
         prompt: text, or token ids with the start token first.
-        choices: answer -> its tokens behind the prompt; None: any token may be the answer.
-        texts: answers in text that the runtime is to resolve itself; None where `choices` says it.
-        answer: the right answer; None where the row has none.
+        choices: answer -> its tokens after the prompt; None: any token may be the answer.
+        texts: answers as text, for the runtime to resolve; None if `choices` is given.
+        answer: the correct answer; None if the row has none.
         group: subgroup of the task; "" for none.
     """
 
@@ -43,9 +43,9 @@ class Asker:
 
     Args:
         config: the recipe's data section.
-        tokenizer: the model's.
-        prefix: text between prompt and answer that the heads were fitted with; None where that is
-            not known: then each row's own answers decide it, as those of all rows do in `fit`.
+        tokenizer: the model's tokenizer.
+        prefix: text between prompt and answer that the heads were fitted with; None if unknown:
+            then it is chosen by each row's own answers, as by those of all rows in `fit`.
 
     Raises:
         TaskError: the task has no questions, or its solved examples cannot be loaded.
@@ -68,23 +68,23 @@ class Asker:
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Keys of a row that are the question, its options and its answer."""
+        """Keys of a row that contain the question, its options and its answer."""
         renamed = (self.config.columns or {}).values()
         return frozenset({"prompt", "question", "choices", "answer", *self.task.columns, *renamed})
 
     def row_of(self, text: str) -> Record:
-        """The row that a line of plain text stands for."""
+        """The row for a line of plain text."""
         template = self.config.prompt.template or self.task.template
         return {"question" if "{question" in template else "prompt": text}
 
     def __call__(self, row: Record) -> Asked:
-        """What a row asks.
+        """The prompt of a row.
 
         Args:
-            row: as the task's data has it, answer optional, or `{"question", "choices"}`.
+            row: a row of the task's data, answer optional, or `{"question", "choices"}`.
 
         Raises:
-            TaskError: the row does not fit, or its answers cannot be told apart by their tokens.
+            TaskError: the row does not fit the task, or its answers' tokens are not distinct.
         """
         try:
             question = self._question(row)
@@ -119,5 +119,5 @@ class Asker:
 
 
 def _is_text(value: Any) -> bool:
-    """A benchmark's rows are as the user wrote them: a field may be anything."""
+    """Whether a field is text; users write rows of benchmarks by hand, so it may be anything."""
     return isinstance(value, str)

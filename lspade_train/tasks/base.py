@@ -1,4 +1,4 @@
-"""The types that tasks share. Knows no particular task, tokenizer or data set."""
+"""Types shared by all tasks. Independent of any particular task, tokenizer or data set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ MULTIPLE_CHOICE = "Question: {question}\n{choices}\nAnswer:"
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks, before any template or tokenizer.
+    """A row's question, before any template or tokenizer.
 
     Args:
-        fields: what a template may name.
-        labels: answer strings to choose from; () where any token may be the answer.
-        answer: the right answer string; None where the row has no label.
+        fields: fields that a template may use.
+        labels: answer strings to choose from; () if any token may be the answer.
+        answer: the correct answer string; None if the row has no label.
         group: subgroup that results are broken down by; "" for none.
     """
 
@@ -32,12 +32,12 @@ class Question:
 
     @property
     def stem(self) -> str:
-        """The text that makes two rows the same question, whatever else differs."""
+        """The text that identifies the question: rows with the same text are duplicates."""
         return self.fields.get("question") or self.fields["prompt"]
 
 
 def group_of(row: Record) -> str:
-    """The subgroup that a row names under `group`, or else `difficulty`; "" for none."""
+    """The row's subgroup, from `group` or else `difficulty`; "" for none."""
     group = row.get("difficulty") if row.get("group") is None else row["group"]
     return "" if group is None else str(group)
 
@@ -48,12 +48,12 @@ class Task:
 
     Args:
         name: `data.task` of a recipe.
-        dataset: Hub id; None where the user names the data.
+        dataset: Hub id; None if the user provides the data.
         subset: the Hub data set's configuration; None for its only one.
         columns: columns used; () keeps whole rows.
         template: default prompt template, a format string over `Question.fields`.
-        labels: default answer strings; () where the rows bring their own.
-        to_question: (row, configured or default labels) -> question, with a ValueError for a row
+        labels: default answer strings; () if the rows have their own.
+        to_question: (row, configured or default labels) -> question; raises ValueError for a row
             that does not fit; None for running text.
     """
 
@@ -72,10 +72,10 @@ class Rows:
 
     Args:
         split: train, validation or test.
-        records: the columns used of each row.
+        records: the used columns of each row.
         dataset: Hub id; None for local data.
-        revision: commit of a Hub data set; None for local data and where it cannot be told.
-        digest: SHA-256 over `records`, whatever file they came from.
+        revision: commit of a Hub data set; None for local data or if unknown.
+        digest: SHA-256 over `records`, independent of the file format.
         shots: labelled training rows to draw solved examples from, one more than a prompt shows.
     """
 
@@ -89,14 +89,14 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised prompt: what the model reads where an answer, or a step of it, is decided.
+    """One tokenised prompt: the model's input to decide an answer, or a step of it.
 
     Args:
-        input_ids: prompt tokens, BOS included, and those of the answer that are decided already.
+        input_ids: prompt tokens, including BOS, and the answer's tokens that are already decided.
         positions: answer positions, indices into `input_ids`; the last one for a question.
-        answer_ids: right token at each position; None where the row has no label.
+        answer_ids: correct token at each position; None if the row has no label.
         choice_ids: candidate tokens in the order of the labels; () for any token.
-        row: place of the data row it comes from, from 0.
+        row: index of the data row it comes from, from 0.
         group: subgroup that results are broken down by; "" for none.
     """
 
@@ -113,10 +113,10 @@ class Encoded:
     """A tokenised split.
 
     Args:
-        examples: in the order of the rows; several for a row whose answer takes several steps.
-        skipped: rows left out: longer than the model's context, or too short for one position.
+        examples: prompts in the order of the rows; several for an answer of several steps.
+        skipped: number of skipped rows: over the model's context, or too short for one position.
         prefix: text between prompt and answer that every label was resolved with; "" for text.
-        labels: how labels of several tokens are decided, in words; "" where each is one token.
+        labels: how labels of several tokens are decided, in words; "" if each is one token.
     """
 
     examples: list[Example]
@@ -137,8 +137,8 @@ def multiple_choice(
     Args:
         question: the question.
         options: texts of the options.
-        right: index of the right option; None where the row has no label.
-        labels: at least as many as there are options.
+        right: index of the correct option; None if the row has no label.
+        labels: labels, at least as many as options.
         group: subgroup that results are broken down by.
 
     Raises:

@@ -4,7 +4,7 @@ from lspade_train.tasks.base import Question, Record, Task
 
 
 def to_question(row: Record, labels: tuple[str, ...]) -> Question:
-    """The first label answers yes, the second no."""
+    """The first label means yes, the second no."""
     answer = row["answer"]
     if len(labels) != 2:
         raise ValueError(f"{len(labels)} labels, 2 are needed: yes, no (--data.prompt.labels)")

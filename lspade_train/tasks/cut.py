@@ -1,7 +1,7 @@
-"""Cutting one split into train, validation and test by a hash of each row's text.
+"""Splits the training rows into train, validation and test by a hash of each row's text.
 
-A row's side depends on its own text and on the two fractions alone: rows that are added later move
-no other row, copies of a question stay on one side, and every command cuts alike.
+A row's split depends only on its own text and on the two fractions: adding rows moves no other row,
+duplicates of a question stay in one split, and all commands agree.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from lspade_train.tasks.base import SPLITS, Split
 
 
 def cut_sides(config: DataConfig, present: Mapping[str, object]) -> dict[Split, float]:
-    """The splits to be cut from the training rows, each with its share of them.
+    """The splits to cut from the training rows, each with its fraction of them.
 
-    Data without a validation split is cut; a test split of its own stays what it is.
+    Data without a validation split is cut; an existing test split is kept.
 
     Args:
         config: the recipe's data section.
-        present: the splits that the data brings.
+        present: the splits that the data has.
 
     Returns:
-        test, validation and train with their fractions; {} where nothing is cut.
+        test, validation and train with their fractions; {} if nothing is cut.
     """
     if "train" not in present or "validation" in present:
         return {}
@@ -32,7 +32,7 @@ def cut_sides(config: DataConfig, present: Mapping[str, object]) -> dict[Split, 
 
 
 def side_of(text: str, shares: Mapping[Split, float]) -> Split:
-    """The split that a text falls into: uniform in its SHA-256, test lowest, train highest."""
+    """The split of a text: uniform in its SHA-256, test lowest, train highest."""
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
     test = shares.get("test", 0.0)
     if place < test:

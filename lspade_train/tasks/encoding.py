@@ -1,4 +1,4 @@
-"""Rows to tokenised prompts: one for each step in which a row's answer is decided."""
+"""Turns rows into tokenised prompts: one for each step in which a row's answer is decided."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.rows import labels_of, shot_questions, to_questions
 from lspade_train.tasks.text_pieces import encode_text
 
-# Prompts that end in the same tokens meet an answer in the same way: merges are that local.
+# Tokenizer merges are local: an answer's tokens depend only on the last tokens of the prompt.
 BORDER = 4
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ def encode(
     Args:
         config: the recipe's data section.
         rows: a split loaded with it.
-        tokenizer: the model's.
-        max_length: tokens that the model reads.
+        tokenizer: the model's tokenizer.
+        max_length: the model's context length in tokens.
 
     Raises:
         TaskError: a prompt is longer than `max_length` (with `overlong: error`), none is left,
-            answers cannot be told apart by their tokens, a row whose answer takes several steps
-            has none, or the template or chat settings do not fit.
+            answers are not distinct in their tokens, a row whose answer takes several steps has no
+            answer, or the template or chat settings do not fit.
     """
     if find_task(config.task).to_question is None:
         encoded = encode_text(config.text, rows, tokenizer, max_length)
@@ -66,7 +66,7 @@ class Rendered:
 
     Args:
         questions: one per row.
-        prompts: their prompts, each up to where `prefix` and an answer would follow.
+        prompts: their prompts, each ending where `prefix` and an answer would follow.
         prefix: text between prompt and answer that every label was resolved with.
         paths: answer string -> its tokens.
     """
@@ -78,7 +78,7 @@ class Rendered:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that the model reads, as hex."""
+        """SHA-256 of the model's complete input, as hex."""
         digest = hashlib.sha256()
         for text in (self.prefix, *self.prompts):
             digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
@@ -86,16 +86,16 @@ class Rendered:
 
 
 def render(config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Write the prompts of a split of questions.
+    """Render the prompts of a split of questions.
 
     Raises:
-        TaskError: the template or chat settings do not fit, or answers cannot be told apart.
+        TaskError: the template or chat settings do not fit, or answers are not distinct.
     """
     task = find_task(config.task)
     questions = to_questions(config, rows)
     prompter = Prompter(config.prompt, task.template, tokenizer, shot_questions(config, rows))
-    # Every label of the task, also those that this split has no use for: all splits of a task
-    # must settle on the same prefix.
+    # Every label of the task, even if this split does not use it: all splits of a task must agree
+    # on the prefix.
     free = [(q.answer,) for q in questions if q.answer is not None and not q.labels]
     lists = dict.fromkeys([labels_of(config, task), *(q.labels for q in questions), *free])
     prefix, paths = choose_prefix(
@@ -129,10 +129,10 @@ def _encode_questions(
 def _steps(
     row: int, question: Question, ids: list[int], paths: Paths, fork: Fork | None
 ) -> Iterator[Example]:
-    """What the model reads at each step on the way to the right answer.
+    """The model's input at each step of the correct answer.
 
     Raises:
-        TaskError: the way is not known.
+        TaskError: the correct answer is not known.
     """
     answer = question.answer
     if fork is None:
@@ -174,7 +174,7 @@ def _note(
     rows: int,
     steps: int,
 ) -> str:
-    """How labels of several tokens are decided, in words; "" where each is one token."""
+    """How labels of several tokens are decided, in words; "" if each is one token."""
     longest = max(paths, key=lambda label: len(paths[label]), default="")
     if not forks or len(paths[longest]) == 1:
         return ""
@@ -191,7 +191,7 @@ def _note(
 
 
 def _fitting(lengths: Sequence[int], config: DataConfig, rows: Rows, max_length: int) -> list[int]:
-    """Indices of the rows whose prompts, of so many tokens, the model can read."""
+    """Indices of the rows whose prompts fit into the model's context."""
     long = [i for i, length in enumerate(lengths) if length > max_length]
     if long and (config.overlong == "error" or len(long) == len(lengths)):
         raise TaskError(
@@ -211,9 +211,9 @@ def _fitting(lengths: Sequence[int], config: DataConfig, rows: Rows, max_length:
 def _check_borders(
     tokenizer: PreTrainedTokenizerBase, text: Rendered, tokens: Sequence[list[int]]
 ) -> None:
-    """Check that the answers are the same tokens behind every prompt, not only the first.
+    """Check that the answers have the same tokens after every prompt, not only the first.
 
-    One prompt is tried for each way that prompts end.
+    One prompt is tried for each distinct ending.
     """
     ends: dict[tuple[object, ...], int] = {}
     for i, (question, ids) in enumerate(zip(text.questions, tokens, strict=True)):

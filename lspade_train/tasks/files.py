@@ -1,4 +1,4 @@
-"""Files of rows that users write themselves: JSONL, CSV and plain text."""
+"""Reads users' own files of rows: JSONL, CSV and plain text."""
 
 import csv
 import io
@@ -13,18 +13,18 @@ from lspade_train.io.text import parse_object, read_text, require_text
 from lspade_train.tasks.base import Record
 
 Adapt = Callable[[Record], Record]
-"""What a task makes of a file's row; raises ValueError for a row that it cannot use."""
+"""Converts a file's row for a task; raises ValueError for a row that it cannot use."""
 
 
 def read_jsonl(path: Path, adapt: Adapt) -> list[Record]:
-    """The objects of a JSONL file; empty lines are passed over.
+    """The objects of a JSONL file; empty lines are skipped.
 
     Args:
         path: the file.
-        adapt: what the task makes of a row.
+        adapt: converts a row for the task.
 
     Raises:
-        TaskError: a line is not an object that the task can use; names the file and the line.
+        TaskError: a line is not an object that the task can use.
     """
 
     def records() -> Iterator[Record]:
@@ -38,10 +38,10 @@ def read_jsonl(path: Path, adapt: Adapt) -> list[Record]:
 def read_csv(path: Path, adapt: Adapt) -> list[Record]:
     """The rows of a CSV file with a header, or of a .tsv file; an empty cell is a missing value.
 
-    A cell under `choices` holds a JSON list of texts.
+    A cell under `choices` contains a JSON list of texts.
 
     Raises:
-        TaskError: as `read_jsonl`.
+        TaskError: as for `read_jsonl`.
     """
     text = io.StringIO(read_text(path, TaskError), newline="")
     reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
@@ -67,7 +67,7 @@ def read_csv(path: Path, adapt: Adapt) -> list[Record]:
 
 
 def read_paragraphs(path: Path, adapt: Adapt, column: str) -> list[Record]:
-    """The texts of a plain text file; a blank line ends each."""
+    """The texts of a plain text file, separated by blank lines."""
     texts = (text.strip() for text in re.split(r"\n\s*\n", read_text(path, TaskError)))
     return [adapt({column: text}) for text in texts if text]
 

@@ -1,4 +1,4 @@
-"""What identifies the prompts of a split."""
+"""Identifies the prompts of a split."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from lspade_train.tasks.rows import records_digest
 
 
 def identity(config: DataConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides the prompts of a split, as flat JSON.
+    """Everything that determines the prompts of a split, as flat JSON.
 
-    A local data set is identified by its rows, not by where they lie. The rendered prompts are
-    part of it: a chat template may read the clock, and only the text itself shows that. The
-    tokenizer that turns them into tokens has a digest of its own.
+    A local data set is identified by its rows, not by its path. The rendered prompts are included,
+    since a chat template may use the current date, which only the text reveals. The tokenizer has a
+    separate digest.
 
     Args:
         config: the recipe's data section.
         rows: a split loaded with it.
-        tokenizer: the model's, for its chat template and the tokens of the answers.
+        tokenizer: the model's tokenizer, for its chat template and the tokens of the answers.
 
     Raises:
         TaskError: the rows cannot be rendered.

@@ -8,7 +8,7 @@ from lspade_train.tasks.base import MULTIPLE_CHOICE, Question, Record, Task, mul
 
 
 def to_question(row: Record, labels: tuple[str, ...]) -> Question:
-    """The right option is the one whose id is `ra`."""
+    """The correct option is the one whose id is `ra`."""
     numbers = [answer["aid"] for answer in row["answers"]]
     right = row["ra"]
     if right is not None and right not in numbers:

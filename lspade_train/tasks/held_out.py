@@ -1,7 +1,7 @@
-"""Rows that no choice looks at, told by their content alone: neither order nor number matters.
+"""Rows held out from every selection, determined by content alone, not by order or number.
 
-Where a data set has no labelled test split, one half of its validation rows chooses a policy and
-the other half measures it.
+If a data set has no labelled test split, one half of its validation rows is used to choose a policy
+and the other half to evaluate it.
 """
 
 import hashlib
@@ -12,18 +12,18 @@ from lspade_train.tasks.base import Record
 
 SEED = 20250717
 SHARE = 0.5
-"""Of the rows, on average, that are held out."""
+"""Expected fraction of rows that are held out."""
 
 
 def held_out(records: Sequence[Record]) -> list[bool]:
-    """Which rows are held out: those whose seeded SHA-256 falls into the lower half.
+    """Which rows are held out: those whose seeded SHA-256 is in the lower half.
 
-    Copies of a row fall on the same side.
+    Duplicates of a row are on the same side.
     """
     return [_draw(record) < SHARE for record in records]
 
 
 def _draw(record: Record) -> float:
-    """A number from 0 to 1 that the row's content decides."""
+    """A number from 0 to 1, determined by the row's content."""
     digest = hashlib.sha256(f"{SEED}:{json_digest(record)}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64

@@ -1,18 +1,18 @@
-"""The user's own task: one JSON object a line (or CSV with a header), of either kind.
+"""The user's own task: one JSON object per line (or CSV with a header), of either kind.
 
     {"prompt": "Review: ... Sentiment:", "choices": ["good", "bad"], "answer": "good"}
     {"question": "...", "choices": ["first option", "second option"], "answer": 0}
 
-A prompt is used as it stands and answered by one of its choices; without choices, by one of
+A prompt is used as it is and answered by one of its choices; without choices, by one of
 `data.prompt.labels`; without those, by any token. A question lists its options under A, B, C, ...;
 one without choices is answered by one of `data.prompt.labels`, as a prompt is.
 `data.prompt.labels` renames the choices of either, in their order. The answer is a choice's index
-(from 0), its label or its text, and may be left out of a split without labels. `group` (or
-`difficulty`) names a subgroup that results are broken down by; a template may name every other key
-that holds text. `data.columns` maps these names to those of the data.
+(from 0), its label or its text, and may be omitted in a split without labels. `group` (or
+`difficulty`) names a subgroup that results are broken down by; a template may use every other key
+with a text value. `data.columns` maps these names to those of the data.
 
 `data.dataset` is one file, a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl`, or a
-Hub data set. Where there is no validation split, one is cut from the training rows.
+Hub data set. If there is no validation split, one is cut from the training rows.
 """
 
 import re
@@ -35,7 +35,7 @@ ONLY_QUESTION = "Question: {question}\nAnswer:"
 
 
 def to_question(row: Record, labels: tuple[str, ...]) -> Question:
-    """Tell the two kinds apart by their key, and check what they hold."""
+    """Tell the two kinds apart by their keys, and check their values."""
     choices = _choices(row.get("choices"))
     texts = {
         key: text for key, text in row.items() if isinstance(text, str) and text and key != "answer"
@@ -49,7 +49,7 @@ def to_question(row: Record, labels: tuple[str, ...]) -> Question:
 
 
 def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
-    """A text and its answers, which are not listed in it."""
+    """A prompt and its answers, which are not listed in it."""
     answer = row.get("answer")
     fields = {"prompt": row.get("prompt") or ONLY_QUESTION.format(question=row["question"])}
     if not choices and not labels:
@@ -70,7 +70,7 @@ def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Que
 
 
 def _question(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Question:
-    """A question with its options listed under labels; two options may read alike."""
+    """A question with its options listed under labels; options may have the same text."""
     if not choices:
         raise ValueError(
             "a question needs choices, in its row or for all rows with --data.prompt.labels"
@@ -84,7 +84,7 @@ def _question(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Q
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """A row's choices, () where it has none."""
+    """A row's choices, () if it has none."""
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
@@ -97,7 +97,7 @@ def _choices(value: Any) -> tuple[str, ...]:
 
 
 def _right(answer: Any, choices: Sequence[str], labels: tuple[str, ...]) -> int | None:
-    """Index of the right option, however it is named; a name of two options is refused."""
+    """Index of the correct option, given in any form; raises if the answer is ambiguous."""
     if answer is None:
         return None
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -106,7 +106,7 @@ def _right(answer: Any, choices: Sequence[str], labels: tuple[str, ...]) -> int 
         named = {i for i, choice in enumerate(choices) if choice == answer}
         named |= {i for i, label in enumerate(labels[: len(choices)]) if label == answer}
         if not named and isinstance(answer, str) and INDEX.fullmatch(answer):
-            named = {int(answer)} & set(range(len(choices)))  # a CSV file holds texts only
+            named = {int(answer)} & set(range(len(choices)))  # a CSV file contains strings only
     if len(named) != 1:
         raise ValueError(
             f"answer {answer!r} names {len(named)} of the {len(choices)} choices; one is needed: "

@@ -1,4 +1,4 @@
-"""Questions to prompt texts: template, solved examples, chat format. Knows no tokens."""
+"""Turns questions into prompt texts: template, solved examples, chat format."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
@@ -11,27 +11,27 @@ from lspade_train.tasks.base import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What chat templates read besides the messages; those that do not know them ignore them. A model
-# that thinks first would not answer with its next token, and today's date would change the prompt.
-# (A template that calls `strftime_now` reads the clock all the same: the rendered prompts are part
-# of a cache's identity for that.)
+# Variables that some chat templates read besides the messages; others ignore them. A model that
+# thinks first would not answer with its next token, and today's date would change the prompt. (A
+# template that calls `strftime_now` still uses the clock, which is why the rendered prompts are
+# part of a cache's identity.)
 CHAT_VARIABLES: dict[str, Any] = {
     "enable_thinking": False,
     "date_string": "26 Jul 2024",
 }
 
 
-# What the Python expressions of a template may raise.
+# Exceptions that a template's Python expressions may raise.
 TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Prompter:
-    """Writes the prompt of a question.
+    """Renders the prompt of a question.
 
     Args:
         config: template, chat format and number of solved examples.
-        template: the task's own template, used where `config` has none.
-        tokenizer: the model's, for its chat template.
+        template: the task's own template, used if `config` has none.
+        tokenizer: the model's tokenizer, for its chat template.
         shots: labelled questions to draw solved examples from, one more than a prompt shows.
 
     Raises:
@@ -61,9 +61,9 @@ class Prompter:
         self.shots = shots
 
     def __call__(self, question: Question, prefix: str) -> str:
-        """The prompt, up to where `prefix` and the answer would follow.
+        """The prompt, ending where `prefix` and the answer would follow.
 
-        A solved example never shows the question itself.
+        The question itself is never used as a solved example.
         """
         others = [shot for shot in self.shots if shot.stem != question.stem]
         shown = [
@@ -103,7 +103,7 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     """Fill a template with a question's fields.
 
     Raises:
-        TaskError: the template is not a format string, or names a field that is not there.
+        TaskError: the template is not a format string, or uses an unknown field.
     """
     known = ", ".join(f"{{{name}}}" for name in fields)
     try:
@@ -122,7 +122,7 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def _names(template: str) -> Iterator[str]:
-    """The fields that a format string names, those within a format specification included."""
+    """The fields that a format string uses, including those in format specifications."""
     for _, name, specification, _ in Formatter().parse(template):
         if name is not None:
             yield name

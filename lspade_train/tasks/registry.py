@@ -1,4 +1,4 @@
-"""The tasks by name. One from outside the package joins them by `register_task`."""
+"""The registry of tasks. Tasks from outside the package are added with `register_task`."""
 
 from lspade_train.errors import TaskError
 from lspade_train.tasks.arc import ARC_CHALLENGE, ARC_EASY
@@ -12,7 +12,7 @@ TASKS = {task.name: task for task in (ARC_EASY, ARC_CHALLENGE, BOOLQ, HEADQA, JS
 
 
 def register_task(task: Task) -> Task:
-    """Make a task known by its name, which `data.task` then takes.
+    """Register a task under its name, for use as `data.task`.
 
     Raises:
         TaskError: the name is taken.
@@ -24,10 +24,10 @@ def register_task(task: Task) -> Task:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """The task with that name.
 
     Raises:
-        TaskError: there is none.
+        TaskError: no task has that name.
     """
     if name not in TASKS:
         raise TaskError(f"Unknown task {name!r}. Set data.task to one of {', '.join(TASKS)}.")

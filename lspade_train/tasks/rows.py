@@ -1,4 +1,4 @@
-"""Splits of a task's data, row by row. Knows nothing of tokens."""
+"""Splits of a task's data, row by row. Independent of tokens."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from lspade_train.tasks.prompts import fill
 from lspade_train.tasks.registry import find_task
 from lspade_train.tasks.sources import Reader, Source, open_source
 
-# Which training rows are shown as solved examples; fixed, so that every command shows the same.
+# Seed for choosing solved examples; fixed, so that every command shows the same.
 SHOT_SEED = 20250717
 
 
@@ -37,7 +37,7 @@ def require_splits(config: DataConfig, wanted: Sequence[Split], *, choices: bool
     Args:
         config: the recipe's data section.
         wanted: the splits.
-        choices: every row must have choices.
+        choices: require choices in every row.
 
     Raises:
         TaskError: a split is missing or empty, or a row does not fit the task.
@@ -56,7 +56,7 @@ def require_choices(config: DataConfig, rows: Rows) -> None:
     """Refuse a split in which a row has no choices.
 
     Raises:
-        TaskError: the task is running text, or a row has no choices; names it.
+        TaskError: the task is running text, or a row has no choices.
     """
     if find_task(config.task).to_question is None:
         where = f"the task {config.task} has none"
@@ -76,7 +76,7 @@ def evaluation_split(config: DataConfig) -> Split:
     """The split that results are reported on: test if it has labels, else validation.
 
     Raises:
-        TaskError: there is neither.
+        TaskError: the data has neither.
     """
     available = splits(config)
     if "test" in available:
@@ -93,10 +93,10 @@ def evaluation_split(config: DataConfig) -> Split:
 
 
 def load_rows(config: DataConfig, split: Split) -> Rows:
-    """Load a split's rows, first those that `limit` keeps, and the rows for solved examples.
+    """Load a split's rows, up to `limit`, and the rows for solved examples.
 
     Raises:
-        TaskError: the split is missing or empty, or a row lacks what the task needs.
+        TaskError: the split is missing or empty, or a row lacks a required column.
     """
     task = find_task(config.task)
     if config.limit is not None and config.limit < 1:
@@ -118,7 +118,7 @@ def to_questions(config: DataConfig, rows: Rows) -> list[Question]:
     """The rows as questions.
 
     Raises:
-        TaskError: a row does not fit the task; names it.
+        TaskError: a row does not fit the task.
     """
     return _questions(config, rows.records, f"the {rows.split} split")
 
@@ -135,7 +135,7 @@ def labels_of(config: DataConfig, task: Task) -> tuple[str, ...]:
 
 def records_digest(records: Sequence[Record]) -> str:
     """SHA-256 of rows, as hex."""
-    # A digest of digests: a corpus need not be one string in memory.
+    # A digest of digests, so that a corpus need not be one string in memory.
     return json_digest([json_digest(record) for record in records])
 
 
@@ -159,13 +159,13 @@ def _source(config: DataConfig, task: Task) -> Source:
 
 
 def sides(config: DataConfig, source: Source) -> dict[Split, float]:
-    """The splits that are cut from the training rows; a benchmark's own splits stay."""
+    """The splits to cut from the training rows; a benchmark's own splits are kept."""
     task = find_task(config.task)
     return cut_sides(config, source.splits) if task.dataset is None else {}
 
 
 def _readers(config: DataConfig, task: Task) -> dict[str, Reader]:
-    """Readers of the files that a task's users write themselves, by suffix."""
+    """Readers of users' own files, by suffix."""
     if task.dataset is not None:
         return {}
     adapt = partial(_adapt, config, task)
@@ -180,7 +180,7 @@ def _readers(config: DataConfig, task: Task) -> dict[str, Reader]:
 
 
 def _adapt(config: DataConfig, task: Task, row: Record) -> Record:
-    """A row of the user's own file under the task's names, checked to be one of the task's."""
+    """A row of the user's own file with the task's column names, checked to fit the task."""
     row = rename(row, config.columns)
     if task.to_question is not None:
         task.to_question(row, labels_of(config, task))
@@ -196,7 +196,7 @@ def rename(row: Record, columns: Mapping[str, str] | None) -> Record:
     """A row with the task's names in place of the data's.
 
     Raises:
-        ValueError: a column that `columns` names is not there.
+        ValueError: a column in `columns` is missing.
     """
     if not columns:
         return row
@@ -238,19 +238,19 @@ def _no_split(task: Task, source: Source, split: Split) -> str:
 
 
 def _columns(config: DataConfig, task: Task, records: list[Record], name: str) -> list[Record]:
-    """The rows as the task names them, with no more than the columns that it uses."""
+    """The rows with the task's column names, and only the columns that it uses."""
     wanted = (config.text.column,) if task.to_question is None else task.columns
     if wanted:
         records = [_select(record, wanted, name) for record in records]
     if task.to_question is None:
-        # A Hub corpus may hold empty entries and nulls.
+        # A Hub corpus may contain empty entries and nulls.
         texts = ((record, record[config.text.column]) for record in records)
         records = [record for record, text in texts if isinstance(text, str) and text]
     return records
 
 
 def _text_of(config: DataConfig, task: Task, record: Record) -> str:
-    """What decides a row's side of a cut: the question, whatever else the row says."""
+    """The text that determines a row's split: the question, regardless of other columns."""
     if task.to_question is None:
         return record[config.text.column]
     return _questions(config, [record], "the train split")[0].stem

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and the Hub. Knows nothing of prompts or tokens."""
+"""Where rows come from: files, folders and the Hub. Independent of prompts and tokens."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from lspade_train.tasks.base import SPLITS, Record, Split
 Reader = Callable[[Path], list[Record]]
 Reading = Callable[[], list[Record]]
 
-# As the Hub's own loader reads file names.
+# The same rules for file names as in the Hub's own loader.
 SPLIT_WORDS: dict[Split, set[str]] = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -27,12 +27,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set whose splits are read when asked for.
+    """A data set whose splits are read on demand.
 
     Args:
-        name: as the user wrote it.
+        name: name as given by the user.
         hub: whether it came from the Hub.
-        revision: commit of a Hub data set; None for local data and where it cannot be told.
+        revision: commit of a Hub data set; None for local data or if unknown.
         splits: split name -> reader of its rows.
     """
 
@@ -51,17 +51,17 @@ def open_source(
 ) -> Source:
     """Find a data set: a file, a folder of files, a folder laid out like a Hub one, or a Hub id.
 
-    What exists here comes before the Hub.
+    Local paths take precedence over the Hub.
 
     Args:
         name: path or Hub id.
         subset: configuration of a Hub data set.
-        revision: commit, branch or tag of a Hub data set; None takes the current commit.
-        readers: suffix -> reader of the files that the task reads by itself.
-        rename: what gives a row of any other data set the task's column names.
+        revision: commit, branch or tag of a Hub data set; None uses the current commit.
+        readers: suffix -> reader, for files that the task reads itself.
+        rename: gives a row of any other data set the task's column names.
 
     Raises:
-        TaskError: it is not there, cannot be read, or has no such subset or revision.
+        TaskError: it does not exist, cannot be read, or has no such subset or revision.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -86,8 +86,8 @@ def open_source(
 def _splits_of_files(folder: Path, suffix: str, read: Reader) -> dict[str, Reading]:
     """The splits of a folder's own files: `train.jsonl`, or those whose names say `train`.
 
-    Where no name says a split, all files are the training split, unless a README.md says what the
-    files are, as in a Hub data set.
+    If no name contains a split, all files are the training split, unless a README.md describes the
+    files, as in a Hub data set.
     """
     files = sorted(path for path in folder.glob(f"*{suffix}") if path.is_file())
     found: dict[str, list[Path]] = {}
@@ -122,7 +122,7 @@ def _splits(
 
 
 def _plain(record: Record) -> Record:
-    """The columns that JSON can hold: no dates, images or NaN, which no prompt shows."""
+    """The columns that JSON can represent: no dates, images or NaN, which prompts do not show."""
     return {key: value for key, value in record.items() if _is_plain(value)}
 
 
@@ -143,19 +143,19 @@ def _load_folder(path: str, subset: str | None) -> Mapping[Any, Any]:
 
     try:
         return datasets.load_dataset(path, subset)
-    except Exception as error:  # the loader raises whatever its many readers raise
+    except Exception as error:  # the loader's readers may raise any exception
         raise TaskError(_explain(path, subset, error)) from error
 
 
-# Once per process: the splits of one run come from one commit, whatever happens on the Hub.
+# Once per process, so that all splits of a run come from one commit.
 @cache
 def _load_hub(
     name: str, subset: str | None, revision: str | None
 ) -> tuple[Mapping[Any, Any], str | None]:
-    """A Hub data set and the commit it is of.
+    """A Hub data set and its commit.
 
-    Where the Hub cannot be asked, the copy in the loader's cache is taken: of the commit asked
-    for, or the latest where none was.
+    If the Hub cannot be reached, the copy in the loader's cache is used: that of the requested
+    commit, or the latest if none was requested.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
@@ -178,13 +178,13 @@ def _load_hub(
         message = _explain(name, subset, error) if commit else _unreachable(name, subset, revision)
         raise TaskError(message) from error
     found = builder.hash
-    if commit and found != commit:  # the loader took an older copy without a word
+    if commit and found != commit:  # the loader silently used an older copy
         raise TaskError(_unreachable(name, subset, commit))
     return loaded, found if found and COMMIT.fullmatch(found) else None
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision is now; None where the Hub cannot be asked."""
+    """The commit that a revision currently resolves to; None if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HFValidationError,
@@ -201,7 +201,7 @@ def _commit(name: str, revision: str | None) -> str | None:
         ) from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise TaskError(_absent(name)) from error
-    except Exception:  # no network, or no answer: a cached copy may do
+    except Exception:  # no network or no answer: try a cached copy
         return None
 
 
@@ -241,7 +241,7 @@ def _explain(name: str, subset: str | None, error: Exception) -> str:
 
 
 def _unwritable_cache(error: Exception) -> Path | None:
-    """The loader's cache, if writing it is what failed."""
+    """The loader's cache, if the error is that it cannot be written."""
     from datasets import config
 
     place = Path(config.HF_DATASETS_CACHE)
@@ -262,6 +262,6 @@ def _unreachable(name: str, subset: str | None, revision: str | None) -> str:
 
 def _absent(name: str) -> str:
     return (
-        f"{name} is neither a file or folder here nor a data set on the Hub that you may read. "
+        f"{name} is neither a file or folder here nor a data set on the Hub that you can read. "
         "Correct --data.dataset, or log in with `hf auth login`."
     )

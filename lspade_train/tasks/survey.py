@@ -1,6 +1,6 @@
-"""A look at rows that nobody has described: which column asks, which answers, and what is chosen.
+"""Guesses the columns of unknown rows: the question, the answer, and the labels to choose from.
 
-`lspade-train init` writes a recipe from it. It guesses by names and values, and says what it took.
+`lspade-train init` writes a recipe from it, and prints what it guessed from names and values.
 """
 
 import re
@@ -20,14 +20,14 @@ MOST_CLASSES = 50
 
 @dataclass(frozen=True)
 class Survey:
-    """What a recipe needs to know of rows.
+    """What a recipe needs to know about rows.
 
     Attributes:
         task: jsonl for questions, text for running text.
-        columns: the task's name -> the data's, where they differ.
-        asks: the data's column that holds the question, the prompt or the text.
-        labels: answers to choose from that the rows do not list; () where they do, or are free.
-        balance: answer -> rows with it, most frequent first; empty for free answers.
+        columns: the task's name -> the data's, if they differ.
+        asks: the data's column with the question, the prompt or the text.
+        labels: answers to choose from that rows do not list; () if they do, or for free answers.
+        balance: answer -> number of rows, most frequent first; empty for free answers.
         listed: whether each row lists its own choices.
     """
 
@@ -40,17 +40,17 @@ class Survey:
 
     @property
     def template(self) -> str | None:
-        """A prompt template that names the answers; None for the task's own."""
+        """A prompt template that lists the answers; None for the task's own."""
         if not self.labels or self.asks == "prompt":
             return None
         return f"{{question}}\nAnswer with one of {', '.join(self.labels)}.\nAnswer:"
 
 
 def survey(rows: Sequence[Record]) -> Survey:
-    """Look at rows.
+    """Survey rows.
 
     Raises:
-        TaskError: there are none, or no column holds text.
+        TaskError: there are no rows, or no column contains text.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     texts = [name for name in names if all(isinstance(row.get(name), str) for row in rows)]
@@ -102,7 +102,7 @@ def _is_group(name: str, rows: Sequence[Record]) -> bool:
 def _labels(
     answers: str, values: list[str | int], names: Sequence[str], rows: Sequence[Record]
 ) -> dict[str | int, str]:
-    """A text for each value: itself, or what another column calls it throughout."""
+    """A text for each value: itself, or its name in another column, if that is consistent."""
     if not all(re.fullmatch(r"[0-9]{1,9}", str(value)) for value in values):
         return {value: str(value) for value in sorted(values, key=str)}
     in_order = sorted(values, key=int)

@@ -1,4 +1,4 @@
-"""Running text to tokenised pieces, with the positions at which the next token is learnt."""
+"""Cuts running text into tokenised pieces, and samples positions at which to predict."""
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +14,9 @@ SEED = 20250717
 def encode_text(
     config: TextConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """Cut each text into pieces of `length` tokens, each with its BOS, and draw positions.
+    """Cut each text into pieces of `length` tokens, each with its own BOS, and sample positions.
 
-    Which positions are drawn depends on nothing but the place of the row and of the piece.
+    The sampled positions depend only on the indices of the row and the piece.
 
     Raises:
         TaskError: settings out of range, or no text is long enough for one position.
@@ -30,7 +30,7 @@ def encode_text(
         before = len(examples)
         step = config.length - len(start)
         for piece, begin in enumerate(range(0, len(ids), step)):
-            # One token more than the piece holds: the last position's answer.
+            # One token more than the piece: the answer at the last position.
             window = np.array(start + ids[begin : begin + step + 1], dtype=np.int64)
             available = np.arange(config.first_position, len(window) - 1)
             if len(available):

@@ -1,1 +1,1 @@
-"""Lightning around the heads: data module, module, losses, callbacks."""
+"""Training of the heads with Lightning: data module, module, losses, callbacks."""

@@ -21,7 +21,7 @@ from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
 LAST = "last.ckpt"
 LOG_EVERY = 10
-"""Steps between two entries of the training metrics, in epochs that have as many."""
+"""Log training metrics every this many steps, or once per epoch if that is shorter."""
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def group_folder(folder: Path, group: LayerGroup) -> Path:
 
 
 def finished_groups(folder: Path, recipe: Recipe) -> int:
-    """How many groups, from the first on, were fitted by exactly this recipe."""
+    """How many of the first groups were already fitted by exactly this recipe."""
     wanted = json.loads(json.dumps(asdict(recipe)))
     for number in range(recipe.model.layer_groups):
         place = group_folder(folder, LayerGroup(number, recipe.model.layer_groups))
@@ -47,7 +47,7 @@ def finished_groups(folder: Path, recipe: Recipe) -> int:
 
 
 def forget_groups(folder: Path) -> None:
-    """Delete what an earlier fit has left of its groups."""
+    """Delete the files of groups that an earlier fit left behind."""
     for place in (folder / "training").glob("group-*"):
         shutil.rmtree(place, ignore_errors=True)
 
@@ -62,17 +62,17 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save on SIGTERM, which is raised between steps; any other may interrupt one."""
+        """Save on SIGTERM, which is raised between steps; other exceptions may interrupt one."""
         if isinstance(exception, SIGTERMException) and not trainer.sanity_checking:
-            # With the optimiser's state, without which a resumed fit is a different one.
+            # Include the optimiser's state: a resumed fit would differ without it.
             trainer.save_checkpoint(Path(str(self.dirpath)) / LAST, weights_only=False)
 
 
 class LogEachEpoch(Callback):
-    """Training metrics once per epoch at least, in epochs shorter than the interval, too."""
+    """Log training metrics at least once per epoch, even if it is shorter than the interval."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before Lightning compares the interval with the number of batches, and warns."""
+        """Set the interval before Lightning compares it with the number of batches and warns."""
         if stage == "fit":
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             batches = max(len(data.train_dataloader()), 1)
@@ -94,12 +94,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch closes its archive over the failed write, and that fails in its own way.
+                # After a failed write torch still closes its archive, which raises another error.
                 raise _failed_write(error) or error from error
 
 
 def _failed_write(error: BaseException) -> OSError | None:
-    """The operating system's error that another one was raised in the wake of."""
+    """The operating system's error in the chain of exceptions that led to `error`."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

@@ -1,7 +1,6 @@
 """`HiddenStateDataModule`: rows of hidden states and SPADE targets for Lightning.
 
-Builds a missing cache, reuses a finished one, or computes rows as they are asked for. Knows
-nothing of heads.
+Builds a missing cache, reuses a finished one, or computes rows on demand. Independent of heads.
 """
 
 import logging
@@ -43,7 +42,7 @@ EFFECTS = {
     *("rows", "rows_digest", "shots_digest", "rendered_prompts"),
     *("model_weights", "unembedding"),
 }
-"""Fields that differ because another one does: a mismatch names that one first."""
+"""Fields that change because another one does: a mismatch reports that one first."""
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +56,9 @@ class HiddenStateDataModule(LightningDataModule):
         seed: seed of the shuffling.
         name: names the default cache folder.
         overwrite: rebuild caches that exist.
-        spade: have SPADE's targets too; False for what needs hidden states alone, as heads do that
-            are fitted to the model's own answer. A cache without them gets them when asked.
-        choices: every row must have choices, as for heads whose loss is over them.
+        spade: also provide SPADE's targets; False if hidden states are enough, as for heads fitted
+            to the model's own answer. A cache without targets gets them when they are needed.
+        choices: require choices in every row, as for heads whose loss is over the choices.
     """
 
     def __init__(
@@ -101,17 +100,17 @@ class HiddenStateDataModule(LightningDataModule):
 
     @property
     def unembed(self) -> Unembedding:
-        """Its final norm and head; loaded alone where the caches hold all that its blocks say."""
+        """The model's final norm and head; loaded alone if the caches hold all hidden states."""
         return self.frozen.unembed
 
     @property
     def hidden_size(self) -> int:
-        """d, the width of its residual stream."""
+        """d, the width of the residual stream."""
         return self.frozen.facts.hidden_size
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return self.frozen.tokenizer
 
     @cached_property
@@ -127,7 +126,7 @@ class HiddenStateDataModule(LightningDataModule):
 
     @property
     def base_model(self) -> dict[str, Any]:
-        """What an artifact records of the frozen model."""
+        """What an artifact records about the frozen model."""
         return self.frozen.description
 
     def _device(self) -> str:
@@ -142,18 +141,18 @@ class HiddenStateDataModule(LightningDataModule):
         """Rows of one split; builds what is missing.
 
         Raises:
-            LSpadeError: the model, the data or the cache cannot be used; says which and why.
+            LSpadeError: the model, the data or the cache cannot be used.
         """
         if split not in self._datasets:
             self._datasets[split] = self._open(split)
         return self._datasets[split]
 
     def stored(self, split: Split, rows: int | None = None) -> StateDataset:
-        """Rows of one split that can be read more than once; online data is computed for it.
+        """Rows of one split that can be read more than once; online data is computed once for it.
 
         Args:
             split: train, validation or test.
-            rows: leading rows that are enough; None: all.
+            rows: number of leading rows needed; None means all.
         """
         found = self.states(split)
         if isinstance(found, OnlineDataset):
@@ -161,7 +160,7 @@ class HiddenStateDataModule(LightningDataModule):
         return found if rows is None else found.first(rows)
 
     def held_out(self, split: Split) -> Bool[Tensor, " rows"]:
-        """Which rows of a split no choice looks at, by their content (`tasks/held_out.py`)."""
+        """Rows of a split that no selection may use, by content (see `tasks/held_out.py`)."""
         if split not in self._held_out:
             side = held_out(self._load_rows(split).records)
             examples = self.encoded(split).examples
@@ -170,7 +169,7 @@ class HiddenStateDataModule(LightningDataModule):
         return self._held_out[split]
 
     def reduce_targets(self) -> None:
-        """Reduce the stored SPADE targets of a fit's splits, for more epochs than that costs."""
+        """Reduce the stored SPADE targets of a fit's splits, which pays off over many epochs."""
         for split in ("train", "validation"):
             found = self.states(split)
             if split in self._reduced or isinstance(found, OnlineDataset):
@@ -183,14 +182,14 @@ class HiddenStateDataModule(LightningDataModule):
                 self._reduced[split] = reduced
 
     def identity(self, split: Split) -> dict[str, Any]:
-        """Everything that decides the bytes of a split's cache, flat and nameable.
+        """Everything that determines the bytes of a split's cache, as a flat dictionary.
 
-        Also of the targets that it may still lack.
+        This includes targets that are not in the cache yet.
         """
         model = self.base_model
         decides = {k: v for k, v in model.items() if k != "model_id"}
         if model["revision"] is None:
-            del decides["revision"]  # a folder is its weights, not its path
+            del decides["revision"]  # a folder is identified by its weights
         found = {
             "cache_format": CACHE_FORMAT,
             "dtype": decides.pop("dtype"),
@@ -206,15 +205,15 @@ class HiddenStateDataModule(LightningDataModule):
         }
 
     def _task_identity(self, split: Split) -> dict[str, Any]:
-        """Kept: it renders every prompt."""
+        """Cached, because computing it renders every prompt."""
         if split not in self._identities:
             rows = self._load_rows(split)
             self._identities[split] = tasks.identity(self.config, rows, self.tokenizer)
         return self._identities[split]
 
     def folder(self, split: Split) -> Path:
-        """Folder of a split's cache: under `data.cache_dir`, or under the user's own cache."""
-        far = self._far(split)
+        """Folder of a split's cache: in `data.cache_dir`, or in the user's cache."""
+        far = self._remote_cache(split)
         if far is not None:
             return far.folder
         if self.config.cache_dir is not None:
@@ -222,8 +221,8 @@ class HiddenStateDataModule(LightningDataModule):
         digest = json_digest(self.identity(split))
         return default_cache_root() / f"{self.name}-{digest[:12]}" / split
 
-    def _far(self, split: Split) -> Mirror | None:
-        """The split's remote cache, where `data.cache_dir` is a URL."""
+    def _remote_cache(self, split: Split) -> Mirror | None:
+        """The split's remote cache, if `data.cache_dir` is a URL."""
         place = self.config.cache_dir
         if place is None or not is_remote(place):
             return None
@@ -268,11 +267,11 @@ class HiddenStateDataModule(LightningDataModule):
         return StateDataset(shards, online.groups, online.layers)
 
     def answer_prefix(self, split: Split) -> str:
-        """Text between the prompts and the answers of a split that is open."""
+        """Text between the prompts and the answers of an opened split."""
         return self._prefixes[split]
 
     def _require_prefix(self, split: Split, prefix: str) -> None:
-        """Refuse splits whose answers are other tokens: heads of one do not fit the other."""
+        """Refuse splits with different answer tokens: heads of one do not fit the other."""
         self._prefixes[split] = prefix
         for other, known in self._prefixes.items():
             if known != prefix:
@@ -290,19 +289,19 @@ class HiddenStateDataModule(LightningDataModule):
             return encoded
 
         manifest, dataset, self.reused[split] = DiskCache(
-            split, self.folder(split), self.identity(split), self._far(split), self.config,
+            split, self.folder(split), self.identity(split), self._remote_cache(split), self.config,
             self.spade, self.overwrite, lambda: self.adapter, encode, self.extraction,
         ).open()  # fmt: skip
         self._require_prefix(split, manifest.answer_prefix)
         return dataset
 
     def encoded(self, split: Split) -> Encoded:
-        """A split's prompts as tokens, computed anew: they are not kept."""
+        """A split's prompts as tokens; not cached."""
         limit = self.frozen.facts.max_length or 2**31
         return tasks.encode(self.config, self._load_rows(split), self.tokenizer, limit)
 
     def extraction(self, examples: Sequence[Example]) -> Extraction:
-        """What is computed of prompts."""
+        """The extraction of states for these examples."""
         return Extraction(
             layers=self.layers,
             positions=self.config.positions,
@@ -316,10 +315,10 @@ class HiddenStateDataModule(LightningDataModule):
     # Lightning's hooks -----------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Open the splits of a stage: fit, validate or test; builds what is missing.
+        """Open the splits of a stage (fit, validate or test), and build what is missing.
 
-        Not in `prepare_data`, which runs on one process of each machine: a cache is built by all
-        of them, and an error is reported by one.
+        Not in `prepare_data`, which runs on one process per machine: a cache is built by all
+        processes, and an error is reported by one.
         """
         together(lambda: self._setup(stage))
 
@@ -334,7 +333,7 @@ class HiddenStateDataModule(LightningDataModule):
             self.frozen.release_blocks()
 
     def train_dataloader(self) -> RowLoader:
-        """Shuffled rows, `batch_size` per process; after a resume, from where it was stopped."""
+        """Shuffled rows, `batch_size` per process; a resumed run continues where it stopped."""
         self._train = loader = self._loader("train", shuffle=True)
         if self._stopped_at:
             together(lambda: loader.load_state_dict(self._stopped_at))
@@ -345,18 +344,18 @@ class HiddenStateDataModule(LightningDataModule):
         return self._loader("validation", shuffle=False)
 
     def test_dataloader(self) -> RowLoader:
-        """Rows in order of the test split, or of validation where test has no labels."""
+        """Rows of the test split in order, or of validation if test has no labels."""
         return self._loader(tasks.evaluation_split(self.config), shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training loader is."""
+        """Position of the training loader."""
         return self._train.state_dict() if self._train else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep where training was stopped for the loader that is still to be made.
+        """Remember where training stopped, for the loader that is created later.
 
-        Lightning restores a loader only where it was not made before the checkpoint was read, and
-        the learning-rate schedule, which asks for the number of steps, makes it before.
+        Lightning does not restore a loader that was created before the checkpoint was read, and
+        the learning-rate schedule, which needs the number of steps, creates it before.
         """
         self._stopped_at = state_dict
 

@@ -1,6 +1,6 @@
 """`DiskCache`: one split's cache on disk or behind a URL: opened, built, or completed.
 
-Knows nothing of Lightning or of what the rows are for.
+Independent of Lightning and of what the rows are used for.
 """
 
 import logging
@@ -29,19 +29,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DiskCache:
-    """Where one split's cache is, and all that it takes to build it.
+    """Where one split's cache is, and everything needed to build it.
 
     Attributes:
-        split: names it in messages.
-        folder: of its files.
-        identity: everything that decides their bytes.
-        far: the remote cache, where the folder is the mirror of one.
+        split: the split's name, for messages.
+        folder: folder of its files.
+        identity: everything that determines their bytes.
+        far: the remote cache, if the folder is a mirror of one.
         config: the recipe's data section.
-        spade: whether SPADE's targets are asked for.
+        spade: whether SPADE's targets are needed.
         overwrite: rebuild what exists.
-        adapter: gives the frozen model; called only where something is to be computed.
-        encode: gives the tokenised prompts; the same.
-        extraction: what is computed of prompts.
+        adapter: returns the frozen model; called only if something has to be computed.
+        encode: returns the tokenised prompts; called only then, too.
+        extraction: returns the extraction for given examples.
     """
 
     split: str
@@ -56,12 +56,12 @@ class DiskCache:
     extraction: Callable[[Sequence[Example]], Extraction]
 
     def open(self) -> tuple[Manifest, StateDataset, bool]:
-        """The rows, and whether all of them were there; what is missing is computed first.
+        """The rows, and whether all of them were present; what is missing is computed first.
 
         Raises:
-            LSpadeError: the model, the data or the cache cannot be used; says which and why.
+            LSpadeError: the model, the data or the cache cannot be used.
         """
-        # The first process decides for all: a cache may be finished between two of these calls.
+        # Rank 0 decides for all: the cache may be finished between two processes' calls.
         rows, targets = together(self._present)[0]
         if not rows:
             self._build()
@@ -77,7 +77,7 @@ class DiskCache:
         return manifest, dataset, reused
 
     def _present(self) -> tuple[bool, bool]:
-        """Whether a finished cache has the rows, and whether it has their targets."""
+        """Whether a finished cache has the rows, and whether it has the targets."""
         if self.overwrite:
             return False, False
         if self.far:

@@ -1,4 +1,4 @@
-"""The progress of Lightning's loops, told as all long work here is."""
+"""Progress of Lightning's loops, shown like all other long-running work."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ class FitProgress(ProgressBar):
         self._work: Progress | None = None
 
     def disable(self) -> None:
-        """Show nothing, as on all processes but the first."""
+        """Show nothing, as on all ranks but 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show what follows."""
+        """Show progress from now on."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From the step that a resumed fit is at."""
+        """Start at the step that a resumed fit has reached."""
         work = self._open("fit", int(trainer.estimated_stepping_batches), "steps")
         work.skip(trainer.global_step)
 
@@ -43,7 +43,7 @@ class FitProgress(ProgressBar):
         if work is not None and trainer.global_step > work.done:
             epochs = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
 
-            def note() -> str:  # reading a loss waits for the device: only where it is shown
+            def note() -> str:  # reading a loss synchronises the device: only when it is shown
                 loss = trainer.progress_bar_metrics.get("loss")
                 told = "" if loss is None else f", loss {loss:.3f}"
                 return f"epoch {trainer.current_epoch + 1}{epochs}{told}"
@@ -51,15 +51,15 @@ class FitProgress(ProgressBar):
             work.advance(trainer.global_step - work.done, note)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Its own bar for `validate`."""
+        """Start a bar for `validate`."""
         self._open_pass(trainer, TrainerFn.VALIDATING, "validation", trainer.num_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A bar for `test`."""
+        """Start a bar for `test`."""
         self._open_pass(trainer, TrainerFn.TESTING, "test", trainer.num_test_batches)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Count the batches, or say in a fit's bar that it is validating."""
+        """Count the batches, or note in a fit's bar that it is validating."""
         self._count(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -67,22 +67,22 @@ class FitProgress(ProgressBar):
         self._count(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar of `validate` away."""
+        """Remove the bar of `validate`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._close()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take the bar away before an error is told."""
+        """Remove the bar before an error is printed."""
         self._close()
 
     def _open(self, name: str, total: int, unit: str) -> Progress:

@@ -1,4 +1,4 @@
-"""What a fit reports by layer: sums over rows that become an epoch's means, and answers given."""
+"""Metrics of a fit by layer: sums over rows that become an epoch's means, and the answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ METRICS = ("loss", "kl", "agreement", "accuracy")
 
 @dataclass(frozen=True)
 class LayerSums:
-    """Sums over rows, per layer: what an epoch's means are made of."""
+    """Sums over rows, per layer, from which an epoch's means are computed."""
 
     sums: Tensor  # (metrics, layers), float64
     rows: Tensor  # (2,): all rows, labelled rows
@@ -24,11 +24,11 @@ class LayerSums:
 
     @classmethod
     def beside(cls, parts: "Sequence[LayerSums]") -> "LayerSums":
-        """The sums of all layers from those of groups of layers, over the same rows."""
+        """Join the sums of groups of layers over the same rows."""
         return cls(torch.cat([part.sums for part in parts], 1), parts[0].rows)
 
     def means(self) -> dict[str, Tensor]:
-        """Mean per layer by metric; accuracy only where rows have labels."""
+        """Mean per layer by metric; accuracy only if rows have labels."""
         counts = [self.rows[0]] * 3 + [self.rows[1]]
         return {
             name: total / count
@@ -38,7 +38,7 @@ class LayerSums:
 
 
 def answers(batch: StateBatch, result: Distilled) -> Tensor:
-    """The student's answers, (rows x layers): the best choice, or token where there is none."""
+    """The student's answers, (rows x layers): the best choice, or token if there are no choices."""
     if batch.choice_ids.shape[1] == 0:
         return result.best
     layers = batch.hidden.shape[1]

@@ -1,8 +1,8 @@
-"""Layers a few at a time, since the heads of different layers share no parameter.
+"""Training a few layers at a time, since the heads of different layers share no parameters.
 
-`layer_losses` takes one piece of the layers after another through a step: nothing but the gradients
-outlives a piece. `LayerGroup` is coarser: heads too large for one device are fitted in groups, each
-through all its epochs. Knows nothing of losses or targets.
+`layer_losses` runs a step on one piece of the layers after another, keeping only the gradients of
+each. `LayerGroup` is coarser: heads too large for one device are fitted in groups, each through all
+its epochs. Independent of losses and targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from lspade_train.probes.heads import LSpadeHeads
 
 PieceLoss = Callable[[LSpadeHeads, slice], Float[Tensor, " piece"]]
-"""Losses of the layers of a slice, from the heads of those layers alone."""
+"""Computes the losses of a slice of the layers, given the heads of those layers."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class LayerGroup:
     """One of several groups of consecutive layers.
 
     Attributes:
-        number: of this group, from 0.
-        count: how many there are.
+        number: index of this group, from 0.
+        count: number of groups.
     """
 
     number: int
     count: int
 
     def among(self, layers: int) -> slice:
-        """Place of this group among so many layers; groups differ by one layer at most."""
+        """Slice of this group in that many layers; group sizes differ by at most one."""
         return slice(layers * self.number // self.count, layers * (self.number + 1) // self.count)
 
     @property
     def is_last(self) -> bool:
-        """Whether no group follows."""
+        """Whether this is the last group."""
         return self.number == self.count - 1
 
 
@@ -51,14 +51,14 @@ def layer_losses(
 
     Args:
         heads: the heads of all layers.
-        pieces: cut the layers, ascending and without gaps.
-        loss_of: computes one piece.
+        pieces: slices of the layers, ascending and without gaps.
+        loss_of: computes the losses of one piece.
     """
     return cast(Tensor, _PieceByPiece.apply(heads, pieces, loss_of, *heads.parameters()))
 
 
 class _PieceByPiece(torch.autograd.Function):
-    """Forward computes the gradients too, so that a piece's intermediates go with it."""
+    """Forward computes the gradients too, so that a piece's intermediates are freed with it."""
 
     @staticmethod
     def forward(
@@ -85,7 +85,7 @@ class _PieceByPiece(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place, and no longer held: they become the parameters' own gradients.
+        # In place, and released here: they become the parameters' own gradients.
         gradients, ctx.gradients = ctx.gradients, []
         for gradient in gradients:
             gradient.mul_(upstream[0].reshape(-1, *[1] * (gradient.dim() - 1)))

@@ -1,4 +1,4 @@
-"""Loggers that work without a key and without a network: CSV always, W&B where it is on."""
+"""Loggers that work without a key or network: CSV always, W&B if it is enabled."""
 
 import re
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lspade_train.io.tracking import quiet_settings, say_offline, say_where, wandb_is_on
 
 LAYER = "/layer_"
-"""In the names of the metrics of one layer."""
+"""Separator in the names of per-layer metrics."""
 OF_LAYER = re.compile(f"val/.+{LAYER}[0-9]+")
-"""Those of a validation."""
+"""Names of a validation's per-layer metrics."""
 CHARTS = {"KL (nats)": {"kl"}, "agreement and accuracy": {"agreement", "accuracy"}}
 """Charts of a validation on W&B, and the metrics in them."""
 
 
 def default_loggers(folder: Path, name: str) -> list[Logger]:
-    """CSV always; W&B too where it is installed and has a key, a login or WANDB_MODE."""
+    """CSV always; W&B too if it is installed and has a key, a login or WANDB_MODE."""
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if wandb_is_on():
         loggers.append(_wandb_logger(folder, name))
@@ -27,10 +27,10 @@ def default_loggers(folder: Path, name: str) -> list[Logger]:
 
 
 def _wandb_logger(folder: Path, name: str) -> Logger:
-    """A W&B logger that writes offline where the service cannot be reached, or refuses the key.
+    """A W&B logger that writes offline if the service cannot be reached or refuses the key.
 
-    Layers are not metrics of their own there, which would be a panel each: what a validation says
-    of every layer is one chart per epoch, and the means are curves. The CSV has every number.
+    Per-layer metrics would each get their own panel: instead, a validation's values by layer are
+    one chart per epoch, and the means are curves. The CSV has every number.
     """
     from lightning.pytorch import loggers
     from wandb.errors import Error
@@ -38,7 +38,7 @@ def _wandb_logger(folder: Path, name: str) -> Logger:
     class WandbLogger(loggers.WandbLogger):
         @property
         def experiment(self) -> Any:
-            if self._experiment is None:  # W&B warns of this key, and of a folder that is not there
+            if self._experiment is None:  # W&B warns about this key, and about a missing folder
                 self._wandb_init.pop("anonymous", None)
                 folder.mkdir(parents=True, exist_ok=True)
                 say_where(folder)
@@ -59,7 +59,7 @@ def _wandb_logger(folder: Path, name: str) -> Logger:
 
 
 def _charts(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What a validation says of every layer, as one chart for each of `CHARTS`."""
+    """A validation's metrics by layer, as one chart for each of `CHARTS`."""
     import wandb
 
     lines: dict[str, dict[str, dict[int, float]]] = {}  # chart -> metric, target -> layer -> value

@@ -3,7 +3,7 @@
 The product with the unembedding dominates everything else, and the logits of all rows and layers
 must never exist at once. So the loss and its gradient are computed together, chunk by chunk: only
 the hidden state needs a gradient, `W^T (p_student - p_target)`. Losses, gradients and their scaling
-are in fp32 or better whatever the head's dtype. Knows nothing of layers or training.
+are in fp32 or better for any dtype of the head. Independent of layers and training.
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from lspade_train.training.targets import ReducedTarget, Target, TargetLogits
 
 @dataclass(frozen=True)
 class Distilled:
-    """What one pass over the vocabulary gives, per row.
+    """Results of one pass over the vocabulary, per row.
 
     Attributes:
         loss: cross-entropy against the target, nats; differentiable.
-        kl: KL(target || student) in nats: the loss less the target's entropy.
+        kl: KL(target || student) in nats: the loss minus the target's entropy.
         best: the student's most probable token.
-        agrees: whether that is the target's too.
-        token_logits: the student's logits of the tokens asked for.
+        agrees: whether it is the target's most probable token, too.
+        token_logits: the student's logits of the requested tokens.
     """
 
     loss: Float[Tensor, " rows"]
@@ -59,10 +59,10 @@ def distillation(
 
     Args:
         student: translated hidden states, before the final norm.
-        target: of the same rows.
-        unembed: the frozen norm and head of the student's side.
+        target: the target of the same rows.
+        unembed: the frozen norm and head applied to the student.
         token_ids: tokens whose student logits are returned, such as the task's choices.
-        memory: what the logits of a chunk are written to, from `chunk_memory`; None: made anew.
+        memory: buffer for the logits of a chunk, from `chunk_memory`; None allocates one.
 
     Returns:
         Per-row loss and statistics; memory does not grow with rows x vocab.
@@ -90,7 +90,7 @@ def _apply(
     memory: Tensor | None,
 ) -> tuple[Tensor, ...]:
     memory = chunk_memory(unembed) if memory is None else memory
-    # Wide before the norm, so that no gradient passes through the head's dtype.
+    # Upcast before the norm, so that no gradient passes through the head's dtype.
     normed = wide_norm(unembed, student.to(wide(unembed.weight.dtype)))
     return cast(
         tuple[Tensor, ...], _ChunkedCrossEntropy.apply(normed, target, unembed, token_ids, memory)
@@ -137,7 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows whose logits exist at once; `gradient` is filled in where there is one."""
+    """Rows whose logits exist at once; `gradient` is filled in if it is needed."""
 
     normed: Tensor
     unembed: Unembedding
@@ -147,7 +147,7 @@ class _Chunk:
 
 
 def _against_reduced(chunk: _Chunk, target: ReducedTarget, rows: slice) -> list[Tensor]:
-    """Two products: the student's logits, and the gradient's."""
+    """Two products with the unembedding: for the student's logits and for the gradient."""
     unembed, normed, logits = chunk.unembed, chunk.normed, chunk.memory[0]
     mean = target.mean[rows]
     write_logits(unembed, normed, logits)
@@ -166,7 +166,7 @@ def _against_reduced(chunk: _Chunk, target: ReducedTarget, rows: slice) -> list[
 
 
 def _against_logits(chunk: _Chunk, target: TargetLogits, rows: slice) -> list[Tensor]:
-    """Three products: the target's logits, the student's, and the gradient's."""
+    """Three products with the unembedding: for both sides' logits and for the gradient."""
     unembed, memory = chunk.unembed, chunk.memory
     raw, p_target, spare = memory
     anchor = target.write(rows, raw)
@@ -179,8 +179,8 @@ def _against_logits(chunk: _Chunk, target: TargetLogits, rows: slice) -> list[Te
     if anchor is None:
         write_logits(unembed, chunk.normed, raw)
     else:
-        # From the target's logits by the product of a difference: both sides then share what a
-        # product in half precision rounds, which would drown a small distance between them.
+        # Add the product of the difference to the target's logits: both sides then share the
+        # rounding of half precision, which would otherwise hide a small distance between them.
         add_logits(unembed, chunk.normed - anchor, raw)
     logits = softcapped(unembed, raw, out=spare)
     spare = spare if logits is raw else raw

@@ -1,4 +1,4 @@
-"""`LSpadeModule`: all layers' heads trained together by distillation. Knows nothing of the cache.
+"""`LSpadeModule`: all layers' heads trained together by distillation. Independent of the cache.
 
 One step, for a batch of `rows` cached rows:
 
@@ -7,15 +7,15 @@ One step, for a batch of `rows` cached rows:
     layer_losses: for each piece of layers   as many as make about one chunk of logits
         heads(hidden)                        (rows, piece, d): h + A h + b, one batched product
         wide_norm                            the final norm, in fp32
-        for each chunk of rows x piece       losses: nothing of it outlives the chunk
-            student's logits                 product 1, in memory that is kept from step to step
-            loss, and W^T (p_s - p_t)        product 2; a third one where the target is not reduced
-        autograd through norm and heads      the piece's gradients, and its activations are freed
-    sum over layers, AdamW                   each head trains as it would alone
+        for each chunk of rows x piece       losses: everything is freed with the chunk
+            student's logits                 product 1, in a buffer that is reused by all steps
+            loss, and W^T (p_s - p_t)        product 2; a third one if the target is not reduced
+        autograd through norm and heads      the piece's gradients; its activations are freed
+    sum over layers, AdamW                   each head trains as if alone
 
-With `model.target: both` that is done for the heads of each target, on the same rows; with
-`model.scope: choices` the loss is over each row's choices (`over_choices`), and no logits of the
-vocabulary are made.
+With `model.target: both` this is done for the heads of each target, on the same rows; with
+`model.scope: choices` the loss is over each row's choices (`over_choices`), and no logits over the
+vocabulary are computed.
 
 Source: arXiv:2507.17618, L-SPADE (v1), Linear SimLens (v2). The optimiser, its schedule and every
 default are ours: the paper does not give them.
@@ -50,14 +50,14 @@ from lspade_train.training.targets import (
 )
 
 SHARED_BY = 2
-"""Layers above which reducing the target that they share, by two products, saves a step some."""
+"""With more layers than this, reducing their shared target (two products) saves time per step."""
 
 
 def check_rank(config: HeadConfig, hidden_size: int) -> None:
-    """Refuse low-rank heads that have more numbers than full ones could use.
+    """Refuse a rank above the model's width, which full heads do not need.
 
     Raises:
-        RecipeError: the rank is over the model's width.
+        RecipeError: the rank exceeds the model's width.
     """
     if config.form == "low_rank" and config.rank > hidden_size:
         raise RecipeError(
@@ -71,15 +71,15 @@ class LSpadeModule(LightningModule):
 
     Args:
         config: form, target and optimiser of the heads.
-        heads: heads to continue from, with a tuned lens beside them where the target is `both`;
-            None starts at the identity.
-        group: the layers that are trained, of those in the batches.
+        heads: heads to continue from, with a tuned lens beside them if the target is `both`; None
+            starts at the identity.
+        group: the group of the batches' layers to train.
 
     Logs `SPLIT/METRIC/layer_NN` (loss, kl, agreement, accuracy) and the means over the layers,
     `.../mean`. Loss and KL in nats, agreement with the target 0..1, accuracy 0..1 (over the task's
-    choices, or over the vocabulary where it has none). All four are over the choices where
-    `model.scope` is. With the target `both` these are the L-SPADE heads', and the tuned lens's are
-    `SPLIT/final/...`.
+    choices, or over the vocabulary if it has none). With `model.scope: choices` all four are over
+    the choices. With the target `both` these are the L-SPADE heads' metrics, and the tuned lens's
+    are `SPLIT/final/...`.
 
     Raises:
         ArtifactError: the target is `both`, and the heads to continue from have no tuned lens.
@@ -107,7 +107,7 @@ class LSpadeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module.
 
-        Targets are reduced first if the coming epochs repay the cost of it.
+        Targets are reduced first if that pays off over the epochs to come.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
@@ -128,7 +128,7 @@ class LSpadeModule(LightningModule):
             self.tuned_lens = others[0] if others else None
 
     def fitted(self) -> Iterator[tuple[str, str, LSpadeHeads]]:
-        """Each set of heads: prefix of its metrics' names, what it is fitted to, the heads."""
+        """For each set of heads: prefix of its metrics' names, its target, the heads."""
         assert self.heads is not None
         first, *others = self.config.targets
         yield "", first, self.heads
@@ -138,7 +138,7 @@ class LSpadeModule(LightningModule):
 
     @property
     def latest(self) -> Tensor | None:
-        """Losses of the last step, layer by layer, of one target after the other."""
+        """Losses of the last step by layer, the targets concatenated."""
         return None if self._latest is None else self._latest[1]
 
     def losses(
@@ -153,9 +153,9 @@ class LSpadeModule(LightningModule):
 
         Args:
             batch: cached rows.
-            sums: gets the metrics of each piece of the layers, which cost a little more.
-            heads: None: the first of those fitted.
-            target: what these are fitted to.
+            sums: receives the metrics of each piece of the layers, which cost a little more.
+            heads: heads to use; None means the first set.
+            target: what they are fitted to.
         """
         heads = self.heads if heads is None else heads
         assert heads is not None
@@ -178,7 +178,7 @@ class LSpadeModule(LightningModule):
     def training_step(self, batch: StateBatch, batch_idx: int) -> Tensor:
         """One step on all layers and targets: the sum of the layers' mean losses."""
         self._require_finite()
-        # Dozens of values: only on the steps that Lightning writes.
+        # Dozens of values: only on steps that Lightning logs.
         trainer: Any = self.trainer
         logs = (self.global_step + 1) % trainer.log_every_n_steps == 0
         parts: list[Tensor] = []
@@ -192,11 +192,11 @@ class LSpadeModule(LightningModule):
         self._latest = self.global_step, losses.detach()
         self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
         self.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
-        # A sum over layers, so that each head trains as it would alone.
+        # A sum over layers, so that each head trains as if alone.
         return losses.sum()
 
     def on_train_epoch_end(self) -> None:
-        """Check the last step's loss before a checkpoint is made of it."""
+        """Check the last step's loss before a checkpoint is saved."""
         self._require_finite()
 
     def validation_step(self, batch: StateBatch, batch_idx: int) -> None:
@@ -216,10 +216,10 @@ class LSpadeModule(LightningModule):
         self._log_epoch("test")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of other heads.
+        """Refuse a checkpoint of other heads.
 
         Raises:
-            RecipeError: its layers, form, rank or targets are not this recipe's.
+            RecipeError: its layers, form, rank or targets differ from this recipe's.
         """
         mine, found = (
             {name: tuple(value.shape) for name, value in state.items()}
@@ -233,7 +233,7 @@ class LSpadeModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW; decay pulls the residual maps to zero, that is the heads to the identity."""
+        """AdamW; decay pulls the residual maps to zero, that is, the heads to the identity."""
         config = self.config
         fitted = [heads for _, _, heads in self.fitted()]
         maps = [p for h in fitted for name, p in h.named_parameters() if name != "bias"]
@@ -257,7 +257,7 @@ class LSpadeModule(LightningModule):
     # Metrics ---------------------------------------------------------------------------------
 
     def _require_finite(self) -> None:
-        """Check the last step's loss: one step late, so that a GPU is not waited for."""
+        """Check the previous step's loss: one step late, to avoid waiting for the GPU."""
         if self._latest is None:
             return
         (step, losses), self._latest = self._latest, None
@@ -273,26 +273,26 @@ class LSpadeModule(LightningModule):
         return chunk_memory(self._unembed)
 
     def _reduces_rows(self) -> bool:
-        """Whether the data module is to reduce SPADE's targets for a fit of this length."""
+        """Whether the data module should reduce SPADE's targets for a fit of this length."""
         assert self._unembed is not None
-        # A group would reduce the targets of all layers; choices need no product to be saved.
+        # A group would reduce the targets of all layers; choices have no product to save.
         wanted = "spade" in self.config.targets and self.config.scope == "vocabulary"
         wanted = wanted and self.group == ALL_LAYERS
         epochs = self.trainer.max_epochs or 0
         return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
 
     def _trained(self, batch: StateBatch, target: str) -> StateBatch:
-        """The layers that are trained, with a target that they share reduced once for all."""
+        """The layers to train; a target that they share is reduced once for all of them."""
         assert self._unembed is not None
         batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
         if self.config.scope == "choices" or target == "spade":
             return batch
         if batch.hidden.shape[1] > SHARED_BY and is_reducible(self._unembed):
             return with_reduced_final(batch, self._unembed, self._memory)
-        return without_reduced(batch)  # which are SPADE's
+        return without_reduced(batch)  # the reduced targets are SPADE's
 
     def _pieces(self, batch: StateBatch) -> list[slice]:
-        """The layers, in pieces whose logits make about one chunk of the loss."""
+        """The layers, in pieces whose logits fill about one chunk of the loss."""
         layers = batch.hidden.shape[1]
         if self.config.scope == "choices":
             return [slice(0, layers)]
@@ -355,6 +355,6 @@ class LSpadeModule(LightningModule):
             values[f"{place}{name}/mean"] = per_layer.mean()
             for layer, value in zip(self.heads.layers, per_layer, strict=True):
                 values[f"{place}{name}/layer_{layer:02d}"] = value
-        # Epoch means are the same on every process already; saying so keeps Lightning quiet.
+        # Epoch means are already equal on all processes; this only silences Lightning's warning.
         same = not place.startswith("train/")
         self.log_dict({k: v.float() for k, v in values.items()}, batch_size=1, sync_dist=same)

@@ -1,6 +1,6 @@
-"""Passes and products over a vocabulary, in fp32 or better whatever the head's dtype.
+"""Passes and products over a vocabulary, in fp32 or better for any dtype of the head.
 
-Knows nothing of losses or targets.
+Independent of losses and targets.
 """
 
 from dataclasses import replace
@@ -13,25 +13,25 @@ from torch.func import functional_call
 from lspade_train.models import Unembedding
 
 CHUNK_MB = {"cpu": 16, "cuda": 512}
-"""One chunk of fp32 logits: on a CPU it stays in the cache, on a GPU it fills the cores."""
+"""Size of a chunk of fp32 logits: fits a CPU's cache, or keeps a GPU's cores busy."""
 
 VOCABULARY_PARTS = 12
-"""Sums over the vocabulary are made in parts, added in fp64: one fp32 sum rounds too much."""
+"""Vocabulary sums are split into parts that are added in fp64: one fp32 sum rounds too much."""
 
 FP16_SCALE = 1024.0
-"""In fp16 small probabilities are subnormal; times this they are not, and no sum overflows."""
+"""Scales small probabilities out of fp16's subnormal range, without overflow in sums."""
 
 
 def chunk_memory(unembed: Unembedding, rows: int | None = None) -> Float[Tensor, "3 chunk vocab"]:
-    """Memory for the logits of one chunk; whoever keeps it saves mapping it anew.
+    """A buffer for the logits of one chunk; reusing it saves allocating memory for each chunk.
 
     Args:
         unembed: the frozen norm and head.
-        rows: of a chunk; None: `chunk_rows`.
+        rows: rows of a chunk; None means `chunk_rows`.
     """
     weight = unembed.weight
     shape = (3, rows or chunk_rows(unembed), weight.shape[0])
-    with torch.inference_mode(False):  # validation may ask first, and training writes to it later
+    with torch.inference_mode(False):  # validation may allocate it, and training write to it
         return torch.empty(shape, dtype=wide(weight.dtype), device=weight.device)
 
 
@@ -42,14 +42,14 @@ def chunk_rows(unembed: Unembedding) -> int:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 where that is given."""
+    """fp64 if `dtype` is fp64, else fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_norm(
     unembed: Unembedding, states: Float[Tensor, "rows d"]
 ) -> Float[Tensor, "rows d_head"]:
-    """The final norm in the precision of `states`, whatever that of its weights."""
+    """The final norm in the precision of `states`, for any dtype of its weights."""
     norm = unembed.norm
     if not isinstance(norm, nn.Module) or all(p.dtype == states.dtype for p in norm.parameters()):
         return norm(states)
@@ -71,7 +71,7 @@ def write_logits(
 def add_logits(
     unembed: Unembedding, step: Float[Tensor, "rows d_head"], out: Float[Tensor, "rows vocab"]
 ) -> None:
-    """Add to logits before soft-capping what a step of the normed states changes in them."""
+    """Add the change that a step of the normed states causes in the logits before soft-capping."""
     weight = unembed.weight
     if out.dtype == weight.dtype:
         out.addmm_(step, weight.T, alpha=unembed.scale)
@@ -82,7 +82,7 @@ def add_logits(
 def softcapped(
     unembed: Unembedding, logits: Float[Tensor, "rows vocab"], out: Float[Tensor, "rows vocab"]
 ) -> Float[Tensor, "rows vocab"]:
-    """The family's soft-capping, written into `out`; the logits themselves where it has none."""
+    """The model's soft-capping, written into `out`; the logits themselves if it has none."""
     if unembed.softcap is None:
         return logits
     return torch.div(logits, unembed.softcap, out=out).tanh_().mul_(unembed.softcap)
@@ -94,10 +94,10 @@ def exponentials(
     """exp(logits - their maximum) into `out`, which may be `logits`.
 
     Returns:
-        Their sums, and the log partition function of each row.
+        The sum of the exponentials, and the log partition function of each row.
     """
     top = logits.amax(-1, keepdim=True)
-    # torch.sum adds in pairs, while softmax's own sum loses several bits over a large vocabulary.
+    # torch.sum is pairwise; softmax's own sum loses several bits over a large vocabulary.
     total = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
     return total, (top + total.log()).squeeze(-1)
 
@@ -105,7 +105,7 @@ def exponentials(
 def softmax(
     logits: Float[Tensor, "rows vocab"], out: Float[Tensor, "rows vocab"]
 ) -> Float[Tensor, " rows"]:
-    """Probabilities into `out`, which may be `logits`; gives the log partition function."""
+    """Probabilities into `out`, which may be `logits`; returns the log partition function."""
     total, log_z = exponentials(logits, out)
     out.div_(total)
     return log_z
@@ -114,9 +114,9 @@ def softmax(
 def times_weight(
     values: Float[Tensor, "rows vocab"], unembed: Unembedding
 ) -> Float[Tensor, "rows d_head"]:
-    """`values @ W`, summed in fp64 over parts of the vocabulary where W is in fp32.
+    """`values @ W`, summed in fp64 over parts of the vocabulary if W is in fp32.
 
-    In half precision one product, which accumulates in fp32 but rounds `values` and the result.
+    In half precision it is one product, which accumulates in fp32 but rounds inputs and result.
     """
     weight = unembed.weight
     if weight.dtype not in (torch.float32, torch.float64):

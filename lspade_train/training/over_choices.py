@@ -1,8 +1,8 @@
-"""The distillation loss over the choices of each row: no product with the vocabulary is made.
+"""The distillation loss over the choices of each row, without logits over the vocabulary.
 
-Both distributions are restricted to the row's choices and renormalised: student and target need the
-logits of those tokens alone, in fp32 or better whatever the head's dtype. Knows nothing of heads,
-files or Lightning.
+Both distributions are restricted to the row's choices and renormalised, so only the logits of those
+tokens are needed, in fp32 or better for any dtype of the head. Independent of heads, files and
+Lightning.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ def choice_distillation(
         unembed: the frozen norm and head.
 
     Returns:
-        Per-row loss and statistics of rows x layers, flattened row by row: all of them over the
-        choices. `token_logits` are the choices', -inf where a row has fewer than others.
+        Per-row loss and statistics of rows x layers, flattened row by row, all over the choices.
+        `token_logits` are the choices' logits, padded with -inf for rows with fewer choices.
 
     Raises:
         UnsupportedModelError: the head is not linear.
@@ -59,12 +59,12 @@ def choice_distillation(
 
 @dataclass(frozen=True)
 class _Choices:
-    """The choices of a batch: all tokens that any row may choose, and which are whose.
+    """The choices of a batch: the distinct tokens of all rows, and each row's indices into them.
 
     Attributes:
         tokens: every token that is a choice of some row, each once.
-        places: of each row's choices among them.
-        mask: False where a row has fewer choices than others.
+        places: indices of each row's choices in `tokens`.
+        mask: False for padding, in rows with fewer choices than others.
     """
 
     tokens: Int[Tensor, " tokens"]
@@ -79,11 +79,11 @@ class _Choices:
     def logits(
         self, states: Float[Tensor, "rows layers d"], unembed: Unembedding
     ) -> Float[Tensor, "rows layers choices"]:
-        """Logits of each row's choices; only `states` have a graph."""
+        """Logits of each row's choices; differentiable in `states` only."""
         dtype = wide(unembed.weight.dtype)
-        # Wide before the norm, so that no gradient passes through the head's dtype.
+        # Upcast before the norm, so that no gradient passes through the head's dtype.
         normed = wide_norm(unembed, states.flatten(0, 1).to(dtype))
-        # One product for all rows: those of a task mostly share their choices.
+        # One product for all rows: a task's rows mostly share their choices.
         found = normed @ unembed.weight.detach()[self.tokens].to(dtype).T
         if unembed.bias is not None:
             found = found + unembed.bias.detach()[self.tokens].to(dtype)
@@ -95,12 +95,12 @@ class _Choices:
 def _target_logits(
     choices: _Choices, batch: StateBatch, target: str, unembed: Unembedding
 ) -> Float[Tensor, "rows layers choices"]:
-    """The target's logits of the choices, from what a cache stores of it; one layer if `final`."""
+    """The target's logits of the choices, from the stored target; one layer if `final`."""
     if target == "final":
         return choices.logits(batch.final[:, None], unembed)
     if batch.target is not None:
         return choices.logits(batch.target, unembed)
-    # Not top-k: a recipe with it is refused, since the choices need not be among the best tokens.
+    # Top-k targets are refused with the recipe: the choices may not be among the best tokens.
     assert batch.target_logits is not None
     ids = batch.choice_ids.long()[:, None].expand(-1, batch.hidden.shape[1], -1)
     found = batch.target_logits.gather(-1, ids).to(wide(unembed.weight.dtype))

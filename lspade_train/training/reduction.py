@@ -1,7 +1,7 @@
-"""A whole data set's targets reduced before a fit, in a file that is mapped and has no name.
+"""Reduces a whole data set's targets before a fit, into an unlinked memory-mapped file.
 
-Two products over the vocabulary per row and layer, once, save one in every step. Knows nothing of
-heads or of Lightning.
+Two products over the vocabulary per row and layer, done once, save one in every step. Independent
+of heads and Lightning.
 """
 
 import logging
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 def pays_off(epochs: int, processes: int) -> bool:
     """Whether reducing all rows costs less than it saves.
 
-    Each process reduces all rows, by two products, and saves one product in each epoch for its part
-    of them.
+    Each process reduces all rows, with two products each, and saves one product per epoch for its
+    share of the rows.
     """
     return epochs > 2 * processes
 
@@ -40,17 +40,17 @@ def reduce_dataset(
 ) -> StateDataset | None:
     """The same rows with SPADE's targets reduced.
 
-    The file is mapped like the cache itself, so that the system may drop it from memory, and goes
-    with the last tensor that uses it.
+    The file is mapped like the cache itself, so that the system may evict it from memory, and is
+    freed with the last tensor that uses it.
 
     Args:
         dataset: rows with SPADE's targets.
-        unembed: the frozen norm and head; `targets.is_reducible`.
-        folder: where the file goes.
+        unembed: the frozen norm and head; must satisfy `targets.is_reducible`.
+        folder: folder for the file.
         track: wraps the shard numbers in a progress bar.
 
     Returns:
-        None where the folder has no room, or cannot be written.
+        The rows, or None if the folder is full or cannot be written.
     """
     memory = chunk_memory(unembed)
     layers, width = len(dataset.layers), unembed.weight.shape[1]
@@ -71,7 +71,7 @@ def reduce_dataset(
 def _reduce_shard(
     shard: dict[str, Tensor], mean: Tensor, unembed: Unembedding, memory: Tensor
 ) -> dict[str, Tensor]:
-    """Reduced targets by the names of `StateBatch`; the large one is written to `mean`."""
+    """Reduced targets by their names in `StateBatch`; the large one is written to `mean`."""
     rows, layers = mean.shape[:2]
     step = max(memory.shape[1] // layers, 1)
     parts: list[tuple[Tensor, ...]] = []
@@ -94,14 +94,14 @@ def _reduce_shard(
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor over a file without a name.
+    """A tensor mapped to an unlinked file.
 
     Raises:
-        OSError: there is no room for it, or no right to write there.
+        OSError: the disk is full, or the folder is not writable.
     """
     size = int(np.prod(shape)) * dtype.itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
-        # Now: a disk that fills up later would end the process by a signal.
+        # Allocate now: a disk that fills up later would kill the process with a signal.
         os.posix_fallocate(file.fileno(), 0, size)
         content = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     return torch.from_numpy(content).view(dtype).view(shape)

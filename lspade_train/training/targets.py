@@ -1,14 +1,14 @@
-"""What heads are fitted to: a distribution over the vocabulary per row, as a step needs it.
+"""Targets that heads are fitted to: a distribution over the vocabulary per row.
 
-Either the target's logits, made when they are needed from what a cache stores of them, or, where
-the logits are linear in the student's state, a target reduced to a few numbers. With p the target's
-distribution, z = s (W n + b) the student's logits for its normed state n:
+Either the target's logits, computed on demand from what the cache stores, or, if the logits are
+linear in the student's state, a target reduced to a few numbers. With p the target's distribution
+and z = s (W n + b) the student's logits for its normed state n:
 
     CE(p, z) = logsumexp(z) - s (n . W^T p + b . p)        dCE/dn = s (W^T softmax(z) - W^T p)
 
-so that W^T p (as wide as n) and b . p hold all of p, and the product with W that would give the
-target's logits is made once per row instead of once per step. Soft-capped logits are not linear.
-Knows nothing of Lightning, files or heads.
+so W^T p (as wide as n) and b . p are all that is needed of p, and the product with W that gives the
+target's logits is computed once per row instead of once per step. Soft-capped logits are not
+linear. Independent of Lightning, files and heads.
 """
 
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from lspade_train.models import Unembedding
 from lspade_train.training.numerics import softmax, times_weight, wide_norm, write_logits
 
 ABSENT = -1.0e4
-"""Logit of a token that a top-k target does not hold: its probability is exactly zero."""
+"""Logit of a token that is not in a top-k target: its probability is exactly zero."""
 
 
 class TargetLogits(Protocol):
-    """A target's logits, made when they are needed."""
+    """A target's logits, computed on demand."""
 
     def __call__(self, rows: slice) -> Float[Tensor, "chunk vocab"]:
         """Logits of some rows, as the model gives them."""
@@ -38,8 +38,8 @@ class TargetLogits(Protocol):
         """Write the logits of some rows into `out`.
 
         Returns:
-            The normed states that they are the logits of: `out` is then not yet soft-capped. None
-            where no state is known.
+            The normed states of these logits, in which case `out` is not yet soft-capped; None if
+            no state is stored.
         """
         ...
 
@@ -79,32 +79,32 @@ class StoredLogits:
 
 @dataclass(frozen=True)
 class TopkTarget:
-    """A target of which the k best logits were stored; it is renormalised over those."""
+    """A target whose k best logits were stored, renormalised over those."""
 
     values: Float[Tensor, "rows k"]
     tokens: Int[Tensor, "rows k"]
     vocab_size: int
 
     def __call__(self, rows: slice) -> Tensor:
-        """Logits over the vocabulary, `ABSENT` where none was stored."""
+        """Logits over the vocabulary, `ABSENT` for tokens that were not stored."""
         kept = self.values[rows].float()
         out = kept.new_empty(len(kept), self.vocab_size)
         self.write(rows, out)
         return out
 
     def write(self, rows: slice, out: Tensor) -> None:
-        """Spread them over the vocabulary."""
+        """Scatter them over the vocabulary."""
         out.fill_(ABSENT).scatter_(-1, self.tokens[rows].long(), self.values[rows].to(out.dtype))
 
 
 @dataclass(frozen=True)
 class ReducedTarget:
-    """A target reduced to what the cross-entropy of linear logits needs of it.
+    """A target reduced to what the cross-entropy of linear logits needs.
 
     Attributes:
         mean: W^T p, the mean of the head's rows.
         offset: b . p, the mean of the head's bias.
-        entropy: of p, nats.
+        entropy: entropy of p, nats.
         best: the most probable token.
     """
 
@@ -118,7 +118,7 @@ Target = TargetLogits | ReducedTarget
 
 
 def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> TargetLogits:
-    """The target's logits of rows x layers, flattened row by row, whatever was stored.
+    """The target's logits of rows x layers, flattened row by row, for any kind of stored target.
 
     Args:
         batch: rows with their targets.
@@ -143,7 +143,7 @@ def target_logits(batch: StateBatch, target: str, unembed: Unembedding) -> Targe
 
 
 def target_of(batch: StateBatch, target: str, unembed: Unembedding) -> Target:
-    """The target of rows x layers as a step takes it: reduced where the batch holds that."""
+    """The target of rows x layers for a training step: reduced if the batch has that."""
     if batch.target_mean is None:
         return target_logits(batch, target, unembed)
     assert batch.target_offset is not None
@@ -161,10 +161,10 @@ def target_of(batch: StateBatch, target: str, unembed: Unembedding) -> Target:
 
 
 def is_reducible(unembed: Unembedding) -> bool:
-    """Whether a reduced target gives the loss and the gradient as exactly as its logits do.
+    """Whether a reduced target gives loss and gradient as exactly as its logits do.
 
-    Not where logits are soft-capped; nor in half precision, whose products round W^T softmax(z) and
-    W^T p more coarsely than a trained head's distance between the two.
+    False if logits are soft-capped, and in half precision, where W^T softmax(z) and W^T p are
+    rounded more coarsely than the difference between the two for a trained head.
     """
     return unembed.softcap is None and unembed.weight.dtype in (torch.float32, torch.float64)
 
@@ -176,10 +176,10 @@ def reduce_target(
     """Two products over the vocabulary per row: the target's logits, and W^T p.
 
     Args:
-        target: gives the logits of a slice of the rows.
-        rows: how many there are.
-        unembed: the frozen norm and head; `is_reducible`.
-        memory: what the logits of a chunk are written to.
+        target: computes the logits of a slice of the rows.
+        rows: number of rows.
+        unembed: the frozen norm and head; must satisfy `is_reducible`.
+        memory: buffer for the logits of a chunk.
     """
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, max(rows, 1), memory.shape[1]):
@@ -197,14 +197,14 @@ def reduce_target(
 
 
 def without_reduced(batch: StateBatch) -> StateBatch:
-    """The batch without reduced targets, which are SPADE's, for heads of another target."""
+    """The batch without SPADE's reduced targets, for heads of another target."""
     return replace(batch, **dict.fromkeys(REDUCED))
 
 
 def with_reduced_final(
     batch: StateBatch, unembed: Unembedding, memory: Float[Tensor, "3 chunk vocab"]
 ) -> StateBatch:
-    """The batch with the model's own answer as the reduced target of every layer: reduced once."""
+    """The batch with the model's own answer, reduced once, as the target of every layer."""
     layers = batch.hidden.shape[1]
     found = reduce_target(HiddenTarget(batch.final, unembed), len(batch), unembed, memory)
     return replace(

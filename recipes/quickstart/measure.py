@@ -1,4 +1,4 @@
-"""How good a trained tiny-world model is, by kind of question and by layer, and its model card."""
+"""Measures a trained tiny-world model, by kind of question and by layer; writes its model card."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def read_layers(model: LlamaForCausalLM, ids: Tensor, columns: list[int]) -> Ten
 
 
 def card(measured: Measured, training: Mapping[str, object]) -> str:
-    """The model card; `training` says how the model came about."""
+    """The model card; `training` describes how the model was trained."""
     cells = measured.cells
     rows = "\n".join(
         f"| {kind} | " + " | ".join(f"{100 * cells[f'{kind} {hops}']:.1f}" for hops in HOPS) + " |"

@@ -1,8 +1,7 @@
-"""Packs many questions about one world into one sequence, none of them seeing another.
+"""Packs many questions about one world into one sequence, without attention between questions.
 
 The facts are read once; every question then attends to the facts and to itself, at the positions
-it would have if it were asked alone. What the model learns is therefore exactly the prompt it is
-evaluated on.
+it would have on its own. The model is therefore trained on exactly the prompts it is evaluated on.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class PackedQuestions(IterableDataset[dict[str, Tensor]]):
     """An endless stream of batches from the worlds of the training split.
 
     Args:
-        slots: the questions asked of every world, in order: a kind and the hops to draw from.
+        slots: the questions asked about every world, in order: a kind and the hops to draw from.
         vocabulary: word to token id.
         batch_size: worlds per batch.
-        seed: two streams with one seed are equal.
+        seed: seed of the stream; equal seeds give equal streams.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class PackedQuestions(IterableDataset[dict[str, Tensor]]):
             }
 
     def targets(self, path: Sequence[str]) -> list[int]:
-        """What each lookup should have reached; once answered, a question stays answered."""
+        """Target of each lookup; after the answer is reached, it stays the target."""
         return [self.vocabulary[path[min(step, len(path) - 1)]] for step in range(LOOKUPS)]
 
 

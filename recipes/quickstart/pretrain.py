@@ -1,10 +1,10 @@
-"""Trains the tiny-world model: one lookup first, then four, each shown what to reach.
+"""Trains the tiny-world model: one lookup first, then four, each with its own target.
 
-The final answer alone leaves deep models at chance here for thousands of steps. So three blocks
-first learn to look one thing up; their last two are then repeated once per further lookup, and
-the loss asks every pair of blocks for what should be reached by then. How much of the depth a
-question needs is therefore taught, not found. The middle blocks are asked through a norm and head
-of their own, which are thrown away afterwards: the model's own head never sees a middle state.
+Trained on the final answer alone, deep models stay at chance here for thousands of steps. So three
+blocks first learn one lookup; the last two are then repeated once per further lookup, and the loss
+supervises every pair of blocks with the result expected by then. The depth that a question needs is
+therefore taught, not discovered. Middle blocks are read through a separate norm and head, which are
+discarded afterwards: the model's own head never sees a middle state.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ MULTIPLE_CHOICE, YES_NO, OPEN, NEXT = "multiple_choice", "yes_no", "open", "next
 class Stage:
     """One part of the curriculum; it ends at `steps`, or sooner once all accuracies pass `until`.
 
-    `slots` are the questions asked of every world: a kind, how many, the hops to draw from. The
-    first two stages know no worlds: `copy` repeats random words, `triples` asks again for the last
-    word of random triples.
+    `slots` are the questions asked about every world: a kind, how many, the hops to draw from. The
+    first two stages use no worlds: `copy` repeats random words, `triples` asks for the last word of
+    random triples.
     """
 
     name: str
@@ -66,7 +66,7 @@ STAGES = (
 
 
 class Triples(IterableDataset[dict[str, Tensor]]):
-    """Endless batches of random triples told twice; the last word of each is asked for."""
+    """Endless batches of random triples given twice; the target is the last word of each."""
 
     def __init__(self, vocabulary: int, batch_size: int, seed: int, count: int = 8) -> None:
         self.words, self.batch_size, self.count = vocabulary - SPECIAL, batch_size, count
@@ -93,7 +93,7 @@ class Triples(IterableDataset[dict[str, Tensor]]):
 
 
 class Copies(IterableDataset[dict[str, Tensor]]):
-    """Endless batches of 5 to 24 random words told twice, all but two asked the second time."""
+    """Endless batches of 5 to 24 random words given twice; predicts the copy but for two words."""
 
     def __init__(self, vocabulary: int, batch_size: int, seed: int) -> None:
         self.words, self.batch_size = vocabulary - SPECIAL, batch_size
@@ -124,9 +124,9 @@ class Pretraining(LightningModule):
     """Cross-entropy of the answer and, with equal weight, of every lookup on the way to it.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         auxiliary: norm and head that read the lookups before the last.
-        stage: what it is trained on.
+        stage: stage of the curriculum.
     """
 
     def __init__(self, model: LlamaForCausalLM, auxiliary: torch.nn.Module, stage: Stage) -> None:
@@ -185,7 +185,7 @@ class Pretraining(LightningModule):
             self.trainer.should_stop = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a short warm-up, and a linear decay where the stage asks for one."""
+        """AdamW with a short warm-up, and a linear decay if the stage has one."""
         stage = self.stage
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01
@@ -233,14 +233,14 @@ def grow(model: LlamaForCausalLM, blocks: int) -> LlamaForCausalLM:
 
 
 def auxiliary_head(config: LlamaConfig) -> torch.nn.Module:
-    """A norm and a head of the model's kind."""
+    """A norm and a head of the same type as the model's."""
     head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     torch.nn.init.normal_(head.weight, std=config.initializer_range)
     return torch.nn.Sequential(torch.nn.RMSNorm(config.hidden_size, config.rms_norm_eps), head)
 
 
 def train(module: Pretraining, vocabulary: dict[str, int], seed: int) -> int:
-    """Run one stage on the CPU; the number of steps it took."""
+    """Run one stage on the CPU; returns the number of steps."""
     stage = module.stage
     stream: IterableDataset[dict[str, Tensor]]
     if stage.slots is None:
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
     quiet()
-    torch.set_num_threads(1)  # matrices this small gain nothing from more
+    torch.set_num_threads(1)  # matrices this small do not benefit from more
     seed_everything(arguments.seed, verbose=False)
     started = time.monotonic()
     tokenizer = build_tokenizer()
@@ -319,7 +319,7 @@ def stage_rows(taken: Sequence[int]) -> str:
 
 
 def quiet() -> None:
-    """Silence Lightning's advice, which no one can act on here."""
+    """Silence Lightning's advice, which does not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
 

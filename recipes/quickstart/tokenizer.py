@@ -1,4 +1,4 @@
-"""Builds the toy world's tokenizer: one token per word, `<s>` in front. Knows no questions."""
+"""Builds the toy world's tokenizer: one token per word, with `<s>` in front."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAD, UNK, BOS, EOS = SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's words; `AutoTokenizer` loads what it saves."""
+    """A word-level tokenizer over the world's words, which `AutoTokenizer` can load."""
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()

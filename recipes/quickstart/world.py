@@ -1,9 +1,9 @@
-"""The toy world: seeded questions over facts told in the prompt, and the JSONL splits made of them.
+"""The toy world: seeded questions about facts in the prompt, and the JSONL splits made of them.
 
-A world is four chains `person has item, item in container, container at room`, told as twelve
+A world is four chains `person has item, item in container, container at room`, given as twelve
 facts in any order, after four options such as `kitchen is A`. Every question asks for a room, from
-a container (1 hop), an item (2 hops) or a person (3 hops). Knows nothing of models or tokens beyond
-this: every word is one token, and so is every answer.
+a container (1 hop), an item (2 hops) or a person (3 hops). Independent of models and tokenizers,
+except that every word, and so every answer, is one token.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class World:
 
     @property
     def facts(self) -> tuple[str, ...]:
-        """The facts as told, such as `tom has ball`."""
+        """The facts as lines, such as `tom has ball`."""
         facts = [
             f"{chain[level]} {RELATIONS[level]} {chain[level + 1]}"
             for chain in self.chains
@@ -83,7 +83,7 @@ class World:
 
     @property
     def split(self) -> str:
-        """The split that owns this world, decided by its facts alone: splits never share one."""
+        """The split of this world, determined by its facts alone: splits never share a world."""
         digest = hashlib.sha256("\n".join(sorted(self.facts)).encode()).digest()
         return {0: "test", 1: "validation"}.get(digest[0] % 8, "train")
 
@@ -92,8 +92,8 @@ class World:
 class Question:
     """A question about a world, without the facts before it.
 
-    `path` holds what is reached lookup by lookup, and ends in the answer; it supervises the middle
-    blocks in pretraining and is never written to the data.
+    `path` is the result of each lookup, ending in the answer; it supervises the middle blocks in
+    pretraining and is never written to the data.
     """
 
     text: str
@@ -149,12 +149,12 @@ def ask_yes_no(world: World, chain: Chain, rng: random.Random) -> Form:
 
 
 def ask_open(_: World, chain: Chain, __: random.Random) -> Form:
-    """`where is tom`; the answer is the room itself, out of all rooms there are."""
+    """`where is tom`; the answer is the room itself, out of all rooms."""
     return "where is", ROOMS, chain[1:]
 
 
 def ask_next(world: World, chain: Chain, _: random.Random) -> Form:
-    """`follow tom`; the answer is one line further: a name, or a room's letter. For pretraining."""
+    """`follow tom`; the answer is one hop away: a name, or a room's letter. For pretraining."""
     return "follow", (), ((*chain, LETTERS[world.options.index(chain[-1])])[1],)
 
 
@@ -167,7 +167,7 @@ KINDS: dict[str, Callable[[World, Chain, random.Random], Form]] = {
 
 
 def rows(split: str, count: int, kinds: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """`count` rows of `split`, kinds and hops in turn, every row about a world of its own."""
+    """`count` rows of `split`, cycling through kinds and hops, every row about a new world."""
     rng = random.Random(f"{seed} {split} {' '.join(kinds)}")
     mixture = itertools.cycle(itertools.product(HOPS, kinds))
     for hops, kind in itertools.islice(mixture, count):

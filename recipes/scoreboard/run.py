@@ -4,8 +4,8 @@
     python recipes/scoreboard/run.py --wall ...       (times the policies, on a machine left alone)
     python recipes/scoreboard/run.py --table          (the page and figure from the results alone)
 
-One results file per pair in results/, which a second run leaves alone; docs/scoreboard.md and its
-figure are made of those. DIR holds what pairs.yaml names; what is not there is asked of the Hub.
+Writes one results file per pair to results/, which a second run skips; docs/scoreboard.md and its
+figure are made from those. DIR has the models and data in pairs.yaml; others come from the Hub.
 """
 
 import argparse
@@ -45,7 +45,7 @@ FORMAT = 1
 SEED = 0
 
 RULES: dict[str, dict[str, Any]] = {"paper": {"paper": True}, "ours": {}}
-"""What `calibrate` may search: the paper's rule, everything."""
+"""Options of `calibrate`: the paper's rule, or a search over everything."""
 
 PER_LENS = ("accuracy", "answer_agrees_model", "auroc")
 PER_POLICY = (
@@ -54,7 +54,7 @@ PER_POLICY = (
 
 
 def main() -> None:
-    """Run what is asked for and write the page."""
+    """Run the requested pairs and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Every pair that is asked for and has no results yet."""
+    """Run every requested pair that has no results yet."""
     settings = yaml.safe_load(given.pairs.read_text(encoding="utf-8"))
     known = [f"{model}-{task}" for model in settings["models"] for task in settings["tasks"]]
     asked = given.only.split(",") if given.only else known
@@ -94,7 +94,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def add_wall(path: Path, pair: str, settings: Mapping[str, Any], given: argparse.Namespace) -> None:
-    """Time a pair's policy, where it has results and heads here and exits at all."""
+    """Time a pair's policy, if it has results and heads here and ever exits."""
     found = read_json(path, ArtifactError) if path.exists() else {}
     if not found.get("policies", {}).get("ours", {}).get("layers"):
         return
@@ -108,8 +108,8 @@ class Pair:
     """One model on one task.
 
     Args:
-        name: such as `smollm2-sst2`.
-        settings: pairs.yaml.
+        name: name such as `smollm2-sst2`.
+        settings: content of pairs.yaml.
         given: the command line.
     """
 
@@ -127,33 +127,33 @@ class Pair:
         self.clock = Clock()
 
     def results(self) -> dict[str, Any]:
-        """Everything that the page is made of; no path of this machine."""
+        """Everything that the page needs, without paths of this machine."""
         rows = prepare(self.task, self.rows, self.data, self.work / "data", SEED)
         recipe = self.recipe()
         with self.clock("the model itself"):
             data = HiddenStateDataModule(recipe.data, recipe.model.layers, spade=False)
             baseline = cached_accuracy(data.stored("test"), data.unembed)
-        assert baseline is not None  # prepare keeps rows with a right answer only
+        assert baseline is not None  # prepare keeps labelled rows only
         found = self._header(rows, data) | {"n": baseline.n, "full_model": asdict(baseline)}
         if not baseline.at_chance:
             found |= self._measured(recipe)
         return plain(found) | {"provenance": self._provenance()}
 
     def _measured(self, recipe: Recipe) -> dict[str, Any]:
-        """What heads, lenses and policies do on the test rows."""
+        """Results of heads, lenses and policies on the test rows."""
         folder = heads_folder(recipe)
         with self.clock("cache and fit"):
             self._fit(folder)
         fitted = FittedRecipe(recipe, folder)
         with self.clock("calibrate"):
-            # The last one stays beside the heads: evaluate takes its budget from there.
+            # The last one stays beside the heads, where evaluate reads its budget.
             policies = {rule: self._policy(fitted, asked) for rule, asked in RULES.items()}
         with self.clock("evaluate"):
             found = evaluate_recipe(fitted, baselines=True)
         return slim(found) | {"policies": policies}
 
     def recipe(self) -> Recipe:
-        """The recipe as an object, and as the YAML file that the other commands take."""
+        """The recipe as an object; also written as a YAML file for the other commands."""
         shots = self.task["data"].get("prompt", {}).get("shots", 0)
         data: dict[str, Any] = {
             "model_id": self.model_id,
@@ -162,7 +162,7 @@ class Pair:
             "cache_dir": str(self.work / "cache"),
             "dtype": self.dtype,
             "overlong": "skip",
-            "shard_mb": 16,  # a run that was stopped loses little
+            "shard_mb": 16,  # so that an interrupted run loses little
         }
         heads, trainer = self.settings["heads"], self.settings["trainer"]
         text = {
@@ -176,7 +176,7 @@ class Pair:
         )  # fmt: skip
 
     def _fit(self, folder: Path) -> None:
-        """Build the caches and fit, where there are no heads yet."""
+        """Build the caches and fit, if there are no heads yet."""
         if (folder / "heads.safetensors").exists():
             return
         for command in (["cache", "--splits=[train,validation,test]"], ["fit"]):
@@ -224,7 +224,7 @@ class Pair:
 
 
 def slim(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of `results.json`."""
+    """The parts of `results.json` to keep."""
     exits = found["exits"] or {}
     return {
         "layers": found["layers"],
@@ -249,7 +249,7 @@ def slim(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def policy_on_test(fitted: FittedRecipe, policy: ExitPolicy, name: str) -> dict[str, Any]:
-    """What a policy does on the measured rows."""
+    """Results of a policy on the measured rows."""
     never = policy.threshold is None
     states, adapter = fitted.states(), fitted.data.adapter
     found, _ = measure_policy(states, adapter, fitted.heads, policy, fitted.side)
@@ -263,12 +263,12 @@ def policy_on_test(fitted: FittedRecipe, policy: ExitPolicy, name: str) -> dict[
 
 
 def rounded(values: Any) -> Any:
-    """Four digits: an interval is a hundred times wider."""
+    """Round to four digits: intervals are a hundred times wider."""
     return None if values is None else [None if v is None else round(v, 4) for v in values]
 
 
 class Clock:
-    """CPU seconds of the stages of a run, of all threads: wall time depends on who else runs."""
+    """CPU seconds of a run's stages, over all threads: wall time depends on other processes."""
 
     def __init__(self) -> None:
         self.spent: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""docs/scoreboard.md and its figure, from the files in results/ alone. Measures nothing."""
+"""Writes docs/scoreboard.md and its figure, from the files in results/ alone."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ BASELINES = ("fixed layer", "linear probe", "patience", "SVM over statistics")
 WITHIN = (0.01, 0.02)
 LEVEL = 0.95
 COLUMNS = 4
-"""Panels of the figure side by side, at most."""
+"""Most panels of the figure side by side."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The results, in the order of their names."""
+    """The results, sorted by name."""
     files = sorted(folder.glob("*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
@@ -38,12 +38,12 @@ def write_page(folder: Path = RESULTS, page: Path = PAGE, figure: Path = FIGURE)
 
 
 def above_chance(pair: Mapping[str, Any]) -> bool:
-    """Whether the model knows anything about the task."""
+    """Whether the model is better than chance on the task."""
     return pair["full_model"]["interval"][0] > blind(pair)
 
 
 def blind(pair: Mapping[str, Any]) -> float:
-    """What guessing or the most frequent answer gets right."""
+    """Accuracy of guessing or of the most frequent answer."""
     return max(pair["full_model"]["chance"] or 0.0, pair["full_model"]["majority"])
 
 
@@ -78,7 +78,7 @@ def render(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summary(found: Sequence[Mapping[str, Any]], used: Sequence[Mapping[str, Any]]) -> str:
-    """What the tables say, in a few sentences."""
+    """A summary of the tables, in a few sentences."""
 
     def of(name: str) -> str:
         rows = [pair["policies"][name] for pair in used]
@@ -154,7 +154,7 @@ def _depth_columns() -> dict[str, Column]:
 
 
 def first_within(pair: Mapping[str, Any], lens: str, points: float) -> int | None:
-    """First layer from which on a lens's accuracy stays within so much of the full model's."""
+    """First layer from which on a lens's accuracy stays within `points` of the full model's."""
     found: int | None = None
     least = pair["full_model"]["accuracy"] - points
     accuracy = pair["lenses"][lens]["accuracy"]

@@ -1,4 +1,4 @@
-"""Wall time of a pair's policy over that of an untouched model, on its test prompts."""
+"""Wall time of a pair's policy relative to the original model, on its test prompts."""
 
 import statistics
 from collections.abc import Callable
@@ -22,7 +22,7 @@ BATCH_SIZES = (1, 8)
 
 
 def wall(fitted: FittedRecipe) -> dict[str, Any]:
-    """Both timed in turn over the first prompts, shortest first: medians, and the rounds' range.
+    """Time both alternately on the first prompts, shortest first: medians and ranges of rounds.
 
     Args:
         fitted: a pair with the policy beside its heads.
@@ -58,9 +58,9 @@ def wall(fitted: FittedRecipe) -> dict[str, Any]:
 def _ratio(
     cases: list[tuple[Callable[[], object], Callable[[], object]]], device: torch.device
 ) -> dict[str, float]:
-    """Seconds of all batches over the untouched model's, batch by batch in turn."""
+    """Ratio of seconds to the original model's, over all batches, timed alternately."""
     rounds: list[float] = []
-    for _ in range(ROUNDS + 1):  # the first warms up
+    for _ in range(ROUNDS + 1):  # the first is a warm-up
         spent = [[seconds_of(run, device) for run in pair] for pair in cases]
         rounds.append(sum(own for own, _ in spent) / sum(plain for _, plain in spent))
     kept = [round(ratio, 4) for ratio in rounds[1:]]

@@ -1,6 +1,6 @@
 """Figures of results: what they show, and how matplotlib and plotly draw them.
 
-Knows nothing of models or caches. Importing this package loads neither library.
+Independent of models and caches. Importing this package loads neither library.
 """
 
 from lspade_train.reporting.plots.charts import Bars, Chart, Figure, Heatmap, Omitted, Series

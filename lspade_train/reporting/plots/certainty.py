@@ -21,7 +21,7 @@ ONE_KIND = "Every answer is correct, every answer is wrong, or the rows have no 
 
 
 def reliability(results: dict[str, Any]) -> Chart | Omitted:
-    """How often an exit answers as the full model does, by the signal that decides it."""
+    """How often an exit's answer is the full model's, by the signal that decides the exit."""
     title = "Reliability of the signal"
     found = (results["exits"] or {}).get("reliability")
     if not found:
@@ -77,7 +77,7 @@ def entropy_by_correctness(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def entropy_histogram(results: dict[str, Any]) -> Bars | Omitted:
-    """Entropy of correct and wrong answers at the layer where it tells them apart best."""
+    """Entropy of correct and wrong answers at the most discriminative layer."""
     title = "Entropy of correct and wrong answers"
     place = most_discriminative_layer(results)
     if place is None:

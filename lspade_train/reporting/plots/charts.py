@@ -13,7 +13,7 @@ INK = "ink"
 """A colour that is black in print and follows the page's text on screen."""
 
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; without yellow, which is too pale.
+# Okabe and Ito's palette, safe for colour-blind readers; without yellow, which is too pale.
 CYCLE = (
     LineStyle("#0072B2", "circle", "solid"),
     LineStyle("#D55E00", "diamond", "dash"),
@@ -36,13 +36,13 @@ class Series:
     """One line with markers, or points alone.
 
     Attributes:
-        label: in the legend.
+        label: label in the legend.
         x: positions.
         y: values; None leaves a gap.
         style: colour, marker and dashes.
         low: lower ends of the intervals, drawn as a band.
         high: upper ends.
-        texts: written at the points.
+        texts: texts at the points.
         joined: whether the points are joined by a line.
     """
 
@@ -67,15 +67,15 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """What every figure has.
+    """Attributes of every figure.
 
     Attributes:
-        name: of its files.
+        name: name of its files.
         title: what it shows.
-        note: n, seed, interval: written under the title.
+        note: n, seed, interval; shown below the title.
         caption: how to read it.
-        x_label: with its unit.
-        y_label: with its unit.
+        x_label: label of the x axis, with its unit.
+        y_label: label of the y axis, with its unit.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Chart(Described):
     """Lines and points.
 
     Attributes:
-        series: what is drawn.
+        series: lines and points.
         levels: horizontal lines.
         log_y: logarithmic y axis.
         log_x: logarithmic x axis.
-        whole_x: x is a layer: ticks are at whole numbers only.
+        whole_x: x is a layer, with ticks at whole numbers only.
         percent_x: x is a fraction, shown as a percentage.
     """
 
@@ -114,8 +114,8 @@ class Bars(Described):
     Attributes:
         places: x of each group of bars.
         groups: label and one height per place.
-        styles: of each group.
-        width: of a place, in units of x.
+        styles: style of each group.
+        width: width of a place, in units of x.
     """
 
     places: Sequence[float]
@@ -129,10 +129,10 @@ class Heatmap(Described):
     """Coloured cells with text in them.
 
     Attributes:
-        rows: labels, from the top.
-        columns: labels.
-        values: by row; None leaves a cell empty.
-        texts: written into the cells.
+        rows: row labels, from the top.
+        columns: column labels.
+        values: values by row; None leaves a cell empty.
+        texts: texts in the cells.
         colour_label: what the colour means, with its unit.
     """
 
@@ -145,7 +145,7 @@ class Heatmap(Described):
 
 @dataclass(frozen=True)
 class Omitted:
-    """A figure that these results cannot fill, and why."""
+    """A figure that these results have no data for, and why."""
 
     title: str
     why: str

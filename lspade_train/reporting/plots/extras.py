@@ -1,4 +1,4 @@
-"""Figures of the fit, and of what `evaluate` measures on request: other tasks and ablations."""
+"""Figures of the fit, and of the optional parts of `evaluate`: other tasks and ablations."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def cross_task_heatmap(results: dict[str, Any]) -> Heatmap | Omitted:
 
 
 def start_ablation(results: dict[str, Any]) -> Chart | Omitted:
-    """SPADE with another start token, with none, and with compact positions."""
+    """SPADE with another start token, without one, and with compact positions."""
     return _variants(
         results,
         "start",
@@ -163,7 +163,7 @@ def _task(task: dict[str, Any]) -> str:
 
 
 def _text(row: dict[str, Any] | None) -> str:
-    """Agreement, accuracy and FLOPs saved of a cell, or that the heads cannot be used."""
+    """Text of a cell: agreement, accuracy and FLOPs saved, or that the heads cannot be used."""
     if row is None:
         return "cannot\nbe used"
     accuracy = "" if row["accuracy"] is None else f"\naccuracy {row['accuracy']:.3f}"

@@ -1,4 +1,4 @@
-"""From results to figures: one function each, which says why if there is nothing to show."""
+"""From results to figures: one function each, which returns a reason if there is no data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from lspade_train.reporting.tables import exit_lens
 
 
 def all_figures(results: dict[str, Any]) -> list[Figure | Omitted]:
-    """Every figure, in the order of the report; one that cannot be drawn says why.
+    """Every figure, in the order of the report, or the reason why it cannot be drawn.
 
     Args:
         results: as in `results.json`.
@@ -144,7 +144,7 @@ def groups_by_layer(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def comparison(several: Sequence[dict[str, Any]]) -> Chart:
-    """Accuracy by layer of the heads of several folders, told apart by their `label`.
+    """Accuracy by layer of the heads of several folders, each with its `label`.
 
     If the models differ in depth, layers are given as a fraction of it. If any results have no
     labels, agreement with the full model is compared instead.

@@ -1,6 +1,6 @@
 """Figures for the screen: plotly's JSON, drawn by its script in the page.
 
-Colours that follow the page (text, grid, `INK`) are left to the page's script.
+Colours that depend on the page's theme (text, grid, `INK`) are left to the page's script.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ from lspade_train.reporting.plots.charts import INK, Bars, Chart, Figure, Heatma
 # Positions of the texts beside the paper's four thresholds, so that neighbours do not overlap.
 CORNERS = ("middle right", "middle right", "bottom center", "top center")
 DASHES = ("solid", "dash", "dot")
-"""Of levels, in their order."""
+"""Dashes of levels, in their order."""
 TICKS = 10
-"""At most about as many on an axis of whole numbers: a phone is narrow."""
+"""Approximate maximum on an axis of whole numbers, to fit a phone's screen."""
 PATTERNS = ("", "/", ".", "x")
 
 
 def plotly(figure: Figure) -> dict[str, Any]:
-    """`{"data": [...], "layout": {...}}` as plotly's script takes it."""
+    """`{"data": [...], "layout": {...}}` for plotly's script."""
     return DRAWERS[type(figure)](figure)
 
 

@@ -38,7 +38,7 @@ SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "svg.hashsalt": "lspade-train",  # equal results give equal bytes
+    "svg.hashsalt": "lspade-train",  # equal results give identical bytes
 }
 
 
@@ -65,7 +65,7 @@ def compare_accuracy(several: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw the accuracy by layer of several heads folders.
 
     Args:
-        several: results, each with a `label` of its own.
+        several: results, each with its own `label`.
         path: the PNG; an SVG is written beside it.
 
     Returns:
@@ -187,7 +187,7 @@ def _draw_heatmap(axes: Any, heatmap: Heatmap) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """At the emptiest place; omitted for a single entry, which the title names."""
+    """Add a legend at the emptiest place; omitted for a single entry, which the title names."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         axes.legend(handles, labels, loc="best")

@@ -16,7 +16,7 @@ from lspade_train.reporting.plots.charts import (
 
 NO_EXITS = "No exits were measured: SPADE-EXIT needs heads at a layer below the last."
 CLOSE = 0.02
-"""Difference in accuracy up to which two lines would be drawn as one."""
+"""Lines whose accuracy differs by no more than this are drawn as one."""
 POLICY = LineStyle("#D55E00", "star")
 PAPER = LineStyle("#E69F00", "square")
 ORACLE = LineStyle("#009E73", "triangle-up")
@@ -35,7 +35,7 @@ def sweep_by_layer(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def sweep_by_flops(results: dict[str, Any]) -> Chart | Omitted:
-    """Accuracy against FLOPs over all thresholds, every check charged, the oracle's excepted."""
+    """Accuracy against FLOPs over all thresholds, including all checks except the oracle's."""
     return _sweep(
         results,
         of=_flops,
@@ -47,7 +47,7 @@ def sweep_by_flops(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
-    """Where rows exit: under the policy and under two of the paper's thresholds."""
+    """Where rows exit: with the policy and with two of the paper's thresholds."""
     title = "Exit layers"
     exits = results["exits"]
     if not exits:
@@ -55,7 +55,7 @@ def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
     rows = {f"{_entropy(row)} nats": row["exit_counts"] for row in exits["paper"][:2]}
     policy = exits["policy"]
     if policy and policy["row"] and {*policy["exit_layers"]} <= {*exits["exit_layers"]}:
-        # It may check fewer layers than the sweep.
+        # The policy may check fewer layers than the sweep.
         counts = dict(zip(policy["exit_layers"], policy["row"]["exit_counts"], strict=True))
         every = [counts.get(layer, 0) for layer in exits["exit_layers"]]
         rows = {policy.get("label", "policy.json"): every, **rows}
@@ -76,7 +76,7 @@ def exit_histogram(results: dict[str, Any]) -> Bars | Omitted:
 
 
 def iso_compute_chart(results: dict[str, Any]) -> Chart | Omitted:
-    """Every lens at every fixed layer, SPADE-EXIT and the policy, against all FLOPs they take."""
+    """Every lens at every fixed layer, SPADE-EXIT and the policy, against their total FLOPs."""
     iso = results["iso_compute"]
     if not iso:
         return Omitted("Equal compute", "FLOPs were not counted for these lenses.")
@@ -105,7 +105,7 @@ def iso_compute_chart(results: dict[str, Any]) -> Chart | Omitted:
 
 
 def chance_levels(full: dict[str, Any]) -> Iterator[Level]:
-    """What needs no model; one line where both are about equal."""
+    """Baselines without a model; one line if both are about equal."""
     chance, majority = full.get("chance"), full.get("majority")
     if chance is not None:
         yield Level("chance", chance)
@@ -152,7 +152,7 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
 
 
 def _policy(results: dict[str, Any], of: Any, labelled: bool) -> Iterator[Series]:
-    """The star of policy.json, where it was measured."""
+    """The star for policy.json, if it was measured."""
     policy = (results["exits"] or {}).get("policy")
     if policy and policy["row"]:
         row, label = policy["row"], policy.get("label", "policy.json")
