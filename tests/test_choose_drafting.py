@@ -121,7 +121,7 @@ def test_the_ceiling_is_the_cost_of_drafting_along_the_texts():
 
 def test_a_baseline_that_is_no_second_load_is_refused():
     model = tiny("llama")
-    with pytest.raises(UnsupportedModelError, match="untouched"):
+    with pytest.raises(UnsupportedModelError, match="is the runtime.s own model"):
         choose_drafting(ModelAdapter(model), model, None, prompts_of())
 
 
