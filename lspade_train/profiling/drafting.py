@@ -2,7 +2,7 @@
 
 Reads along the model's own greedy texts what each layer's heads predict and how sure they are; from
 that, the cost of drafting there with any setting; then times the most promising layers end to end,
-in turn with the untouched model's `generate`.
+in turn with the original model's `generate`.
 Knows nothing of where the prompts come from.
 """
 
@@ -87,9 +87,9 @@ class DraftingRow:
         ceiling: speed-up in weights read, along the model's own texts, if a verification of
             several tokens costs as much as one token.
         tokens_per_verification: as it ran; None where it was not timed, like all below.
-        speedup: the untouched model's seconds over its own, median over the rounds.
+        speedup: the original model's seconds over its own, median over the rounds.
         slowest: the smallest of these ratios.
-        equal: fraction of the texts that are the untouched model's, token for token.
+        equal: fraction of the texts that are the original model's, token for token.
     """
 
     drafting: Drafting
@@ -108,7 +108,7 @@ class DraftingChoice:
     Attributes:
         chosen: the fastest setting of those that were faster in every round; None: plain decoding.
         rows: every layer, those that were timed first, fastest first, then by their ceilings.
-        tokens_per_second: of the untouched model.
+        tokens_per_second: of the original model.
     """
 
     chosen: Drafting | None
@@ -193,7 +193,7 @@ def choose_drafting(
 def plain_texts(
     plain: "PreTrainedModel", prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[Text]:
-    """The untouched model's own greedy texts, ended as it ends them.
+    """The original model's own greedy texts, ended as it ends them.
 
     Without what else its generation_config asks for, such as a repetition penalty.
     """
@@ -283,7 +283,7 @@ def _timed(
     plain: Sequence[float],
     seconds: Sequence[float],
 ) -> DraftingRow:
-    """A row with its texts and seconds against the untouched model's, round by round."""
+    """A row with its texts and seconds against the original model's, round by round."""
     ratios = [base / mine for base, mine in zip(plain, seconds, strict=True)]
     drafts = [one.drafts for one in found if one.drafts is not None]
     rounds = sum(one.verifications for one in drafts)
