@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lspade_train.artifacts.folder import push_to_hub
     from lspade_train.models import ModelAdapter
+    from lspade_train.policies.drafting import Drafting
     from lspade_train.policies.policy import ExitPolicy
     from lspade_train.policies.selection import calibrate
     from lspade_train.probes.heads import LSpadeHeads
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Audit": "runtime",
     "DataConfig": "recipe",
+    "Drafting": "policies.drafting",
     "ExitPolicy": "policies.policy",
     "ExitRuntime": "runtime",
     "HeadConfig": "recipe",
@@ -36,6 +38,7 @@ _MODULES = {
 __all__ = [
     "Audit",
     "DataConfig",
+    "Drafting",
     "ExitPolicy",
     "ExitRuntime",
     "HeadConfig",

@@ -14,12 +14,13 @@ from lspade_train.cli import main
 from lspade_train.cli.parsing import command_parser, parse
 from lspade_train.policies.audit import AuditState
 from lspade_train.policies.cached_exits import exit_table
+from lspade_train.policies.drafting import Drafting
 from lspade_train.policies.exit_table import evaluate_policy
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.seconds import Seconds
 from lspade_train.policies.shift import calibrated_exits
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.profiling import prompts_of
+from lspade_train.profiling import drafting, prompts_of
 from lspade_train.runtime import ExitRuntime
 from lspade_train.training.datamodule import HiddenStateDataModule
 
@@ -316,3 +317,39 @@ def test_small_groups_are_excluded_on_request(fitted, capsys):
     assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None
     assert fitted.run("calibrate", "--small_groups=exclude") == 1
     assert "beside --per_group" in capsys.readouterr().err
+
+
+def test_calibrate_for_generate_writes_what_is_faster_and_removes_what_is_not(
+    fitted, capsys, monkeypatch
+):
+    taken = {"plain": 2.0}
+
+    def rounds(work, *_):
+        for one in work.values():
+            one.run()
+        return {name: [taken.get(name, 1.0)] * 3 for name in work}
+
+    monkeypatch.setattr(drafting, "time_rounds", rounds)
+    assert fitted.run("calibrate", "--for=generate", "--new_tokens=6") == 0
+    chosen = Drafting.from_pretrained(fitted.folder)
+    printed = capsys.readouterr().out
+    assert f"Chosen: draft at layer {chosen.layer} with {chosen.reader}" in printed
+    assert "2.00x as fast as model.generate" in printed
+    taken["plain"] = 1.0
+    assert fitted.run("calibrate", "--for=generate", "--new_tokens=6", "--batch_size=2") == 0
+    assert "no drafting is chosen" in capsys.readouterr().out
+    assert not (fitted.folder / "drafting.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--for=speed"], "expected decide or generate"),
+        (["--for=generate", "--max_disagreement=0.1"], "--max_disagreement is of exits"),
+        (["--for=generate", "--plan"], "--plan is of exits"),
+        (["--for=generate", "--new_tokens=0"], "--new_tokens is 0; expected 1 or more"),
+    ],
+)
+def test_options_that_do_not_go_with_a_purpose_are_named(fitted, capsys, options, match):
+    assert fitted.run("calibrate", *options) == 1
+    assert match in capsys.readouterr().err

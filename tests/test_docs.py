@@ -138,7 +138,9 @@ def run_command(words: list[str], monkeypatch, *, slow: bool) -> None:
     command, *options = arguments
     assert command in COMMANDS, words
     recipe = options[options.index("--config") + 1] if "--config" in options else None
-    heavy = command in SLOW or "--model.layer_groups" in options or "_text" in str(recipe)
+    heavy = (
+        command in SLOW or {"--model.layer_groups", "--for"} & {*options} or "_text" in str(recipe)
+    )
     here = recipe in HERE or (recipe is None and command not in {"pull"})
     if here and words[0] == "lspade-train" and (slow or not heavy):
         assert main(arguments) == 0, words

@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, LAYERS, crossed, tiny
 from lspade_train.errors import NumericsError, PolicyError, TaskError
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.runtime import ExitRuntime
-from lspade_train.runtime.generate import sampler
+from lspade_train.runtime.sampling import Sampling
 
 NEW = 8
 
@@ -136,16 +136,16 @@ def test_an_earlier_exit_holds_fewer_keys_and_values():
 
 def test_sampling_follows_the_distribution_and_its_seed():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
-    draw = sampler(0.7, 1.0, torch.Generator().manual_seed(0))(logits)
+    draw = Sampling(0.7, 1.0, torch.Generator().manual_seed(0)).pick(logits)
     shares = torch.bincount(draw, minlength=4) / 4000
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), rtol=0, atol=0.025)
-    again = sampler(0.7, 1.0, torch.Generator().manual_seed(0))(logits)
+    again = Sampling(0.7, 1.0, torch.Generator().manual_seed(0)).pick(logits)
     assert torch.equal(draw, again)
 
 
 def test_top_p_leaves_out_the_tail():
     logits = torch.tensor([[3.0, 2.0, 0.0, -1.0]]).repeat(500, 1)
-    draw = sampler(1.0, 0.9, torch.Generator().manual_seed(0))(logits)
+    draw = Sampling(1.0, 0.9, torch.Generator().manual_seed(0)).pick(logits)
     assert set(draw.tolist()) == {0, 1}
 
 

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lspade_train.cli.again import another
+from lspade_train.cli.drafting import calibrate_drafting, check_purpose
 from lspade_train.cli.options import find_heads, heads_given, heads_option
 from lspade_train.cli.parsing import Parsed, command_parser, parse
 from lspade_train.errors import RecipeError
@@ -29,7 +30,13 @@ passes, the saved policy never exits early.
   lspade-train calibrate --config recipes/arc.yaml --decoder spade   (SPADE always answers)
   lspade-train calibrate --config recipes/arc.yaml --paper   (the paper's rule)
   lspade-train calibrate --config recipes/arc.yaml --cost time --batch_size 1   (seconds, here)
-  lspade-train calibrate --config recipes/arc.yaml --plan   (rows needed; loads no model)"""
+  lspade-train calibrate --config recipes/arc.yaml --plan   (rows needed; loads no model)
+
+--for generate chooses at which layer ExitRuntime.generate drafts tokens for the full model to
+verify, by time on this machine, and writes drafting.json. The text stays the full model's, so that
+there is no budget and nothing to guarantee.
+
+  lspade-train calibrate --config recipes/arc.yaml --for generate --new_tokens 64"""
 
 MARK = "> "
 
@@ -46,6 +53,13 @@ def calibrate(arguments: list[str]) -> None:
     parser = command_parser("calibrate", CALIBRATE, with_trainer="--help" not in arguments)
     heads_option(parser)
     add = parser.add_argument
+    add(
+        "--for", type=str, default="decide",
+        help="what to choose: decide, an exit policy, or generate, a layer that drafts",
+    )  # fmt: skip
+    add(
+        "--new_tokens", type=int, default=32, help="with --for generate, tokens of each prompt"
+    )  # fmt: skip
     add(
         "--max_accuracy_drop",
         type=float,
@@ -113,7 +127,8 @@ def calibrate(arguments: list[str]) -> None:
     )  # fmt: skip
     add(
         "--batch_size", type=int | None, default=None,
-        help="with --cost time, prompts in a batch as you will serve them; default: 8",
+        help="prompts in a batch as you will serve them: with --cost time (default 8) or "
+        "--for generate (default 1)",
     )  # fmt: skip
     add(
         "--prompt_length", type=int | None, default=None,
@@ -136,8 +151,8 @@ def calibrate(arguments: list[str]) -> None:
     from lspade_train.training.datamodule import HiddenStateDataModule
 
     recipe, options = parsed.recipe, parsed.options
-    if options.plan:
-        _print_plan(parsed)
+    if options.plan or options["for"] == "generate":
+        (_print_plan if options.plan else calibrate_drafting)(parsed)
         return
     folder = heads_given(parsed, written_by="calibrate")
     heads = LSpadeHeads.from_pretrained(folder)
@@ -165,12 +180,13 @@ def _check_cost(options: Any) -> None:
     if options.cost not in ("flops", "time"):
         raise RecipeError(f"--cost is {options.cost!r}; expected flops or time.")
     shaped = [name for name in ("batch_size", "prompt_length") if options[name] is not None]
-    if shaped and options.cost == "flops":
+    if shaped and options.cost == "flops" and options["for"] != "generate":
         raise RecipeError(f"--{shaped[0]} sets the shape that is timed: give it with --cost time.")
 
 
 def _find_what_it_reads(parsed: Parsed) -> None:
     """Model and heads, but for a plan, which reads neither."""
+    check_purpose(parsed.options)
     _check_cost(parsed.options)
     if not parsed.options.plan:
         find_heads(parsed)

@@ -9,8 +9,9 @@ from lspade_train.io.storage import read_json, write_json
 WEIGHTS, CONFIG = "heads.safetensors", "config.json"
 CARD, RESULTS, POLICY = "README.md", "results.json", "policy.json"
 GATE, TUNED_LENS = "gate.safetensors", "tuned_lens"
+DRAFTING = "drafting.json"
 FILES = (
-    *(CONFIG, WEIGHTS, GATE, POLICY, RESULTS, "profile.json", CARD, "report.html"),
+    *(CONFIG, WEIGHTS, GATE, POLICY, DRAFTING, RESULTS, "profile.json", CARD, "report.html"),
     *(f"{TUNED_LENS}/{name}" for name in (CONFIG, WEIGHTS)),
 )
 PICTURES = (".png", ".svg")  # of figures/

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from lspade_train.errors import PolicyError
+from lspade_train.policies.drafting import Drafting
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED
@@ -58,6 +59,30 @@ def answer_readers(policy: ExitPolicy, heads: LSpadeHeads | None) -> Readers:
     words = [name for name in dict.fromkeys(policy.decoders) if name != "spade"]
     found = _named(words, heads)
     _check_scope(policy, found)
+    return found
+
+
+def draft_reader(drafting: Drafting, heads: LSpadeHeads | None) -> LSpadeHeads | None:
+    """The heads that draft; None: the logit lens, which is no head.
+
+    Raises:
+        PolicyError: heads that are not there, or were fitted over the choices.
+        ArtifactError: heads that the layer has none of.
+    """
+    if drafting.reader is None:
+        known = available(heads)
+        whole = [known[name] for name in ("tuned_lens", "l-spade") if name in known]
+        fit = (h for h in whole if h and h.scope != "choices" and drafting.layer in h.layers)
+        return next(fit, None)
+    found = _named((drafting.reader,), heads)[drafting.reader]
+    if found is not None and found.scope == "choices":
+        raise PolicyError(
+            f"The {drafting.reader} heads were fitted over the choices (model.scope), and drafts "
+            "are any tokens.\nFit them with --model.scope vocabulary, or draft with reader "
+            "logit_lens."
+        )
+    if found is not None:
+        found.index(drafting.layer)
     return found
 
 

@@ -1,5 +1,6 @@
 """`ExitRuntime`: a frozen model, its heads and a policy, ready to answer prompts."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lspade_train.errors import PolicyError, TaskError
 from lspade_train.models import ModelAdapter
+from lspade_train.policies.drafting import Drafting
 from lspade_train.policies.policy import REMEDY, ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.probes.measures import FIXED, find_measure
@@ -23,11 +25,20 @@ from lspade_train.runtime.batching import (
     shared_batches,
 )
 from lspade_train.runtime.decide import Decision, Probe, answers, decide_batch
-from lspade_train.runtime.generate import Generation, check_sampling, generate_batch, sampler
+from lspade_train.runtime.generate import (
+    Generation,
+    check_policy,
+    check_tokens,
+    generate_batch,
+)
+from lspade_train.runtime.lossless import Drafter, generate_lossless, why_plain
+from lspade_train.runtime.sampling import Sampling
 from lspade_train.runtime.steps import Step, join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 class ExitRuntime:
@@ -137,19 +148,30 @@ class ExitRuntime:
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         *,
+        drafting: Drafting | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         on_token: Callable[[int, int], object] = lambda _, __: None,
     ) -> list[Generation]:
-        """Several tokens for each prompt, all from the exit layer of its first one.
+        """Several tokens for each prompt: the full model's with `drafting`, else from an exit.
 
-        Our extension, not the paper's: `runtime/generate.py` explains how it works and its limits.
-        The policy's calibrated guarantee covers the first token only.
+        With `drafting` a head drafts tokens at a layer and the full model verifies them: greedy
+        text is the model's own token for token, sampled text has its distribution, but for
+        rounding. The policy has no part in it. `runtime/lossless.py` explains it.
+
+        Of the model's generation_config only the end-of-text tokens are used: a repetition penalty
+        or other settings there are not.
+
+        Without, all tokens come from the exit layer of the first one, and the policy's calibrated
+        guarantee covers that one only. `runtime/generate.py` explains it and its limits. Our
+        extensions both, not the paper's.
 
         Args:
             prompts: texts, or token ids with the start token first.
             max_new_tokens: most tokens per prompt; the model's end-of-text token ends it earlier.
+            drafting: where and how much to draft. A model whose several tokens at once are not
+                those one by one is decoded plainly, and a warning says so.
             temperature: 0 takes the most probable token.
             top_p: sample from the smallest set of tokens that holds this probability.
             generator: source of randomness, on the model's device.
@@ -157,17 +179,32 @@ class ExitRuntime:
 
         Raises:
             TaskError: an empty prompt, or one that leaves no room for the new tokens.
-            PolicyError: a setting out of range, or a policy of scope `choices`.
+            PolicyError: a setting out of range, a policy of scope `choices` without `drafting`, or
+                a drafting that model and heads cannot follow.
             ArtifactError, UnsupportedModelError, NumericsError: as `decide`.
         """
         self._follow_model()
-        check_sampling(self.policy, max_new_tokens, temperature, top_p)
+        check_tokens(max_new_tokens)
+        sampling, probe, drafter = Sampling(temperature, top_p, generator), self.probe, None
+        if drafting is None:
+            check_policy(self.policy)
+        else:
+            drafter = Drafter(self.adapter, self.heads, drafting)
         queries = encode(prompts, None, self.adapter, self.tokenizer, new_tokens=max_new_tokens)
-        pick = sampler(temperature, top_p, generator)
+        longest = max((len(query.ids) for query in queries), default=0) + max_new_tokens
+        plain = None if drafter is None else why_plain(self.adapter, longest)
+        if plain is not None:
+            log.warning("decoding plainly, without drafts: %s", plain)
+            drafter, probe = None, Probe(self.adapter, None, ExitPolicy.never())
         found: dict[int, Generation] = {}
         for batch in batches(queries, self.tokens_per_batch, self.adapter.device):
+            if drafter is not None:
+                found |= generate_lossless(
+                    drafter, batch, sampling, max_new_tokens=max_new_tokens, listen=on_token
+                )
+                continue
             found |= generate_batch(
-                self.probe, batch, pick, max_new_tokens=max_new_tokens,
+                probe, batch, sampling.pick, max_new_tokens=max_new_tokens,
                 ends=self.adapter.end_tokens, listen=on_token,
             )  # fmt: skip
         return [self._spelled(found[index]) for index in range(len(prompts))]

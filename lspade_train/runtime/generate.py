@@ -33,6 +33,23 @@ Listener = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """What was drafted and verified for one prompt, behind its first token.
+
+    Attributes:
+        drafted: tokens.
+        accepted: of these, tokens that are in the text.
+        verifications: runs through the upper blocks.
+        tokens_per_verification: new tokens from one of them, 1 in plain decoding.
+    """
+
+    drafted: int
+    accepted: int
+    verifications: int
+    tokens_per_verification: float
+
+
+@dataclass(frozen=True)
 class Generation:
     """The tokens generated for one prompt.
 
@@ -43,6 +60,7 @@ class Generation:
         entropy: nats, of the check that stopped the prompt, or of the model's first token.
         exited: whether it stopped below L.
         cache_bytes: keys and values held for this row when it ended.
+        drafts: what was drafted and verified for it; None where nothing was to be drafted.
     """
 
     token_ids: tuple[int, ...]
@@ -51,6 +69,7 @@ class Generation:
     entropy: float
     exited: bool
     cache_bytes: int
+    drafts: Drafts | None = None
 
 
 class Group:
@@ -166,35 +185,23 @@ def generate_batch(
     return found
 
 
-def sampler(temperature: float, top_p: float, generator: torch.Generator | None) -> Pick:
-    """Greedy at temperature 0; else from the smallest set of tokens that holds `top_p`."""
-
-    def greedy(logits: Tensor) -> Tensor:
-        return logits.argmax(-1)
-
-    def sample(logits: Tensor) -> Tensor:
-        probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = probabilities.masked_fill(before >= top_p, 0.0)
-        return order.gather(1, torch.multinomial(kept, 1, generator=generator)).squeeze(1)
-
-    return sample if temperature > 0 else greedy
-
-
-def check_sampling(
-    policy: ExitPolicy, max_new_tokens: int, temperature: float, top_p: float
-) -> None:
-    """Refuse settings out of range.
+def check_tokens(max_new_tokens: int) -> None:
+    """Refuse to generate nothing.
 
     Raises:
-        PolicyError: a setting out of range, or a policy of scope `choices` or of some groups.
+        PolicyError: under 1 token.
+    """
+    if max_new_tokens < 1:
+        raise PolicyError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+
+
+def check_policy(policy: ExitPolicy) -> None:
+    """Refuse a policy that cannot be followed without choices and groups.
+
+    Raises:
+        PolicyError: it is of scope `choices`, or for some groups.
     """
     policy.require_no_groups("generate")
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise PolicyError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: expected "
-            "1 or more, 0 or more, and over 0 up to 1."
-        )
     if policy.scope == "choices":
         raise PolicyError(
             "This policy checks a task's choices, and free text has none. Calibrate one of scope "
@@ -237,7 +244,7 @@ def _decode(
     """Rows as they end: row, tokens, bytes of its keys and values."""
     written: dict[int, list[int]] = {row: [] for row in group.rows.tolist()}
     for count in range(1, most + 1):
-        _require_numbers(logits, group)
+        require_numbers(logits, [group.batch.queries[row].index for row in group.rows.tolist()])
         tokens = pick(logits)
         size, ended = group.bytes_per_row, torch.full(tokens.shape, count == most)
         for place, (row, token) in enumerate(
@@ -257,12 +264,20 @@ def _decode(
         logits = group.step(tokens)
 
 
-def _require_numbers(logits: Tensor, group: Group) -> None:
+def require_numbers(logits: Float[Tensor, "rows values"], prompts: Sequence[int]) -> None:
+    """Refuse NaN.
+
+    Args:
+        logits: of each row.
+        prompts: index of each row's prompt.
+
+    Raises:
+        NumericsError: some are NaN.
+    """
     broken = logits.isnan().any(-1)
     if broken.any():
-        row = int(group.rows[broken.cpu()][0])
         raise NumericsError(
-            f"The model's logits are NaN for prompt {group.batch.queries[row].index + 1}. "
+            f"The model's logits are NaN for prompt {prompts[int(broken.nonzero()[0, 0])] + 1}. "
             "Load the model in a wider dtype (bfloat16 or float32)."
         )
 
