@@ -198,3 +198,13 @@ def test_fit_ends_with_a_table_of_layers_and_the_next_command(project, monkeypat
     heads, took = printed.splitlines()[-2].split("; ")
     assert heads.startswith("heads: checkpoints/toy (")
     assert took.startswith("this run took ")
+
+
+def test_the_next_command_finds_a_tuned_lens_fitted_alone(project, monkeypatch, capsys):
+    monkeypatch.chdir(project.home)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    recipe = str(project.recipe(model__target="final", trainer__max_epochs=1))
+    assert main(["fit", "--config", recipe]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next:  lspade-train ")
+    assert command == f"calibrate --config {recipe} --heads checkpoints/toy/tuned_lens"
+    assert main(shlex.split(command)) == 0

@@ -59,7 +59,7 @@ def fit(arguments: list[str]) -> None:
             log.info("layer group %d of %d", number + 1, count)
             _fit_group(parsed, folder, loggers, LayerGroup(number, count), asked)
     if not ranks()[0] and not parsed.trainer.get("fast_dev_run"):  # a fast_dev_run exports nothing
-        after = another("calibrate", parsed.arguments)
+        after = another("calibrate", [*parsed.arguments, *_heads_option(folder)])
         print_fitted(parsed.recipe, folder, time.monotonic() - began, after)
 
 
@@ -75,6 +75,14 @@ def _check_places(parsed: Parsed) -> None:
     require_writable(_heads_folder(parsed), ArtifactError)
     over_choices = parsed.recipe.model.scope == "choices"
     require_splits(parsed.recipe.data, ("train", "validation"), choices=over_choices)
+
+
+def _heads_option(folder: Path) -> list[str]:
+    """`--heads`, which other commands need for a tuned lens without L-SPADE heads beside it."""
+    from lspade_train.io.layout import TUNED_LENS, WEIGHTS
+
+    alone = folder.name == TUNED_LENS and not (folder.parent / WEIGHTS).exists()
+    return ["--heads", str(folder)] if alone else []
 
 
 def _heads_folder(parsed: Parsed) -> Path:
