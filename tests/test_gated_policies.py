@@ -130,7 +130,7 @@ def test_a_gate_of_another_policy_is_rejected(tmp_path, data, gated):
         .read_text()
         .replace(ExitPolicy.load(tmp_path).gate_digest, "0" * 64)
     )
-    with pytest.raises(PolicyError, match="not the gate that policy.json names"):
+    with pytest.raises(PolicyError, match="does not match the gate in policy.json"):
         ExitPolicy.load(tmp_path)
 
 
