@@ -150,9 +150,15 @@ def large_cache(toy_root, large, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["cache", "fit"])
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("cache", "run the same command again to resume"),
+        ("fit", "resume it with: lspade-train fit"),
+    ],
+)
 def test_sigterm_ends_all_cache_processes_and_keeps_their_shards(
-    large_cache, project, large, command
+    large_cache, project, large, command, remedy
 ):
     project.data = large
     arguments = recipe(project)
@@ -162,7 +168,7 @@ def test_sigterm_ends_all_cache_processes_and_keeps_their_shards(
         process.terminate()
     assert codes(both) == [143, 143]
     output = [(project.home / f"err{n}").read_text() for n in range(2)]
-    assert "terminated; resume it with: lspade-train fit" in output[0], output
+    assert f"terminated; {remedy}" in output[0], output
     assert not output[1]
     kept = shards(project.home)
     assert 9 < len(kept) < len(large_cache)
