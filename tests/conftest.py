@@ -69,6 +69,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_open_wandb_run():
+    """Finish a W&B run that is still open before a test; the test would log into it."""
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Also applies where torch was imported before this file."""
