@@ -151,7 +151,7 @@ def _finish(
         provenance=provenance | ({"labels_decided": encoded.labels} if encoded.labels else {}),
     )
     manifest.write(folder)
-    # These files were hashed while they were written, so they need not be read again.
+    # The files were hashed as they were written: do not read them again to verify them.
     note_verified(folder, {shard.file: stamp for shard, stamp in shards.items()} | {STARTS: starts})
     return manifest
 

@@ -136,6 +136,25 @@ def read_json(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[st
     return value
 
 
+def read_versioned(
+    path: Path, version: int, error: type[LSpadeError], remedy: str
+) -> dict[str, Any]:
+    """Read a JSON object of a given `format_version`, which is taken out of it.
+
+    Raises:
+        error: missing, malformed, or of another format.
+    """
+    if not path.exists():
+        raise error(f"{path} does not exist. {remedy}")
+    values = read_json(path, error)
+    found = values.pop("format_version", None)
+    if found != version:
+        raise error(
+            f"{path} has format_version {found!r}; this lspade-train reads {version}. {remedy}"
+        )
+    return values
+
+
 def require_kinds(
     value: Mapping[str, Any],
     kinds: Mapping[str, type | UnionType],

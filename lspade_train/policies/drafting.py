@@ -1,7 +1,7 @@
 """`Drafting`: which layer drafts tokens for the model to verify; `drafting.json` beside the heads.
 
 Also the expected cost and gain of a draft, from which its length is chosen.
-Knows nothing of models.
+Independent of models.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 from lspade_train.errors import PolicyError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import DRAFTING
-from lspade_train.io.storage import read_json, require_kinds, write_json
+from lspade_train.io.storage import read_versioned, require_kinds, write_json
 from lspade_train.policies.policy import Reader
 
 FORMAT_VERSION = 1
@@ -107,15 +107,7 @@ class Drafting:
             HubError: neither a folder nor a repository that can be read.
         """
         file = local_folder(path, revision) / DRAFTING
-        if not file.exists():
-            raise PolicyError(f"{file} does not exist. {REMEDY}")
-        values = read_json(file, PolicyError)
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise PolicyError(
-                f"{file} has format_version {version!r}; this lspade-train reads "
-                f"{FORMAT_VERSION}. {REMEDY}"
-            )
+        values = read_versioned(file, FORMAT_VERSION, PolicyError, REMEDY)
         unknown = values.keys() - {item.name for item in fields(cls)}
         if unknown:
             raise PolicyError(f"{file} has the unknown key {min(unknown)!r}. {REMEDY}")

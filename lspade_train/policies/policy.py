@@ -18,7 +18,7 @@ from lspade_train.errors import PolicyError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import GATE, POLICY
 from lspade_train.io.remote import is_remote
-from lspade_train.io.storage import file_digest, read_json, require_kinds, write_json
+from lspade_train.io.storage import file_digest, read_versioned, require_kinds, write_json
 from lspade_train.policies.gate import Gate
 from lspade_train.probes.measures import FIXED, GATED, MEASURES, Measure, find_measure
 from lspade_train.recipe import PositionIds
@@ -209,15 +209,7 @@ class ExitPolicy:
         """
         place = local_folder(path) if is_remote(path) else Path(path)
         file = place / POLICY if place.is_dir() else place
-        if not file.exists():
-            raise PolicyError(f"{file} does not exist. {REMEDY}")
-        values = read_json(file, PolicyError)
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise PolicyError(
-                f"{file} has format_version {version!r}; this lspade-train reads "
-                f"{FORMAT_VERSION}. {REMEDY}"
-            )
+        values = read_versioned(file, FORMAT_VERSION, PolicyError, REMEDY)
         unknown = values.keys() - _keys(cls)
         if unknown or "layers" not in values:
             what = f"the unknown key {min(unknown)!r}" if unknown else "no 'layers'"
