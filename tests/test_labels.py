@@ -194,13 +194,7 @@ def test_the_probability_of_a_label_is_the_product_over_its_steps():
     assert found.scores == pytest.approx(expected)
 
 
-# OPT's decoder projects embeddings in before the blocks and the last state out after them. SPADE's
-# single-token pass runs both once more per row, which is not charged: 1.1% of the total here, under
-# 0.1% for OPT-350m, the released model that has them.
-OPT = pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="projections uncharged"))
-
-
-@pytest.mark.parametrize("family", [OPT if family == "opt" else family for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_step_exits_by_the_policy_and_is_counted_in_flops(family):
     model, prompts = tiny(family), prompts_of([6] * 8)
