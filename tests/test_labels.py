@@ -80,7 +80,7 @@ def test_labels_with_different_first_tokens_are_decided_at_the_first(tmp_path):
         assert example.input_ids.tolist() == ids(row["prompt"])
         assert example.choice_ids == tuple(ids("A B C")[1:])
         assert example.answer_ids.tolist() == ids(row["answer"])[1:2]
-    assert "decided at the first that tells them apart ('A w1 w2' is" in encoded.labels
+    assert "decided at the first in which they differ ('A w1 w2' is" in encoded.labels
 
 
 def test_a_prefix_shared_by_all_labels_is_appended_to_the_prompt(tmp_path):
