@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lspade_train.errors import ArtifactError, RecipeError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from lspade_train.models import Unembedding
@@ -84,6 +84,8 @@ class Lens:
         heads: the heads it uses; None for a lens without heads.
         decoder: the `ExitPolicy.decoder` that answers like this lens, whose FLOPs are its cost;
             None if there is none, which leaves it out of the comparison at equal FLOPs.
+        read_tokens: computes the logits of a few tokens per row, whose ids are (rows, tokens),
+            without the product with the whole vocabulary; None takes them from `read`.
     """
 
     key: str
@@ -93,6 +95,7 @@ class Lens:
     style: LineStyle
     heads: HeadsSource | None = None
     decoder: str | None = None
+    read_tokens: "Callable[[LayerView, Tensor], Float[Tensor, 'rows tokens']] | None" = None
 
     def logits(self, view: LayerView) -> "Float[Tensor, 'rows vocab']":
         """Read the layer in `view`.
@@ -100,13 +103,33 @@ class Lens:
         Raises:
             ArtifactError: the lens needs heads, and the view has none.
         """
+        self._require_heads(view)
+        return self.read(view)
+
+    def token_logits(
+        self, view: LayerView, ids: "Int[Tensor, 'rows tokens']"
+    ) -> "Float[Tensor, 'rows tokens']":
+        """The logits of a few tokens per row.
+
+        Args:
+            view: the layer.
+            ids: each row's tokens.
+
+        Raises:
+            ArtifactError: as for `logits`.
+        """
+        self._require_heads(view)
+        if self.read_tokens is None:
+            return self.read(view).gather(-1, ids)
+        return self.read_tokens(view, ids)
+
+    def _require_heads(self, view: LayerView) -> None:
         if self.heads is not None and view.heads is None:
             raise ArtifactError(
                 f"The lens {self.key} reads through heads, and none were given.\n"
                 f"Fit them with lspade-train fit --config RECIPE.yaml --model.target "
                 f"{self.heads.target}, and pass them."
             )
-        return self.read(view)
 
 
 def _through_unembedding(view: LayerView) -> "Tensor":
@@ -116,6 +139,12 @@ def _through_unembedding(view: LayerView) -> "Tensor":
 def _through_heads(view: LayerView) -> "Tensor":
     assert view.heads is not None
     return view.heads.logits(view.hidden, view.layer)
+
+
+def _tokens_through_heads(view: LayerView, ids: "Tensor") -> "Tensor":
+    assert view.heads is not None
+    state = view.heads.translate(view.hidden, view.layer)
+    return view.unembed.tokens(state.to(view.hidden.dtype), ids)
 
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
@@ -136,6 +165,7 @@ TUNED_LENS = Lens(
     read=_through_heads,
     style=LineStyle("#E69F00", "triangle-up", "dashdot"),
     heads=HeadsSource("final", "tuned_lens"),
+    read_tokens=_tokens_through_heads,
     decoder="tuned_lens",
 )
 """Heads fitted to the full model's distribution (arXiv:2303.08112)."""
@@ -147,6 +177,7 @@ L_SPADE = Lens(
     read=_through_heads,
     style=LineStyle("#0072B2", "circle", "solid"),
     heads=HeadsSource("spade", "."),
+    read_tokens=_tokens_through_heads,
     decoder="l-spade",
 )
 """Heads fitted to SPADE's distribution at the same layer (arXiv:2507.17618)."""
