@@ -82,7 +82,7 @@ def test_unnamed_and_finished_work_reports_nothing(clock, caplog):
         with Progress(name, 10) as work:
             work.skip(10)
             clock.now += 60
-    assert list(track("abc", "letters", 3)) == ["a", "b", "c"]
+    assert list(track("abc", "work", 3, "letters")) == ["a", "b", "c"]
     assert not caplog.records
 
 

@@ -123,7 +123,7 @@ def _verify(arguments: list[str]) -> int:
 
     for folder in _split_folders(rest[0]):
         manifest = Manifest.read(folder)
-        watch = partial(track, name=str(folder), total=len(manifest.files) + 1)
+        watch = partial(track, name=str(folder), total=len(manifest.files) + 1, unit="files")
         verify(folder, manifest, track=watch)
         log.info(
             "%s: %d files, %s rows, %s: all checksums OK",

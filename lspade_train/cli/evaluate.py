@@ -124,7 +124,7 @@ def _cross(fitted: Any, others: list[Any]) -> dict[str, Any]:
     from lspade_train.io.progress import track
 
     def bar(items: Any) -> Any:
-        return track(items, "heads on other tasks", len(items))
+        return track(items, "heads on other tasks", len(items), "tasks")
 
     return cross_task([fitted, *others], bar)
 
@@ -134,6 +134,6 @@ def _ablations(fitted: Any) -> dict[str, Any]:
     from lspade_train.io.progress import track
 
     def bar(items: Any) -> Any:
-        return track(items, "ablations", len(items))
+        return track(items, "ablations", len(items), "runs")
 
     return run_ablations(fitted, bar)

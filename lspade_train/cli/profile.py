@@ -77,7 +77,7 @@ def profile(arguments: list[str]) -> None:
         prompts=prompts,
         choices=among,
         repeats=options.repeats,
-        track=lambda shapes: track(shapes, "profiling", len(shapes)),
+        track=lambda shapes: track(shapes, "profiling", len(shapes), "shapes"),
     )
     console.print(found.table())
     confirmed = profiling.confirm(

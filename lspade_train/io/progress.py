@@ -117,7 +117,7 @@ class Progress:
             log.info("%s", line)
 
 
-def track(items: Iterable[Item], name: str, total: int, unit: str = "files") -> Iterator[Item]:
+def track(items: Iterable[Item], name: str, total: int, unit: str) -> Iterator[Item]:
     """Yield `items`, counting each when the next one is requested."""
     with Progress(name, total, unit) as progress:
         yield from progress.counted(items)

@@ -35,7 +35,7 @@ class Confirmation:
         mean_exit_layer: their mean exit layer.
         expected: ratio that calibrate predicted for the validation rows; None: not recorded.
         predicted: ratio predicted for these prompts, from their exit layers.
-        measured: ratio measured for these prompts, from each batch's median over the rounds.
+        measured: ratio measured for these prompts, median of the rounds.
         rounds: lowest and highest ratio of a round.
     """
 
@@ -111,8 +111,6 @@ def confirm(
         found.append(_time(runtime, plain, batch, repeats))
     layers = [layer for one in found for layer in one.stops]
     predicted = sum(seconds.batch(policy, one.stops) for one in found)
-    own = sum(statistics.median(one.own) for one in found)
-    whole = sum(statistics.median(one.plain) for one in found)
     ratios = [sum(o.own[n] for o in found) / sum(o.plain[n] for o in found) for n in range(repeats)]
     dtype = str(adapter.dtype).removeprefix("torch.")
     saved = policy.calibration.get("chosen", {}).get("time_saved")
@@ -124,7 +122,7 @@ def confirm(
         mean_exit_layer=statistics.mean(layers),
         expected=None if saved is None else 1 - saved,
         predicted=predicted / (len(found) * seconds.plain),
-        measured=own / whole,
+        measured=statistics.median(ratios),
         rounds=(min(ratios), max(ratios)),
     )
 

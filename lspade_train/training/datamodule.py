@@ -176,7 +176,7 @@ class HiddenStateDataModule(LightningDataModule):
                 continue
             folder = self.folder(split) if self.config.mode == "disk" else Path(gettempdir())
             name = f"{split}: reducing targets"
-            bar = partial(track, name=name, total=len(found.shards))
+            bar = partial(track, name=name, total=len(found.shards), unit="files")
             reduced = reduce_dataset(found, self.unembed, folder, bar)
             if reduced is not None:
                 self._reduced[split] = reduced
