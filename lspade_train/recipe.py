@@ -26,7 +26,7 @@ class PromptConfig:
         template: Python format string over the task's fields, such as `{question}` and `{choices}`;
             null uses the task's own (see `lspade_train/tasks/`).
         labels: answer strings in the order of the choices, such as `[A, B, C, D]`; null uses the
-            task's own. Labels of several tokens are told apart by the first token that differs.
+            task's own. Labels of several tokens are decided at the first in which they differ.
         shots: solved examples put in front of every prompt, drawn from the training split.
         chat: wrap the prompt in a chat template, for instruction-tuned models.
         chat_template: Jinja chat template, only with `chat`; null uses the tokenizer's own. For
@@ -34,7 +34,7 @@ class PromptConfig:
         system: system message, only with `chat`.
         answer_prefix: text between the prompt and its answer; null tries a space, then nothing
             (nothing first where the prompt ends in white space), and uses the first that makes
-            every label one token, else the first that tells all labels apart in one step.
+            every label one token, else the first after which all labels differ in one token.
     """
 
     template: str | None = None

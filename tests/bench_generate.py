@@ -8,19 +8,29 @@ cost in blocks (both in weights read), and a plain token L + u; it gives the acc
 token more. The ceiling of a layer is the cost per token of plain decoding over that of drafting,
 along the model's own texts, with the best of some settings. It takes a verification of k + 1 tokens
 to cost as much as one token; on a CPU, or with many rows, it costs more.
+
+`--equal 1000 --layer 26` compares instead: the greedy texts of so many prompts of random tokens,
+with four drafts at the layer before every verification, against the model's own.
 """
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from transformers import AutoTokenizer
 
-from lspade_train import LSpadeHeads
-from lspade_train.profiling.drafting import DraftingChoice, choose_drafting
+from lspade_train import Drafting, ExitPolicy, ExitRuntime, LSpadeHeads
+from lspade_train.policies.drafting import DraftLength
+from lspade_train.profiling.drafting import DraftingChoice, choose_drafting, plain_texts
 from lspade_train.runtime.lossless import draft_costs
+
+if TYPE_CHECKING:
+    from bench_subject import Subject
 
 tell = Console(highlight=False, soft_wrap=True, markup=False).print
 README = Path(__file__).parents[1] / "README.md"
@@ -38,21 +48,53 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--equal", type=int, metavar="N", help="compare the texts of N prompts")
+    parser.add_argument("--layer", type=int, help="where --equal drafts")
     asked = parser.parse_args()
     os.environ["BENCH_MODEL_DTYPE"] = asked.dtype
     from bench_subject import real_subject  # reads it
 
     subject = real_subject(asked.model)
+    heads = None if asked.heads is None else LSpadeHeads.from_pretrained(asked.heads)
+    if asked.equal:
+        compare(subject, heads, asked.layer, asked.equal, asked.new_tokens, asked.batch_size)
+        return
     ids = AutoTokenizer.from_pretrained(asked.model)(asked.text.read_text("utf-8")).input_ids
     step = max((len(ids) - asked.length) // asked.prompts, 1)
     prompts = [ids[at * step : at * step + asked.length] for at in range(asked.prompts)]
-    heads = None if asked.heads is None else LSpadeHeads.from_pretrained(asked.heads)
     tell(f"{subject.name}, {torch.get_num_threads()} threads, {subject.adapter.device}")
     found = choose_drafting(
         subject.adapter, subject.plain, heads, prompts,
         new_tokens=asked.new_tokens, batch_size=asked.batch_size, rounds=asked.rounds,
     )  # fmt: skip
     report(found, draft_costs(subject.adapter, 0).of(0))
+
+
+def compare(
+    subject: "Subject", heads: LSpadeHeads | None, layer: int, count: int, new_tokens: int,
+    batch_size: int,
+) -> None:  # fmt: skip
+    """How many greedy texts after prompts of 4 to 32 random tokens equal the model's own."""
+    runtime = ExitRuntime(subject.adapter, heads, policy=ExitPolicy.never())
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(4, 33, (count,), generator=random).tolist()
+    vocab = subject.adapter.vocab_size
+    prompts = [torch.randint(vocab, (n,), generator=random).tolist() for n in lengths]
+    drafting = Drafting(layer=layer, confidence=0.0)
+    equal = drafted = accepted = 0
+    # Four drafts whatever they cost: left to itself, it drafts only where that pays.
+    with patch.object(DraftLength, "next", property(lambda length: min(4, length.most))):
+        for at in track(range(0, count, batch_size), "comparing", transient=True):
+            group = prompts[at : at + batch_size]
+            own = plain_texts(subject.plain, group, new_tokens)
+            found = runtime.generate(group, new_tokens, drafting=drafting)
+            equal += sum(one.token_ids == text for one, text in zip(found, own, strict=True))
+            drafted += sum(one.drafts.drafted for one in found if one.drafts)
+            accepted += sum(one.drafts.accepted for one in found if one.drafts)
+    tell(
+        f"{subject.name}: {equal:,} of {count:,} texts equal, {new_tokens} tokens each; "
+        f"{drafted:,} tokens drafted at layer {layer}, {accepted:,} accepted"
+    )
 
 
 def report(found: DraftingChoice, plain: float) -> None:

@@ -1,5 +1,6 @@
 """A real model from a folder: single prompts, and prompts with a shared prefix."""
 
+from functools import partial
 from pathlib import Path
 
 import bench_prefix
@@ -9,14 +10,19 @@ from bench_subject import real_subject
 from bench_timing import Part, Row
 
 
+def single(folder: Path) -> list[Row]:
+    """No exit and exits half-way, on prompts of several lengths."""
+    return bench_single.rows_of(real_subject(folder), 3 * ROUNDS)
+
+
+def prefix(folder: Path) -> list[Row]:
+    """The same prompts with and without sharing their prefix."""
+    return bench_prefix.rows_of(real_subject(folder), max(ROUNDS - 1, 1))
+
+
 def parts(folder: Path) -> dict[str, Part]:
     """The benchmarks that take a model folder."""
-
-    def real() -> list[Row]:
-        subject = real_subject(folder)
-        return [
-            *bench_single.rows_of(subject, 3 * ROUNDS),
-            *bench_prefix.rows_of(subject, max(ROUNDS - 1, 1)),
-        ]
-
-    return {"real": Part(real, 600)}
+    return {
+        "real": Part(partial(single, folder), 120),
+        "real-prefix": Part(partial(prefix, folder), 480),
+    }

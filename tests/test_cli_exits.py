@@ -316,7 +316,7 @@ def test_small_groups_are_excluded_on_request(fitted, capsys):
     assert fitted.run("calibrate", *more) == 0
     assert ExitPolicy.load(fitted.folder / "policy.json").exit_groups is None
     assert fitted.run("calibrate", "--small_groups=exclude") == 1
-    assert "beside --per_group" in capsys.readouterr().err
+    assert "together with --per_group" in capsys.readouterr().err
 
 
 def test_calibrate_for_generate_writes_what_is_faster_and_removes_what_is_not(

@@ -80,7 +80,7 @@ def test_labels_with_different_first_tokens_are_decided_at_the_first(tmp_path):
         assert example.input_ids.tolist() == ids(row["prompt"])
         assert example.choice_ids == tuple(ids("A B C")[1:])
         assert example.answer_ids.tolist() == ids(row["answer"])[1:2]
-    assert "decided at the first that tells them apart ('A w1 w2' is" in encoded.labels
+    assert "decided at the first in which they differ ('A w1 w2' is" in encoded.labels
 
 
 def test_a_prefix_shared_by_all_labels_is_appended_to_the_prompt(tmp_path):
@@ -194,13 +194,7 @@ def test_the_probability_of_a_label_is_the_product_over_its_steps():
     assert found.scores == pytest.approx(expected)
 
 
-# OPT's decoder projects embeddings in before the blocks and the last state out after them. SPADE's
-# single-token pass runs both once more per row, which is not charged: 1.1% of the total here, under
-# 0.1% for OPT-350m, the released model that has them.
-OPT = pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="projections uncharged"))
-
-
-@pytest.mark.parametrize("family", [OPT if family == "opt" else family for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_step_exits_by_the_policy_and_is_counted_in_flops(family):
     model, prompts = tiny(family), prompts_of([6] * 8)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.training.layerwise import layer_losses
@@ -65,3 +66,23 @@ def test_a_groups_memory_is_freed_before_the_next_group():
     states = []
     layer_losses(heads, [slice(i, i + 1) for i in range(LAYERS)], watched)
     assert alive == [0] * LAYERS
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_gradients_of_all_layers_at_once_are_not_copied(form):
+    heads, hidden = trained(form), torch.randn(ROWS, LAYERS, WIDTH, dtype=torch.float64)
+    shape = {"full": "weight", "low_rank": "up"}[form]
+    made = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found = op(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.shape == heads.get_parameter(shape).shape:
+                given = {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
+                made.extend([op] if found.data_ptr() not in given else [])
+            return found
+
+    with Allocations():
+        losses = layer_losses(heads, [slice(0, LAYERS)], lambda part, s: loss_of(part, hidden, s))
+        losses.sum().backward()
+    assert len(made) == 1, made

@@ -452,3 +452,11 @@ def test_half_precision_trains_nearly_the_same_heads(project, precision):
     for name, value in weights(full).items():
         assert weights(half)[name].dtype == kept
         assert (weights(half)[name].float() - value).abs().mean() < 0.2 * value.abs().mean()
+
+
+def test_gradients_are_clipped_in_mixed_precision_where_a_fused_optimizer_could_not(project):
+    clipped, trainer = fit(project, precision="bf16-mixed", gradient_clip_val=1e-6)
+    assert trainer.optimizers[0].defaults["fused"] is False
+    _, plain = fit(project, precision="bf16-mixed")
+    assert plain.optimizers[0].defaults["fused"] is True
+    assert all(value.isfinite().all() for value in weights(clipped).values())

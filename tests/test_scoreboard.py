@@ -124,6 +124,16 @@ def test_parts_of_one_split_share_no_row_and_have_the_requested_sizes(scripts, t
     assert all(text.startswith("Say: ") for text in texts)
 
 
+def test_a_line_separator_inside_a_text_does_not_end_its_row(scripts, tmp_path):
+    from prepare import read
+
+    row = {"prompt": "one\u2028two\x85three", "choices": ["a", "b"], "answer": "a"}
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    (tmp_path / "rows.test.jsonl").write_text(line, encoding="utf-8")
+    questions = read({"task": "jsonl", "dataset": "rows.{split}.jsonl"}, "test", tmp_path)
+    assert [question.fields["prompt"] for question in questions] == [row["prompt"]]
+
+
 @pytest.mark.slow
 def test_a_pair_runs_from_rows_to_results_and_is_skipped_when_rerun(scripts, tmp_path, monkeypatch):
     import run

@@ -278,7 +278,7 @@ def test_prompts_with_different_endings_are_rejected_naming_the_row(tmp_path, to
         {"prompt": "once upon th", "choices": ["e", "a"], "answer": "a"},
     ]
     prompt = PromptConfig(answer_prefix="")
-    with pytest.raises(TaskError, match=r"(?s)behind the prompt of row 2.*--data.prompt.template"):
+    with pytest.raises(TaskError, match=r"(?s)after the prompt of row 2.*--data.prompt.template"):
         encode(own(jsonl(tmp_path, "train", rows), prompt=prompt), tokenizer)
 
 

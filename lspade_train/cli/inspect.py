@@ -38,7 +38,7 @@ def inspect(arguments: list[str]) -> None:
         type=str | None,
         default=None,
         help="labels, separated by commas: their probabilities among each other by layer; those of "
-        "several tokens at the first that tells them apart",
+        "several tokens at the first in which they differ",
     )
     add("--html", type=str, default=None, help="also write one self-contained HTML file here")
     parsed = parse(parser, arguments)

@@ -39,6 +39,7 @@ class FlopCounts:
     Attributes:
         prompt: Newton coefficients over the prompt's length, (L+1, 3): embeddings, then blocks.
         step: a block on a single-token row that attends to the start token and itself, (L,).
+        entry: what a family computes around the blocks to begin such a row: OPT-350m's projections.
         norm: final norm of one row, and projection if the family has one.
         token: one token's logit for one row.
         vocab: V.
@@ -53,6 +54,7 @@ class FlopCounts:
     vocab: int
     maps: Mapping[str, float]
     width: int
+    entry: float = 0.0
 
     def reach(
         self, tokens: Int[Tensor, " prompts"], shared: Shared = 0
@@ -141,14 +143,16 @@ def _count_model(adapter: ModelAdapter) -> FlopCounts:
     with counter() as whole:
         adapter.unembed(row)
     token = 2.0 * adapter.unembed.weight.shape[1]
+    entry, step = _step_flops(adapter)
     return FlopCounts(
         prompt=torch.stack([first, second - first, third - 2 * second + first], dim=-1),
-        step=_step_flops(adapter),
+        step=step,
         norm=whole.get_total_flops() - token * adapter.vocab_size,
         token=token,
         vocab=adapter.vocab_size,
         maps={},
         width=adapter.hidden_size,
+        entry=entry,
     )
 
 
@@ -277,7 +281,8 @@ class _Price:
         top = layer == len(counts.step)
         decoder = "spade" if top else answer_head(self.policy, layer, counts.maps)
         if decoder == "spade":
-            return float(counts.step[layer:].sum()) + counts.readout(self.width)
+            step = 0.0 if top else counts.entry + float(counts.step[layer:].sum())
+            return step + counts.readout(self.width)
         return 0.0 if checked and decoder in self.read else self._one(decoder)
 
     def _one(self, reader: str) -> "float | Tensor":
@@ -297,15 +302,19 @@ def _prompt_flops(adapter: ModelAdapter, tokens: int) -> Tensor:
     return torch.tensor(counted, dtype=torch.float64)
 
 
-def _step_flops(adapter: ModelAdapter) -> Tensor:
+def _step_flops(adapter: ModelAdapter) -> tuple[float, Tensor]:
+    """Entry, then every block, of a single-token row."""
     ids = torch.zeros(1, dtype=torch.long, device=adapter.device)
-    plan = adapter.plan_step(ids, ids + 1)
+    adapter.plan_step(ids, ids + 1)  # computes the start token's constants, which are not counted
+    with counter() as found:
+        plan = adapter.plan_step(ids, ids + 1)
+    entry = float(found.get_total_flops())
     counted, hidden = [], plan.hidden
     for block in range(adapter.num_layers):
         with counter() as found:
             hidden = adapter.run_block(plan, block, hidden)
         counted.append(found.get_total_flops())
-    return torch.tensor(counted, dtype=torch.float64)
+    return entry, torch.tensor(counted, dtype=torch.float64)
 
 
 def _map_flops(heads: LSpadeHeads | None) -> float:

@@ -289,8 +289,8 @@ def risk_budget(drop: float | None, disagreement: float | None) -> tuple[RiskKin
 def _check_small_groups(asked: str | None, *, per_group: bool) -> None:
     if asked is not None and (asked not in get_args(SmallGroups) or not per_group):
         raise PolicyError(
-            f"--small_groups is {asked!r}; expected {' or '.join(get_args(SmallGroups))}, beside "
-            "--per_group."
+            f"--small_groups is {asked!r}; expected {' or '.join(get_args(SmallGroups))}, together "
+            "with --per_group."
         )
 
 

@@ -119,7 +119,7 @@ class LSpadeHeads(nn.Module):
         """Translate the hidden states of all layers at once, in the heads' own precision."""
         states = hidden.to(self.bias.dtype)
         stacked = states.transpose(0, 1)  # (layers, rows, d): one batched product
-        return states + self._delta(stacked, slice(None)).transpose(0, 1)
+        return states + self._delta(stacked).transpose(0, 1)
 
     def part(self, which: slice) -> "LSpadeHeads":
         """Heads of some of the layers, as separate leaf tensors that share this one's memory.
@@ -297,13 +297,18 @@ class LSpadeHeads(nn.Module):
             drawn = torch.randn(*matrix.shape, generator=seeded, device="cpu")
             matrix.copy_(drawn / math.sqrt(self.hidden_size))
 
-    def _delta(self, stacked: Tensor, which: slice) -> Tensor:
-        """The learned part, (layers, rows, d) -> (layers, rows, d)."""
-        bias = self.bias[which, None]
+    def _delta(self, stacked: Tensor, which: slice | None = None) -> Tensor:
+        """The learned part of all layers or of a slice, (layers, rows, d) -> (layers, rows, d)."""
+
+        def of(maps: Tensor) -> Tensor:
+            # Whole, not `maps[:]`, whose gradient would be copied into zeros of the same size.
+            return maps if which is None else maps[which]
+
+        bias = of(self.bias)[:, None]
         if self.form == "full":
-            return torch.baddbmm(bias, stacked, self.weight[which])
+            return torch.baddbmm(bias, stacked, of(self.weight))
         if self.form == "low_rank":
-            return torch.baddbmm(bias, stacked @ self.down[which], self.up[which])
+            return torch.baddbmm(bias, stacked @ of(self.down), of(self.up))
         return bias.expand(-1, stacked.shape[1], -1)
 
 

@@ -1,6 +1,6 @@
 """Prompts to padded batches within a token budget. Knows nothing of exits.
 
-Padded on the left, so that the answer is every row's last column, whatever its length. Rows behind
+Padded on the left, so that the answer is every row's last column, whatever its length. Rows after
 a shared prefix are padded on the right: a gap between prefix and row would count as distance for
 sliding windows and ALiBi. The start token is the prompt's first token: BOS where the tokenizer puts
 one, else the first token of the text.
@@ -86,7 +86,7 @@ class Batch:
 
     @property
     def ends(self) -> Int[Tensor, " rows"]:
-        """Column of each row's answer behind the shared tokens."""
+        """Column of each row's answer after the shared tokens."""
         if self.shared:
             return self.positions - self.shared
         return torch.full((len(self.queries),), self.ids.shape[1] - 1, device=self.ids.device)
@@ -196,7 +196,7 @@ def batches(
 
 
 def collate(queries: Sequence[Query], device: torch.device, shared: int = 0) -> Batch:
-    """Pad the queries into one batch: on the left, or on the right behind shared tokens."""
+    """Pad the queries into one batch: on the left, or on the right after shared tokens."""
     width = max(len(query.ids) for query in queries)
 
     def padded(row: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Several tokens behind an early exit: below it the whole context, above it the answer alone.
+"""Several tokens after an early exit: below it the whole context, above it the answer alone.
 
 Beyond the paper, which answers in one token and names this its first open question. Each prompt
 keeps the exit layer l that its first token was decided at. Blocks 1..l see and cache everything;
@@ -34,7 +34,7 @@ Listener = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Drafts:
-    """What was drafted and verified for one prompt, behind its first token.
+    """What was drafted and verified for one prompt, after its first token.
 
     Attributes:
         drafted: tokens.

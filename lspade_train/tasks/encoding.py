@@ -181,7 +181,7 @@ def _note(
     pieces = tokenizer.convert_ids_to_tokens(list(paths[longest]))
     if not any(fork.walked for fork in forks):
         return (
-            "labels of several tokens are decided at the first that tells them apart "
+            "labels of several tokens are decided at the first in which they differ "
             f"({longest!r} is {pieces})"
         )
     return (
@@ -229,8 +229,8 @@ def _check_borders(
         if ids != [*tokens[i], *text.paths[answer]]:
             pieces = tokenizer.convert_ids_to_tokens(ids[shared_start(tokens[i], ids) :])
             raise TaskError(
-                f"{text.prefix + answer!r} is not the same tokens behind the prompt of row "
-                f"{i + 1} as behind that of row 1: the prompt continues as {pieces}.\n"
-                "End every prompt alike (--data.prompt.template), or choose other text before the "
-                "answer (--data.prompt.answer_prefix)."
+                f"{text.prefix + answer!r} has other tokens after the prompt of row {i + 1} than "
+                f"after that of row 1: {pieces}.\n"
+                "End every prompt in the same way (--data.prompt.template), or choose other text "
+                "before the answer (--data.prompt.answer_prefix)."
             )

@@ -55,7 +55,7 @@ def _prompt(row: Record, choices: Sequence[str], labels: tuple[str, ...]) -> Que
     if not choices and not labels:
         if answer is not None and (not isinstance(answer, str) or not answer):
             raise ValueError(
-                f"answer {answer!r} is not a text, and there are no choices that it could count "
+                f"answer {answer!r} is not a string, and there are no choices that it could index "
                 "(--data.prompt.labels)"
             )
         return Question(fields, (), answer)

@@ -276,8 +276,8 @@ class HiddenStateDataModule(LightningDataModule):
         for other, known in self._prefixes.items():
             if known != prefix:
                 raise TaskError(
-                    f"Answers stand behind {known!r} in the {other} split and behind "
-                    f"{prefix!r} in the {split} split; one text must serve both.\n"
+                    f"The answers follow {known!r} in the {other} split, but {prefix!r} in the "
+                    f"{split} split; it must be the same text in both.\n"
                     "Set it with --data.prompt.answer_prefix, or use other labels "
                     "(--data.prompt.labels)."
                 )

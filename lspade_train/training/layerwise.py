@@ -69,7 +69,7 @@ class _PieceByPiece(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         losses: list[Tensor] = []
-        gradients = [torch.empty_like(parameter) for parameter in parameters]
+        gradients: list[Tensor] = []
         for piece in pieces:
             part = heads.part(piece)
             with torch.enable_grad():
@@ -77,9 +77,13 @@ class _PieceByPiece(torch.autograd.Function):
                 total = loss.sum()
             with torch.autocast(loss.device.type, enabled=False):
                 found = torch.autograd.grad(total, tuple(part.parameters()))
+            losses.append(loss.detach())
+            if len(pieces) == 1:
+                gradients = list(found)  # whole already; a copy of 510 MB takes as long as its use
+                break
+            gradients = gradients or [torch.empty_like(parameter) for parameter in parameters]
             for gradient, value in zip(gradients, found, strict=True):
                 gradient[piece] = value
-            losses.append(loss.detach())
         ctx.gradients = gradients
         return torch.cat(losses)
 

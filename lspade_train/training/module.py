@@ -234,15 +234,19 @@ class LSpadeModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; decay pulls the residual maps to zero, that is, the heads to the identity."""
-        config = self.config
+        config, trainer = self.config, self.trainer
         fitted = [heads for _, _, heads in self.fitted()]
         maps = [p for h in fitted for name, p in h.named_parameters() if name != "bias"]
         groups = [
             {"params": maps, "weight_decay": config.weight_decay},
             {"params": [heads.bias for heads in fitted], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
+        # Fused, it writes no temporaries: 13 times faster for 510 MB of heads on a CPU. Lightning
+        # cannot clip a fused optimizer's gradients in mixed precision.
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, fused=not trainer.gradient_clip_val
+        )
+        steps = int(trainer.estimated_stepping_batches)
         warmup = max(round(config.warmup * steps), 1)
 
         def factor(step: int) -> float:

@@ -30,7 +30,8 @@ FILES = {
 
 def questions() -> list[dict[str, Any]]:
     """The first test question of each kind and number of hops in `ASKED`."""
-    rows = [json.loads(line) for line in TEST.read_text().splitlines()]
+    with TEST.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     return [next(row for row in rows if (row["kind"], row["group"]) == wanted) for wanted in ASKED]
 
 

@@ -67,7 +67,8 @@ def read(section: Mapping[str, Any], split: Split, data: Path) -> list[Question]
         questions = to_questions(config, load_rows(config, split))
     else:
         path = located(section["dataset"].format(split=split), data)
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as lines:  # splitlines would split at U+2028, too
+            records = [json.loads(line) for line in lines]
         records = [rename(record, section.get("columns")) for record in records]
         questions = to_questions(config, Rows(split, records, None, None, "", []))
     return [question for question in questions if question.answer is not None]
