@@ -169,6 +169,52 @@ def test_spade_is_unembedded_once_per_layer_for_any_number_of_lenses(project, mo
     assert max(rows) == 8  # one layer of one chunk at a time
 
 
+@pytest.fixture
+def over_choices(project):
+    """Rows, the model, and heads that were fitted over the choices."""
+    data = project.module()
+    heads = LSpadeHeads(data.layers, data.adapter.hidden_size).bind(data.adapter)
+    torch.nn.init.normal_(heads.requires_grad_(False).bias)
+    heads.metadata = {"training": {"recipe": {"model": {"scope": "choices"}}}}
+    return data.stored("validation"), data.adapter, heads
+
+
+def test_heads_fitted_over_the_choices_need_no_product_with_the_vocabulary(over_choices):
+    dataset, adapter, heads = over_choices
+    lenses, rows = {L_SPADE.key: heads, SPADE.key: None}, []
+    hook = adapter.unembed.head.register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    read_lenses(dataset, adapter.unembed, lenses, heads.layers)
+    hook.remove()
+    assert sum(rows) == len(dataset) * (1 + len(heads.layers))  # the full model, and SPADE
+
+
+def test_heads_fitted_over_the_choices_are_measured_over_them(over_choices):
+    dataset, adapter, heads = over_choices
+    found = read_lenses(dataset, adapter.unembed, {L_SPADE.key: heads}, heads.layers)
+    batch = dataset.gather(torch.arange(len(dataset)))
+    for place, layer in enumerate(heads.layers):
+        logits = heads.logits(batch.hidden[:, dataset.layers.index(layer)], layer).double()
+        for row, (own, ids, count) in enumerate(
+            zip(logits, batch.choice_ids.long(), batch.choice_count, strict=True)
+        ):
+            among = torch.distributions.Categorical(logits=own[ids[:count]])
+            read = {name: value[0, place, row] for name, value in found.values.items()}
+            assert read["answer"] == ids[among.probs.argmax()]
+            assert float(read["confidence"]) == pytest.approx(float(among.probs.max()), abs=1e-6)
+            assert float(read["entropy"]) == pytest.approx(float(among.entropy()), abs=1e-6)
+
+
+def test_values_do_not_depend_on_how_many_rows_are_measured_at_once(over_choices, monkeypatch):
+    dataset, adapter, heads = over_choices
+    lenses = {LOGIT_LENS.key: None, L_SPADE.key: heads, SPADE.key: None}
+    whole = read_lenses(dataset, adapter.unembed, lenses, heads.layers)
+    monkeypatch.setattr(readings, "BLOCK_LOGITS", 7 * adapter.vocab_size)
+    assert len(dataset) % 7  # the last block is smaller
+    parts = read_lenses(dataset, adapter.unembed, lenses, heads.layers)
+    torch.testing.assert_close(parts.values, whole.values, equal_nan=True)
+    torch.testing.assert_close(parts.full, whole.full)
+
+
 def test_a_lens_that_needs_heads_rejects_a_view_without_heads():
     adapter = ModelAdapter.of(tiny("llama"))
     hidden = torch.zeros(1, adapter.hidden_size)

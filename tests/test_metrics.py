@@ -15,6 +15,7 @@ from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import roc_auc_score
 
 from lspade_train.probes.metrics import (
+    Distribution,
     agreement,
     at_coverage,
     auroc,
@@ -77,6 +78,18 @@ def test_kl_is_finite_where_both_sides_exclude_a_token(excluded):
 def test_kl_is_infinite_where_only_the_student_excludes_a_token():
     target, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -torch.inf]])
     assert float(kl_divergence(target, other)) == torch.inf
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 1000])
+def test_the_most_probable_token_is_the_first_of_the_largest(size):
+    values = torch.randint(0, 9, (50, size)).float()  # many ties
+    assert Distribution(values).best.tolist() == np.argmax(values.numpy(), -1).tolist()
+
+
+def test_a_confident_distribution_has_the_entropy_of_float64():
+    values = torch.tensor([[20.0, 0.0, -5.0], [9.0, 1.0, 1.0]], dtype=torch.float64)
+    found = Distribution(values.float()).entropy.double()
+    assert found.tolist() == pytest.approx(entropy(values).tolist(), abs=3e-7)
 
 
 def test_agreement_compares_the_top_tokens():

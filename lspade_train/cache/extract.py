@@ -112,14 +112,17 @@ def extract(
 
     with unfinished:
         for batch, arrived in _lagged(batches()):
-            place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
             parts = arrived()
             _refuse_non_finite_states(parts, examples, batch, what.layers)
-            for name, part in parts.items():
-                if name not in out:
-                    out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
-                out[name][place.to(part.device)] = part
-            unfinished.step(len(place))
+            if batch == list(range(len(examples))):  # all of them, in order: nothing to copy
+                out |= parts
+            else:
+                place = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+                for name, part in parts.items():
+                    if name not in out:
+                        out[name] = part.new_empty(int(starts[-1]), *part.shape[1:])
+                    out[name][place.to(part.device)] = part
+            unfinished.step(len(parts["final"]))
     return out
 
 
@@ -226,9 +229,11 @@ def _forward(
 ) -> dict[str, Tensor]:
     ids, mask, positions, real = _pad(examples, adapter.device)
     states = collect_states(adapter, ids, mask, positions, what.layers, shared=shared)
-    # Prompts with fewer positions than the widest are padded by repeating one; drop those rows.
-    keep = real.to(states.final.device)
-    hidden, final = states.hidden[keep], states.final[keep]
+    hidden, final = states.hidden.flatten(0, 1), states.final.flatten(0, 1)
+    if len({len(example.positions) for example in examples}) > 1:
+        # Prompts with fewer positions than the widest are padded by repeating one: drop those rows.
+        keep = real.to(final.device).flatten()
+        hidden, final = hidden[keep], final[keep]
     return {
         "hidden": hidden,
         "final": final,
@@ -330,7 +335,8 @@ def _refuse_non_finite_targets(
 
 def _first_non_finite(value: Tensor) -> tuple[int, int] | None:
     """Row, and index in the second dimension, of the first vector that is not finite."""
-    if torch.isfinite(value).all():
+    # A minimum or maximum is NaN if any value is: one pass, without temporary tensors.
+    if not value.numel() or all(bool(end.isfinite()) for end in value.aminmax()):
         return None
     bad = ~torch.isfinite(value if value.ndim == 3 else value[:, None])
     row, place = bad.any(-1).nonzero()[0].tolist()

@@ -66,15 +66,18 @@ def collect_states(
         return hidden[rows.to(hidden.device)[:, None], positions.to(hidden.device) - shared]
 
     hidden = plan.hidden
-    kept = {0: at_answers(hidden)} if 0 in layers else {}
+    # Each layer is copied to its place at once: stacking them later would copy them once more.
+    kept = hidden.new_empty(*positions.shape, len(layers), hidden.shape[-1])
+    if 0 in layers:
+        kept[:, :, layers.index(0)] = at_answers(hidden)
     for block in range(adapter.num_layers):
         hidden = adapter.run_block(plan, block, hidden)
         if block + 1 in layers:
-            kept[block + 1] = at_answers(hidden)
+            kept[:, :, layers.index(block + 1)] = at_answers(hidden)
     final = at_answers(hidden)
     first = mask.argmax(-1, keepdim=True)
     return States(
-        hidden=torch.stack([kept[layer].to(final.device) for layer in layers], dim=2),
+        hidden=kept.to(final.device),
         final=final,
         start_ids=input_ids.gather(1, first).squeeze(1),
         position_ids=(mask.cumsum(-1) - 1).gather(1, positions.to(mask.device)),
