@@ -202,7 +202,7 @@ def test_splits_with_different_answer_tokens_are_rejected(project, tmp_path, mon
     monkeypatch.setattr(module.tasks, "encode", encode)
     for mode in ("disk", "memory", "online"):
         data = project.module(mode=mode)
-        with pytest.raises(TaskError, match=r"behind ' ' in the train split and behind ''") as e:
+        with pytest.raises(TaskError, match=r"follow ' ' in the train split, but ''") as e:
             data.setup("fit")
         assert "--data.prompt.answer_prefix" in str(e.value)
         assert not (project.cache / "validation/manifest.json").exists()

@@ -491,7 +491,7 @@ def test_own_rows_can_vary_in_choices_and_have_extra_fields_and_a_group(tmp_path
         ('{"prompt": "x", "choices": "ab", "answer": "a"}', "not a list of strings"),
         ('{"prompt": "x", "choices": ["a"], "answer": "a"}', "1 choices"),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": "c"}', "names 0 of the 2 choices"),
-        ('{"prompt": "x", "answer": 3}', "not a text"),
+        ('{"prompt": "x", "answer": 3}', "not a string"),
         ('{"question": "x"}', "a question needs choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "names 0 of the 2 choices"),
         ('{"question": "x", "choices": ["a", "b"], "answer": true}', "names 0 of the 2"),
