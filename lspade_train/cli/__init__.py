@@ -144,7 +144,9 @@ def _told(error: LSpadeError) -> int:
 def _machine_trouble(error: OSError | RuntimeError) -> int:
     """Report failed writes and lack of memory; anything else is a bug, and raised."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, to avoid importing torch
-        what = f"{str(error).splitlines()[0]:.150}"
+        from lspade_train.io.storage import first_line
+
+        what = f"{first_line(error):.150}"
         remedy = (
             "Lower --data.tokens_per_batch or --data.batch_size; for large heads set "
             "--model.layer_groups 2 or --model.form low_rank."

@@ -19,6 +19,7 @@ from lspade_train.cli.keys import (
 )
 from lspade_train.cli.shipped import find_recipe, recipes
 from lspade_train.errors import RecipeError
+from lspade_train.io.storage import first_line
 from lspade_train.io.text import read_text
 
 KINDS = {"scalar": "a single value", "sequence": "a list", "mapping": "keys"}
@@ -81,7 +82,7 @@ def _compose(path: Path, text: str) -> yaml.MappingNode:
             f"{path}{line} is not YAML: {error.problem or error.context}. Correct the file."
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML: {_first_line(error)}. Correct the file.") from error
+        raise RecipeError(f"{path} is not YAML: {first_line(error)}. Correct the file.") from error
     if not isinstance(node, yaml.MappingNode):
         found = "nothing" if node is None else KINDS[node.id]
         raise RecipeError(
@@ -120,7 +121,3 @@ def _check(
 
 def _is_null(node: yaml.Node) -> bool:
     return node.tag == "tag:yaml.org,2002:null"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

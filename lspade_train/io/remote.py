@@ -17,7 +17,13 @@ from typing import Any
 from filelock import FileLock
 
 from lspade_train.errors import LSpadeError
-from lspade_train.io.storage import atomic_path, default_cache_root, read_json, write_json
+from lspade_train.io.storage import (
+    atomic_path,
+    default_cache_root,
+    first_line,
+    read_json,
+    write_json,
+)
 
 NOTES = ".transfers.json"
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
@@ -190,7 +196,7 @@ class Mirror:
 
     def _explain(self, cause: Exception) -> str:
         scheme = self.url.split("://")[0]
-        first = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        first = first_line(cause)
         if isinstance(cause, ImportError):
             what = f"{scheme}:// needs a package that is not installed ({first})."
             return f"{what}\nInstall it and run the command again."

@@ -257,7 +257,7 @@ def join_lines(message: str, remedy: str) -> str:
 
 def first_line(cause: BaseException) -> str:
     """The first line of an exception's message, or its name."""
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _umask() -> int:

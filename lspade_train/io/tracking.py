@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lspade_train.io.storage import first_line
+
 SECONDS_TO_CONNECT = 20
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,7 @@ def say_where(folder: Path) -> None:
 
 def say_offline(error: Exception) -> None:
     """Log why a run is written offline."""
-    first, *_ = str(error).splitlines() or [type(error).__name__]
-    log.warning("W&B: %.120s; writing offline, send it with `wandb sync`.", first)
+    log.warning("W&B: %.120s; writing offline, send it with `wandb sync`.", first_line(error))
 
 
 def keep_wandb_from_asking() -> None:

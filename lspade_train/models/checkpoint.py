@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lspade_train.errors import UnsupportedModelError
 from lspade_train.io.hub_names import near_model
-from lspade_train.io.storage import read_json
+from lspade_train.io.storage import first_line, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +120,7 @@ def load_failure(
         cause: transformers' exception.
         gguf_file: path of the GGUF file that it was read from.
     """
-    text = (str(cause).splitlines() or [type(cause).__name__])[0]
+    text = first_line(cause)
     if "Unrecognized configuration class" in text:
         return (
             f"{place} is not a decoder-only causal language model "
@@ -171,7 +171,7 @@ def _broken(path: Path, start: bytes) -> str | None:
         with safe_open(path, framework="pt"):
             return None
     except (OSError, SafetensorError) as cause:
-        return (str(cause).splitlines() or [type(cause).__name__])[0]
+        return first_line(cause)
 
 
 def _load(model_id: str, options: dict[str, Any]) -> tuple["PreTrainedModel", dict[str, Any]]:

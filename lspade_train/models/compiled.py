@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lspade_train.errors import RecipeError
+from lspade_train.io.storage import first_line
 from lspade_train.models.plan import BlockStart
 
 Apply = Callable[[nn.Module, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
@@ -96,7 +97,7 @@ def _refused(block: nn.Module, cause: Exception) -> RecipeError:
     inner = getattr(cause, "inner_exception", cause)
     if (needs := NEEDS.get(type(inner).__name__)) is not None:
         return RecipeError(f"data.compile needs {needs}.\nOr set it to false.")
-    text = (str(inner).strip().splitlines() or [""])[0]
+    text = first_line(inner)
     return RecipeError(
         f"torch.compile fails on {type(block).__name__}: {type(inner).__name__}: {text[:200]}\n"
         "Expected a block that it can compile; set data.compile to false."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lspade_train.errors import RecipeError, UnsupportedModelError
+from lspade_train.io.storage import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def find_gguf(model_id: str, gguf_file: str, revision: str | None = None) -> Pat
     try:
         return Path(str(cached_file(model_id, gguf_file, revision=revision)))
     except (OSError, ValueError) as cause:
-        text = (str(cause).splitlines() or [type(cause).__name__])[0]
+        text = first_line(cause)
         raise UnsupportedModelError(
             f"No file {gguf_file!r} was found in {model_id!r}: {text}\n"
             "Expected a folder or a Hub id that you can reach with that file in it; "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lspade_train.errors import LSpadeError, UnsupportedModelError
+from lspade_train.io.storage import first_line
 from lspade_train.models.identity import quantization
 from lspade_train.models.plan import Plan
 
@@ -43,7 +44,7 @@ def check_adapter(adapter: "ModelAdapter") -> None:
                 f"{type(adapter.model).__name__} does not run with config.return_dict=False: "
                 "transformers reads the decoder's output by name.\nSet config.return_dict = True."
             ) from cause
-        text = (str(cause).splitlines() or [type(cause).__name__])[0]
+        text = first_line(cause)
         raise _refused(adapter, f"the probe failed with {type(cause).__name__}: {text}") from cause
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lspade_train.errors import RecipeError
+from lspade_train.io.storage import first_line
 from lspade_train.models.checkpoint import load_checkpoint, load_without_blocks
 from lspade_train.models.gguf import clear_gguf_marks, find_gguf, gguf_options
 from lspade_train.models.structure import find_decoder
@@ -141,7 +142,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
-        text = str(cause).splitlines()[0]
+        text = first_line(cause)
         raise RecipeError(
             f"data.device is {device!r}, which cannot be used here ({text[:200]}).\n"
             "Expected auto, cpu or a device such as cuda:0."

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from lspade_train.errors import ArtifactError
 from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import CONFIG, TUNED_LENS, WEIGHTS
-from lspade_train.io.storage import atomic_path, file_digest, read_json, require_kinds, write_json
+from lspade_train.io.storage import (
+    atomic_path,
+    file_digest,
+    first_line,
+    read_json,
+    require_kinds,
+    write_json,
+)
 from lspade_train.io.tensors import read_tensors, write_tensors
 from lspade_train.models import ModelAdapter, Unembedding
 from lspade_train.recipe import Form, LossScope
@@ -271,8 +278,7 @@ class LSpadeHeads(nn.Module):
             heads.to_empty(device="cpu").load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
             raise ArtifactError(
-                f"{folder / CONFIG} does not describe {WEIGHTS} "
-                f"({(str(cause).splitlines() or ['?'])[0]}). {AGAIN}"
+                f"{folder / CONFIG} does not describe {WEIGHTS} ({first_line(cause)}). {AGAIN}"
             ) from cause
         heads.metadata = config
         if (folder / TUNED_LENS / CONFIG).is_file():

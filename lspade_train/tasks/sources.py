@@ -10,6 +10,7 @@ from typing import Any
 
 from lspade_train.errors import TaskError
 from lspade_train.io.hub_names import is_hub_id
+from lspade_train.io.storage import first_line
 from lspade_train.tasks.base import SPLITS, Record, Split
 
 Reader = Callable[[Path], list[Record]]
@@ -206,7 +207,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def _explain(name: str, subset: str | None, error: Exception) -> str:
-    first, *_ = str(error).splitlines() or [type(error).__name__]
+    first = first_line(error)
     text = " ".join(str(error).split())
     place = _unwritable_cache(error)
     if place:
