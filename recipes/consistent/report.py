@@ -1,0 +1,182 @@
+"""The table and the figure of docs/consistent-space.md, from the files in results/ alone.
+
+python recipes/consistent/report.py
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+PAGE = ROOT / "docs/consistent-space.md"
+FIGURE = ROOT / "docs/assets/consistent-space.svg"
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+
+POLICIES = {"own_head": "own head alone", "own_answer": "own head answers", "anything": "anything"}
+COLOURS = {"own_head": "#8A8A8A", "own_answer": "#E69F00", "anything": "#0072B2"}
+HEADINGS = (
+    *("model and task, seed", "row", "accuracy at layer L", "KL to the original"),
+    *("own head agrees at L/4, L/2, 3L/4", *POLICIES.values(), "training FLOPs"),
+)
+
+
+def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results, sorted by the names of their files."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """Model and task, and the seed."""
+    return f"{found['title']}, {found['seed']}"
+
+
+def cells(found: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table: one line per row of a results file, in the order of `HEADINGS`."""
+    base = found["rows"]["frozen"]["training_flops"]
+    lines: list[list[str]] = []
+    for name, row in found["rows"].items():
+        label = f"{name} ({row['note']})" if row["note"] else name
+        saved = [
+            f"{100 * row[p]['compute_saved']:.1f}% / {100 * row[p]['drop']:+.1f}" for p in POLICIES
+        ]
+        agreement = dict(zip(row["layers"], row["own_head_agreement"], strict=True))
+        quarters = [round(found["num_layers"] * part / 4) for part in (1, 2, 3)]
+        agrees = ", ".join(f"{agreement[x]:.2f}" if x in agreement else "-" for x in quarters)
+        ratio = f"{row['training_flops'] / base:.1f}x"
+        lines.append(
+            [
+                name_of(found),
+                label,
+                f"{row['accuracy']:.3f}",
+                f"{row['kl']:.3f}",
+                agrees,
+                *saved,
+                ratio,
+            ]
+        )
+    return lines
+
+
+def within_budget(found: Mapping[str, Any]) -> list[str]:
+    """Fine-tuned rows that lose no more than the budget at the last layer."""
+    rows = found["rows"]
+    least = rows["frozen"]["accuracy"] - found["budget"] - 1e-9
+    return [n for n, row in rows.items() if row["training"] and row["accuracy"] >= least]
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """What the own head saves, beside heads with as many training FLOPs."""
+    rows = found["rows"]
+
+    def saves(name: str, policy: str) -> float:
+        return float(rows[name][policy]["compute_saved"])
+
+    frozen = f"{name_of(found)}: on the frozen model the own head alone saves "
+    frozen += f"{saves('frozen', 'own_head'):.1%}"
+    kept = within_budget(found)
+    if not kept or "frozen, equal compute" not in rows:
+        return f"{frozen}; no fine-tuned model keeps its accuracy within the budget."
+    best = max(kept, key=lambda name: saves(name, "own_head"))
+    own, heads = saves(best, "own_head"), saves("frozen, equal compute", "anything")
+    needed = "heads are not needed" if own >= heads else "heads save more"
+    return (
+        f"{frozen}, after fine-tuning ({best}, KL {rows[best]['kl']:.3f} nats) {own:.1%}; heads on "
+        f"the frozen model with as many training FLOPs save {heads:.1%}: {needed}."
+    )
+
+
+def render(results: Sequence[Mapping[str, Any]]) -> str:
+    """The part of the page between the markers."""
+    if not results:
+        return "No results yet.\n"
+    lines = [
+        HEADINGS,
+        ["---"] * len(HEADINGS),
+        *(line for found in results for line in cells(found)),
+    ]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    verdicts = "".join(f"- {verdict(found)}\n" for found in results)
+    notes = "".join(f"- {settings(found)}\n" for found in results)
+    figure = f"![FLOPs saved against KL to the original model](assets/{FIGURE.name})\n"
+    return f"{verdicts}\n{figure}\n{table}\n{notes}"
+
+
+def settings(found: Mapping[str, Any]) -> str:
+    """How one results file was made."""
+    tuning, made, n = found["tuning"], found["provenance"], found["n"]
+    trained = [row["training"] for row in found["rows"].values() if row["training"]]
+    spent = sum(one["cpu_seconds"] for one in trained) / 60 / max(len(trained), 1)
+    return (
+        f"{name_of(found)}: {n['train']:,} rows to train, {n['validation']:,} to choose policies, "
+        f"{n['test']:,} for the table; fine-tuning of {tuning['epochs']} epochs, `--lr "
+        f"{tuning['lr']:g} --batch_size {tuning['batch_size']} --rank {tuning['rank']}`, "
+        f"{spent:.1f} CPU minutes per weight; budget of {100 * found['budget']:g} points; "
+        f"{made['dtype']}, {made['hardware']}, torch {made['versions']['torch']}."
+    )
+
+
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """FLOPs saved against KL to the original, one panel per model and task; seeds share a panel."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from lspade_train.reporting.plots.static import SETTINGS
+
+    titles = list(dict.fromkeys(found["title"] for found in results))
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(4.4 * len(titles) + 0.6, 3.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels: Any = figure.subplots(1, len(titles), squeeze=False, sharey=True)
+        for axes, title in zip(panels[0], titles, strict=True):
+            for found in results:
+                if found["title"] == title:
+                    _lines(axes, found)
+            axes.set_xscale("symlog", linthresh=0.01)
+            axes.set_xlim(left=-0.001)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("KL to the original model, nats (frozen: 0)", fontsize=8)
+            axes.tick_params(labelsize=8)
+        panels[0][0].set_ylabel("FLOPs saved, %", fontsize=8)
+        handles = {line.get_label(): line for line in panels[0][0].get_lines()}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _lines(axes: Any, found: Mapping[str, Any]) -> None:
+    rows = {n: row for n, row in found["rows"].items() if n == "frozen" or row["training"]}
+    names = sorted(rows, key=lambda name: rows[name]["kl"])
+    lost = [rows[name]["kl"] for name in names]
+    for key, label in POLICIES.items():
+        saved = [100 * rows[name][key]["compute_saved"] for name in names]
+        axes.plot(lost, saved, "o-", label=label, color=COLOURS[key], lw=1.2, ms=4)
+    for name, x in zip(names, lost, strict=True):
+        axes.annotate(
+            name,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            ha="right",
+            fontsize=6,
+            color="#555555",
+        )
+
+
+def write_page(folder: Path = RESULTS, page: Path = PAGE, figure: Path = FIGURE) -> Path:
+    """Replace the part of the page between the markers, and draw the figure."""
+    results = load(folder)
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}", encoding="utf-8")
+    if results:
+        draw(results, figure)
+    return page
+
+
+if __name__ == "__main__":
+    write_page()
