@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ class Experiment:
                 "device": str(adapter.device),
                 "dtype": adapter.identity["dtype"],
                 "threads": torch.get_num_threads(),
-                "versions": versions(),
+                "versions": versions() | {"peft": version("peft")},
                 "source": source_state(),
             },
         }

@@ -100,6 +100,7 @@ def policy(fitted: FittedRecipe, budget: float, options: dict[str, Any]) -> dict
     """A policy chosen on validation rows, measured on test rows."""
     seed = fitted.recipe.seed_everything
     found = calibrate(fitted.data, fitted.heads, max_accuracy_drop=budget, seed=seed, **options)
+    found.policy.save(fitted.folder)  # the last one stays, for other commands
     if found.policy.threshold is None:
         return {"name": "never exit", "layers": [], "compute_saved": 0.0, "drop": 0.0}
     measured, _ = measure_policy(
