@@ -311,10 +311,18 @@ def test_target_final_trains_towards_the_models_own_output(project):
     assert tuned < lens
 
 
-def test_logged_metrics_match_means_computed_by_hand(project):
-    module, runner = fit(project)
+@pytest.mark.parametrize("mode", ["disk", "memory", "online"])
+@pytest.mark.parametrize(
+    ("most", "read"), [(None, range(20)), (20, range(20)), (4, (0, 5, 10, 15)), (3, (0, 6, 13))]
+)
+def test_logged_metrics_match_means_computed_by_hand_over_evenly_spaced_rows(
+    project, mode, most, read
+):
+    config = HeadConfig(lr=1e-2, validation_rows=most)
+    # 6 epochs: enough for the targets to be reduced beforehand.
+    module, runner = fit(project, config, data=project.module(mode=mode), epochs=6)
     data = project.module()
-    batch = data.states("validation").gather(torch.arange(20))
+    batch = data.states("validation").gather(torch.tensor(list(read)))
     unembed = data.adapter.unembed
     with torch.no_grad():
         logits = unembed(module.heads(batch.hidden)).double()
@@ -333,6 +341,24 @@ def test_logged_metrics_match_means_computed_by_hand(project):
             assert logged == pytest.approx(float(value[:, place].mean()), rel=1e-5, abs=1e-6)
         mean = float(runner.logged_metrics[f"val/{name}/mean"])
         assert mean == pytest.approx(float(value.mean()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "choices"])
+def test_only_a_fit_over_the_vocabulary_reads_fewer_validation_rows(project, scope):
+    seen = []
+
+    class Count(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(len(batch))
+
+    config = HeadConfig(scope=scope, validation_rows=4)
+    data = project.module()
+    options = {"callbacks": [Count()], "num_sanity_val_steps": 0}
+    module, runner = fit(project, config, data=data, epochs=1, **options)
+    assert sum(seen) == {"vocabulary": 4, "choices": 20}[scope]
+    seen.clear()
+    runner.validate(module, data, verbose=False)
+    assert sum(seen) == 20
 
 
 def test_running_text_uses_the_next_tokens_as_labels(project):

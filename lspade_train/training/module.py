@@ -107,12 +107,15 @@ class LSpadeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module.
 
-        Targets are reduced first if that pays off over the epochs to come.
+        A fit over the vocabulary bounds the validation rows, and reduces the targets first if that
+        pays off over the epochs to come.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
-        if stage == "fit" and self._reduces_rows():
-            data.reduce_targets()
+        if stage == "fit" and self.config.scope == "vocabulary":
+            data.validation_rows = self.config.validation_rows
+            if self._reduces_rows():
+                data.reduce_targets()
         if self.heads is None:
             layers = data.layers[self.group.among(len(data.layers))]
             if not layers:
@@ -279,9 +282,8 @@ class LSpadeModule(LightningModule):
     def _reduces_rows(self) -> bool:
         """Whether the data module should reduce SPADE's targets for a fit of this length."""
         assert self._unembed is not None
-        # A group would reduce the targets of all layers; choices have no product to save.
-        wanted = "spade" in self.config.targets and self.config.scope == "vocabulary"
-        wanted = wanted and self.group == ALL_LAYERS
+        # A group would reduce the targets of all layers.
+        wanted = "spade" in self.config.targets and self.group == ALL_LAYERS
         epochs = self.trainer.max_epochs or 0
         return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
 
