@@ -215,7 +215,8 @@ def test_a_process_without_validation_rows_does_not_change_the_metrics(project, 
 def unreduced(project, monkeypatch, *arguments, **options):
     """A fit whose steps compute the target's logits."""
     with monkeypatch.context() as patch:
-        patch.setattr("lspade_train.training.module.is_reducible", lambda _: False)
+        for place in ("module", "losses"):
+            patch.setattr(f"lspade_train.training.{place}.is_reducible", lambda _: False)
         return fit(project, *arguments, **options)
 
 
@@ -242,9 +243,9 @@ def test_reduced_targets_give_the_same_heads_and_metrics_as_logits(
         assert float(two.logged_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5)
 
 
-def test_a_fit_of_few_epochs_does_not_reduce_targets(project):
+def test_a_fit_of_one_epoch_does_not_store_reduced_targets(project):
     data = project.module()
-    fit(project, data=data, epochs=2)
+    fit(project, data=data, epochs=1)
     assert not data.train_dataloader().dataset.shards[0].keys() & REDUCED
 
 
@@ -252,12 +253,14 @@ def test_a_disk_too_full_for_reduced_targets_only_costs_time(project, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    plain, _ = unreduced(project, monkeypatch, epochs=3)
+    plain, _ = fit(project, epochs=3)
     monkeypatch.setattr("os.posix_fallocate", full)
     with caplog.at_level("INFO", "lspade_train"):
         module, _ = fit(project, epochs=3)
     assert "recomputed in every step (No space left on device)" in caplog.text
-    assert_equal_heads(weights(module), weights(plain))
+    expected = weights(plain)
+    for name, value in weights(module).items():  # products of other shapes round differently
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
 
 
 def test_a_fit_leaves_no_file_of_reduced_targets_behind(project):

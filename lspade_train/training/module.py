@@ -38,7 +38,7 @@ from lspade_train.recipe import HeadConfig
 from lspade_train.training.layer_sums import METRICS, LayerSums, answers
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.training.losses import Distilled, cross_entropy, distillation
-from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.numerics import chunk_memory, tile_of
 from lspade_train.training.over_choices import choice_distillation
 from lspade_train.training.reduction import pays_off
 from lspade_train.training.targets import (
@@ -48,9 +48,6 @@ from lspade_train.training.targets import (
     with_reduced_final,
     without_reduced,
 )
-
-SHARED_BY = 2
-"""With more layers than this, reducing their shared target (two products) saves time per step."""
 
 
 def check_rank(config: HeadConfig, hidden_size: int) -> None:
@@ -293,16 +290,17 @@ class LSpadeModule(LightningModule):
         batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
         if self.config.scope == "choices" or target == "spade":
             return batch
-        if batch.hidden.shape[1] > SHARED_BY and is_reducible(self._unembed):
+        if is_reducible(self._unembed):
             return with_reduced_final(batch, self._unembed, self._memory)
         return without_reduced(batch)  # the reduced targets are SPADE's
 
     def _pieces(self, batch: StateBatch) -> list[slice]:
-        """The layers, in pieces whose logits fill about one chunk of the loss."""
+        """The layers, in pieces of about as many rows as a tile of the loss."""
         layers = batch.hidden.shape[1]
         if self.config.scope == "choices":
             return [slice(0, layers)]
-        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
+        assert self._unembed is not None
+        size = max(tile_of(self._unembed)[0] // max(len(batch), 1), 1)
         return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
 
     def _sides(
