@@ -19,8 +19,6 @@ from lspade_train.training.numerics import (
     chunk_memory,
     softcapped,
     softmax,
-    softmax_of,
-    tile_of,
     times_weight,
     wide,
     wide_norm,
@@ -34,6 +32,7 @@ from lspade_train.training.targets import (
     is_reducible,
     reduce_target,
 )
+from lspade_train.training.tiles import softmax_of, tile_of
 
 
 @dataclass(frozen=True)

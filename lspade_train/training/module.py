@@ -38,7 +38,7 @@ from lspade_train.recipe import HeadConfig
 from lspade_train.training.layer_sums import METRICS, LayerSums, answers
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.training.losses import Distilled, cross_entropy, distillation
-from lspade_train.training.numerics import chunk_memory, tile_of
+from lspade_train.training.numerics import chunk_memory
 from lspade_train.training.over_choices import choice_distillation
 from lspade_train.training.reduction import pays_off
 from lspade_train.training.targets import (
@@ -48,6 +48,7 @@ from lspade_train.training.targets import (
     with_reduced_final,
     without_reduced,
 )
+from lspade_train.training.tiles import tile_of
 
 
 def check_rank(config: HeadConfig, hidden_size: int) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.states import TARGETS
 from lspade_train.models import Unembedding
-from lspade_train.training.numerics import chunk_memory, tile_of
+from lspade_train.training.numerics import chunk_memory
 from lspade_train.training.targets import reduce_target, target_logits
+from lspade_train.training.tiles import tile_of
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,8 @@ from torch import Tensor
 from lspade_train.cache import StateBatch
 from lspade_train.cache.states import REDUCED
 from lspade_train.models import Unembedding
-from lspade_train.training.numerics import (
-    softmax,
-    softmax_of,
-    tile_of,
-    times_weight,
-    wide_norm,
-    write_logits,
-)
+from lspade_train.training.numerics import softmax, times_weight, wide_norm, write_logits
+from lspade_train.training.tiles import softmax_of, tile_of
 
 ABSENT = -1.0e4
 """Logit of a token that is not in a top-k target: its probability is exactly zero."""
