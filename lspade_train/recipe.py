@@ -179,6 +179,9 @@ class HeadConfig:
             `both` in one fit: each as if trained alone, the tuned lens in `tuned_lens/`.
         scope: tokens the loss is over: the whole `vocabulary`, or the `choices` of each row. The
             latter is many times faster, for heads that only choose among given answers.
+        validation_rows: with `scope: vocabulary`, validation rows read after each epoch, evenly
+            spaced; null reads all. One costs nearly as much as a training row. With
+            `scope: choices` all are read.
         lr: peak learning rate of AdamW.
         weight_decay: decay of the residual maps to zero, that is, of the heads to the identity.
         warmup: fraction of all steps with a rising learning rate, before a cosine decay to zero.
@@ -190,6 +193,7 @@ class HeadConfig:
     layer_groups: int = 1
     target: HeadTarget = "spade"
     scope: LossScope = "vocabulary"
+    validation_rows: int | None = 128
     lr: float = 1.0e-3
     weight_decay: float = 1.0e-2
     warmup: float = 0.05
@@ -198,6 +202,8 @@ class HeadConfig:
         """Refuse numbers that no run can have."""
         _require(self.rank >= 1, "model.rank", self.rank, "1 or more")
         _require(self.layer_groups >= 1, "model.layer_groups", self.layer_groups, "1 or more")
+        rows = self.validation_rows
+        _require(rows is None or rows >= 1, "model.validation_rows", rows, "1 or more, or null")
         _require(self.lr > 0, "model.lr", self.lr, "more than 0")
         _require(self.weight_decay >= 0, "model.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup <= 1, "model.warmup", self.warmup, "0 to 1")

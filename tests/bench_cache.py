@@ -110,7 +110,7 @@ def extraction(rounds: int = ROUNDS) -> list[Row]:
     ]
 
 
-def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> list[Row]:
+def every_position(rounds: int = ROUNDS, count: int = 48, tokens: int = 128) -> list[Row]:
     """Extraction at all positions of running text, final target, against the forward."""
     adapter, plain = llama(), untouched_llama()
     places = np.arange(tokens)
@@ -119,9 +119,9 @@ def every_position(rounds: int = ROUNDS, count: int = 16, tokens: int = 128) -> 
         for e in prompts(count, tokens)
     ]
     ids = torch.from_numpy(np.stack([e.input_ids for e in examples])).long().to(DEVICE)
-    # Four shards, each written while the next is computed, as in any real job. A batch ends with
+    # Shards of four texts, each written while the next is computed. A batch ends with
     # its shard, so the forward runs on the same batches: smaller products take longer per token.
-    batches = ids.split(count // 4)
+    batches = ids.split(4)
     shard_mb = row_bytes() * len(batches[0]) * tokens / 1e6  # counts SPADE's targets, never written
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ along the model's own texts, with the best of some settings. It takes a verifica
 to cost as much as one token; on a CPU, or with many rows, it costs more.
 
 `--equal 1000 --layer 26` compares instead: the greedy texts of so many prompts of random tokens,
-with four drafts at the layer before every verification, against the model's own.
+with four drafts at the layer before every verification, against the model's own. Where two part, it
+prints how close the two tokens' logits are.
 """
 
 import argparse
@@ -88,12 +89,30 @@ def compare(
             group = prompts[at : at + batch_size]
             own = plain_texts(subject.plain, group, new_tokens)
             found = runtime.generate(group, new_tokens, drafting=drafting)
-            equal += sum(one.token_ids == text for one, text in zip(found, own, strict=True))
+            for number, (one, text) in enumerate(zip(found, own, strict=True), at):
+                equal += one.token_ids == text
+                if one.token_ids != text:
+                    tell(difference(subject, number, prompts[number], one.token_ids, text))
             drafted += sum(one.drafts.drafted for one in found if one.drafts)
             accepted += sum(one.drafts.accepted for one in found if one.drafts)
     tell(
         f"{subject.name}: {equal:,} of {count:,} texts equal, {new_tokens} tokens each; "
         f"{drafted:,} tokens drafted at layer {layer}, {accepted:,} accepted"
+    )
+
+
+@torch.no_grad()
+def difference(
+    subject: "Subject", number: int, prompt: list[int], found: list[int], own: list[int]
+) -> str:
+    """Where two texts part, and how much the model prefers one token to the other there."""
+    place = next(i for i, (a, b) in enumerate(zip(found, own, strict=False)) if a != b)
+    text = torch.tensor([[*prompt, *own[:place]]], device=subject.adapter.device)
+    logits = subject.plain(text, logits_to_keep=1).logits[0, -1].double()
+    gap = float(logits[own[place]] - logits[found[place]])
+    return (
+        f"prompt {number} parts at token {place}: the two tokens' logits are {gap:.1e} apart, "
+        f"the largest is {float(logits.abs().max()):.1f}"
     )
 
 

@@ -11,6 +11,7 @@ from tiny_models import VOCAB, WIDTH, tiny
 from torch.nn.functional import cross_entropy
 
 from lspade_train.models import ModelAdapter, Unembedding
+from lspade_train.training import tiles
 from lspade_train.training.losses import cross_entropy as training_loss
 from lspade_train.training.losses import distillation
 from lspade_train.training.numerics import chunk_memory
@@ -60,9 +61,10 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
 
 # phi's head has a bias.
 @pytest.mark.parametrize("family", ["llama", "phi", "opt"])
-@pytest.mark.parametrize("chunk_rows", [5, 64])
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (512, 4096)])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, chunk_rows, scale):
+def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, tile, scale, monkeypatch):
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
     unembed = replace(double(family), scale=scale)
     if family == "phi":
         torch.nn.init.normal_(unembed.bias)
@@ -73,7 +75,7 @@ def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, chunk_rows
     (loss * weights).sum().backward()
     expected, student.grad = student.grad, None
 
-    memory = chunk_memory(unembed, chunk_rows)
+    memory = chunk_memory(unembed)
     target = reduce_target(HiddenTarget(goal, unembed), 12, unembed, memory)
     got = distillation(student, target, unembed, memory=memory)
     (got.loss * weights).sum().backward()
@@ -81,6 +83,28 @@ def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, chunk_rows
     torch.testing.assert_close(got.loss, loss)
     torch.testing.assert_close(got.kl, kl, atol=1e-9, rtol=1e-7)
     assert torch.equal(got.agrees, agrees)
+
+
+@pytest.mark.parametrize("tile", [(2, 1), (4, 9), (512, 4096)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_softmax_in_tiles_equals_the_whole_softmax(tile, size, monkeypatch):
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    unembed = double("phi")
+    torch.nn.init.normal_(unembed.bias)
+    normed = torch.randn(6, WIDTH, dtype=torch.float64) * size
+    token_ids = torch.randint(VOCAB, (6, 3))
+    logits = torch.nn.functional.linear(normed, unembed.weight, unembed.bias)
+    p = logits.softmax(-1)
+    found = tiles.softmax_of(unembed, normed, token_ids=token_ids)
+    torch.testing.assert_close(found.log_z, logits.logsumexp(-1))
+    torch.testing.assert_close(found.mean, p @ unembed.weight)
+    torch.testing.assert_close(found.offset, p @ unembed.bias)
+    assert torch.equal(found.best, logits.argmax(-1))
+    torch.testing.assert_close(found.token_logits, logits.gather(-1, token_ids))
+    none = tiles.softmax_of(unembed, normed, mean=False)
+    assert none.mean is None
+    assert none.token_logits is None
+    torch.testing.assert_close(none.log_z, found.log_z)
 
 
 @pytest.mark.parametrize("stored", ["logits", "topk"])

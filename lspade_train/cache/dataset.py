@@ -68,6 +68,12 @@ class StateDataset:
         found.labels = {name: label[rows] for name, label in self.labels.items()}
         return found
 
+    def copied(self) -> "StateDataset":
+        """The same rows, copied into memory."""
+        batch = self.gather(torch.arange(len(self)))
+        tensors = {name: value for name, value in vars(batch).items() if value is not None}
+        return StateDataset([tensors], self.groups, self.layers)
+
     def with_shards(self, shards: Sequence[dict[str, Tensor]]) -> "StateDataset":
         """The same rows and labels over other states."""
         found = copy(self)

@@ -1,7 +1,9 @@
 """Rows that are computed on demand. Independent of files."""
 
 from collections.abc import Iterator
+from copy import copy
 
+from jaxtyping import Int
 from torch import Tensor
 
 from lspade_train.cache.dataset import rows_at_once
@@ -56,6 +58,12 @@ class OnlineDataset:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def select(self, rows: Int[Tensor, " rows"]) -> "OnlineDataset":
+        """Some of the prompts, in the given order."""
+        found = copy(self)
+        found.examples = [self.examples[int(row)] for row in rows]
+        return found
+
     def extract(self, examples: list[Example], unfinished: Unfinished) -> dict[str, Tensor]:
         """Tensors by their names in `StateBatch`, on the host; `unfinished` counts the rows."""
         return self._compute(examples, unfinished, to_host=True)
@@ -65,7 +73,7 @@ class OnlineDataset:
 
         `rows` may be empty, as for a process that shares a short split with others.
         """
-        asked = [self.examples[int(row)] for row in rows]
+        asked = self.select(rows).examples
         return StateBatch(**self._compute(asked, Unfinished(), to_host=False))
 
     def _compute(

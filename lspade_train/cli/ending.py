@@ -66,7 +66,10 @@ def print_fitted(recipe: Recipe, folder: Path, seconds: float, after: str) -> No
         prefix = f"/{target}/" if target else "/"
         found = _training(place)["metrics"]
         metrics |= {name.replace("/", prefix, 1): value for name, value in found.items()}
-    print_by_layer(metrics, targets, f"{recipe.name}: heads on the validation split")
+    model = recipe.model
+    bounded = model.scope == "vocabulary" and model.validation_rows
+    rows = f"at most {bounded:,} validation rows" if bounded else "the validation split"
+    print_by_layer(metrics, targets, f"{recipe.name}: heads on {rows}")
     size = sum((place / WEIGHTS).stat().st_size for place in folders)
     sys.stdout.write(
         f"heads: {folder} ({byte_size(size)}), {_training(folder)['steps']:,} steps; "

@@ -139,7 +139,12 @@ def open_trainer(parsed: Parsed, loggers: Any, callbacks: list[Any]) -> Any:
     # Copies: each group of layers has its own trainer, and callbacks have state.
     given = deepcopy(arguments.pop("callbacks", None) or [])
     given = given if isinstance(given, list) else [given]
-    defaults: dict[str, Any] = {"log_every_n_steps": LOG_EVERY, "enable_model_summary": False}
+    defaults: dict[str, Any] = {
+        "log_every_n_steps": LOG_EVERY,
+        "enable_model_summary": False,
+        # Validation is our own code; over the vocabulary two batches can cost as much as an epoch.
+        "num_sanity_val_steps": 0,
+    }
     ours: list[Callback] = [StopTogether()]
     if "log_every_n_steps" not in arguments:
         ours.append(LogEachEpoch())

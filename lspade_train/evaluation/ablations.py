@@ -14,7 +14,7 @@ from lspade_train.cache import StateDataset
 from lspade_train.cache.answers import chunks
 from lspade_train.errors import ArtifactError
 from lspade_train.evaluation.readings import read_lenses
-from lspade_train.evaluation.refit import fit_heads, subset
+from lspade_train.evaluation.refit import fit_heads
 from lspade_train.evaluation.run import FittedRecipe
 from lspade_train.evaluation.start_tokens import Start, spade_states
 from lspade_train.evaluation.summary import FORMAT_VERSION, summarise
@@ -213,7 +213,7 @@ def _fit(fitted: FittedRecipe, config: HeadConfig, rows: int) -> LSpadeHeads:
     if rows < len(dataset):
         generator = torch.Generator().manual_seed(fitted.recipe.seed_everything)
         chosen = torch.randperm(len(dataset), generator=generator)[:rows].sort().values
-        dataset = subset(dataset, chosen)
+        dataset = dataset.select(chosen).copied()
     return fit_heads(fitted.recipe, config, dataset, fitted.data.adapter, _steps(fitted))
 
 

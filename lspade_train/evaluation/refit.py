@@ -3,9 +3,7 @@
 from dataclasses import asdict
 
 import torch
-from jaxtyping import Int
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
 
 from lspade_train.cache import StateDataset
 from lspade_train.cache.loader import RowLoader
@@ -31,13 +29,6 @@ class TrainingRows(LightningDataModule):
     def val_dataloader(self) -> RowLoader:
         """Required by Lightning, never read: these fits do not validate."""
         return self.loader
-
-
-def subset(dataset: StateDataset, rows: Int[Tensor, " rows"]) -> StateDataset:
-    """Some rows of a data set, copied into memory."""
-    batch = dataset.gather(rows)
-    tensors = {name: value for name, value in vars(batch).items() if value is not None}
-    return StateDataset([tensors], dataset.groups, dataset.layers)
 
 
 def fit_heads(

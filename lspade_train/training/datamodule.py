@@ -9,11 +9,12 @@ from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -80,6 +81,7 @@ class HiddenStateDataModule(LightningDataModule):
         self.overwrite = overwrite
         self.spade = spade
         self.choices = choices
+        self.validation_rows: int | None = None  # that a fit reads; None means all
         self.frozen = FrozenModel(config, self._device)
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
@@ -171,15 +173,26 @@ class HiddenStateDataModule(LightningDataModule):
     def reduce_targets(self) -> None:
         """Reduce the stored SPADE targets of a fit's splits, which pays off over many epochs."""
         for split in ("train", "validation"):
-            found = self.states(split)
-            if split in self._reduced or isinstance(found, OnlineDataset):
+            if split in self._reduced or isinstance(self.states(split), OnlineDataset):
                 continue
+            found = cast(StateDataset, self._to_fit(split))
             folder = self.folder(split) if self.config.mode == "disk" else Path(gettempdir())
             name = f"{split}: reducing targets"
             bar = partial(track, name=name, total=len(found.shards), unit="files")
             reduced = reduce_dataset(found, self.unembed, folder, bar)
             if reduced is not None:
                 self._reduced[split] = reduced
+
+    def _to_fit(self, split: Split) -> StateDataset | OnlineDataset:
+        """The rows of a split that a fit reads."""
+        if split in self._reduced:
+            return self._reduced[split]
+        found, most = self.states(split), self.validation_rows
+        if split != "validation" or most is None or len(found) <= most:
+            return found
+        log.info("validation: %s of %s rows, model.validation_rows", f"{most:,}", f"{len(found):,}")
+        spread = found.select(torch.arange(most) * len(found) // most)
+        return spread if isinstance(spread, OnlineDataset) else spread.copied()
 
     def identity(self, split: Split) -> dict[str, Any]:
         """Everything that determines the bytes of a split's cache, as a flat dictionary.
@@ -340,7 +353,7 @@ class HiddenStateDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> RowLoader:
-        """Rows in order."""
+        """Rows in order; in a fit, `validation_rows` of them."""
         return self._loader("validation", shuffle=False)
 
     def test_dataloader(self) -> RowLoader:
@@ -361,8 +374,9 @@ class HiddenStateDataModule(LightningDataModule):
 
     def _loader(self, split: Split, *, shuffle: bool) -> RowLoader:
         trainer = self.trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         return RowLoader(
-            self._reduced[split] if split in self._reduced else self.states(split),
+            self._to_fit(split) if fitting else self.states(split),
             self.config.batch_size,
             seed=self.seed if shuffle else None,
             rank=trainer.global_rank if trainer else 0,

@@ -48,9 +48,7 @@ from lspade_train.training.targets import (
     with_reduced_final,
     without_reduced,
 )
-
-SHARED_BY = 2
-"""With more layers than this, reducing their shared target (two products) saves time per step."""
+from lspade_train.training.tiles import tile_of
 
 
 def check_rank(config: HeadConfig, hidden_size: int) -> None:
@@ -107,12 +105,15 @@ class LSpadeModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module.
 
-        Targets are reduced first if that pays off over the epochs to come.
+        A fit over the vocabulary bounds the validation rows, and reduces the targets first if that
+        pays off over the epochs to come.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
-        if stage == "fit" and self._reduces_rows():
-            data.reduce_targets()
+        if stage == "fit" and self.config.scope == "vocabulary":
+            data.validation_rows = self.config.validation_rows
+            if self._reduces_rows():
+                data.reduce_targets()
         if self.heads is None:
             layers = data.layers[self.group.among(len(data.layers))]
             if not layers:
@@ -279,9 +280,8 @@ class LSpadeModule(LightningModule):
     def _reduces_rows(self) -> bool:
         """Whether the data module should reduce SPADE's targets for a fit of this length."""
         assert self._unembed is not None
-        # A group would reduce the targets of all layers; choices have no product to save.
-        wanted = "spade" in self.config.targets and self.config.scope == "vocabulary"
-        wanted = wanted and self.group == ALL_LAYERS
+        # A group would reduce the targets of all layers.
+        wanted = "spade" in self.config.targets and self.group == ALL_LAYERS
         epochs = self.trainer.max_epochs or 0
         return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
 
@@ -291,16 +291,17 @@ class LSpadeModule(LightningModule):
         batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
         if self.config.scope == "choices" or target == "spade":
             return batch
-        if batch.hidden.shape[1] > SHARED_BY and is_reducible(self._unembed):
+        if is_reducible(self._unembed):
             return with_reduced_final(batch, self._unembed, self._memory)
         return without_reduced(batch)  # the reduced targets are SPADE's
 
     def _pieces(self, batch: StateBatch) -> list[slice]:
-        """The layers, in pieces whose logits fill about one chunk of the loss."""
+        """The layers, in pieces of about as many rows as a tile of the loss."""
         layers = batch.hidden.shape[1]
         if self.config.scope == "choices":
             return [slice(0, layers)]
-        size = max(self._memory.shape[1] // max(len(batch), 1), 1)
+        assert self._unembed is not None
+        size = max(tile_of(self._unembed)[0] // max(len(batch), 1), 1)
         return [slice(first, min(first + size, layers)) for first in range(0, layers, size)]
 
     def _sides(

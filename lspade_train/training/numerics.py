@@ -88,27 +88,15 @@ def softcapped(
     return torch.div(logits, unembed.softcap, out=out).tanh_().mul_(unembed.softcap)
 
 
-def exponentials(
-    logits: Float[Tensor, "rows vocab"], out: Float[Tensor, "rows vocab"]
-) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, " rows"]]:
-    """exp(logits - their maximum) into `out`, which may be `logits`.
-
-    Returns:
-        The sum of the exponentials, and the log partition function of each row.
-    """
-    top = logits.amax(-1, keepdim=True)
-    # torch.sum is pairwise; softmax's own sum loses several bits over a large vocabulary.
-    total = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
-    return total, (top + total.log()).squeeze(-1)
-
-
 def softmax(
     logits: Float[Tensor, "rows vocab"], out: Float[Tensor, "rows vocab"]
 ) -> Float[Tensor, " rows"]:
     """Probabilities into `out`, which may be `logits`; returns the log partition function."""
-    total, log_z = exponentials(logits, out)
+    top = logits.amax(-1, keepdim=True)
+    # torch.sum is pairwise; softmax's own sum loses several bits over a large vocabulary.
+    total = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
     out.div_(total)
-    return log_z
+    return (top + total.log()).squeeze(-1)
 
 
 def times_weight(

@@ -1,6 +1,6 @@
 """Reduces a whole data set's targets before a fit, into an unlinked memory-mapped file.
 
-Two products over the vocabulary per row and layer, done once, save one in every step. Independent
+Two products over the vocabulary per row and layer, done once, are saved in every step. Independent
 of heads and Lightning.
 """
 
@@ -19,6 +19,7 @@ from lspade_train.cache.states import TARGETS
 from lspade_train.models import Unembedding
 from lspade_train.training.numerics import chunk_memory
 from lspade_train.training.targets import reduce_target, target_logits
+from lspade_train.training.tiles import tile_of
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ log = logging.getLogger(__name__)
 def pays_off(epochs: int, processes: int) -> bool:
     """Whether reducing all rows costs less than it saves.
 
-    Each process reduces all rows, with two products each, and saves one product per epoch for its
-    share of the rows.
+    Each process reduces all rows, with two products each, and saves as many per epoch for its share
+    of the rows.
     """
-    return epochs > 2 * processes
+    return epochs > processes
 
 
 def reduce_dataset(
@@ -73,7 +74,7 @@ def _reduce_shard(
 ) -> dict[str, Tensor]:
     """Reduced targets by their names in `StateBatch`; the large one is written to `mean`."""
     rows, layers = mean.shape[:2]
-    step = max(memory.shape[1] // layers, 1)
+    step = max(tile_of(unembed)[0] // layers, 1)
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, rows, step):
         chosen = slice(first, first + step)

@@ -22,6 +22,7 @@ from lspade_train.cache import StateBatch
 from lspade_train.cache.states import REDUCED
 from lspade_train.models import Unembedding
 from lspade_train.training.numerics import softmax, times_weight, wide_norm, write_logits
+from lspade_train.training.tiles import softmax_of, tile_of
 
 ABSENT = -1.0e4
 """Logit of a token that is not in a top-k target: its probability is exactly zero."""
@@ -175,6 +176,8 @@ def reduce_target(
 ) -> ReducedTarget:
     """Two products over the vocabulary per row: the target's logits, and W^T p.
 
+    The logits of hidden targets never exist as a whole.
+
     Args:
         target: computes the logits of a slice of the rows.
         rows: number of rows.
@@ -182,6 +185,10 @@ def reduce_target(
         memory: buffer for the logits of a chunk.
     """
     parts: list[tuple[Tensor, ...]] = []
+    if isinstance(target, HiddenTarget):
+        for part in target.hidden.split(tile_of(unembed)[0]):
+            parts.append(_reduce_hidden(part.to(memory.dtype), unembed))
+        return ReducedTarget(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     for first in range(0, max(rows, 1), memory.shape[1]):
         part = slice(first, min(first + memory.shape[1], rows))
         logits, p = memory[0, : part.stop - first], memory[1, : part.stop - first]
@@ -194,6 +201,17 @@ def reduce_target(
         entropy = log_z - logits.mul_(p).sum(-1)
         parts.append((mean, offset, entropy, best))
     return ReducedTarget(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _reduce_hidden(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> tuple[Tensor, ...]:
+    """The attributes of `ReducedTarget`, in order."""
+    normed, none = wide_norm(unembed, hidden), hidden.new_empty(len(hidden), 0, dtype=torch.long)
+    found = softmax_of(unembed, normed, token_ids=none)
+    assert found.mean is not None
+    assert found.best is not None
+    expected = unembed.scale * ((normed * found.mean).sum(-1) + found.offset)
+    numbers = (found.mean, found.offset, found.log_z - expected)
+    return *(number.to(normed.dtype) for number in numbers), found.best
 
 
 def without_reduced(batch: StateBatch) -> StateBatch:
