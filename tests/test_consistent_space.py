@@ -288,29 +288,3 @@ def test_the_page_is_rewritten_from_results(finished, tmp_path):
     assert all(len(line) == len(HEADINGS) and shown(line) in text for line in lines)
     assert text.split(END)[1] == PAGE.read_text(encoding="utf-8").split(END)[1]
     assert "<svg" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
-
-
-def made(own, heads, accuracy=0.9):
-    """Results of which the own head saves `own` after fine-tuning, and heads `heads` before."""
-
-    def row(own, heads, accuracy=0.9, training=None):
-        saved = {"own_head": {"compute_saved": own}, "anything": {"compute_saved": heads}}
-        return saved | {"accuracy": accuracy, "kl": 0.1, "training": training or {}}
-
-    rows = {"frozen": row(0.1, 0.3), "frozen, equal compute": row(0.1, heads)}
-    rows["weight 1"] = row(own, 0.3, accuracy, {"kl": 0.1})
-    return {"title": "m", "seed": 0, "budget": 0.01, "rows": rows}
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        (made(0.5, 0.4), "heads are not needed"),
-        (made(0.3, 0.4), "heads save more"),
-        (made(0.5, 0.4, accuracy=0.88), "no fine-tuned model keeps its accuracy"),
-    ],
-)
-def test_the_verdict_compares_the_own_head_with_heads_of_equal_compute(found, words):
-    from consistent.report import verdict
-
-    assert words in verdict(found)
