@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -565,3 +566,14 @@ def test_compare_rejects_a_folder_without_usable_results(tmp_path, capsys, writt
         (tmp_path / "results.json").write_text(json.dumps(written))
     assert main(["compare", str(tmp_path)]) == 1
     assert match in capsys.readouterr().err
+
+
+def test_recipes_of_the_same_model_load_it_once(subject, monkeypatch):
+    monkeypatch.chdir(subject.folder.parents[1])
+    other = replace(subject.recipe, name="other")
+    assert FittedRecipe(other, subject.folder, beside=[subject]).data.adapter is (
+        subject.data.adapter
+    )
+    changed = replace(other, data=replace(other.data, compile=True))
+    apart = FittedRecipe(changed, subject.folder, beside=[subject])
+    assert apart.data.adapter is not subject.data.adapter

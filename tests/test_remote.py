@@ -159,7 +159,7 @@ def test_a_shard_damaged_in_the_remote_store_is_rejected(project, place, tmp_pat
 @every_system
 def test_another_recipe_is_rejected_and_overwrite_replaces_the_remote_cache(project, place):
     project.module(cache_dir=place).states("train")
-    with pytest.raises(CacheError, match="built for another positions"):
+    with pytest.raises(CacheError, match="other settings: positions"):
         project.module(cache_dir=place, positions="compact").states("train")
     project.module(cache_dir=place, positions="compact", overwrite=True).states("train")
     files, root = fsspec.core.url_to_fs(f"{place}/train")
@@ -205,7 +205,7 @@ def test_an_unfinished_cache_of_another_recipe_is_not_overwritten(project, place
     files, root = fsspec.core.url_to_fs(f"{place}/train")
     files.rm_file(f"{root}/{MANIFEST}")
     forget_mirrors(tmp_path)
-    with pytest.raises(CacheError, match="built for another positions"):
+    with pytest.raises(CacheError, match="other settings: positions"):
         project.module(cache_dir=place, positions="compact").states("train")
 
 

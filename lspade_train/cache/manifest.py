@@ -154,8 +154,8 @@ def require_same(found: Identity, wanted: Identity, folder: Path) -> None:
     for field in (*wanted, *(name for name in found if name not in wanted)):
         if found.get(field) != wanted.get(field):
             raise CacheError(
-                f"{folder} was built for another {field}: it has {_short(found.get(field))}, "
-                f"the recipe asks for {_short(wanted.get(field))}.\n"
+                f"{folder} was built with other settings: {field} is {_short(found.get(field))} "
+                f"there, and {_short(wanted.get(field))} in the recipe.\n"
                 "Rebuild it with lspade-train cache --config RECIPE.yaml --overwrite, or choose "
                 "another folder with --data.cache_dir."
             )

@@ -80,7 +80,7 @@ def evaluate(arguments: list[str]) -> None:
     recipe, options = parsed.recipe, parsed.options
     folder = heads_given(parsed, written_by="evaluate")
     fitted = FittedRecipe(recipe, folder, options.split)
-    others = _others(options.cross)
+    others = _others(options.cross, fitted)
     results = evaluate_recipe(fitted, baselines=options.baselines, examples=options.examples)
     print_results(results)
     if results["baselines"]:
@@ -105,8 +105,8 @@ def evaluate(arguments: list[str]) -> None:
         log.info("next:    %s", another("calibrate", parsed.arguments, without=heads_kept))
 
 
-def _others(names: str | None) -> list[Any]:
-    """The recipes in `--cross`, opened."""
+def _others(names: str | None, fitted: Any) -> list[Any]:
+    """The recipes in `--cross`, opened; a model that they share is loaded once."""
     from lspade_train.evaluation.run import FittedRecipe
     from lspade_train.recipe import heads_folder
 
@@ -115,7 +115,8 @@ def _others(names: str | None) -> list[Any]:
         if name.strip():
             parser = command_parser("evaluate", EVALUATE, with_trainer=True)
             recipe = parse(parser, ["--config", name.strip()]).recipe
-            found.append(FittedRecipe(recipe, heads_folder(recipe)))
+            folder = heads_folder(recipe)
+            found.append(FittedRecipe(recipe, folder, beside=[fitted, *found]))
     return found
 
 

@@ -4,6 +4,7 @@ Independent of figures and terminals.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -45,17 +46,28 @@ class FittedRecipe:
         folder: heads folder.
         split: split to measure completely; None means test, or, if test has no labels, the half of
             validation that chooses no policy.
+        beside: recipes opened before; if one has the same model, it is loaded once for both.
 
     Raises:
         LSpadeError: heads, model, data or split cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, split: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        split: str | None = None,
+        *,
+        beside: Sequence["FittedRecipe"] = (),
+    ) -> None:
         self.recipe, self.folder = recipe, folder
         self.heads = LSpadeHeads.from_pretrained(folder)
         self.data = HiddenStateDataModule(
             recipe.data, recipe.model.layers, seed=recipe.seed_everything, name=recipe.name
         )
+        for other in beside:
+            if other.data.frozen.serves(recipe.data):
+                self.data.frozen = other.data.frozen
         self.heads.bind(self.data.adapter)
         self.side: Side = evaluation_side(self.data, _known_split(recipe, split))
         self.layers = _common_layers(self.data, self.heads, folder)

@@ -31,6 +31,12 @@ from lspade_train.recipe import DataConfig
 
 RECORD_FORMAT = 2
 
+NAMES_MODEL = (
+    *("model_id", "gguf_file", "revision", "dtype", "device", "device_map"),
+    *("quantization", "compile", "trust_remote_code"),
+)
+"""Keys of the data section that decide which model is loaded, and how."""
+
 DECIDING = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
 """Files of a model's folder that determine its facts."""
 
@@ -66,6 +72,10 @@ class FrozenModel:
         self._device = device
         self._facts: ModelFacts | None = None
         self._adapter: ModelAdapter | None = None
+
+    def serves(self, config: DataConfig) -> bool:
+        """Whether another data section asks for the very same model."""
+        return all(getattr(config, key) == getattr(self.config, key) for key in NAMES_MODEL)
 
     @property
     def facts(self) -> ModelFacts:
