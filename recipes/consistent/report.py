@@ -82,9 +82,10 @@ def settings(found: Mapping[str, Any]) -> str:
     spent = sum(one["cpu_seconds"] for one in trained) / 60 / max(len(trained), 1)
     return (
         f"{name_of(found)}: {n['train']:,} rows to train, {n['validation']:,} to choose policies, "
-        f"{n['test']:,} for the table; fine-tuning of {tuning['epochs']} epochs, `--lr "
+        f"{n['test']:,} for the table; fine-tuned with `--epochs {tuning['epochs']} --lr "
         f"{tuning['lr']:g} --batch_size {tuning['batch_size']} --rank {tuning['rank']}`, "
-        f"{spent:.1f} CPU minutes per weight; policies with `--max_accuracy_drop {found['budget']:g}`; "
+        f"{spent:.1f} CPU minutes per weight; policies with `--max_accuracy_drop "
+        f"{found['budget']:g}`; "
         f"{made['dtype']}, {made['hardware']}, torch {made['versions']['torch']}."
     )
 
