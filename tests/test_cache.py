@@ -247,7 +247,7 @@ OTHERS = {
 @pytest.mark.parametrize("field", OTHERS)
 def test_a_cache_of_another_recipe_is_rejected_naming_the_differing_field(finished, field):
     before = contents(finished.cache / "train")
-    with pytest.raises(CacheError, match=rf"another {field}:") as caught:
+    with pytest.raises(CacheError, match=rf"other settings: {field} is") as caught:
         build(finished, **OTHERS[field])
     assert "lspade-train cache --config RECIPE.yaml --overwrite" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 2
@@ -257,7 +257,7 @@ def test_a_cache_of_another_recipe_is_rejected_naming_the_differing_field(finish
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_cache_of_another_model_is_rejected(finished, tmp_path, family):
     other = toy.save_model(tmp_path / "other", family, seed=3)
-    with pytest.raises(CacheError, match=r"another model_(config|weights)"):
+    with pytest.raises(CacheError, match=r"other settings: model_(config|weights)"):
         build(finished, model_id=str(other))
 
 
@@ -265,13 +265,13 @@ def test_a_cache_of_other_data_is_rejected(finished, tmp_path):
     other = toy.write_data(tmp_path / "other", train=48)
     rows = toy.questions(48, seed=99)
     toy.write_jsonl(other / "train.jsonl", rows)
-    with pytest.raises(CacheError, match="another rows_digest"):
+    with pytest.raises(CacheError, match="other settings: rows_digest"):
         build(finished, dataset=str(other))
 
 
 def test_a_cache_with_another_topk_is_rejected(project):
     build(project, targets="topk", topk=4)
-    with pytest.raises(CacheError, match="another topk: it has 4, the recipe asks for 5"):
+    with pytest.raises(CacheError, match="topk is 4 there, and 5 in the recipe"):
         build(project, targets="topk", topk=5)
 
 
@@ -617,7 +617,7 @@ def test_a_resumed_run_computes_only_what_is_missing(damaged, monkeypatch):
 
 def test_an_unfinished_cache_of_another_recipe_is_rejected(damaged):
     (damaged.cache / "train/manifest.json").unlink()
-    with pytest.raises(CacheError, match="another positions"):
+    with pytest.raises(CacheError, match="other settings: positions"):
         build(damaged, positions="compact")
 
 

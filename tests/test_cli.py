@@ -320,7 +320,7 @@ def test_heads_used_with_another_model_are_rejected(fitted, project, capsys, com
 def test_a_cache_of_another_recipe_is_rejected(fitted, project, capsys, change, field):
     recipe = project.recipe(data__cache_dir=str(fitted.cache), **change)
     message = error_of(capsys, "fit", "--config", recipe)
-    assert f"another {field}:" in message
+    assert f"other settings: {field} is" in message
     assert "--overwrite" in message
     assert not (project.home / "checkpoints/toy/config.json").exists()
 
@@ -328,7 +328,7 @@ def test_a_cache_of_another_recipe_is_rejected(fitted, project, capsys, change, 
 def test_a_cache_of_another_model_is_rejected(fitted, project, capsys):
     model = toy.save_model(project.home / "other", seed=5)
     recipe = project.recipe(data__cache_dir=str(fitted.cache), data__model_id=str(model))
-    assert "another model_weights:" in error_of(capsys, "fit", "--config", recipe)
+    assert "other settings: model_weights is" in error_of(capsys, "fit", "--config", recipe)
 
 
 def damage(project, how):

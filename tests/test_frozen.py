@@ -116,7 +116,7 @@ def test_changed_weights_of_the_same_size_are_a_different_model(project, loads, 
     folder = shutil.copytree(project.model, tmp_path / "model")
     fit(project, data=project.module(model_id=str(folder)))
     toy.save_model(folder, seed=3)
-    with pytest.raises(CacheError, match="another model_weights"):
+    with pytest.raises(CacheError, match="other settings: model_weights"):
         project.module(model_id=str(folder)).states("train")
     assert loads == [str(folder)] * 2
 

@@ -62,7 +62,11 @@ def softmax_of(
         normed: states after the final norm.
         mean: also compute W^T p, the second product.
         token_ids: tokens whose logits are returned; None skips these and the best token.
+
+    Raises:
+        UnsupportedModelError: the head is not linear.
     """
+    unembed.require_linear()
     weight, bias = unembed.weight, unembed.bias
     scaled, rows, step = normed * unembed.scale, len(normed), tile_of(unembed)[1]
     spare = normed.new_empty(rows * step)
