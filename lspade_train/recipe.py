@@ -203,7 +203,8 @@ class HeadConfig:
         _require(self.rank >= 1, "model.rank", self.rank, "1 or more")
         _require(self.layer_groups >= 1, "model.layer_groups", self.layer_groups, "1 or more")
         rows = self.validation_rows
-        _require(rows is None or rows >= 1, "model.validation_rows", rows, "1 or more, or null")
+        if rows is not None:
+            _require(rows >= 1, "model.validation_rows", rows, "1 or more, or null")
         _require(self.lr > 0, "model.lr", self.lr, "more than 0")
         _require(self.weight_decay >= 0, "model.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup <= 1, "model.warmup", self.warmup, "0 to 1")
