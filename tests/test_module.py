@@ -356,6 +356,7 @@ def test_only_a_fit_over_the_vocabulary_reads_fewer_validation_rows(project, sco
 
     config = HeadConfig(scope=scope, validation_rows=4)
     data = project.module()
+    fit(project, HeadConfig(validation_rows=2), data=data, epochs=1)  # leaves no bound behind
     options = {"callbacks": [Count()], "num_sanity_val_steps": 0}
     module, runner = fit(project, config, data=data, epochs=1, **options)
     assert sum(seen) == {"vocabulary": 4, "choices": 20}[scope]

@@ -110,9 +110,10 @@ class LSpadeModule(LightningModule):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._unembed = data.unembed
-        if stage == "fit" and self.config.scope == "vocabulary":
-            data.validation_rows = self.config.validation_rows
-            if self._reduces_rows():
+        if stage == "fit":
+            whole = self.config.scope == "vocabulary"
+            data.validation_rows = self.config.validation_rows if whole else None
+            if whole and self._reduces_rows():
                 data.reduce_targets()
         if self.heads is None:
             layers = data.layers[self.group.among(len(data.layers))]
