@@ -7,6 +7,7 @@ from tiny_models import FAMILIES, LAYERS, blocks_of, crossed, tiny
 
 from lspade_train import ModelAdapter, spade_logits
 from lspade_train.errors import RecipeError
+from lspade_train.probes.spade import collect_states
 
 
 def hidden_states(model, ids):
@@ -125,6 +126,23 @@ def test_with_alibi_the_two_tokens_are_adjacent_for_any_position_ids(family):
         spade_logits(model, ids, mask, positions=kind) for kind in ("original", "compact")
     )
     assert torch.equal(original, compact)
+
+
+@pytest.mark.parametrize(
+    "columns", [[[2, 3, 4], [2, 3, 4]], [[2, 3, 4], [3, 4, 5]], [[4, 2, 5], [4, 2, 5]], [[5], [5]]]
+)
+@torch.no_grad()
+def test_states_are_the_plain_forwards_wherever_the_positions_are(columns):
+    model = tiny("llama")
+    adapter = ModelAdapter(model, check=False)
+    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    found = collect_states(adapter, ids, None, torch.tensor(columns), (0, 2))
+    for row, places in enumerate(columns):
+        kept = [hidden[0, places] for hidden in hidden_states(model, ids[row, None])]
+        expected = torch.stack([kept[0], kept[2]], 1)
+        torch.testing.assert_close(found.hidden[row], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.final[row], kept[-1], rtol=1e-5, atol=1e-5)
+    assert found.final.is_contiguous()
 
 
 @pytest.mark.parametrize("layers", [[-1], [LAYERS + 1], []])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
 
 from lspade_train.errors import ArtifactError, CacheError
 from lspade_train.io.storage import (
@@ -17,7 +19,14 @@ from lspade_train.io.storage import (
     write_json,
     write_text,
 )
-from lspade_train.io.tensors import file_tag, read_tensors, tensor_digest, write_tensors
+from lspade_train.io.tensors import (
+    CHUNK,
+    DTYPES,
+    file_tag,
+    read_tensors,
+    tensor_digest,
+    write_tensors,
+)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 
@@ -109,6 +118,21 @@ def test_tensors_round_trip_bit_for_bit_with_deterministic_bytes(tmp_path):
     found = read_tensors(tmp_path / "one", CacheError)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert file_tag(tmp_path / "one") == "tag"
+
+
+@pytest.mark.parametrize("tag", ["", "prompts 0:16, é"])
+def test_a_files_bytes_are_those_of_the_safetensors_library(tmp_path, tag):
+    path, large = tmp_path / "file", 3 * CHUNK + 5  # several writes, the last of them short
+    tensors = {str(kind): torch.arange(7).to(kind) for kind in DTYPES} | {
+        "large": torch.arange(large).to(torch.uint8), "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.5), "transposed é": torch.arange(6).view(2, 3).T,
+    }  # fmt: skip
+    digest = write_tensors(path, tensors, tag)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert bool(metadata) == bool(tag)
+    assert path.read_bytes() == save({n: t.contiguous() for n, t in tensors.items()}, metadata)
+    assert digest == file_digest(path)
 
 
 def test_an_incomplete_file_has_no_tag(tmp_path):

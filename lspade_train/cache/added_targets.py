@@ -58,10 +58,10 @@ def add_targets(job: Build) -> Manifest:
 
 
 def _targets(job: Build, shard: Shard, unfinished: Unfinished) -> dict[str, Tensor]:
-    job.adapter.check()
     job.store.fetch_files(job.folder / shard.file)  # another machine may have written it
     states = read_tensors(job.folder / shard.file, CacheError, REBUILD)
-    return spade_targets(job.adapter, states, job.what, unfinished=unfinished)
+    with job.adapter.steady(check=True):
+        return spade_targets(job.adapter, states, job.what, unfinished=unfinished)
 
 
 def _prepare_targets(job: Build) -> Manifest:

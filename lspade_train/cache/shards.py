@@ -148,7 +148,7 @@ def write_parts(
         overwrite: recompute files that exist.
 
     Returns:
-        The files, each with its stamp from before it was hashed.
+        The files, each with its stamp.
 
     Raises:
         CacheError: a file cannot be written; the files before it are complete.
@@ -180,10 +180,12 @@ def _exists(part: Part, store: RemoteStore) -> bool:
 def _store(
     part: Part, tensors: dict[str, Tensor] | None, store: RemoteStore
 ) -> tuple[Shard, list[int]]:
-    if tensors is not None:
-        write_tensors(part.path, tensors, part.tag, CacheError)
+    if tensors is None:
+        stamp = file_stamp(part.path)
+        digest = file_digest(part.path, CacheError)
+    else:
+        digest = write_tensors(part.path, tensors, part.tag, CacheError)
+        stamp = file_stamp(part.path)
         part.path.with_suffix(SUFFIX).unlink(missing_ok=True)
-    stamp = file_stamp(part.path)
-    digest = file_digest(part.path, CacheError)
     store.publish_file(part.path)
     return Shard(part.path.name, part.rows, stamp[0], digest), stamp

@@ -98,8 +98,8 @@ def build(
 def _states(
     job: Build, examples: Sequence[Example], tokens_per_batch: int, unfinished: Unfinished
 ) -> dict[str, Tensor]:
-    job.adapter.check()
-    return extract(job.adapter, examples, job.what, tokens_per_batch, unfinished=unfinished)
+    with job.adapter.steady(check=True):
+        return extract(job.adapter, examples, job.what, tokens_per_batch, unfinished=unfinished)
 
 
 def _prepare(job: Build, plan: Estimate) -> Manifest | None:

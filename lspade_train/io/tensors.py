@@ -1,12 +1,14 @@
 """Safetensors files that are complete or absent, with a tag that identifies their purpose."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lspade_train.errors import LSpadeError
@@ -14,12 +16,11 @@ from lspade_train.io.storage import (
     atomic_path,
     first_line,
     join_lines,
-    json_digest,
     read_failure,
     regular_size,
 )
 
-TAG_END = ", content sha256:"
+TAG_END = ", content xxh3:"
 UNREADABLE = (
     OSError,
     SafetensorError,
@@ -32,12 +33,25 @@ UNREADABLE = (
 """Errors of safetensors and torch for files of another format."""
 
 
+DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Their names in a safetensors file, in the order in which safetensors stores them: wide types
+first, so that every tensor is aligned."""
+
+CHUNK = 2**20
+"""Bytes written at once. ext4 takes up to 9 times as long for 2 MiB or more at once (Linux 6.18),
+and safetensors' `save_file` writes a tensor at once, hence a writer of our own."""
+
+
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     tag: str = "",
     error: type[LSpadeError] = LSpadeError,
-) -> None:
+) -> str:
     """Write a safetensors file, atomically; equal content gives equal bytes.
 
     Args:
@@ -47,12 +61,43 @@ def write_tensors(
             string, since safetensors writes several metadata entries in random order.
         error: type of error to raise.
 
+    Returns:
+        SHA-256 of the file's bytes, as hex.
+
     Raises:
         error: the file cannot be written.
     """
-    with atomic_path(path, error) as temporary:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=_tagged(tag, contiguous) if tag else None)
+    digest = hashlib.sha256()
+    with atomic_path(path, error) as temporary, temporary.open("wb") as file:
+        for part in _content(tensors, tag):
+            for first in range(0, len(part), CHUNK):
+                chunk = part[first : first + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+    return digest.hexdigest()
+
+
+def _content(tensors: Mapping[str, Tensor], tag: str) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, equal to those of `safetensors.torch.save`."""
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    order = [*DTYPES]
+    names = sorted(host, key=lambda name: (order.index(host[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": _tagged(tag, host)} if tag else {}
+    end = 0
+    for name in names:
+        start, end = end, end + host[name].nbytes
+        kind, shape = DTYPES[host[name].dtype], [*host[name].shape]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        yield _bytes(host[name])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A view of a contiguous tensor's bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def file_tag(path: Path) -> str | None:
@@ -71,9 +116,12 @@ def file_tag(path: Path) -> str | None:
 
 
 def _tagged(tag: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    names = sorted(tensors)
-    content = tensor_digest(*(tensors[name] for name in names))
-    return {"tag": f"{tag}{TAG_END}{json_digest([names, content])}"}
+    # Not SHA-256: it is to detect damage, not forgery, and is 4 times faster.
+    content = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        content.update(name.encode())
+        _update(content, tensors[name])
+    return {"tag": f"{tag}{TAG_END}{content.hexdigest()}"}
 
 
 def read_tensors(path: Path, error: type[LSpadeError], remedy: str = "") -> dict[str, Tensor]:
@@ -105,7 +153,11 @@ def tensor_digest(*tensors: Tensor | None) -> str:
         if tensor is None:
             digest.update(b"none")
             continue
-        flat = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        _update(digest, tensor)
     return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous()
+    digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
+    digest.update(_bytes(flat))

@@ -177,8 +177,13 @@ class ModelAdapter:
         return known
 
     @contextmanager
-    def steady(self) -> Generator[None]:
-        """Detect changes only once for everything inside the block, on this thread."""
+    def steady(self, *, check: bool = False) -> Generator[None]:
+        """Detect changes only once for everything inside the block, on this thread.
+
+        Args:
+            check: make sure first that the model has been checked, as `check` does.
+        """
+        self._wants_check |= check
         self.refresh()
         outer = _STEADY.set(self)
         try:

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lspade_train.errors import PolicyError
-from lspade_train.io.storage import file_digest
 from lspade_train.io.tensors import file_tag, read_tensors, write_tensors
 from lspade_train.policies.logistic import LayerFit, fit_layer, folds, principal
 from lspade_train.probes.metrics import entropy
@@ -153,8 +152,7 @@ class Gate:
         about = {
             "format_version": FORMAT_VERSION, "layers": self.layers, "readers": self.readers,
         }  # fmt: skip
-        write_tensors(path, tensors, json.dumps(about), PolicyError)
-        return file_digest(path, PolicyError)
+        return write_tensors(path, tensors, json.dumps(about), PolicyError)
 
     @classmethod
     def load(cls, path: Path) -> Self:

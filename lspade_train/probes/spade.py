@@ -3,7 +3,7 @@
 Paper v2 calls it SimLens. Independent of heads, tasks and files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,10 +60,7 @@ def collect_states(
     """
     mask = token_mask(input_ids, attention_mask)
     plan = adapter.plan(input_ids, mask, shared=shared)
-    rows = torch.arange(len(input_ids), device=input_ids.device)
-
-    def at_answers(hidden: Tensor) -> Tensor:
-        return hidden[rows.to(hidden.device)[:, None], positions.to(hidden.device) - shared]
+    at_answers = _picks(positions - shared)
 
     hidden = plan.hidden
     # Each layer is copied to its place at once: stacking them later would copy them once more.
@@ -74,7 +71,7 @@ def collect_states(
         hidden = adapter.run_block(plan, block, hidden)
         if block + 1 in layers:
             kept[:, :, layers.index(block + 1)] = at_answers(hidden)
-    final = at_answers(hidden)
+    final = at_answers(hidden).contiguous()
     first = mask.argmax(-1, keepdim=True)
     return States(
         hidden=kept.to(final.device),
@@ -82,6 +79,16 @@ def collect_states(
         start_ids=input_ids.gather(1, first).squeeze(1),
         position_ids=(mask.cumsum(-1) - 1).gather(1, positions.to(mask.device)),
     )
+
+
+def _picks(columns: Int[Tensor, "rows positions"]) -> Callable[[Tensor], Tensor]:
+    """Function that picks each row's columns; on a CPU a view, if they are one range for all."""
+    if columns.device.type == "cpu":  # on a GPU, looking at them would wait for the blocks before
+        first, count = int(columns[0, 0]), columns.shape[1]
+        if torch.equal(columns, torch.arange(first, first + count).expand_as(columns)):
+            return lambda hidden: hidden[:, first : first + count]
+    rows = torch.arange(len(columns))[:, None]
+    return lambda hidden: hidden[rows.to(hidden.device), columns.to(hidden.device)]
 
 
 @torch.no_grad()
