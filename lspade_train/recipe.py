@@ -193,7 +193,7 @@ class HeadConfig:
     layer_groups: int = 1
     target: HeadTarget = "spade"
     scope: LossScope = "vocabulary"
-    validation_rows: int | None = 128
+    validation_rows: int | None = 64
     lr: float = 1.0e-3
     weight_decay: float = 1.0e-2
     warmup: float = 0.05

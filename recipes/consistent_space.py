@@ -167,10 +167,11 @@ class Experiment:
         """Digest of the original model, the rows, and the settings of the heads."""
         data, trainer = self.original, self.recipe.trainer
         splits = ("train", "validation", evaluation_side(data).split)
+        heads = {k: v for k, v in asdict(self.recipe.model).items() if k != "validation_rows"}
         return json_digest(
             {
                 "data": [data.identity(split) for split in splits],
-                "heads": asdict(self.recipe.model) | {"batch_size": data.config.batch_size},
+                "heads": heads | {"batch_size": data.config.batch_size},
                 "trainer": {k: v for k, v in trainer.items() if k != "max_epochs"},
                 "seed": self.recipe.seed_everything,
             }

@@ -159,6 +159,7 @@ def test_spade_is_unembedded_once_per_layer_for_any_number_of_lenses(project, mo
     dataset, adapter = data.stored("validation"), data.adapter
     heads = LSpadeHeads(data.layers, adapter.hidden_size).bind(adapter)
     monkeypatch.setattr(readings, "CHUNK_LOGITS", 8 * adapter.vocab_size)
+    monkeypatch.setattr(readings, "CHUNK_ROWS", 1)
     rows = []
     hook = adapter.unembed.head.register_forward_hook(lambda _, __, out: rows.append(len(out)))
     lenses = {LOGIT_LENS.key: None, TUNED_LENS.key: heads, L_SPADE.key: heads, SPADE.key: None}

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from lspade_train.errors import ArtifactError, CacheError
 from lspade_train.io.storage import (
+    CHUNK,
     atomic_path,
     file_digest,
     json_digest,
@@ -20,7 +21,6 @@ from lspade_train.io.storage import (
     write_text,
 )
 from lspade_train.io.tensors import (
-    CHUNK,
     DTYPES,
     file_tag,
     read_tensors,

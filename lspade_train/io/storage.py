@@ -6,6 +6,7 @@ Does not import torch, so that commands reject wrong arguments without waiting f
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from safetensors import SafetensorError
 from lspade_train.errors import CacheError, LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+CHUNK = 2**20
+"""Bytes written at once: ext4 takes up to 9 times as long for 2 MiB or more at once (Linux 6.18)."""
 MAX_DIGITS = 300
 """Most digits of an integer in JSON: a longer one overflows when compared with floats."""
 
@@ -71,6 +74,30 @@ def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator
         raise error(_write_failure(path, cause)) from cause
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator[io.RawIOBase]:
+    """Yield a file to write, which is complete or absent as with `atomic_path`; fast for large ones.
+
+    Raises:
+        error: the disk is full, or the folder cannot be written.
+    """
+    with atomic_path(path, error) as temporary, temporary.open("wb") as file:
+        yield _ChunkedFile(file)
+
+
+class _ChunkedFile(io.RawIOBase):
+    """Writes to another file, `CHUNK` bytes at a time."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        for first in range(0, len(view), CHUNK):
+            self._file.write(view[first : first + CHUNK])
+        return len(view)
 
 
 def require_writable(folder: Path, error: type[LSpadeError] = LSpadeError) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lspade_train.errors import LSpadeError
 from lspade_train.io.storage import (
-    atomic_path,
+    atomic_file,
     first_line,
     join_lines,
     read_failure,
@@ -41,10 +41,6 @@ DTYPES = {
 """Their names in a safetensors file, in the order in which safetensors stores them: wide types
 first, so that every tensor is aligned."""
 
-CHUNK = 2**20
-"""Bytes written at once. ext4 takes up to 9 times as long for 2 MiB or more at once (Linux 6.18),
-and safetensors' `save_file` writes a tensor at once, hence a writer of our own."""
-
 
 def write_tensors(
     path: Path,
@@ -53,6 +49,8 @@ def write_tensors(
     error: type[LSpadeError] = LSpadeError,
 ) -> str:
     """Write a safetensors file, atomically; equal content gives equal bytes.
+
+    Not with `safetensors.torch.save_file`, which writes a tensor at once: see `storage.CHUNK`.
 
     Args:
         path: the file.
@@ -68,12 +66,10 @@ def write_tensors(
         error: the file cannot be written.
     """
     digest = hashlib.sha256()
-    with atomic_path(path, error) as temporary, temporary.open("wb") as file:
+    with atomic_file(path, error) as file:
         for part in _content(tensors, tag):
-            for first in range(0, len(part), CHUNK):
-                chunk = part[first : first + CHUNK]
-                digest.update(chunk)
-                file.write(chunk)
+            digest.update(part)
+            file.write(part)
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lspade_train.errors import ArtifactError
-from lspade_train.io.storage import atomic_path
+from lspade_train.io.storage import atomic_file
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import Recipe
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
@@ -90,9 +90,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
         Raises:
             ArtifactError: the disk is full, or the folder cannot be written.
         """
-        with atomic_path(Path(path), ArtifactError) as temporary, temporary.open("wb") as file:
+        with atomic_file(Path(path), ArtifactError) as file:
             try:
-                torch.save(checkpoint, file)
+                torch.save(checkpoint, cast(BinaryIO, file))
             except RuntimeError as error:
                 # After a failed write torch still closes its archive, which raises another error.
                 raise _failed_write(error) or error from error
