@@ -23,7 +23,7 @@ from lspade_train.errors import CacheError, LSpadeError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 CHUNK = 2**20
-"""Bytes written at once: ext4 takes up to 9 times as long for 2 MiB or more at once (Linux 6.18)."""
+"""Bytes written at once: ext4 takes up to 9 times as long for 2 MiB or more (Linux 6.18)."""
 MAX_DIGITS = 300
 """Most digits of an integer in JSON: a longer one overflows when compared with floats."""
 
@@ -78,7 +78,7 @@ def atomic_path(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator
 
 @contextlib.contextmanager
 def atomic_file(path: Path, error: type[LSpadeError] = LSpadeError) -> Generator[io.RawIOBase]:
-    """Yield a file to write, which is complete or absent as with `atomic_path`; fast for large ones.
+    """Yield a file to write, complete or absent as with `atomic_path`; large ones are fast.
 
     Raises:
         error: the disk is full, or the folder cannot be written.
