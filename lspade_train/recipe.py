@@ -243,6 +243,13 @@ class Recipe:
                 "model.scope is choices, and data.targets is topk, which may lack the choices; "
                 "expected hidden or logits.\nSet --data.targets hidden or --model.scope vocabulary."
             )
+        trainer = self.trainer
+        epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+        if steps == -1 and (epochs == -1 or (epochs is None and trainer.get("max_time"))):
+            raise RecipeError(
+                "trainer.max_epochs and max_steps are off, and the learning-rate schedule needs an "
+                "end. Set one of them."
+            )
         for key, value in _numbers("", asdict(self)):
             _require(math.isfinite(value), key, value, "a finite number")
 

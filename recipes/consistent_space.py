@@ -27,7 +27,7 @@ from consistent.own_head import Tuning, fine_tune, prompts
 from jsonargparse import auto_cli
 
 from lspade_train.cli.parsing import command_parser, parse
-from lspade_train.errors import ArtifactError, LSpadeError
+from lspade_train.errors import ArtifactError, LSpadeError, RecipeError
 from lspade_train.evaluation.summary import plain
 from lspade_train.io.provenance import source_state, versions
 from lspade_train.io.storage import json_digest, read_json, write_json
@@ -118,6 +118,11 @@ class Experiment:
         self, recipe: Recipe, tunings: Sequence[Tuning], budget: float, max_epochs: int,
         title: str, output: Path,
     ) -> None:  # fmt: skip
+        if "max_steps" in recipe.trainer or "callbacks" in recipe.trainer:
+            raise RecipeError(
+                "trainer.max_steps or callbacks is set; expected max_epochs alone, which decides "
+                "what a fit costs. Remove it from the recipe."
+            )
         self.tunings, self.budget, self.max_epochs = tunings, budget, max_epochs
         self.title, self.output = title, output
         data = replace(recipe.data, cache_dir=str(output / "frozen/cache"))
@@ -127,7 +132,9 @@ class Experiment:
     def run(self) -> None:
         """Complete `results.json`, row by row."""
         path = self.output / "results.json"
-        found = read_json(path, ArtifactError) if path.exists() else {"rows": {}}
+        found: dict[str, Any] = read_json(path, ArtifactError) if path.exists() else {}
+        if found.get("common") != self.common:  # the header describes all rows
+            found["rows"] = {}
         for row in self.rows():
             tuning = None if row.tuning is None else asdict(row.tuning)
             key = json_digest([self.source, self.budget, row.name, epochs_of(row.recipe), tuning])
@@ -135,7 +142,8 @@ class Experiment:
                 continue
             sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {row.name}\n")
             done = {"settings": key} | self.measured(row)
-            found = self.header() | {"rows": found["rows"] | {row.name: done}}
+            found["rows"][row.name] = done
+            found = self.header() | {"common": self.common, "rows": found["rows"]}
             write_json(path, plain(found), ArtifactError)
 
     def rows(self) -> list[Row]:
@@ -161,6 +169,12 @@ class Experiment:
         where = {"model_id": str(folder / "model"), "cache_dir": str(folder / "cache")}
         data = replace(self.recipe.data, **where, revision=None, gguf_file=None)
         return Row(f"weight {tuning.weight:g}", replace(self.recipe, data=data), folder, tuning)
+
+    @cached_property
+    def common(self) -> str:
+        """Digest of what all rows share."""
+        tuning = {k: v for k, v in asdict(self.tunings[0]).items() if k != "weight"}
+        return json_digest([self.source, self.budget, tuning, self.title])
 
     @cached_property
     def source(self) -> str:

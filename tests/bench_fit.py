@@ -18,7 +18,6 @@ from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.recipe import HeadConfig, LossScope
 from lspade_train.training.module import LSpadeModule
-from lspade_train.training.numerics import chunk_memory
 from lspade_train.training.targets import is_reducible, reduce_target, target_logits
 
 ROWS = 128 if QUICK else 1024
@@ -64,8 +63,8 @@ class Setting:
     def reduced(self) -> StateBatch:
         """The batch as a fit holds it after reducing its targets."""
         target = target_logits(self.unreduced, "spade", self.unembed)
-        memory, shape = chunk_memory(self.unembed), self.hidden.shape[:2]
-        found = reduce_target(target, self.rows * shape[1], self.unembed, memory)
+        shape = self.hidden.shape[:2]
+        found = reduce_target(target, self.rows * shape[1], self.unembed)
         return replace(
             self.unreduced,
             target=None,
@@ -133,7 +132,7 @@ def prepared() -> Setting:
     full = Setting()
     full.optimizer, full.module = setting.optimizer, setting.module
     full.loop_optimizer, full.loop = setting.loop_optimizer, setting.loop
-    full.module.__dict__.pop("_memory")  # persists across steps, and is counted
+    full.module._buffer = None  # persists across steps, and is counted
     return full
 
 
@@ -201,7 +200,7 @@ def warmed(scope: LossScope) -> Setting:
     """A setting with a large vocabulary that has taken a step and released its working memory."""
     setting = Setting(ROWS // 8, LARGE, scope)
     setting.step()
-    setting.module.__dict__.pop("_memory", None)
+    setting.module._buffer = None
     return setting
 
 

@@ -106,6 +106,16 @@ def test_layers_that_cannot_pay_are_not_timed():
     assert max(row.ceiling for row in found.rows) <= 1
 
 
+def test_nothing_is_chosen_for_a_model_that_never_drafts(clock, monkeypatch, caplog):
+    clock["2"] = [1.0, 1.0, 1.0]
+    assert choose().chosen is not None
+    monkeypatch.setattr(profiling, "why_plain", lambda *_: "its positions depend on the length")
+    found = choose()
+    assert found.chosen is None
+    assert not found.timed
+    assert "its positions depend on the length" in caplog.text
+
+
 def test_the_ceiling_is_the_cost_of_drafting_along_the_texts():
     costs = DraftCosts(below=1, above=3, readout=0.5)
     right = [[True, True, False, True, True]]

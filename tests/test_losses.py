@@ -51,7 +51,7 @@ def test_loss_and_gradient_equal_float64_autograd(family, chunk_rows):
     expected, student.grad = student.grad, None
 
     memory = chunk_memory(unembed, chunk_rows)
-    got = distillation(student, HiddenTarget(goal, unembed), unembed, memory=memory)
+    got = distillation(student, HiddenTarget(goal, unembed), unembed, memory=lambda: memory)
     (got.loss * weights).sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
     torch.testing.assert_close(got.loss, loss)
@@ -76,8 +76,8 @@ def test_a_reduced_target_gives_the_float64_loss_and_gradient(family, tile, scal
     expected, student.grad = student.grad, None
 
     memory = chunk_memory(unembed)
-    target = reduce_target(HiddenTarget(goal, unembed), 12, unembed, memory)
-    got = distillation(student, target, unembed, memory=memory)
+    target = reduce_target(HiddenTarget(goal, unembed), 12, unembed)
+    got = distillation(student, target, unembed, memory=lambda: memory)
     (got.loss * weights).sum().backward()
     assert (student.grad - expected).abs().max() < 1e-9
     torch.testing.assert_close(got.loss, loss)
@@ -127,6 +127,20 @@ def test_only_full_precision_linear_logits_are_reduced():
     assert not is_reducible(ModelAdapter(tiny("llama").bfloat16()).unembed)
 
 
+def test_autocast_leaves_no_gradient_at_a_target_that_was_reduced_outside_of_it():
+    head = torch.nn.Linear(64, 512, bias=False)
+    unembed = Unembedding(torch.nn.RMSNorm(64, eps=1e-6), head)
+    goal = 8 * torch.randn(32, 64)
+    target = reduce_target(HiddenTarget(goal, unembed), 32, unembed)
+    student = goal.clone().requires_grad_(True)
+    far = (goal + 0.1).requires_grad_(True)
+    for states in (student, far):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = training_loss(states, target, unembed)
+        loss.sum().backward()
+    assert student.grad.norm() < 1e-4 * far.grad.norm()
+
+
 LIMITS = {torch.float16: 0.02, torch.bfloat16: 0.02, torch.float32: 1e-5}
 """Relative error of the loss's gradient by a head's weight."""
 
@@ -148,12 +162,12 @@ def gradients(dtype, rows, vocab=2048, width=32):
     target, memory = HiddenTarget(goal, unembed), chunk_memory(unembed)
     targets = {"logits": target}
     if is_reducible(unembed):
-        targets["reduced"] = reduce_target(target, rows, unembed, memory)
+        targets["reduced"] = reduce_target(target, rows, unembed)
     found = {}
     for name, kind in targets.items():
         ours = torch.zeros(width, width, requires_grad=True)
         states = hidden.float()
-        loss = training_loss(states + states @ ours, kind, unembed, memory=memory)
+        loss = training_loss(states + states @ ours, kind, unembed, memory=lambda: memory)
         loss.mean().backward()
         found[name] = ours.grad.double()
     return found, weight.grad
@@ -239,5 +253,5 @@ def test_buffers_allocated_during_validation_are_reused_in_training():
         memory = chunk_memory(unembed)
     student = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     goal = HiddenTarget(torch.randn(4, WIDTH, dtype=torch.float64), unembed)
-    distillation(student, goal, unembed, memory=memory).loss.sum().backward()
+    distillation(student, goal, unembed, memory=lambda: memory).loss.sum().backward()
     assert student.grad is not None

@@ -356,13 +356,34 @@ def test_only_a_fit_over_the_vocabulary_reads_fewer_validation_rows(project, sco
 
     config = HeadConfig(scope=scope, validation_rows=4)
     data = project.module()
-    fit(project, HeadConfig(validation_rows=2), data=data, epochs=1)  # leaves no bound behind
+    # It leaves no bound and no reduced targets behind.
+    fit(project, HeadConfig(validation_rows=2), data=data, epochs=2)
     options = {"callbacks": [Count()], "num_sanity_val_steps": 0}
-    module, runner = fit(project, config, data=data, epochs=1, **options)
-    assert sum(seen) == {"vocabulary": 4, "choices": 20}[scope]
+    module, runner = fit(project, config, data=data, epochs=2, **options)
+    assert sum(seen) == 2 * {"vocabulary": 4, "choices": 20}[scope]
     seen.clear()
     runner.validate(module, data, verbose=False)
     assert sum(seen) == 20
+
+
+def test_online_validation_rows_count_the_positions_of_each_prompt(project):
+    text = TextConfig(length=20, first_position=3)
+    options = {"task": "text", "dataset": str(project.texts), "text": text, "mode": "online"}
+    data = project.module(**options)
+    data.validation_rows = 40
+    per_prompt = data.states("validation").gather(torch.tensor([0]))
+    assert len(data._to_fit("validation")) == 40 // len(per_prompt)
+
+
+def test_online_states_that_are_stored_are_computed_once(project):
+    data = project.module(mode="online")
+    assert data.stored("validation") is data.stored("validation")
+    assert len(data.stored("train", 5)) == 5
+
+
+def test_a_fit_without_an_end_raises_a_clear_error(project):
+    with pytest.raises(RecipeError, match="max_epochs and max_steps are off"):
+        fit(project, epochs=-1)
 
 
 def test_running_text_uses_the_next_tokens_as_labels(project):

@@ -127,6 +127,21 @@ def test_generating_zero_tokens_is_rejected(measured, tokens, repeats):
         profile_generation(measured[0], prompts_of([4]), tokens, repeats=repeats)
 
 
+def test_generation_with_an_answer_method_per_layer_takes_spade_at_other_layers():
+    decoders = ("l-spade", "spade")
+    policy = ExitPolicy(layers=(1, 2), threshold=0.5, decoder=decoders)
+    rows = profile_generation(runtime_of(tiny("llama"), policy), prompts_of([6]), 2, repeats=1)
+    alone = [
+        profile_generation(
+            runtime_of(tiny("llama"), ExitPolicy(layers=(1, 2), threshold=0.5, decoder=decoder)),
+            prompts_of([6]), 2, layers=[layer], repeats=1,
+        )[0]
+        for layer, decoder in ((1, "l-spade"), (2, "spade"), (3, "spade"))
+    ]  # fmt: skip
+    found = {row.layer: row.agreement for row in rows}
+    assert {row.layer: row.agreement for row in alone}.items() <= found.items()
+
+
 def test_the_profile_is_written_drawn_and_printed(measured, tmp_path):
     found = measured[1]
     path = found.save(tmp_path)

@@ -164,9 +164,11 @@ def write_parts(
                 progress.skip(part.rows)
             else:
                 tensors = part.compute(Unfinished(part.path, part.tag, progress))
+            # Handed over before waiting for the one before: an interruption here loses nothing.
+            following = disk.submit(_store, part, tensors, store)
             if writing is not None:
                 done.append(writing.result())
-            writing = disk.submit(_store, part, tensors, store)
+            writing = following
         if writing is not None:
             done.append(writing.result())
     return dict(done)

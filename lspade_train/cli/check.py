@@ -75,9 +75,7 @@ def _lines(found: "Check") -> Iterator[tuple[str, str]]:
         f"{byte_size(found.cache_bytes)} of cache for fit, {byte_size(found.test_bytes)} more for "
         f"test, {byte_size(found.heads_bytes)} of heads",
     )
-    fit = "until you stop it (trainer.max_epochs and max_steps are off)"
-    if found.fit_seconds is not None:
-        fit = f"{duration(found.fit_seconds)} to fit in {found.steps:,} steps"
+    fit = f"{duration(found.fit_seconds)} to fit in {found.steps:,} steps"
     yield (
         "time",
         f"about {duration(found.cache_seconds)} to cache ({found.prompt_seconds:.2g} s a prompt), "

@@ -93,8 +93,8 @@ class Check:
         heads_bytes: size of the exported heads.
         prompt_seconds: seconds per prompt, for states and SPADE's targets.
         cache_seconds: seconds for train and validation.
-        fit_seconds: seconds for all training steps; None if their number is not limited.
-        steps: number of training steps; None: not limited.
+        fit_seconds: seconds for all training steps.
+        steps: number of training steps.
         device: device that it was timed on.
     """
 
@@ -109,8 +109,8 @@ class Check:
     heads_bytes: int
     prompt_seconds: float
     cache_seconds: float
-    fit_seconds: float | None
-    steps: int | None
+    fit_seconds: float
+    steps: int
     device: str
 
 
@@ -157,7 +157,7 @@ def check_recipe(recipe: Recipe, *, rows: int = 200, seconds: float = 30.0) -> C
         heads_bytes=len(recipe.model.targets) * sum(p.nbytes for p in heads.parameters()),
         prompt_seconds=ran.seconds / ran.prompts,
         cache_seconds=ran.seconds / ran.tokens * sum(size.tokens for size in fit_rows),
-        fit_seconds=None if steps is None else steps * step_seconds,
+        fit_seconds=steps * step_seconds,
         steps=steps,
         device=str(data.adapter.device),
     )
@@ -298,15 +298,15 @@ def _cache_bytes(data: HiddenStateDataModule, prompts: _Prompts) -> int:
     return size.row_bytes * prompts.size.positions
 
 
-def _steps(recipe: Recipe, rows: int) -> int | None:
-    """Training steps of a fit on one device; None if neither epochs nor steps are limited."""
+def _steps(recipe: Recipe, rows: int) -> int:
+    """Training steps of a fit on one device."""
     epochs, steps = recipe.trainer.get("max_epochs"), recipe.trainer.get("max_steps", -1)
     if epochs is None:
         epochs = -1 if steps != -1 else 1000  # Lightning's own default
     limits = [steps] if steps != -1 else []
     if epochs != -1:
         limits.append(epochs * -(-rows // recipe.data.batch_size))
-    return min(limits, default=None)
+    return min(limits)
 
 
 def _time_fit(

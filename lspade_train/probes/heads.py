@@ -228,14 +228,14 @@ class LSpadeHeads(nn.Module):
         for heads in self._beside:
             heads.save_pretrained(folder / TUNED_LENS)
         with atomic_path(folder / WEIGHTS, ArtifactError) as weights:
-            write_tensors(weights, self.state_dict(), error=ArtifactError)
+            digest = write_tensors(weights, self.state_dict(), error=ArtifactError)
             config = {
                 "format_version": FORMAT_VERSION,
                 "layers": list(self.layers),
                 "hidden_size": self.hidden_size,
                 "form": self.form,
                 "rank": self.rank if self.form == "low_rank" else None,
-                "weights_sha256": file_digest(weights),
+                "weights_sha256": digest,
                 "base_model": self.metadata.get("base_model", {}),
                 "training": self.metadata.get("training", {}),
             }

@@ -87,7 +87,7 @@ def _picks(columns: Int[Tensor, "rows positions"]) -> Callable[[Tensor], Tensor]
         first, count = int(columns[0, 0]), columns.shape[1]
         if torch.equal(columns, torch.arange(first, first + count).expand_as(columns)):
             return lambda hidden: hidden[:, first : first + count]
-    rows = torch.arange(len(columns))[:, None]
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
     return lambda hidden: hidden[rows.to(hidden.device), columns.to(hidden.device)]
 
 

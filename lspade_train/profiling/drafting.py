@@ -6,6 +6,7 @@ in turn with the original model's `generate`.
 Knows nothing of where the prompts come from.
 """
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,10 +28,12 @@ from lspade_train.profiling.clock import hardware
 from lspade_train.profiling.rounds import Work, time_rounds
 from lspade_train.profiling.shapes import check_baseline
 from lspade_train.runtime import ExitRuntime, Generation
-from lspade_train.runtime.lossless import draft_costs
+from lspade_train.runtime.lossless import draft_costs, why_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 Text = tuple[int, ...]
 
@@ -160,7 +163,11 @@ def choose_drafting(
     )  # fmt: skip
     own = [text for group in groups for text in plain_texts(plain, group, new_tokens)]
     rows = _by_ceiling(adapter, guesses_by_layer(adapter, heads, prompts, own))
-    tried = {f"{row.drafting.layer}": row for row in rows[:TIMED] if row.ceiling > 1}
+    refused = why_plain(adapter, max(map(len, prompts)) + new_tokens)
+    if refused is not None:
+        log.warning("this model never drafts: %s", refused)
+    promising = [row for row in rows[:TIMED] if row.ceiling > 1 and refused is None]
+    tried = {f"{row.drafting.layer}": row for row in promising}
     texts: dict[str, list[Generation]] = {}
 
     def run(name: str) -> None:
@@ -203,11 +210,13 @@ def plain_texts(
     model: Any = plain
     configured = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=configured.eos_token_id)
-    found = model.generate(
-        input_ids=ids, attention_mask=mask.to(ids.device), max_new_tokens=new_tokens,
-        do_sample=False, num_beams=1, pad_token_id=0,
-    )  # fmt: skip
-    model.generation_config = configured
+    try:
+        found = model.generate(
+            input_ids=ids, attention_mask=mask.to(ids.device), max_new_tokens=new_tokens,
+            do_sample=False, num_beams=1, pad_token_id=0,
+        )  # fmt: skip
+    finally:
+        model.generation_config = configured
     given = configured.eos_token_id
     ends = given if isinstance(given, list) else [given]
     texts = found[:, width:].tolist()

@@ -108,8 +108,11 @@ def generation_table(rows: Sequence[GenerationRow], max_new_tokens: int) -> "Tab
 def _leaving_at(runtime: ExitRuntime, layer: int) -> ExitRuntime:
     policy = ExitPolicy.never()
     if layer < runtime.adapter.num_layers:
-        kept = {"decoder": runtime.policy.decoder, "positions": runtime.policy.positions}
-        policy = ExitPolicy.always(layer, **kept)
+        asked = runtime.policy
+        decoder = asked.decoder
+        if not isinstance(decoder, str):  # one for each check layer
+            decoder = asked.decoder_at(layer) if layer in asked.layers else "spade"
+        policy = ExitPolicy.always(layer, decoder=decoder, positions=asked.positions)
     return ExitRuntime(
         runtime.adapter,
         runtime.heads,

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lspade_train import cache, tasks
-from lspade_train.cache import Extraction, OnlineDataset, StateDataset
+from lspade_train.cache import Extraction, OnlineDataset, StateDataset, row_count
 from lspade_train.cache.loader import RowLoader
 from lspade_train.cache.manifest import FILES
 from lspade_train.cache.unfinished import Unfinished
@@ -85,6 +85,7 @@ class HiddenStateDataModule(LightningDataModule):
         self.frozen = FrozenModel(config, self._device)
         self._rows: dict[Split, Rows] = {}
         self._datasets: dict[Split, StateDataset | OnlineDataset] = {}
+        self._stored: dict[tuple[Split, int | None], StateDataset] = {}  # of online data
         self._reduced: dict[Split, StateDataset] = {}
         self._prefixes: dict[Split, str] = {}
         self._held_out: dict[Split, Tensor] = {}
@@ -158,7 +159,10 @@ class HiddenStateDataModule(LightningDataModule):
         """
         found = self.states(split)
         if isinstance(found, OnlineDataset):
-            found = self._in_memory(split, found, rows)
+            key = (split, None) if (split, None) in self._stored else (split, rows)
+            if key not in self._stored:
+                self._stored[key] = self._in_memory(split, found, rows)
+            found = self._stored[key]
         return found if rows is None else found.first(rows)
 
     def held_out(self, split: Split) -> Bool[Tensor, " rows"]:
@@ -173,7 +177,7 @@ class HiddenStateDataModule(LightningDataModule):
     def reduce_targets(self) -> None:
         """Reduce the stored SPADE targets of a fit's splits, which pays off over many epochs."""
         for split in ("train", "validation"):
-            if split in self._reduced or isinstance(self.states(split), OnlineDataset):
+            if isinstance(self.states(split), OnlineDataset):
                 continue
             found = cast(StateDataset, self._to_fit(split))
             folder = self.folder(split) if self.config.mode == "disk" else Path(gettempdir())
@@ -188,9 +192,13 @@ class HiddenStateDataModule(LightningDataModule):
         if split in self._reduced:
             return self._reduced[split]
         found, most = self.states(split), self.validation_rows
-        if split != "validation" or most is None or len(found) <= most:
+        if split != "validation" or most is None:
             return found
-        log.info("validation: %s of %s rows, model.validation_rows", f"{most:,}", f"{len(found):,}")
+        if isinstance(found, OnlineDataset):  # of prompts, which may have several rows
+            most = max(most * len(found) // row_count(found.examples), 1)
+        if len(found) <= most:
+            return found
+        log.info("validation: %s of %s, model.validation_rows", f"{most:,}", f"{len(found):,}")
         spread = found.select(torch.arange(most) * len(found) // most)
         return spread if isinstance(spread, OnlineDataset) else spread.copied()
 
@@ -342,6 +350,8 @@ class HiddenStateDataModule(LightningDataModule):
             tasks.require_choices(self.config, self._load_rows(split))
         for split in splits:
             self.states(split)
+        if stage == "fit":  # nothing of an earlier fit
+            self._reduced, self._stopped_at = {}, {}
         if stage == "fit" and self.config.mode == "disk":
             self.frozen.release_blocks()
 

@@ -6,6 +6,7 @@ the hidden state needs a gradient, `W^T (p_student - p_target)`. Losses, gradien
 are in fp32 or better for any dtype of the head. Independent of layers and training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +35,9 @@ from lspade_train.training.targets import (
 )
 from lspade_train.training.tiles import softmax_of, tile_of
 
+Memory = Callable[[], Float[Tensor, "3 chunk vocab"]]
+"""Provides a buffer from `chunk_memory`, which targets that are reduced never need."""
+
 
 @dataclass(frozen=True)
 class Distilled:
@@ -60,7 +64,7 @@ def distillation(
     unembed: Unembedding,
     *,
     token_ids: Int[Tensor, "rows tokens"] | None = None,
-    memory: Float[Tensor, "3 chunk vocab"] | None = None,
+    memory: Memory | None = None,
 ) -> Distilled:
     """Cross-entropy of the student's distribution against the target's, with its statistics.
 
@@ -69,7 +73,7 @@ def distillation(
         target: the target of the same rows.
         unembed: the frozen norm and head applied to the student.
         token_ids: tokens whose student logits are returned, such as the task's choices.
-        memory: buffer for the logits of a chunk, from `chunk_memory`; None allocates one.
+        memory: provides the buffer for the logits of a chunk; None allocates one.
 
     Returns:
         Per-row loss and statistics; memory does not grow with rows x vocab.
@@ -83,7 +87,7 @@ def cross_entropy(
     target: Target,
     unembed: Unembedding,
     *,
-    memory: Float[Tensor, "3 chunk vocab"] | None = None,
+    memory: Memory | None = None,
 ) -> Float[Tensor, " rows"]:
     """The loss of `distillation` alone, in nats: fewer passes over the logits."""
     return _apply(student, target, unembed, None, memory)[0]
@@ -94,17 +98,20 @@ def _apply(
     target: Target,
     unembed: Unembedding,
     token_ids: Tensor | None,
-    memory: Tensor | None,
+    memory: Memory | None,
 ) -> tuple[Tensor, ...]:
-    memory = chunk_memory(unembed) if memory is None else memory
-    if isinstance(target, HiddenTarget) and is_reducible(unembed):
-        # Four products in tiles take less time than three in chunks of whole rows.
-        target = reduce_target(target, len(student), unembed, memory)
-    # Upcast before the norm, so that no gradient passes through the head's dtype.
-    normed = wide_norm(unembed, student.to(wide(unembed.weight.dtype)))
-    return cast(
-        tuple[Tensor, ...], _ChunkedCrossEntropy.apply(normed, target, unembed, token_ids, memory)
-    )
+    # Autocast would round one side's W^T p, and not the other's.
+    with torch.autocast(student.device.type, enabled=False):
+        if isinstance(target, HiddenTarget) and is_reducible(unembed):
+            # Four products in tiles take less time than three in chunks of whole rows.
+            target = reduce_target(target, len(student), unembed)
+        buffer = None
+        if not isinstance(target, ReducedTarget):
+            buffer = chunk_memory(unembed) if memory is None else memory()
+        # Upcast before the norm, so that no gradient passes through the head's dtype.
+        normed = wide_norm(unembed, student.to(wide(unembed.weight.dtype)))
+        found = _ChunkedCrossEntropy.apply(normed, target, unembed, token_ids, buffer)
+    return cast(tuple[Tensor, ...], found)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -117,12 +124,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target: Target,
         unembed: Unembedding,
         token_ids: Tensor | None,
-        memory: Tensor,
+        memory: Tensor | None,
     ) -> tuple[Tensor, ...]:
         gradient = torch.empty_like(normed) if ctx.needs_input_grad[0] else None
         found: list[list[Tensor]] = []
-        reduced = isinstance(target, ReducedTarget)
-        step = tile_of(unembed)[0] if reduced else memory.shape[1]
+        step = tile_of(unembed)[0] if memory is None else memory.shape[1]
         for start in range(0, max(len(normed), 1), step):
             rows = slice(start, start + step)
             chunk = _Chunk(
@@ -130,12 +136,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 unembed,
                 None if token_ids is None else token_ids[rows],
                 None if gradient is None else gradient[rows],
-                memory[:, : len(normed[rows])],
             )
             if isinstance(target, ReducedTarget):
                 found.append(_against_reduced(chunk, target, rows))
             else:
-                found.append(_against_logits(chunk, target, rows))
+                assert memory is not None
+                spare = memory[:, : len(chunk.normed)]
+                found.append(_against_logits(chunk, target, rows, spare))
         loss, *statistics = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*statistics)
@@ -155,7 +162,6 @@ class _Chunk:
     unembed: Unembedding
     token_ids: Tensor | None
     gradient: Tensor | None
-    memory: Tensor
 
 
 def _against_reduced(chunk: _Chunk, target: ReducedTarget, rows: slice) -> list[Tensor]:
@@ -173,9 +179,11 @@ def _against_reduced(chunk: _Chunk, target: ReducedTarget, rows: slice) -> list[
     return [loss, loss - target.entropy[rows], found.best, agrees, found.token_logits]
 
 
-def _against_logits(chunk: _Chunk, target: TargetLogits, rows: slice) -> list[Tensor]:
+def _against_logits(
+    chunk: _Chunk, target: TargetLogits, rows: slice, memory: Float[Tensor, "3 rows vocab"]
+) -> list[Tensor]:
     """Three products with the unembedding: for both sides' logits and for the gradient."""
-    unembed, memory = chunk.unembed, chunk.memory
+    unembed = chunk.unembed
     raw, p_target, spare = memory
     anchor = target.write(rows, raw)
     goal = raw if anchor is None else softcapped(unembed, raw, out=spare)

@@ -23,7 +23,6 @@ default are ours: the paper does not give them.
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ from lspade_train.training.targets import (
     is_reducible,
     target_of,
     with_reduced_final,
-    without_reduced,
 )
 from lspade_train.training.tiles import tile_of
 
@@ -101,6 +99,7 @@ class LSpadeModule(LightningModule):
         self._unembed: Unembedding | None = None
         self._epoch: dict[str, LayerSums] = {}
         self._latest: tuple[int, Tensor] | None = None
+        self._buffer: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Take the layers, the width and the frozen unembedding from the data module.
@@ -248,7 +247,12 @@ class LSpadeModule(LightningModule):
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, fused=not trainer.gradient_clip_val
         )
-        steps = int(trainer.estimated_stepping_batches)
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise RecipeError(
+                "trainer.max_epochs and max_steps are off, and the learning-rate schedule needs an "
+                "end. Set one of them."
+            )
         warmup = max(round(config.warmup * steps), 1)
 
         def factor(step: int) -> float:
@@ -273,16 +277,20 @@ class LSpadeModule(LightningModule):
                 "Lower --model.lr, or clip with --trainer.gradient_clip_val 1.0."
             )
 
-    @cached_property
     def _memory(self) -> Tensor:
-        assert self._unembed is not None
-        return chunk_memory(self._unembed)
+        """A buffer for logits, allocated when a step first needs it."""
+        if self._buffer is None:
+            assert self._unembed is not None
+            self._buffer = chunk_memory(self._unembed)
+        return self._buffer
 
     def _reduces_rows(self) -> bool:
         """Whether the data module should reduce SPADE's targets for a fit of this length."""
         assert self._unembed is not None
         # A group would reduce the targets of all layers.
         wanted = "spade" in self.config.targets and self.group == ALL_LAYERS
+        # True half precision casts batches, and reduced targets with them.
+        wanted &= self.trainer.precision not in ("bf16-true", "16-true")
         epochs = self.trainer.max_epochs or 0
         return wanted and is_reducible(self._unembed) and pays_off(epochs, self.trainer.world_size)
 
@@ -290,11 +298,11 @@ class LSpadeModule(LightningModule):
         """The layers to train; a target that they share is reduced once for all of them."""
         assert self._unembed is not None
         batch = batch.of_layers(self.group.among(batch.hidden.shape[1]))
-        if self.config.scope == "choices" or target == "spade":
+        reduces = target == "final" and is_reducible(self._unembed)
+        if self.config.scope == "choices" or not reduces:
             return batch
-        if is_reducible(self._unembed):
-            return with_reduced_final(batch, self._unembed, self._memory)
-        return without_reduced(batch)  # the reduced targets are SPADE's
+        with torch.autocast(batch.final.device.type, enabled=False):
+            return with_reduced_final(batch, self._unembed)
 
     def _pieces(self, batch: StateBatch) -> list[slice]:
         """The layers, in pieces of about as many rows as a tile of the loss."""

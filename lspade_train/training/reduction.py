@@ -4,8 +4,10 @@ Two products over the vocabulary per row and layer, done once, are saved in ever
 of heads and Lightning.
 """
 
+import errno
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from lspade_train.cache import StateBatch, StateDataset
 from lspade_train.cache.states import TARGETS
+from lspade_train.io.text import byte_size
 from lspade_train.models import Unembedding
-from lspade_train.training.numerics import chunk_memory
+from lspade_train.training.numerics import chunk_memory, wide
 from lspade_train.training.targets import reduce_target, target_logits
 from lspade_train.training.tiles import tile_of
 
@@ -51,15 +54,18 @@ def reduce_dataset(
         track: wraps the shard numbers in a progress bar.
 
     Returns:
-        The rows, or None if the folder is full or cannot be written.
+        The rows, or None if the file would take over half of the free space (heads and checkpoints
+        need some, too) or cannot be written.
     """
-    memory = chunk_memory(unembed)
     layers, width = len(dataset.layers), unembed.weight.shape[1]
     try:
-        means = _mapped(folder, (int(dataset.starts[-1]), layers, width), memory.dtype)
+        shape = int(dataset.starts[-1]), layers, width
+        means = _mapped(folder, shape, wide(unembed.weight.dtype))
     except OSError as cause:
         log.info("targets are recomputed in every step (%s)", cause.strerror or cause)
         return None
+    stored = "target" not in dataset.shards[0]
+    memory = chunk_memory(unembed) if stored else None
     shards: list[dict[str, Tensor]] = []
     for number in track(range(len(dataset.shards))):
         shard = dataset.shards[number]
@@ -70,7 +76,7 @@ def reduce_dataset(
 
 
 def _reduce_shard(
-    shard: dict[str, Tensor], mean: Tensor, unembed: Unembedding, memory: Tensor
+    shard: dict[str, Tensor], mean: Tensor, unembed: Unembedding, memory: Tensor | None
 ) -> dict[str, Tensor]:
     """Reduced targets by their names in `StateBatch`; the large one is written to `mean`."""
     rows, layers = mean.shape[:2]
@@ -78,8 +84,9 @@ def _reduce_shard(
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, rows, step):
         chosen = slice(first, first + step)
-        batch = StateBatch(**{name: value[chosen] for name, value in shard.items()})
-        batch = batch.to(unembed.weight.device)
+        rows_of = {name: value[chosen] for name, value in shard.items()}
+        moved = {n: v.to(unembed.weight.device) for n, v in rows_of.items() if n in TARGETS}
+        batch = StateBatch(**rows_of | moved)
         target = target_logits(batch, "spade", unembed)
         found = reduce_target(target, len(batch) * layers, unembed, memory)
         mean[chosen] = found.mean.reshape(-1, layers, mean.shape[-1])
@@ -98,11 +105,16 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor mapped to an unlinked file.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable.
+        OSError: not enough space, or the folder is not writable.
     """
     size = int(np.prod(shape)) * dtype.itemsize
+    if size > shutil.disk_usage(folder).free // 2:
+        raise OSError(errno.ENOSPC, f"{byte_size(size)} is over half of the free space")
     with tempfile.TemporaryFile(dir=folder) as file:
         # Allocate now: a disk that fills up later would kill the process with a signal.
-        os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
         content = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     return torch.from_numpy(content).view(dtype).view(shape)

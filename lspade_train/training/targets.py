@@ -19,9 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lspade_train.cache import StateBatch
-from lspade_train.cache.states import REDUCED
 from lspade_train.models import Unembedding
-from lspade_train.training.numerics import softmax, times_weight, wide_norm, write_logits
+from lspade_train.training.numerics import (
+    chunk_memory,
+    softmax,
+    times_weight,
+    wide,
+    wide_norm,
+    write_logits,
+)
 from lspade_train.training.tiles import softmax_of, tile_of
 
 ABSENT = -1.0e4
@@ -172,7 +178,10 @@ def is_reducible(unembed: Unembedding) -> bool:
 
 @torch.no_grad()
 def reduce_target(
-    target: TargetLogits, rows: int, unembed: Unembedding, memory: Float[Tensor, "3 chunk vocab"]
+    target: TargetLogits,
+    rows: int,
+    unembed: Unembedding,
+    memory: Float[Tensor, "3 chunk vocab"] | None = None,
 ) -> ReducedTarget:
     """Two products over the vocabulary per row: the target's logits, and W^T p.
 
@@ -182,13 +191,15 @@ def reduce_target(
         target: computes the logits of a slice of the rows.
         rows: number of rows.
         unembed: the frozen norm and head; must satisfy `is_reducible`.
-        memory: buffer for the logits of a chunk.
+        memory: buffer for the logits of a chunk if the target's logits were stored; None allocates
+            one.
     """
     parts: list[tuple[Tensor, ...]] = []
     if isinstance(target, HiddenTarget):
         for part in target.hidden.split(tile_of(unembed)[0]):
-            parts.append(_reduce_hidden(part.to(memory.dtype), unembed))
+            parts.append(_reduce_hidden(part.to(wide(unembed.weight.dtype)), unembed))
         return ReducedTarget(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    memory = chunk_memory(unembed) if memory is None else memory
     for first in range(0, max(rows, 1), memory.shape[1]):
         part = slice(first, min(first + memory.shape[1], rows))
         logits, p = memory[0, : part.stop - first], memory[1, : part.stop - first]
@@ -214,17 +225,10 @@ def _reduce_hidden(hidden: Float[Tensor, "rows d"], unembed: Unembedding) -> tup
     return *(number.to(normed.dtype) for number in numbers), found.best
 
 
-def without_reduced(batch: StateBatch) -> StateBatch:
-    """The batch without SPADE's reduced targets, for heads of another target."""
-    return replace(batch, **dict.fromkeys(REDUCED))
-
-
-def with_reduced_final(
-    batch: StateBatch, unembed: Unembedding, memory: Float[Tensor, "3 chunk vocab"]
-) -> StateBatch:
+def with_reduced_final(batch: StateBatch, unembed: Unembedding) -> StateBatch:
     """The batch with the model's own answer, reduced once, as the target of every layer."""
     layers = batch.hidden.shape[1]
-    found = reduce_target(HiddenTarget(batch.final, unembed), len(batch), unembed, memory)
+    found = reduce_target(HiddenTarget(batch.final, unembed), len(batch), unembed)
     return replace(
         batch,
         target_mean=found.mean[:, None].expand(-1, layers, -1),

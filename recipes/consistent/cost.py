@@ -16,7 +16,7 @@ class Cost:
     Attributes:
         forward: the model on every token; the last position alone is unembedded.
         own_heads: final norm and head at the answer position, at layers 1..L-1.
-        maps: the maps and heads that a fit trains, at the answer position, at layers 1..L-1.
+        maps: the maps and heads that a fit trains, at the answer position, at the recipe's layers.
     """
 
     forward: float
@@ -40,13 +40,13 @@ def count(data: HiddenStateDataModule, heads: HeadConfig) -> Cost:
     """Count on the model itself and on the training prompts."""
     counts, examples = count_flops(data.adapter), data.encoded("train").examples
     lengths = torch.tensor([int(p) + 1 for example in examples for p in example.positions])
-    d, rows = counts.width, len(lengths) * (data.adapter.num_layers - 1)
+    d, rows = counts.width, len(lengths)
     outputs = counts.vocab
     if heads.scope == "choices":
         outputs = max(len(example.choice_ids) for example in examples)
     form = {"full": 2 * d * d, "low_rank": 4 * d * heads.rank, "bias": d}[heads.form]
     return Cost(
         forward=float(counts.full(lengths).sum()),
-        own_heads=rows * float(counts.readout()),
-        maps=rows * len(heads.targets) * (form + 2 * d * outputs),
+        own_heads=rows * (data.adapter.num_layers - 1) * float(counts.readout()),
+        maps=rows * len(data.layers) * len(heads.targets) * (form + 2 * d * outputs),
     )

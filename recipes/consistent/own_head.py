@@ -98,7 +98,7 @@ class OwnHead(LightningModule):
         target = StoredLogits(logits.detach())
         # The first state is the embeddings', and the last one has passed the final norm.
         own = [
-            cross_entropy(hidden[:, -1], target, self.unembed, memory=self._memory).mean()
+            cross_entropy(hidden[:, -1], target, self.unembed, memory=lambda: self._memory).mean()
             for hidden in found.hidden_states[1:-1]
         ]
         kl = kl_div(_log_softmax(logits), original, log_target=True, reduction="batchmean")

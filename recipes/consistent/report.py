@@ -17,6 +17,8 @@ BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 
 POLICIES = {"own_head": "own head alone", "own_answer": "own head answers", "anything": "anything"}
 COLOURS = {"own_head": "#8A8A8A", "own_answer": "#E69F00", "anything": "#0072B2"}
+STYLES = ("o-", "s--")
+"""Of the first and second seed; more seeds are in the table alone."""
 HEADINGS = (
     *("model and task", "row", "accuracy at layer L", "KL to the original"),
     *("own head agrees at L/4, L/2, 3L/4", *POLICIES.values(), "training FLOPs"),
@@ -104,25 +106,27 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         FigureCanvasSVG(figure)
         panels: Any = figure.subplots(1, len(titles), squeeze=False, sharey=True)
         for axes, title in zip(panels[0], titles, strict=True):
-            for found in results:
-                if found["title"] == title:
-                    _lines(axes, found)
-            axes.set_title(title, fontsize=9)
+            seeds = [found for found in results if found["title"] == title]
+            for found, style in zip(seeds, STYLES, strict=False):
+                _lines(axes, found, style)
+            note = " (dashed: second seed)" if len(seeds) > 1 else ""
+            axes.set_title(title + note, fontsize=9)
             axes.set_xlabel("KL to the original model, nats (frozen: 0)", fontsize=8)
             axes.tick_params(labelsize=8)
+        panels[0][0].set_ylim(bottom=0)  # room for the rows' names
         panels[0][0].set_ylabel("FLOPs saved, %", fontsize=8)
-        handles = {line.get_label(): line for line in panels[0][0].get_lines()}
+        handles = {line.get_label(): line for line in panels[0][0].get_lines()[: len(POLICIES)]}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _lines(axes: Any, found: Mapping[str, Any]) -> None:
+def _lines(axes: Any, found: Mapping[str, Any], style: str) -> None:
     rows = {n: row for n, row in found["rows"].items() if n == "frozen" or row["training"]}
     names = sorted(rows, key=lambda name: rows[name]["kl"])
     lost = [rows[name]["kl"] for name in names]
     for key, label in POLICIES.items():
         saved = [100 * rows[name][key]["compute_saved"] for name in names]
-        axes.plot(lost, saved, "o-", label=label, color=COLOURS[key], lw=1.2, ms=4)
+        axes.plot(lost, saved, style, label=label, color=COLOURS[key], lw=1.2, ms=4)
     for name, x in zip(names, lost, strict=True):
         axes.annotate(
             name,
