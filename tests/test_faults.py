@@ -235,7 +235,7 @@ DAMAGES = {
     "truncated": lambda path, _: os.truncate(path, path.stat().st_size // 2),
     "bit flipped": lambda path, _: flip(path, -60),
     "bit of the header flipped": lambda path, _: flip(path, 40),
-    "bit of the tag flipped": lambda path, _: flip(path, path.read_bytes().index(b"sha256:") + 9),
+    "bit of the tag flipped": lambda path, _: flip(path, path.read_bytes().index(b"xxh3:") + 7),
     "another file's": lambda path, _: shutil.copy(path.with_name("shard-00003.safetensors"), path),
     "another cache's": lambda path, other: shutil.copy(other / path.name, path),
 }
