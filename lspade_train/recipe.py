@@ -17,6 +17,11 @@ Form = Literal["full", "low_rank", "bias"]
 HeadTarget = Literal["spade", "final", "both"]
 LossScope = Literal["vocabulary", "choices"]
 
+NO_END = (
+    "trainer.max_epochs and max_steps are off, and the learning-rate schedule needs an end. "
+    "Set one of them."
+)
+
 
 @dataclass(kw_only=True)
 class PromptConfig:
@@ -180,7 +185,7 @@ class HeadConfig:
         scope: tokens the loss is over: the whole `vocabulary`, or the `choices` of each row. The
             latter is many times faster, for heads that only choose among given answers.
         validation_rows: with `scope: vocabulary`, validation rows read after each epoch, evenly
-            spaced; null reads all. One costs nearly as much as a training row. With
+            spaced; null reads all. One costs about half as much as a training row. With
             `scope: choices` all are read.
         lr: peak learning rate of AdamW.
         weight_decay: decay of the residual maps to zero, that is, of the heads to the identity.
@@ -246,10 +251,7 @@ class Recipe:
         trainer = self.trainer
         epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
         if steps == -1 and (epochs == -1 or (epochs is None and trainer.get("max_time"))):
-            raise RecipeError(
-                "trainer.max_epochs and max_steps are off, and the learning-rate schedule needs an "
-                "end. Set one of them."
-            )
+            raise RecipeError(NO_END)
         for key, value in _numbers("", asdict(self)):
             _require(math.isfinite(value), key, value, "a finite number")
 

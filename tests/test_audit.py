@@ -28,6 +28,7 @@ from lspade_train.policies.audit import (
     policy_digest,
 )
 from lspade_train.policies.flops import counter
+from lspade_train.policies.gate import Gate
 from lspade_train.policies.promise import promise
 
 ALWAYS = ExitPolicy.always(1, decoder="l-spade")
@@ -84,6 +85,12 @@ def test_rows_without_an_exit_count_as_agreeing_at_no_cost(tmp_path):
     seen = runtime.auditor.flush().seen
     assert (seen.drawn, seen.audited, seen.failures, seen.exits) == (20, 0, 0, {LAYERS: 20})
     assert seen.flops[2] == 0
+
+
+def test_rows_counted_in_an_earlier_run_are_answered_but_not_counted_again(tmp_path):
+    runtime = audited(tmp_path, budget=0.99)
+    assert runtime.decide(TWENTY, counted=5) == runtime_of(tiny("llama"), ALWAYS).decide(TWENTY)
+    assert runtime.auditor.flush().seen.rows == 15
 
 
 def test_auditing_changes_no_answer(tmp_path):
@@ -172,6 +179,32 @@ def test_an_alarm_warns_once_calls_back_once_and_survives_a_restart(tmp_path, ca
     again = audited(tmp_path, budget=0.02, callback=calls.append)
     assert again.auditor.state.alarm == state.alarm
     assert len(calls) == 2
+
+
+def test_a_callback_that_fails_loses_no_answer(tmp_path, caplog):
+    def fail(_):
+        raise OSError("the web hook does not answer")
+
+    runtime = audited(tmp_path, budget=0.02, callback=fail)
+    assert len(runtime.decide(TWENTY)) == 20
+    assert "the web hook does not answer" in caplog.text
+
+
+def test_an_audit_without_heads_is_of_one_model(tmp_path):
+    policy = ExitPolicy.always(1, decoder="logit_lens")
+
+    def audit_of(seed):
+        audit = Audit(state=tmp_path / "audit.json", rate=1.0, budget=0.5)
+        torch.manual_seed(seed)
+        model = tiny("llama")
+        if seed:
+            torch.nn.init.normal_(model.lm_head.weight)
+        ExitRuntime(model, None, policy=policy, audit=audit).decide(TWENTY)
+
+    audit_of(0)
+    audit_of(0)
+    with pytest.raises(AuditError, match="belongs to another heads"):
+        audit_of(1)
 
 
 def test_a_callback_can_read_the_state(tmp_path):
@@ -334,6 +367,18 @@ def test_a_policy_digest_depends_only_on_its_behaviour():
         ExitPolicy(layers=(1,), threshold=0.5, calibration={"n": 3})
     )
     assert policy_digest(first) != policy_digest(ExitPolicy(layers=(1,), threshold=0.6))
+
+
+def test_a_policy_digest_names_a_gate_before_and_after_it_is_saved(tmp_path):
+    def gated(bias):
+        weight = torch.ones(1, 10)
+        gate = Gate((1,), ("l-spade",), weight, torch.tensor([bias]))
+        return ExitPolicy(layers=(1,), threshold=0.5, measure="gate", gate=gate)
+
+    first = gated(0.0)
+    first.save(tmp_path)
+    assert policy_digest(ExitPolicy.load(tmp_path)) == policy_digest(first)
+    assert policy_digest(gated(1.0)) != policy_digest(first)
 
 
 def _count(path, updates, reported):

@@ -84,6 +84,20 @@ def test_the_fixed_layer_is_the_cheapest_within_the_budget(found):
     assert fixed["row"]["mean_exit_layer"] == layer
 
 
+@pytest.mark.parametrize("risk", ["accuracy_drop", "disagreement"])
+def test_settings_are_chosen_by_the_policys_own_risk(found, risk):
+    _, data = found
+    heads = LSpadeHeads(data.layers, WIDTH).requires_grad_(False).bind(data.adapter)
+    states = data.stored("validation")
+    rows = measure_baselines(
+        states, states, states, data.adapter, heads,
+        layers=data.layers, scope="choices", budget=0.2, risk=risk,
+    )  # fmt: skip
+    name = {"accuracy_drop": "drop"}.get(risk, risk)
+    for row in rows:  # chosen and measured on the same rows
+        assert row["within_budget"] == (row["row"][name] <= 0.2 + 1e-9)
+
+
 def test_a_rule_over_budget_at_every_setting_is_reported_as_such(found):
     _, data = found
     heads = LSpadeHeads(data.layers, WIDTH).requires_grad_(False).bind(data.adapter)

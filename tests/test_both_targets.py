@@ -140,6 +140,19 @@ def test_validate_measures_both_kinds_of_heads(apart, project):
         assert found["val/kl/mean".replace("/", place, 1)] == pytest.approx(expected, rel=1e-5)
 
 
+def test_validate_with_target_final_measures_the_tuned_lens(apart, project, capsys):
+    assert fit(project, cache=apart.cache, model__target="final") == 0
+    recipe = str(project.home / "recipe.yaml")
+    assert main(["validate", "--config", recipe]) == 0
+    *_, log = sorted(project.home.glob("checkpoints/toy/tuned_lens/logs/*/metrics.csv"))
+    header, values = (line.split(",") for line in log.read_text().splitlines()[:2])
+    found = dict(zip(header, values, strict=True))
+    expected = config(folders(project)[1])["training"]["metrics"]["val/kl/mean"]
+    assert float(found["val/kl/mean"]) == pytest.approx(expected, rel=1e-5)
+    assert main(["evaluate", "--config", recipe]) == 1
+    assert "holds a tuned lens and no L-SPADE heads" in capsys.readouterr().err
+
+
 def test_heads_without_a_tuned_lens_are_rejected_for_both():
     heads = LSpadeHeads([1], 8, form="bias")
     with pytest.raises(ArtifactError, match="no tuned lens beside them"):

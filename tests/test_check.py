@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lspade_train.cli import main
 from lspade_train.cli.trainer import WarnAtChance
-from lspade_train.errors import RecipeError
+from lspade_train.errors import RecipeError, TaskError
 from lspade_train.evaluation.chance import baseline_accuracies, cached_accuracy, wilson_interval
 from lspade_train.evaluation.check import check_recipe
 from lspade_train.recipe import HeadConfig, Recipe, TextConfig
@@ -81,6 +81,13 @@ def test_the_disk_estimate_matches_what_fit_and_evaluate_write(project):
     assert found.cache_bytes == pytest.approx(written["train"] + written["validation"], rel=0.1)
     # With few rows the shards' headers weigh more.
     assert found.test_bytes == pytest.approx(written["test"], rel=0.25)
+
+
+def test_data_without_training_rows_raise_a_clear_error(project):
+    folder = toy.write_data(project.home / "data")
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(TaskError, match="train"):
+        check_recipe(recipe(project, dataset=str(folder)), rows=4)
 
 
 def test_rows_over_the_context_length_are_counted_without_an_error(project):

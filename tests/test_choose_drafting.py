@@ -8,6 +8,7 @@ from test_runtime import prompts_of
 from tiny_models import LAYERS, WIDTH, tiny
 
 from lspade_train import LSpadeHeads, ModelAdapter
+from lspade_train.cli import main
 from lspade_train.errors import RecipeError, UnsupportedModelError
 from lspade_train.policies.drafting import DraftCosts
 from lspade_train.profiling import drafting as profiling
@@ -133,6 +134,12 @@ def test_a_baseline_that_is_no_second_load_is_refused():
     model = tiny("llama")
     with pytest.raises(UnsupportedModelError, match="is the runtime.s own model"):
         choose_drafting(ModelAdapter(model), model, None, prompts_of())
+
+
+def test_options_that_drafting_cannot_use_are_named(capsys):
+    given = ["--config", "quickstart", "--for", "generate", "--cost", "time"]
+    assert main(["calibrate", *given]) == 1
+    assert "--cost is of exits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"new_tokens": 0}, {"batch_size": 0}, {"prompts": []}])

@@ -686,6 +686,12 @@ def test_init_recognises_each_kind_of_data(kind, tmp_path, monkeypatch):
     assert recipe.model.scope == ("choices" if kind == "choices" else "vocabulary")
 
 
+def test_an_answer_with_a_line_break_does_not_break_the_recipe(tmp_path, monkeypatch):
+    rows = [{"text": f"w{n}", "label": ["good\n", "bad"][n % 2]} for n in range(60)]
+    assert initialised(tmp_path, monkeypatch, rows, "org/model") == 0
+    assert parsed(tmp_path / "mine.yaml").data.prompt.labels == ["bad", "good\n"]
+
+
 def test_init_reports_an_answer_that_no_token_distinguishes(project, monkeypatch, capsys):
     rows = [{"text": f"w{n}", "label": ["w1", "w1 w2"][n % 2]} for n in range(60)]
     assert initialised(project.home, monkeypatch, rows, project.model) == 0
@@ -694,9 +700,18 @@ def test_init_reports_an_answer_that_no_token_distinguishes(project, monkeypatch
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "No column holds text"), ([{"n": 3}], r"No column holds text in every row \(found: n\)")],
+    [
+        ([], "No column holds text"),
+        ([{"n": 3}], r"No column holds text in every row \(found: n\)"),
+        ([{"text": "w", "label": ["a", "b"]}], r"'label' holds \['a', 'b'\]; expected one text"),
+        ([{"text": "w", "label": True}], "'label' holds True; expected one text"),
+        (
+            [{"text": f"w{n}", "label": n % 5 + 1} for n in range(20)],
+            r"'label' holds the whole numbers 1 to 5, .* expected all of 0 to 4",
+        ),
+    ],
 )
-def test_init_rejects_data_without_a_text_column(rows, message, tmp_path, monkeypatch, capsys):
+def test_init_rejects_columns_that_fit_could_not_use(rows, message, tmp_path, monkeypatch, capsys):
     assert initialised(tmp_path, monkeypatch, rows, "org/model") == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "mine.yaml").exists()
@@ -742,6 +757,16 @@ def test_predict_counts_bad_lines_and_fails_if_all_are_bad(asks):
     assert (code, len(answers)) == (1, 2)
     assert err.startswith("error: all 2 lines failed; line 1: ")
     assert len(err.splitlines()) == 1
+
+
+def test_predict_does_not_overwrite_its_input(fitted, project, asks):
+    text = '{"prompt": "w2 w3 ? :"}\n'
+    (project.home / "link").symlink_to("in")
+    for output in ("in", "./in", "link"):
+        code, _, err = asks(text, "--output", output)
+        assert code == 1
+        assert "is the input itself" in err
+        assert (project.home / "in").read_text() == text
 
 
 def test_raw_prompts_are_not_rendered_with_the_template(fitted, project, asks):

@@ -311,8 +311,9 @@ def test_text_is_both_a_row_and_a_column_of_the_cross_task_matrix(results):
     assert other["policy"]["threshold"] == cross["heads"][1]["threshold"]
 
 
-def test_two_recipes_with_the_same_name_are_rejected(fitted, capsys, monkeypatch):
+def test_two_recipes_with_the_same_name_are_rejected_first(fitted, capsys, monkeypatch):
     monkeypatch.chdir(fitted.home)
+    monkeypatch.setattr("lspade_train.evaluation.run.evaluate_recipe", None)  # not reached
     recipe = str(fitted.home / "recipe.yaml")
     assert main(["evaluate", "--config", recipe, "--cross", recipe]) == 1
     assert "Two recipes are named 'toy'" in capsys.readouterr().err

@@ -8,7 +8,14 @@ from test_runtime import batch_of, mixed_policy, prompts_of, runtime_of
 from tiny_models import LAYERS, VOCAB, WIDTH, crossed, tiny
 
 from lspade_train.models import ModelAdapter
-from lspade_train.policies.flops import cost_parts, count_flops, counter, exit_costs, exit_flops
+from lspade_train.policies.flops import (
+    cost_parts,
+    count_flops,
+    counter,
+    exit_costs,
+    exit_flops,
+    paid_flops,
+)
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.runtime.decide import decide_batch
 
@@ -18,6 +25,15 @@ def counted(runtime, batch):
     with counter() as found:
         outcome = decide_batch(runtime.probe, batch)
     return outcome, found.get_total_flops()
+
+
+@pytest.mark.parametrize("decoder", ["spade", ("l-spade", "spade")])
+def test_each_prompt_pays_for_its_own_exit(decoder):
+    runtime = runtime_of(tiny("llama"), ExitPolicy(layers=(1, 2), threshold=0.5, decoder=decoder))
+    counts, lengths = count_flops(runtime.adapter, runtime.heads), torch.tensor([9, 4, 7])
+    paid = paid_flops(counts, lengths, torch.tensor([2, LAYERS, 1]), runtime.policy)
+    table = exit_flops(counts, lengths, [1, 2, LAYERS], runtime.policy)
+    torch.testing.assert_close(paid, table[torch.arange(3), torch.tensor([1, 2, 0])])
 
 
 @pytest.mark.parametrize(("family", "decoder"), crossed(["spade", "l-spade", "logit_lens"]))

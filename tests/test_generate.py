@@ -56,6 +56,16 @@ def by_hand(runtime, prompt, layer, count):
     return tuple(ids[len(prompt) :])
 
 
+@pytest.mark.parametrize("decoder_at", [0, 2])
+def test_after_a_start_token_alone_nothing_is_left_out(decoder_at):
+    model = endless("llama")
+    alone, longer = [1], prompts_of([5])[0]
+    full = runtime_of(model, ExitPolicy.never()).generate([alone], NEW)
+    for prompts in ([alone], [alone, longer]):
+        found = runtime_of(model, ExitPolicy.always(decoder_at)).generate(prompts, NEW)
+        assert found[0].token_ids == full[0].token_ids
+
+
 @pytest.mark.parametrize(("family", "layer"), crossed([1, 0, 2, 3]))
 @torch.no_grad()
 def test_behind_an_exit_upper_blocks_see_the_start_and_the_answer_alone(family, layer):

@@ -268,6 +268,17 @@ def test_short_labels_are_scored_at_the_first_differing_token(model, heads, tmp_
     assert facts["full_model_requests"] == {"continuations": 6}
 
 
+def test_a_lone_continuation_of_several_tokens_is_left_to_the_full_model(
+    model, heads, hf, tmp_path
+):
+    ExitPolicy.always(LAYER).save(tmp_path)
+    early = LSpadeLM(
+        pretrained=model, heads=str(heads), policy=str(tmp_path), device="cpu", label_tokens=3
+    )
+    lone = questions(3, ("w1 B C",))
+    assert early.loglikelihood(lone, True) == hf.loglikelihood(lone, True)
+
+
 def test_a_question_with_a_longer_choice_is_left_to_the_full_model(lspade, hf):
     early = lspade(ExitPolicy.always(LAYER))
     mixed = questions(5, ("A", "B C"))

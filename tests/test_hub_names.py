@@ -63,6 +63,15 @@ def test_an_unknown_id_is_rejected_with_a_suggestion(hub, code, tmp_path):
     assert len(str(caught.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize("name", ["My Models/llama", "modèles/llama"])
+def test_the_path_of_a_local_model_is_not_sent_to_the_hub(hub, name, tmp_path):
+    asked = hub(200)
+    (tmp_path / name).mkdir(parents=True)
+    settle_hub(str(tmp_path / name), None)
+    assert not any("llama" in path for path in asked)
+    assert not os.environ["HF_HUB_OFFLINE"]
+
+
 def test_with_a_token_the_lookup_is_left_to_the_hub_client(hub, monkeypatch):
     hub(401)
     monkeypatch.setenv("HF_TOKEN", "secret")

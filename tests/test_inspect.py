@@ -204,6 +204,13 @@ def test_a_prompt_can_come_from_standard_input(fitted, capsys, monkeypatch):
     assert capsys.readouterr().out == given
 
 
+def test_standard_input_in_another_encoding_is_rejected(fitted, capsys, monkeypatch):
+    arguments = ["--config", str(fitted.home / "recipe.yaml"), "--lens", "spade"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("w1 é".encode("latin-1"))))
+    assert main(["inspect", *arguments]) == 1
+    assert "The prompt holds bytes that are not text" in capsys.readouterr().err
+
+
 REFUSED = {
     "an unknown lens": (["w1", "--lens", "telescope"], r"'telescope'.*tuned_lens.*--lens"),
     "an empty prompt": ([" ", "--lens", "spade"], r"No prompt.*standard input"),

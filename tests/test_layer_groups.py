@@ -110,6 +110,22 @@ def test_an_interrupted_fit_keeps_finished_groups_and_gives_the_same_heads(
     assert all(torch.equal(heads(whole)[name], value) for name, value in heads(stopped).items())
 
 
+def test_a_fit_interrupted_in_its_first_group_resumes_there(fitted, project, monkeypatch):
+    step = LSpadeModule.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LSpadeModule, "training_step", stop)
+        assert grouped(fitted, project) == 130
+    seen = trained_layers(monkeypatch)
+    assert grouped(fitted, project, "--ckpt_path", "last") == 0
+    assert seen == [(1,)] * 3 + [(2, 3)] * 6
+
+
 @pytest.mark.slow
 def test_groups_of_another_recipe_are_refitted(fitted, stopped, monkeypatch):
     seen = trained_layers(monkeypatch)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -275,6 +276,31 @@ def test_reduced_results_give_reduced_figures_with_a_reason(results, reduce):
     assert ("These rows have no labels." in reasons) == (reduce is unlabelled)
     for figure in by_name(reduced).values():
         json.dumps(plotly(figure), allow_nan=False)
+
+
+def test_partly_labelled_rows_are_drawn_by_agreement(results):
+    exits = results["exits"]
+    policy = [exits["policy"]["row"]] if exits["policy"] else []
+    for one in (exits["never"], *exits["paper"], *exits["grid"], *policy):
+        for key in ("accuracy", "accuracy_interval", "drop", "drop_interval"):
+            one[key] = None
+    charts = [f for f in by_name(results).values() if "SPADE answers" in getattr(f, "caption", "")]
+    assert charts
+    assert all(None not in series.y for chart in charts for series in chart.series)
+
+
+def test_ablations_that_nothing_can_be_compared_by_are_omitted(results):
+    reduced = unlabelled(with_extras(results))
+    for variants in reduced["ablations"].values():
+        for variant in variants:
+            variant["agrees_model"] = None
+    reasons = [figure.why for figure in all_figures(reduced) if isinstance(figure, Omitted)]
+    assert "Heads over the choices cannot be compared without labels." in reasons
+
+
+def test_a_dollar_sign_is_drawn_as_it_is(results, tmp_path):
+    figure = by_name(results)["accuracy_by_layer"]
+    assert_drawn(draw(replace(figure, title="$5% to $10%"), tmp_path / "dollars"))
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])

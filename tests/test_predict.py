@@ -58,6 +58,19 @@ def test_a_resumed_run_gives_exactly_the_remaining_answers(runtime, window):
         assert list(predict_lines(runtime, LINES, done=done, window=window)) == whole[done:]
 
 
+def test_a_resumed_run_counts_no_answer_twice(runtime, monkeypatch):
+    counted, decide = [], runtime.decide
+
+    def watched(prompts, *rest, **options):
+        counted.append((len(prompts), options["counted"]))
+        return decide(prompts, *rest, **options)
+
+    monkeypatch.setattr(runtime, "decide", watched)
+    lines = ["Tom", "{broken", "Lily", "The", "end"]
+    assert len(list(predict_lines(runtime, lines, done=3, window=4))) == 2
+    assert counted == [(3, 2), (1, 0)]  # of the first window, two prompts were answered before
+
+
 def test_at_most_one_window_of_lines_is_read_ahead(runtime):
     read = []
     lines = (read.append(i) or "Tom" for i in range(100))

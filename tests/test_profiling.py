@@ -127,6 +127,14 @@ def test_generating_zero_tokens_is_rejected(measured, tokens, repeats):
         profile_generation(measured[0], prompts_of([4]), tokens, repeats=repeats)
 
 
+def test_a_policy_with_an_answer_method_per_layer_can_be_profiled():
+    policy = ExitPolicy(layers=(1, 2), threshold=4.15, decoder=("l-spade", "spade"))
+    found = profile(
+        runtime_of(tiny("llama"), policy), untouched(), lengths=(8,), batch_sizes=(2,), repeats=1
+    )
+    assert 0 < found.results[0].flops < 1
+
+
 def test_generation_with_an_answer_method_per_layer_takes_spade_at_other_layers():
     decoders = ("l-spade", "spade")
     policy = ExitPolicy(layers=(1, 2), threshold=0.5, decoder=decoders)

@@ -210,6 +210,8 @@ def test_text_prompts_and_choices_are_answered_as_text(stories):
         ([[1, 5]], {"x": [4], "y": []}, "'y' has no tokens"),
         ([[1] * 63], {"x": [4, 5, 6], "y": [7]}, "63 tokens and 2 new ones"),
         ([[1, 5]], "AB", "The choices are one text; expected a list"),
+        ([[1, 5]], [5, -1], "a choice of token id -1, outside"),
+        ([[1, 5]], {"x": [4], "y": [5, VOCAB]}, "a choice of token id 64, outside"),
     ],
 )
 def test_a_bad_prompt_raises_a_clear_error(prompts, choices, match):

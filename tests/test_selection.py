@@ -3,6 +3,7 @@
 import json
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -301,6 +302,23 @@ def test_the_choices_scope_requires_rows_with_choices(toy_root, tmp_path):
     running = project.module(mode="memory", task="text", dataset=str(project.texts), text=text)
     with pytest.raises(LSpadeError, match="Set --scope vocabulary"):
         calibrate(running, heads_of(running), scope="choices", **LOOSE)
+
+
+def test_running_text_is_tested_at_one_position_of_each_text(toy_root, tmp_path):
+    project = toy.Project(toy_root, tmp_path)
+    text = TextConfig(first_position=2, length=32)
+    running = project.module(mode="memory", task="text", dataset=str(project.texts), text=text)
+    side = calibration_side(running)
+    examples = running.encoded("validation").examples
+    owner = np.array([n for n, example in enumerate(examples) for _ in example.positions])
+    owner = owner[~running.held_out("validation").numpy()]  # without labelled test rows
+    whole, tested = side.states(running), side.independent(running)
+    every, rows = (part.gather(torch.arange(len(part))).final.numpy() for part in (whole, tested))
+    found = [owner[int((every == row).all(1).argmax())] for row in rows]
+    assert len(every) == len(owner)
+    assert found == sorted(set(owner))
+    policy = calibrate(running, heads_of(running), max_disagreement=0.5).policy
+    assert policy.calibration["n"] == len(found) < len(owner)
 
 
 def test_every_nth_layer_is_a_candidate(data):

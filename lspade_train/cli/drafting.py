@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lspade_train.cli.options import heads_given, runtime_parts
 from lspade_train.cli.parsing import Parsed
-from lspade_train.errors import RecipeError
+from lspade_train.errors import RecipeError, TaskError
 
 if TYPE_CHECKING:
     from lspade_train.profiling.drafting import DraftingChoice
@@ -33,6 +33,7 @@ def check_purpose(options: Any) -> None:
         raise RecipeError(f"--for is {purpose!r}; expected decide or generate.")
     given = [name for name in OTHERS if options[name] is not None]
     given += [name for name in ("paper", "per_group", "per_depth", "plan") if options[name]]
+    given += ["cost"] if options.cost != "flops" else []
     if purpose == "generate" and given:
         raise RecipeError(
             f"--{given[0]} is of exits; --for generate has none: the text is the full model's. "
@@ -49,14 +50,20 @@ def calibrate_drafting(parsed: Parsed) -> None:
     config, options = parsed.recipe.data, parsed.options
     folder = heads_given(parsed, written_by="calibrate")
     heads, adapter, tokenizer = runtime_parts(parsed, folder)
-    length = adapter.max_length
-    room = None if length is None else length - options.new_tokens
-    prompts, _ = prompts_of(config, tokenizer, room, lambda _: True)
+    batch_size = 1 if options.batch_size is None else options.batch_size
+    room = (adapter.max_length or 2**31) - options.new_tokens
+    prompts, _ = prompts_of(config, tokenizer, adapter.max_length, lambda _: True)
+    prompts = [ids for ids in prompts if len(ids) <= room]
+    if not prompts:
+        raise TaskError(
+            f"No validation prompt leaves room for {options.new_tokens} tokens in the model's "
+            f"context of {adapter.max_length}. Lower --new_tokens."
+        )
     found = choose_drafting(
         adapter, untouched(config), heads, prompts[:PROMPTS],
-        new_tokens=options.new_tokens, batch_size=options.batch_size or 1,
+        new_tokens=options.new_tokens, batch_size=batch_size,
     )  # fmt: skip
-    _print_rows(found, options.new_tokens, options.batch_size or 1)
+    _print_rows(found, options.new_tokens, batch_size)
     sys.stdout.write(f"{_verdict(found)}\n")
     if found.chosen is None:
         (folder / DRAFTING).unlink(missing_ok=True)  # of an earlier run, on another machine maybe

@@ -107,6 +107,7 @@ def evaluate(arguments: list[str]) -> None:
 
 def _others(names: str | None, fitted: Any) -> list[Any]:
     """The recipes in `--cross`, opened; a model that they share is loaded once."""
+    from lspade_train.evaluation.cross_task import require_one_model
     from lspade_train.evaluation.run import FittedRecipe
     from lspade_train.recipe import heads_folder
 
@@ -117,6 +118,8 @@ def _others(names: str | None, fitted: Any) -> list[Any]:
             recipe = parse(parser, ["--config", name.strip()]).recipe
             folder = heads_folder(recipe)
             found.append(FittedRecipe(recipe, folder, beside=[fitted, *found]))
+    if found:
+        require_one_model([fitted, *found])  # before hours of work
     return found
 
 

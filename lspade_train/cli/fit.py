@@ -41,8 +41,9 @@ def fit(arguments: list[str]) -> None:
 
     from lspade_train.cli.ending import print_fitted
     from lspade_train.cli.trainer import open_loggers
+    from lspade_train.io.layout import WEIGHTS
     from lspade_train.io.parallel import ranks
-    from lspade_train.training.callbacks import finished_groups, forget_groups
+    from lspade_train.training.callbacks import LAST, finished_groups, forget_groups, group_folder
     from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup
 
     folder = _heads_folder(parsed)
@@ -52,7 +53,9 @@ def fit(arguments: list[str]) -> None:
         _fit_group(parsed, folder, loggers, ALL_LAYERS, asked)
     else:
         done = finished_groups(folder, parsed.recipe) if asked else 0
-        if not done:
+        first = group_folder(folder, LayerGroup(0, count))
+        resumes = asked and (first / LAST).exists() and not (first / WEIGHTS).exists()
+        if not done and not resumes:
             forget_groups(folder)
         # Run the last group again if all are fitted but were not joined.
         for number in range(min(done, count - 1), count):

@@ -122,7 +122,12 @@ def _header(dataset: str, found: "Survey", rows: dict[str, int]) -> Iterator[str
         yield f"# Prompts under {found.asks!r} with free answers, each of which must be one token."
     if found.balance:
         labelled = sum(found.balance.values())
-        shares = [f"{name} {n / labelled:.1%}" for name, n in list(found.balance.items())[:8]]
+        most_common = list(found.balance.items())[:8]
+        # Escaped, so that a line break in an answer does not end the comment.
+        names = [json.dumps(name, ensure_ascii=False)[1:-1] for name, _ in most_common]
+        shares = [
+            f"{name} {n / labelled:.1%}" for name, (_, n) in zip(names, most_common, strict=True)
+        ]
         more = f" and {len(found.balance) - 8} more" if len(found.balance) > 8 else ""
         most = max(found.balance.values()) / labelled
         yield f"# Answers: {', '.join(shares)}{more} (majority baseline {most:.1%})."

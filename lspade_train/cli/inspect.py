@@ -86,8 +86,16 @@ def _without_heads() -> list[str]:
 
 def _prompt(given: str | None) -> str:
     from lspade_train.errors import TaskError
+    from lspade_train.io.text import lines_of, require_text
 
-    prompt = sys.stdin.read().rstrip("\n") if given in (None, "-") else given
+    if given in (None, "-"):
+        buffer = getattr(sys.stdin, "buffer", None)
+        given = (sys.stdin if buffer is None else lines_of(buffer)).read().rstrip("\n")
+    prompt = given or ""
+    try:
+        require_text(prompt)
+    except ValueError as cause:
+        raise TaskError(f"The prompt {cause}. Give it as UTF-8.") from cause
     if not prompt.strip():
         raise TaskError(
             'No prompt; expected text. Give one with lspade-train inspect "PROMPT" --config '

@@ -69,6 +69,11 @@ def predict(arguments: list[str]) -> int:
         _require_output(output)
     if options.input != "-" and not source.is_file():
         raise TaskError(f"No input file {options.input}. Give a JSONL or text file with --input.")
+    if "-" not in (options.input, options.output) and output.exists() and output.samefile(source):
+        raise TaskError(
+            f"--output {options.output} is the input itself, which would be overwritten. Give "
+            "another file with --output."
+        )
     folder = heads_given(parsed)
 
     from lspade_train.policies.policy import ExitPolicy

@@ -86,15 +86,18 @@ def profile(arguments: list[str]) -> None:
     if confirmed is not None:  # the policy was priced by time
         found = replace(found, confirmation=confirmed)
         sys.stdout.write(f"{confirmed.words}\n")
+    saved = found.save(folder)
     if options.generate:
-        rows = profiling.profile_generation(runtime, prompts[:32], options.generate)
+        room = (adapter.max_length or 2**31) - options.generate
+        short = [ids for ids in prompts if len(ids) <= room]
+        rows = profiling.profile_generation(runtime, short[:32], options.generate)
         console.print(profiling.generation_table(rows, options.generate))
     sys.stdout.write(
         "Speed-up: the original model's median time over the policy's; beside it the smallest\n"
         "and the largest ratio of one round. FLOPs: as a fraction of the model's. For the effect\n"
         "on accuracy, see lspade-train calibrate and evaluate.\n"
     )
-    log.info("profile: %s", found.save(folder))
+    log.info("profile: %s", saved)
 
 
 def _policy(parsed: Parsed, folder: Path, heads: Any) -> tuple[Any, list[Any]]:

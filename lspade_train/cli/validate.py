@@ -1,5 +1,7 @@
 """`validate`: metrics of fitted heads on the validation split (`test` does the same on test)."""
 
+from functools import partial
+
 from lspade_train.cli.options import find_heads, heads_option
 from lspade_train.cli.parsing import command_parser, parse, refusals_named
 
@@ -15,7 +17,7 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
     """Run Lightning's `command` on `split` with the given heads."""
     parser = command_parser(command, CHECK.format(split=split), with_trainer=True)
     heads_option(parser)
-    parsed = parse(parser, arguments, early=find_heads)
+    parsed = parse(parser, arguments, early=partial(find_heads, tuned_lens=True))
 
     from lspade_train.cli.ending import print_by_layer
     from lspade_train.cli.trainer import (
@@ -24,12 +26,15 @@ def check_split(command: str, split: str, arguments: list[str]) -> None:
         open_modules,
         open_trainer,
     )
+    from lspade_train.io.layout import TUNED_LENS
     from lspade_train.io.parallel import ranks
     from lspade_train.probes.heads import LSpadeHeads, check_same_model
     from lspade_train.recipe import heads_folder
     from lspade_train.tasks import evaluation_split
 
     folder = heads_folder(parsed.recipe)
+    if parsed.recipe.model.target == "final":
+        folder /= TUNED_LENS
     heads = LSpadeHeads.from_pretrained(parsed.options.heads or folder)
     module, data = open_modules(parsed, heads)
     check_same_model(heads.metadata.get("base_model", {}), data.frozen.facts.identity)

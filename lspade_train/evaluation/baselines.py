@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from lspade_train.cache import StateDataset
+from lspade_train.evaluation.verdict import ROUNDING
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.cached_exits import CachedExits, read_exits
 from lspade_train.policies.exit_table import ExitTable, PolicyRow, evaluate_policy, oracle_saving
@@ -53,6 +54,7 @@ def measure_baselines(
     layers: Sequence[int],
     scope: Scope,
     budget: float,
+    risk: str = "accuracy_drop",
 ) -> list[dict[str, Any]]:
     """Every baseline on the measured rows, as JSON.
 
@@ -64,7 +66,8 @@ def measure_baselines(
         heads: bound heads; a tuned lens beside them is used, too.
         layers: layers where a rule may exit, ascending.
         scope: tokens to compute logits for: the vocabulary, or each row's choices.
-        budget: largest drop in accuracy; without labels, largest fraction of changed answers.
+        budget: largest risk.
+        risk: `accuracy_drop` or `disagreement`; without labels always the latter.
     """
     readers = available(heads)
     words: tuple[Decoder, ...] = ("spade", *cast(list[Decoder], [*readers]))
@@ -81,10 +84,10 @@ def measure_baselines(
         _adainfer(rows),
     ]
     ideal = max(oracle_saving(_table(rows[2], word, FIXED)) for word in words)
-    return [_measured(one, budget, ideal) for one in found if one.tables]
+    return [_measured(one, budget, risk, ideal) for one in found if one.tables]
 
 
-def _measured(baseline: Baseline, budget: float, ideal: float) -> dict[str, Any]:
+def _measured(baseline: Baseline, budget: float, risk: str, ideal: float) -> dict[str, Any]:
     """The baseline on the measured rows, with its setting chosen on the calibration rows.
 
     If no setting is within the budget, that of least risk is used and `within_budget` is false.
@@ -93,8 +96,9 @@ def _measured(baseline: Baseline, budget: float, ideal: float) -> dict[str, Any]
     def key(setting: str) -> tuple[bool, float]:
         table, _, threshold = baseline.tables[setting]
         row = evaluate_policy(table, threshold, oracle=ideal)
-        risk = row.disagreement if row.drop is None else row.drop
-        return (True, row.compute_saved) if risk <= budget else (False, -risk)
+        by_accuracy = risk == "accuracy_drop" and row.drop is not None
+        lost = cast(float, row.drop) if by_accuracy else row.disagreement
+        return (True, row.compute_saved) if lost <= budget + ROUNDING else (False, -lost)
 
     setting = max(baseline.tables, key=key)
     _, table, threshold = baseline.tables[setting]

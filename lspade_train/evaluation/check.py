@@ -130,6 +130,7 @@ def check_recipe(recipe: Recipe, *, rows: int = 200, seconds: float = 30.0) -> C
         raise RecipeError(
             f"--rows is {rows} and --seconds is {seconds:g}; expected 1 or more, and more than 0."
         )
+    tasks.require_splits(recipe.data, ("train",))
     data = _module(recipe)
     draw = np.random.default_rng(recipe.seed_everything)
     prompts: dict[Split, _Prompts] = {

@@ -17,7 +17,7 @@ from lspade_train.policies.calibration import learn_then_test
 from lspade_train.policies.exit_table import ExitRule, ExitTable, Threshold
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.policies.sides import calibration_side
-from lspade_train.probes.heads import LSpadeHeads
+from lspade_train.probes.heads import LSpadeHeads, check_same_model
 from lspade_train.probes.lenses import L_SPADE
 
 BUDGET = 0.05
@@ -44,12 +44,7 @@ def cross_task(recipes: Sequence[FittedRecipe], track: Track = iter) -> dict[str
         ArtifactError: heads of another model.
         TaskError: a task without a validation split.
     """
-    names = [fitted.recipe.name for fitted in recipes]
-    if len(set(names)) < len(names):
-        raise RecipeError(
-            f"Two recipes are named {max(names, key=names.count)!r}; expected one "
-            "name each. Set name in one of them, or leave one out of --cross."
-        )
+    require_one_model(recipes)
     rows: list[dict[str, Any]] = []
     cells: list[list[dict[str, Any] | None]] = []
     tasks: list[dict[str, Any]] = []
@@ -64,6 +59,24 @@ def cross_task(recipes: Sequence[FittedRecipe], track: Track = iter) -> dict[str
     return plain({"tasks": tasks, "heads": rows, "cells": cells})
 
 
+def require_one_model(recipes: Sequence[FittedRecipe]) -> None:
+    """Refuse what cannot be compared; cheap, so that a command can do it first.
+
+    Raises:
+        RecipeError: two recipes have the same name.
+        ArtifactError: heads of another model.
+    """
+    names = [fitted.recipe.name for fitted in recipes]
+    if len(set(names)) < len(names):
+        raise RecipeError(
+            f"Two recipes are named {max(names, key=names.count)!r}; expected one "
+            "name each. Set name in one of them, or leave one out of --cross."
+        )
+    for fitted in recipes:
+        made_for = fitted.heads.metadata.get("base_model", {})
+        check_same_model(made_for, recipes[0].data.adapter.identity)
+
+
 def _about(fitted: FittedRecipe) -> dict[str, Any]:
     return {
         "name": fitted.recipe.name,
@@ -73,7 +86,7 @@ def _about(fitted: FittedRecipe) -> dict[str, Any]:
 
 
 def _threshold(fitted: FittedRecipe) -> Threshold | None:
-    rows = calibration_side(fitted.data).states(fitted.data)
+    rows = calibration_side(fitted.data).independent(fitted.data)
     table = _table(fitted, rows, fitted.heads, fitted.layers)
     rules = [ExitRule(layers=table.layers, threshold=limit) for limit in table.grid()]
     return learn_then_test([(table, rules)], "disagreement", BUDGET).chosen.threshold

@@ -191,6 +191,7 @@ def _baselines(fitted: FittedRecipe) -> dict[str, Any]:
         layers=fitted.layers,
         scope="choices" if has_choices(calibrating) else "vocabulary",
         budget=budget,
+        risk=calibration.get("risk", "accuracy_drop"),
     )
     return {"budget": budget, "rows": side.to_json(), "n": len(calibrating), "rules": found}
 

@@ -37,7 +37,7 @@ from lspade_train.io.fetch import local_folder
 from lspade_train.io.layout import POLICY
 from lspade_train.models.checkpoint import load_checkpoint
 from lspade_train.models.labels import Fork, conflict
-from lspade_train.policies.flops import count_flops, exit_flops
+from lspade_train.policies.flops import count_flops, paid_flops
 from lspade_train.policies.policy import ExitPolicy
 from lspade_train.probes.heads import LSpadeHeads
 from lspade_train.runtime import ExitRuntime
@@ -139,14 +139,15 @@ class Tally:
     def _saved(self, runtime: ExitRuntime) -> float:
         """Fraction of the plain model's FLOPs that is saved, with checks, each prompt alone."""
         counts = count_flops(runtime.adapter, runtime.heads)
-        every = range(runtime.adapter.num_layers + 1)
         tokens, layers = torch.tensor(self.tokens), torch.tensor(self.layers)
         widths = torch.tensor(self.choices)
         paid = 0.0
         for width in widths.unique():
             mine = widths == width
-            costs = exit_flops(counts, tokens[mine], every, runtime.policy, choices=int(width))
-            paid += float(costs.gather(1, layers[mine, None]).sum())
+            costs = paid_flops(
+                counts, tokens[mine], layers[mine], runtime.policy, choices=int(width)
+            )
+            paid += float(costs.sum())
         return 1 - paid / float(counts.full(tokens).sum())
 
 
@@ -266,7 +267,7 @@ class LSpadeLM(HFLM):
         longest = max(map(len, paths.values()))
         if fork and fork.walked:
             return None
-        if longest <= self.label_tokens:
+        if fork and longest <= self.label_tokens:
             return shared
         # Otherwise one token each, after white space from the context: no shared first word.
         single = all(len(path) == len(shared) + 1 for path in paths.values())

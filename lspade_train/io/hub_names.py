@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -48,7 +49,8 @@ def settle_hub(model: str, data: str | None, *, key: str = "data.model_id") -> N
     needs_hub = data is None or (not _exists(data) and is_hub_id(data))
     if is_here and (offline or not needs_hub):
         return
-    place = f"{os.environ.get('HF_ENDPOINT') or ENDPOINT}/api/models/{model}"
+    endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
+    place = endpoint if is_here else f"{endpoint}/api/models/{model}"  # no local path leaves
     status, why = (None, f"{OFFLINE} is set") if offline else answer(place)
     if not is_here and not _is_cached(model):
         if status is None:
@@ -83,7 +85,7 @@ def answer(address: str) -> tuple[int | None, str]:
     except URLError as error:
         # Certificates are left to the client, which may use others than Python.
         return (0, "") if isinstance(error.reason, ssl.SSLError) else (None, _said(error.reason))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return None, _said(error)
 
 

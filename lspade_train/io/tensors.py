@@ -73,6 +73,14 @@ def write_tensors(
     return digest.hexdigest()
 
 
+def file_digest_of(tensors: Mapping[str, Tensor], tag: str = "") -> str:
+    """SHA-256 of the file that `write_tensors` would write, as hex."""
+    digest = hashlib.sha256()
+    for part in _content(tensors, tag):
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def _content(tensors: Mapping[str, Tensor], tag: str) -> Iterator[memoryview]:
     """The bytes of a safetensors file, equal to those of `safetensors.torch.save`."""
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

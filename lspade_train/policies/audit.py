@@ -283,6 +283,8 @@ def policy_digest(policy: ExitPolicy) -> str:
         for f in fields(policy)
         if f.name not in {"calibration", "gate"}
     }
+    if policy.gate is not None and policy.gate_digest is None:  # not saved yet
+        values["gate_digest"] = policy.gate.digest
     # Leave out unset fields, so that new settings do not change the digests of old policies.
     return json_digest({name: value for name, value in values.items() if value is not None})
 

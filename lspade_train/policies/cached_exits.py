@@ -188,7 +188,7 @@ def read_exits(
     parts: list[_Part] = []
     with Progress("exits", len(dataset)) as progress:
         for batch in chunks(dataset):
-            parts.append(source.read(batch.to(adapter.device), dataset.layers))
+            parts.append(source.read(batch.to(adapter.unembed.weight.device), dataset.layers))
             progress.advance(len(batch))
     labels = dataset.labels
     return CachedExits(

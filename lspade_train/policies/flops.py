@@ -255,6 +255,21 @@ def exit_costs(
     return flops / counts.full(torch.as_tensor(tokens).cpu(), shared)[:, None]
 
 
+def paid_flops(
+    counts: FlopCounts,
+    tokens: Int[Tensor, " prompts"] | Sequence[int],
+    exits: Int[Tensor, " prompts"],
+    policy: ExitPolicy,
+    *,
+    choices: int | None = None,
+) -> Float[Tensor, " prompts"]:
+    """`exit_flops` of each prompt at the layer where it left: a check layer, or L."""
+    stages = [*policy.check_layers, len(counts.step)]
+    costs = exit_flops(counts, tokens, stages, policy, choices=choices)
+    place = torch.searchsorted(torch.tensor(stages), exits.cpu())
+    return costs.gather(1, place[:, None])[:, 0]
+
+
 class _Price:
     """Cost of a policy's checks and answers for one row, or for each of several with `choices`."""
 

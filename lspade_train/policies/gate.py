@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lspade_train.errors import PolicyError
-from lspade_train.io.tensors import file_tag, read_tensors, write_tensors
+from lspade_train.io.tensors import file_digest_of, file_tag, read_tensors, write_tensors
 from lspade_train.policies.logistic import LayerFit, fit_layer, folds, principal
 from lspade_train.probes.metrics import entropy
 
@@ -134,9 +134,15 @@ class Gate:
         # Matrix products, because those are what FLOP counts include.
         score = features @ self.weight[place, :, None].to(device)
         if self.hidden is not None and hidden is not None:
-            score = score + (hidden.float() @ self.hidden[place, :, None].to(hidden.device))
+            more = hidden.float() @ self.hidden[place, :, None].to(hidden.device)
+            score = score + more.to(device)
         score = score.squeeze(-1) + self.bias[place].to(device)
         return torch.sigmoid(score).clamp(min=LEAST)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its file, which need not exist."""
+        return file_digest_of(*self._content())
 
     def save(self, path: Path) -> str:
         """Write `gate.safetensors`; equal gates give identical bytes.
@@ -147,12 +153,15 @@ class Gate:
         Raises:
             PolicyError: the file cannot be written.
         """
+        return write_tensors(path, *self._content(), PolicyError)
+
+    def _content(self) -> tuple[dict[str, Tensor], str]:
         tensors = {"weight": self.weight, "bias": self.bias}
         tensors |= {} if self.hidden is None else {"hidden": self.hidden}
         about = {
             "format_version": FORMAT_VERSION, "layers": self.layers, "readers": self.readers,
         }  # fmt: skip
-        return write_tensors(path, tensors, json.dumps(about), PolicyError)
+        return tensors, json.dumps(about)
 
     @classmethod
     def load(cls, path: Path) -> Self:

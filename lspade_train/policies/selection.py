@@ -144,7 +144,7 @@ def calibrate(
     heads = heads.bind(data.adapter)
     layers = _candidate_layers(data, heads, interval)
     side = calibration_side(data)
-    tested = side.states(data)
+    tested = side.independent(data)
     template = ExitPolicy(
         layers=layers,
         scope=scope or ("choices" if has_choices(tested) else "vocabulary"),

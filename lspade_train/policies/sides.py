@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lspade_train import tasks
@@ -62,6 +64,22 @@ class Side:
                 "Raise --data.limit, or set --data.dataset to data with a labelled test split."
             )
         return found.select(rows)
+
+    def independent(self, data: "HiddenStateDataModule") -> StateDataset:
+        """`states` for a test that assumes independent rows: one position, at random, of each text.
+
+        Of running text, that is; rows of other tasks are a prompt each.
+        """
+        found = self.states(data)
+        if data.config.task != "text":
+            return found
+        examples = data.encoded(self.split).examples
+        owner = torch.tensor([n for n, example in enumerate(examples) for _ in example.positions])
+        if self.part != "all":
+            owner = owner[self._rows(data)]
+        order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(data.seed))
+        _, first = np.unique(owner[order].numpy(), return_index=True)
+        return found.select(order[torch.from_numpy(first)].sort().values)
 
     def prompts(self, data: "HiddenStateDataModule", rows: Sequence[int]) -> list[list[int]]:
         """Token ids, up to the answer, of some of the rows of `states`."""

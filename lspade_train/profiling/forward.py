@@ -16,7 +16,7 @@ from lspade_train.errors import RecipeError, TaskError
 from lspade_train.io.storage import write_json
 from lspade_train.models import ModelAdapter
 from lspade_train.policies.exit_table import Threshold
-from lspade_train.policies.flops import FlopCounts, count_flops, exit_costs
+from lspade_train.policies.flops import FlopCounts, count_flops, paid_flops
 from lspade_train.profiling.clock import device_name, peak_mb, seconds_of
 from lspade_train.profiling.figure import draw, threshold_name
 from lspade_train.profiling.prediction import Confirmation
@@ -243,7 +243,6 @@ def _measure(
 
 def _flops(probe: Probe, outcome: Outcome, batch: Batch, counts: FlopCounts) -> float:
     choices = None if batch.choice_ids is None else batch.choice_ids.shape[1]
-    every = exit_costs(
-        counts, batch.mask.sum(-1), range(len(counts.step) + 1), probe.policy, choices=choices
-    )
-    return float(every.gather(1, outcome.layers[:, None]).mean())
+    lengths = batch.mask.sum(-1)
+    paid = paid_flops(counts, lengths, outcome.layers, probe.policy, choices=choices)
+    return float((paid / counts.full(lengths.cpu())).mean())

@@ -58,7 +58,9 @@ def _held(found: dict[str, Any]) -> list[str]:
     )
     promised = f"at most {promised}, with {found['confidence']:.0%} confidence"
     if found["measured"] is None:
-        return [f"Guarantee: {promised}. It cannot be verified here because no row has a label."]
+        return [
+            f"Guarantee: {promised}. It cannot be verified here because not every row has a label."
+        ]
     if found["held"] is None:
         return [
             f"Guarantee: {promised}. It cannot be verified here because the policy was selected "

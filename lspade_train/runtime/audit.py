@@ -80,6 +80,12 @@ class Audit:
             )
 
 
+def _reader_of(heads: LSpadeHeads | None, adapter: ModelAdapter) -> str:
+    """What an audit's heads are: their digest, or the model's weights where there is none."""
+    digest = None if heads is None else heads.digest
+    return digest or f"model {adapter.identity['model_weights']}"
+
+
 class Auditor:
     """Runs the audit in one runtime; thread-safe.
 
@@ -107,7 +113,7 @@ class Auditor:
         self.probe = Probe(adapter, heads, policy)
         key = AuditKey(
             policy=policy_digest(policy),
-            heads=heads.digest if heads is not None else None,
+            heads=_reader_of(heads, adapter),
             budget=default_budget(policy) if audit.budget is None else audit.budget,
             alpha=audit.alpha,
         )
@@ -169,6 +175,7 @@ class Auditor:
                 if not self._failing:
                     log.error("The audit's counts are kept in memory: %s", error)
                 self._failing = True
+        self._tell(self.file.state)
 
     def flush(self) -> AuditState:
         """Write pending counts, and return the state of all processes.
@@ -177,21 +184,25 @@ class Auditor:
             AuditError: the state is damaged, of another audit, or cannot be written.
         """
         with self._guard:
-            return self._flush()
+            state = self._flush()
+        self._tell(state)
+        return state
 
     def _flush(self) -> AuditState:
+        """Write pending counts; the caller holds the guard, and tells of an alarm after it."""
         if self._waiting != Seen():
             flops = self._counts.to_json() if self._counts else None
-            state = self.file.add(self._waiting, self._rows, flops)
+            self.file.add(self._waiting, self._rows, flops)
             self._waiting, self._rows, self._failing = Seen(), [], False
-            self._tell(state)
         self._written = time.monotonic()
         return self.file.state
 
     def _tell(self, state: AuditState) -> None:
-        if state.alarm is None or self._told:
-            return
-        self._told = True
+        """Log an alarm and call the callback, once; without the guard, which other threads need."""
+        with self._guard:
+            if state.alarm is None or self._told:
+                return
+            self._told = True
         then = (
             "Every row is answered by the full model now."
             if self.audit.on_alarm == "never_exit"
@@ -203,8 +214,12 @@ class Auditor:
             f"{state.seen.failures:,}", f"{state.seen.drawn:,}", state.key.budget, then,
             self.file.path,
         )  # fmt: skip
-        if self.audit.callback is not None:
+        if self.audit.callback is None:
+            return
+        try:
             self.audit.callback(state)
+        except Exception:  # the answers are not lost with it
+            log.exception("The audit's callback failed.")
 
     def _audited(
         self,

@@ -132,6 +132,7 @@ def encode(
             continue
         paths = _resolve(name, prompt, labels, tokenizer)
         _check_ids(name, ids, adapter, max(map(len, paths.values())) - 1)
+        _check_choices(name, paths, adapter.vocab_size)
         queries.append(Query.at(index, ids, Fork.of(paths)))
     return queries
 
@@ -280,6 +281,16 @@ def _resolve(
         return resolve_choices(known, str(text), labels)  # type: ignore[arg-type]
     except TaskError as cause:
         raise TaskError(f"{name}: {str(cause).splitlines()[0]}") from cause
+
+
+def _check_choices(name: str, paths: Paths, vocab: int) -> None:
+    """Refuse choices outside the vocabulary, which would end a process that uses a GPU."""
+    wrong = next((t for path in paths.values() for t in path if not 0 <= t < vocab), None)
+    if wrong is not None:
+        raise TaskError(
+            f"{name} has a choice of token id {wrong}, outside the model's vocabulary, "
+            f"0..{vocab - 1}. Tokenize with the tokenizer that belongs to this model."
+        )
 
 
 def _checked(name: str, paths: Paths) -> Paths:

@@ -110,6 +110,7 @@ class ExitRuntime:
         *,
         groups: Sequence[str | None] | None = None,
         prefix: Prompt | None = None,
+        counted: int = 0,
     ) -> list[Decision]:
         """One answer for each prompt, with as few blocks as the policy allows.
 
@@ -131,6 +132,7 @@ class ExitRuntime:
                 groups exit (`exit_groups`). The full model answers the others.
             prefix: text or token ids, like the prompts, that every prompt begins with. They are
                 run once even if a call has a single prompt. None: found automatically.
+            counted: number of leading prompts that the audit counted in an earlier run.
 
         Raises:
             PolicyError: a policy that needs groups, without any.
@@ -141,7 +143,7 @@ class ExitRuntime:
             NumericsError: NaN logits.
         """
         with self.adapter.steady():
-            return self._decide(prompts, choices, groups, prefix)
+            return self._decide(prompts, choices, groups, prefix, counted)
 
     def generate(
         self,
@@ -215,6 +217,7 @@ class ExitRuntime:
         choices: Choices | Sequence[Choices | None] | None,
         groups: Sequence[str | None] | None,
         prefix: Prompt | None,
+        counted: int,
     ) -> list[Decision]:
         self._follow_model()
         queries = encode(prompts, choices, self.adapter, self.tokenizer)
@@ -228,9 +231,10 @@ class ExitRuntime:
         walked = [*self._walk(self.probe, may, start), *self._walk(self.full, rest, start)]
         walked.sort(key=lambda one: one[0][0].index)  # stable: a prompt's steps stay in order
         if self.auditor is not None:  # after all batches: a call that fails counts no row twice
-            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(walked)]
-            found = {n: decision for n, ((_, decision), _) in enumerate(walked)}
-            shared = {n: tokens for n, (_, tokens) in enumerate(walked)}
+            new = [one for one in walked if one[0][0].index >= counted]
+            asked = [replace(query, index=n) for n, ((query, _), _) in enumerate(new)]
+            found = {n: decision for n, ((_, decision), _) in enumerate(new)}
+            shared = {n: tokens for n, (_, tokens) in enumerate(new)}
             self.auditor.observe(asked, found, full=stopped, shared=shared)
         by_prompt: list[list[Step]] = [[] for _ in prompts]
         for (query, decision), _ in walked:

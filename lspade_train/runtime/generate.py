@@ -93,6 +93,7 @@ class Group:
         continues = exits and probe.policy.decoder_at(layer) == "spade"
         self.above = _answer_cache(self.adapter, batch.starts[rows], layer) if continues else None
         self.seen = 1  # tokens in `above`
+        self.alone = self.mask.sum(-1) == 1  # prompts of a start token, which `above` has already
 
     def start(
         self, hidden: Float[Tensor, "rows d"], checked: Float[Tensor, "rows vocab"] | None
@@ -115,6 +116,7 @@ class Group:
                 where = torch.full_like(where, self.seen)
             self.seen += 1
             mask = self.mask.new_ones(len(tokens), self.seen)
+            mask[self.alone, 0] = 0
             plan = self.adapter.plan_cached(tokens[:, None], mask, where, self.above)
             for block in range(self.layer, self.adapter.num_layers):
                 states = self.adapter.run_block(plan, block, states)
@@ -134,7 +136,9 @@ class Group:
 
     def keep(self, places: Int[Tensor, " kept"]) -> None:
         """Drop the other rows, which have ended."""
+        places = places.to(self.mask.device)
         self.rows, self.mask = self.rows[places.cpu()], self.mask[places]
+        self.alone = self.alone[places]
         for cache in (self.below, self.above):
             if cache is not None:
                 _select(cache, places)
@@ -221,13 +225,14 @@ def _prefill(probe: Probe, batch: Batch) -> Iterator[tuple[Group, Tensor]]:
     for block in range(adapter.num_layers):
         if block in policy.check_layers:
             found = probe.check(hidden[:, -1], block, batch, inside, before)
-            leaving = policy.exits(found.value, block)
+            leaving = policy.exits(found.value, block).to(hidden.device)
             out, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
             if len(out):
                 rows = inside[out.cpu()]
                 group = Group(probe, batch, rows, block, _copy(cache, out))
                 seen = next(iter(found.logits.values()), None)
-                yield group.start(hidden[out, -1], None if seen is None else seen[out])
+                seen = None if seen is None else seen[out.to(seen.device)]
+                yield group.start(hidden[out, -1], seen)
                 _select(cache, stay)
                 hidden, plan, inside = hidden[stay], plan.select(stay), inside[stay.cpu()]
             before = None if found.reading is None else found.reading.rows(stay)
@@ -245,7 +250,7 @@ def _decode(
     written: dict[int, list[int]] = {row: [] for row in group.rows.tolist()}
     for count in range(1, most + 1):
         require_numbers(logits, [group.batch.queries[row].index for row in group.rows.tolist()])
-        tokens = pick(logits)
+        tokens = pick(logits).to(group.mask.device)
         size, ended = group.bytes_per_row, torch.full(tokens.shape, count == most)
         for place, (row, token) in enumerate(
             zip(group.rows.tolist(), tokens.tolist(), strict=True)

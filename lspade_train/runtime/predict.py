@@ -104,14 +104,16 @@ def predict_lines(
     # Start at the window's beginning: in a different batch, results may round differently.
     given = done % window
     waiting = islice(numbered, done - given, None)
-    yield from islice(_windows(runtime, ask, waiting, window), given, None)
+    yield from islice(_windows(runtime, ask, waiting, window, given), given, None)
 
 
 def _windows(
-    runtime: ExitRuntime, ask: Ask, waiting: Iterator[tuple[int, str]], window: int
+    runtime: ExitRuntime, ask: Ask, waiting: Iterator[tuple[int, str]], window: int, given: int
 ) -> Iterator[Row]:
     while chunk := list(islice(waiting, window)):
-        yield from _answer([parse_line(number, text, ask) for number, text in chunk], runtime)
+        lines = [parse_line(number, text, ask) for number, text in chunk]
+        yield from _answer(lines, runtime, given)
+        given = 0
 
 
 def parse_line(number: int, text: str, ask: Ask) -> Line:
@@ -148,8 +150,10 @@ def _is_texts(choices: Any) -> bool:
     return isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
 
 
-def _answer(lines: list[Line], runtime: ExitRuntime) -> Iterator[Row]:
-    found = iter(_decide([line.asked for line in lines if line.asked is not None], runtime))
+def _answer(lines: list[Line], runtime: ExitRuntime, given: int) -> Iterator[Row]:
+    counted = sum(line.asked is not None for line in lines[:given])
+    asked = [line.asked for line in lines if line.asked is not None]
+    found = iter(_decide(asked, runtime, counted))
     for line in lines:
         result = TaskError(line.error) if line.asked is None else next(found)
         if isinstance(result, LSpadeError):
@@ -169,16 +173,23 @@ def _marked(decision: Decision, asked: Asked | None) -> Row:
     return {"answer": answer, "correct": (decision.text or "").strip() == answer.strip()}
 
 
-def _decide(asked: list[Asked], runtime: ExitRuntime) -> list[Decision | LSpadeError]:
-    """Decide all rows at once; if that fails, in halves, down to the rows that cause the error."""
+def _decide(asked: list[Asked], runtime: ExitRuntime, counted: int) -> list[Decision | LSpadeError]:
+    """Decide all rows at once; if that fails, in halves, down to the rows that cause the error.
+
+    The first `counted` were already counted by an audit.
+    """
     if not asked:
         return []
     try:
         choices = [one.texts if one.choices is None else one.choices for one in asked]
         groups = [one.group for one in asked]
-        return [*runtime.decide([one.prompt for one in asked], choices, groups=groups)]
+        prompts = [one.prompt for one in asked]
+        return [*runtime.decide(prompts, choices, groups=groups, counted=counted)]
     except LSpadeError as cause:
         if len(asked) == 1:
             return [cause]
     middle = len(asked) // 2
-    return _decide(asked[:middle], runtime) + _decide(asked[middle:], runtime)
+    return [
+        *_decide(asked[:middle], runtime, min(counted, middle)),
+        *_decide(asked[middle:], runtime, max(counted - middle, 0)),
+    ]

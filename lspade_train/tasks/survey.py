@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lspade_train.errors import TaskError
 from lspade_train.tasks.base import Record
@@ -50,7 +51,8 @@ def survey(rows: Sequence[Record]) -> Survey:
     """Survey rows.
 
     Raises:
-        TaskError: there are no rows, or no column contains text.
+        TaskError: there are no rows, no column contains text, or an answer is neither a text nor an
+            index.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     texts = [name for name in names if all(isinstance(row.get(name), str) for row in rows)]
@@ -65,6 +67,7 @@ def survey(rows: Sequence[Record]) -> Survey:
     if answers is None and choices is None:
         return Survey("text", {}, asks)
     given = [row.get(answers or "") for row in rows]
+    _require_answers(answers or "", given, indices=choices is None)
     found = Counter(answer for answer in given if answer is not None)
     free = choices is None and len(found) > min(MOST_CLASSES, max(2, len(rows) // 2))
     mapped = {
@@ -83,6 +86,23 @@ def survey(rows: Sequence[Record]) -> Survey:
     labels = _labels(answers or "", list(found), names, rows)
     counts = {labels[key]: found[key] for key, _ in found.most_common()}
     return Survey("jsonl", columns, asks, tuple(labels.values()), counts)
+
+
+def _require_answers(column: str, given: Sequence[Any], *, indices: bool) -> None:
+    """Refuse answers that `fit` would refuse later; `indices`: whole numbers number the labels."""
+    known = [answer for answer in given if answer is not None]
+    for answer in known:
+        if isinstance(answer, bool) or not isinstance(answer, str | int):
+            raise TaskError(
+                f"{column!r} holds {answer!r}; expected one text, or one whole number, per row. "
+                "Convert it, for example to a text."
+            )
+    numbers = sorted({answer for answer in known if isinstance(answer, int)})
+    if indices and numbers and numbers != [*range(len(numbers))]:
+        raise TaskError(
+            f"{column!r} holds the whole numbers {numbers[0]} to {numbers[-1]}, which would number "
+            f'the labels from 0; expected all of 0 to {len(numbers) - 1}, or texts, such as "3".'
+        )
 
 
 def _longest(texts: Sequence[str], rows: Sequence[Record]) -> str | None:

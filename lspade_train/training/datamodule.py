@@ -194,11 +194,12 @@ class HiddenStateDataModule(LightningDataModule):
         found, most = self.states(split), self.validation_rows
         if split != "validation" or most is None:
             return found
+        unit = "rows"
         if isinstance(found, OnlineDataset):  # of prompts, which may have several rows
-            most = max(most * len(found) // row_count(found.examples), 1)
+            most, unit = max(most * len(found) // row_count(found.examples), 1), "prompts"
         if len(found) <= most:
             return found
-        log.info("validation: %s of %s, model.validation_rows", f"{most:,}", f"{len(found):,}")
+        log.info("validation: %s of %s %s (model.validation_rows)", most, len(found), unit)
         spread = found.select(torch.arange(most) * len(found) // most)
         return spread if isinstance(spread, OnlineDataset) else spread.copied()
 

@@ -33,7 +33,7 @@ from lspade_train.cache import StateBatch
 from lspade_train.errors import ArtifactError, NumericsError, RecipeError
 from lspade_train.models import Unembedding
 from lspade_train.probes.heads import LSpadeHeads
-from lspade_train.recipe import HeadConfig
+from lspade_train.recipe import NO_END, HeadConfig
 from lspade_train.training.layer_sums import METRICS, LayerSums, answers
 from lspade_train.training.layerwise import ALL_LAYERS, LayerGroup, layer_losses
 from lspade_train.training.losses import Distilled, cross_entropy, distillation
@@ -249,10 +249,7 @@ class LSpadeModule(LightningModule):
         )
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise RecipeError(
-                "trainer.max_epochs and max_steps are off, and the learning-rate schedule needs an "
-                "end. Set one of them."
-            )
+            raise RecipeError(NO_END)
         warmup = max(round(config.warmup * steps), 1)
 
         def factor(step: int) -> float:

@@ -135,6 +135,9 @@ def _variants(results: dict[str, Any], kind: str, **described: Any) -> Chart | O
     labelled = results["n_labelled"] > 0
     metric = "accuracy" if labelled else "agrees_model"
     variants = [variant for variant in variants if variant[metric] is not None]
+    if not variants:
+        why = "Heads over the choices cannot be compared without labels."
+        return Omitted(described["title"], why)
     series = tuple(
         Series(
             variant["label"],

@@ -39,6 +39,7 @@ SETTINGS: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.hashsalt": "lspade-train",  # equal results give identical bytes
+    "text.parse_math": False,  # a user's $ is a dollar sign
 }
 
 

@@ -117,7 +117,7 @@ def _sweep(results: dict[str, Any], *, of: Any, title: str, **described: Any) ->
     exits = results["exits"]
     if not exits:
         return Omitted(title, NO_EXITS)
-    labelled = results["n_labelled"] > 0
+    labelled = exits["never"]["accuracy"] is not None  # not if only some rows have labels
     grid = exits["grid"]
     low, high = zip(*(_interval(row, labelled) for row in grid), strict=True)
     series = [
