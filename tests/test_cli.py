@@ -417,7 +417,7 @@ def test_a_real_process_prints_the_error_and_nothing_else(project):
     done = run("fit", "--config", project.recipe(data__model_id=str(project.home / "nowhere")))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: No model could be loaded")
+    assert done.stderr.startswith("error: No model ")
     assert len(done.stderr.splitlines()) == 2
 
 

@@ -60,8 +60,9 @@ def test_compiled_blocks_give_the_uncompiled_states_with_few_variants(fresh, fam
                 states(fast, rows, tokens, padded=padded), expected, strict=True
             ):
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    # One or many rows x one or many tokens x with or without mask, whatever the number of blocks.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 8
+    # One or many rows x one or many tokens x with or without mask, whatever the number of blocks;
+    # and once more for rows behind several start tokens, whose keys are no view of a single one.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 9
     assert not counters["graph_break"]
 
 
