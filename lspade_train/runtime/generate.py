@@ -116,7 +116,7 @@ class Group:
                 where = torch.full_like(where, self.seen)
             self.seen += 1
             mask = self.mask.new_ones(len(tokens), self.seen)
-            mask[self.alone, 0] = 0
+            mask[:, 0] = (~self.alone).to(mask.dtype)  # by index, a GPU would be waited for
             plan = self.adapter.plan_cached(tokens[:, None], mask, where, self.above)
             for block in range(self.layer, self.adapter.num_layers):
                 states = self.adapter.run_block(plan, block, states)
